@@ -1,0 +1,53 @@
+"""Steer a language model's sentiment with Proximal Policy Optimization.
+
+The Python face of the project. Names are imported when they are used, because torch and
+transformers take seconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppo_cli.policy import AutoModelForCausalLMWithValueHead, create_reference_model
+    from ppo_cli.ppo.config import PPOConfig
+    from ppo_cli.ppo.statistics import print_ppo_stats
+    from ppo_cli.ppo.trainer import PPOTrainer
+    from ppo_cli.prompts import LengthSampler
+    from ppo_cli.reward import SentimentReward
+    from ppo_cli.runtime import set_seed
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AutoModelForCausalLMWithValueHead": "ppo_cli.policy",
+    "LengthSampler": "ppo_cli.prompts",
+    "PPOConfig": "ppo_cli.ppo.config",
+    "PPOTrainer": "ppo_cli.ppo.trainer",
+    "SentimentReward": "ppo_cli.reward",
+    "create_reference_model": "ppo_cli.policy",
+    "print_ppo_stats": "ppo_cli.ppo.statistics",
+    "set_seed": "ppo_cli.runtime",
+}
+
+__all__ = [
+    "AutoModelForCausalLMWithValueHead",
+    "LengthSampler",
+    "PPOConfig",
+    "PPOTrainer",
+    "SentimentReward",
+    "create_reference_model",
+    "print_ppo_stats",
+    "set_seed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ppo_cli' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

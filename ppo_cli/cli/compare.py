@@ -1,0 +1,103 @@
+"""`ppo-cli compare`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from ppo_cli.cli import options
+
+GAP_NOT_REACHED = 3
+
+
+class Format(str, Enum):
+    """How the comparison is written."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    markdown = "markdown"
+
+
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL MODEL...", help="Run directories, model folders or hub ids."),
+    ],
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE", help="Prompts. Default: the run's held-out ones."),
+    ] = None,
+    column: options.Column = "text",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Prompts to compare on.")] = 32,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", min=1, help="Limit on a response. Default: the run's own."),
+    ] = None,
+    seed: options.Seed = 0,
+    reference: Annotated[
+        bool, typer.Option("--reference/--no-reference", help="Compare with the reference too.")
+    ] = True,
+    sentiment: options.Sentiment = None,
+    classifier: options.Classifier = None,
+    device: options.Device = "auto",
+    format: Annotated[Format, typer.Option("--format", help="How to write.")] = Format.table,
+    output: options.Output = None,
+    html: Annotated[
+        str | None,
+        typer.Option("--html", metavar="FILE", help="Also write one self-contained page."),
+    ] = None,
+    min_gap: Annotated[
+        float | None,
+        typer.Option(
+            "--min-gap",
+            metavar="X",
+            help="Exit 3 unless the first mean score exceeds the second by X.",
+        ),
+    ] = None,
+) -> int:
+    """Put models' responses and scores side by side."""
+    import json
+
+    from ppo_cli.cli.console import check_output, note, print_tables, write_result
+
+    check_output(output)
+    check_output(html)
+
+    from ppo_cli import comparison, generation, report
+
+    request = generation.resolve(
+        models,
+        reference=reference,
+        score=True,
+        sentiment=sentiment,
+        classifier=classifier,
+        device=device,
+    )
+    texts = generation.read_prompts([], prompts, column)
+    result = comparison.compare(
+        request,
+        texts,
+        count=samples,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        progress=lambda name: note(f"sampling from {name}"),
+    )
+    if format is Format.table:
+        print_tables(report.comparison_tables(result), output)
+    else:
+        written = {
+            Format.json: lambda: json.dumps(result.as_dict(), indent=2, ensure_ascii=False),
+            Format.csv: lambda: report.comparison_csv(result),
+            Format.markdown: lambda: report.comparison_markdown(result),
+        }[format]()
+        write_result(written, output)
+    if html is not None:
+        write_result(report.comparison_html(result), html)
+    if min_gap is not None and not result.gap >= min_gap:
+        names = [model.model for model in result.models[:2]]
+        note(f"{names[0]} exceeds {names[1]} by {result.gap:.3f}, less than --min-gap {min_gap:g}")
+        return GAP_NOT_REACHED
+    return 0

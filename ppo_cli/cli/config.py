@@ -1,0 +1,36 @@
+"""`ppo-cli config`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def config(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A configuration's name or file. Without one: list those that ship."),
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of a configuration.")
+    ] = False,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value (repeats)."),
+    ] = None,
+) -> None:
+    """Show a configuration with every key resolved."""
+    from ppo_cli.cli.console import write_result
+    from ppo_cli.config import json_schema
+    from ppo_cli.config_source import DEFAULT_CONFIG, load_config, shipped_configs
+
+    if schema:
+        write_result(json_schema(), None)
+    elif name is None:
+        for shipped, path in shipped_configs().items():
+            about = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            default = " (default)" if shipped == DEFAULT_CONFIG else ""
+            write_result(f"{shipped}{default}: {about}", None)
+    else:
+        write_result(load_config(name, assignments=assignments or ()).to_yaml(), None)

@@ -1,0 +1,173 @@
+"""What `train` shows while it works: a live view on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ppo_cli.cli.console import console, is_plain
+from ppo_cli.report import sample_lines
+from ppo_cli.text import shortened
+from ppo_cli.training import StepReport
+
+PLAIN_LINES = 20
+SHOWN_SAMPLES = 2
+
+
+class Display(Protocol):
+    """Follows a run; a context manager."""
+
+    def __enter__(self) -> Display:
+        """Begin."""
+
+    def __exit__(self, *error: object) -> None:
+        """End."""
+
+    def status(self, message: str) -> None:
+        """Say what goes on outside the steps."""
+
+    def show(self, report: StepReport) -> None:
+        """Take in a step."""
+
+
+def make_display(quiet: bool) -> Display:
+    """The display that fits standard error."""
+    if quiet:
+        return QuietDisplay()
+    return PlainDisplay() if is_plain() else LiveDisplay(console(stderr=True))
+
+
+class QuietDisplay:
+    """Shows nothing."""
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def status(self, message: str) -> None:
+        """Nothing."""
+
+    def show(self, report: StepReport) -> None:
+        """Nothing."""
+
+
+class PlainDisplay(QuietDisplay):
+    """About twenty lines a run, with no control codes, for logs."""
+
+    def __init__(self) -> None:
+        self._console = console(stderr=True)
+        self._pace = _Pace()
+
+    def status(self, message: str) -> None:
+        """A line."""
+        self._console.print(message, soft_wrap=True)
+
+    def show(self, report: StepReport) -> None:
+        """A line every so many steps, and for the first and the last."""
+        left = self._pace.left(report)
+        every = max(report.steps // PLAIN_LINES, 1)
+        if report.step % every and not report.is_last and report.step != 1:
+            return
+        s = report.stats
+        self._console.print(
+            f"step {report.step:>{len(str(report.steps))}}/{report.steps}  "
+            f"score {s['env/reward_mean']:+.2f}  kl {s['objective/kl']:.2f}  "
+            f"coef {s['objective/kl_coef']:.3f}  loss {s['ppo/loss/total']:+.3f}  "
+            f"{s['perf/tokens_per_second']:.0f} tok/s  {left} left",
+            soft_wrap=True,
+        )
+
+
+class LiveDisplay:
+    """A progress bar, the figures that matter, and a sample or two, drawn in place."""
+
+    def __init__(self, target: Console) -> None:
+        self._console = target
+        self._live = Live(console=target, refresh_per_second=8, transient=False)
+        self._pace = _Pace()
+        self._status = ""
+        self._report: StepReport | None = None
+        self._left = "-:--"
+
+    def __enter__(self) -> Display:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._status = ""
+        self._live.update(self._view())
+        self._live.__exit__(None, None, None)
+
+    def status(self, message: str) -> None:
+        """A line below the figures, until the next."""
+        self._status = message
+        self._live.update(self._view())
+
+    def show(self, report: StepReport) -> None:
+        """Draw the step."""
+        self._report, self._status = report, ""
+        self._left = self._pace.left(report)
+        self._live.update(self._view())
+
+    def _view(self) -> RenderableType:
+        parts: list[RenderableType] = []
+        if (report := self._report) is not None:
+            head = Table.grid(padding=(0, 2))
+            head.add_row(
+                Text(f"step {report.step}/{report.steps}", style="bold"),
+                ProgressBar(total=report.steps, completed=report.step, width=30),
+                Text(f"{self._left} left", style="dim"),
+            )
+            parts += [head, self._figures(report)]
+            for line in sample_lines(report.samples, SHOWN_SAMPLES):
+                line.truncate(self._console.width - 1, overflow="ellipsis")
+                parts.append(line)
+        if self._status:
+            parts.append(Text(shortened(self._status, self._console.width - 1), style="dim"))
+        return Group(*parts)
+
+    def _figures(self, report: StepReport) -> Table:
+        s = report.stats
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        figures = {
+            "mean score": f"{s['env/reward_mean']:+.3f}",
+            "KL": f"{s['objective/kl']:.2f}",
+            "KL coef": f"{s['objective/kl_coef']:.3f}",
+            "loss": f"{s['ppo/loss/total']:+.4f}",
+            "tokens/s": f"{s['perf/tokens_per_second']:,.0f}",
+        }
+        for name in figures:
+            table.add_column(name, justify="right", min_width=9)
+        table.add_row(*figures.values())
+        return table
+
+
+class _Pace:
+    """Time left, from the steps seen so far."""
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+        self._first = 0
+
+    def left(self, report: StepReport) -> str:
+        now = time.monotonic()
+        if self._started is None:
+            self._started = now - report.stats["time/step"]
+            self._first = report.step - 1
+        seconds = (now - self._started) / (report.step - self._first)
+        return clock(seconds * (report.steps - report.step))
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

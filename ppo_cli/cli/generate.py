@@ -1,0 +1,126 @@
+"""`ppo-cli generate`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from ppo_cli.cli import options
+
+
+class Format(str, Enum):
+    """How samples are written."""
+
+    table = "table"
+    text = "text"
+    jsonl = "jsonl"
+
+
+def generate(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Run directories, model folders or hub ids."),
+    ],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="Prompt (repeats). Default: 'This movie'."),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE", help=".txt, .csv, .jsonl, .parquet; - for stdin."),
+    ] = None,
+    column: options.Column = "text",
+    num_samples: Annotated[
+        int, typer.Option("-n", "--num-samples", min=1, help="Samples a prompt and model.")
+    ] = 1,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Limit on a response.")
+    ] = 30,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Above 0; lower is tamer.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="0 for off.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Above 0, up to 1 (off).")] = 1.0,
+    seed: options.Seed = 0,
+    reference: Annotated[
+        bool,
+        typer.Option("--reference/--no-reference", help="Also sample from the run's reference."),
+    ] = False,
+    score: Annotated[
+        bool | None,
+        typer.Option("--score/--no-score", help="Score each sample. Default: if a run is given."),
+    ] = None,
+    sentiment: options.Sentiment = None,
+    classifier: options.Classifier = None,
+    device: options.Device = "auto",
+    format: Annotated[Format, typer.Option("--format", help="How to write.")] = Format.table,
+    output: options.Output = None,
+) -> None:
+    """Write text with tuned models, and score it."""
+    import json
+    import math
+
+    from ppo_cli.cli.console import check_output, note, print_tables, write_result
+    from ppo_cli.errors import UsageError
+
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise UsageError(f"--temperature is {temperature}: it must be above 0")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"--top-p is {top_p}: it must be above 0 and at most 1")
+    check_output(output)
+
+    from ppo_cli import generation
+    from ppo_cli.run_directory import RunDirectory
+
+    if score is None:
+        score = classifier is not None or any(RunDirectory(model).is_run() for model in models)
+    texts = generation.read_prompts(prompt or [], prompts, column) or ["This movie"]
+    request = generation.resolve(
+        models,
+        reference=reference,
+        score=score,
+        sentiment=sentiment,
+        classifier=classifier,
+        device=device,
+    )
+    judge = generation.load_judge(request)
+    results = []
+    for source in request.sources:
+        if len(request.sources) > 1:
+            note(f"sampling from {source.name}")
+        results.append(
+            generation.generate(
+                source,
+                texts,
+                samples_each=num_samples,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                device=request.device,
+                reward=judge,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+            )
+        )
+    if format is Format.jsonl:
+        lines = [
+            json.dumps({"model": result.model, **sample.as_dict()}, ensure_ascii=False)
+            for result in results
+            for sample in result.samples
+        ]
+        write_result("\n".join(lines), output)
+    elif format is Format.text:
+        from ppo_cli.text import escape_controls
+
+        lines = [
+            escape_controls(sample.query + sample.response)
+            for result in results
+            for sample in result.samples
+        ]
+        write_result("\n".join(lines), output)
+    else:
+        from ppo_cli.report import generation_table
+
+        print_tables([generation_table(results, judge is not None)], output)

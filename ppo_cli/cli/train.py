@@ -1,0 +1,147 @@
+"""`ppo-cli train`."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+
+def train(
+    config: Annotated[
+        str, typer.Option("--config", metavar="NAME|FILE.yaml", help="Configuration.")
+    ] = "tiny",
+    sentiment: Annotated[
+        str | None,
+        typer.Option(
+            "--sentiment",
+            metavar="positive|negative|LABEL",
+            help="Label to steer towards. Default: the configuration's, positive.",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", metavar="DIR", help="Default: ppo-good, ppo-bad or ppo-LABEL."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="PPO steps.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value (repeats)."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run directory's newest checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run directory that exists.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load and check everything, then stop.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The closing summary as one JSON object.")
+    ] = False,
+) -> int:
+    """Tune a language model with PPO towards a sentiment."""
+    import json
+
+    from ppo_cli.cli.console import console, note, write_result
+    from ppo_cli.config_source import load_config
+    from ppo_cli.errors import UsageError
+
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other: keep the run or replace it")
+    settings = load_config(
+        config,
+        assignments=assignments or (),
+        overrides={
+            ("reward", "sentiment"): sentiment,
+            ("run", "output"): output,
+            ("run", "steps"): steps,
+            ("run", "seed"): seed,
+            ("run", "device"): device,
+        },
+    )
+    from ppo_cli.run_directory import RunDirectory
+
+    if resume:
+        settings = RunDirectory.existing(settings.output).resumed_config(settings)
+    else:
+        RunDirectory(settings.output).check_writable(overwrite)  # before the slow imports
+
+    from ppo_cli.cli.display import make_display
+    from ppo_cli.report import summary_table
+    from ppo_cli.training import Training
+
+    stop = _StopRequest()
+    display = make_display(quiet)
+    if not quiet:
+        note(
+            f"policy {settings.policy.model}, classifier {settings.reward.model}, "
+            f"prompts {settings.prompts.source} -> {settings.output}"
+        )
+    training = Training(settings, resume=resume, overwrite=overwrite)
+    if dry_run:
+        note(
+            f"all is well: {len(training.prompts.train)} prompts, label "
+            f"'{training.reward.label}', {settings.run.steps} steps on {training.device}; "
+            "nothing was written"
+        )
+        return 0
+    with stop, display:
+        display.status("judging the reference on held-out prompts")
+        for report in training.steps():
+            display.show(report)
+            if stop.signal is not None:
+                break
+        display.status("judging the tuned model, saving")
+        summary = training.finish()
+    if as_json:
+        write_result(json.dumps({**summary.as_dict(), "interrupted": stop.signal is not None}), None)
+    else:
+        console(stderr=False).print(summary_table(summary))
+    run = summary.run
+    if stop.signal is not None:
+        note(f"stopped after step {summary.steps}; go on with: ppo-cli train{_same(config)} "
+             f"--output {run} --resume")
+        return 128 + stop.signal
+    if not quiet:
+        note(f"saved {run} in {summary.seconds:.0f} s of training; next:")
+        note(f'  ppo-cli generate {run} --reference --prompt "This movie" -n 3')
+        note(f"  ppo-cli compare {run}")
+        note(f"  ppo-cli plot {run} --terminal")
+    return 0
+
+
+def _same(config: str) -> str:
+    return "" if config == "tiny" else f" --config {config}"
+
+
+class _StopRequest:
+    """Turns the first SIGINT or SIGTERM into a wish to stop after the step; the second stops."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number

@@ -1,0 +1,181 @@
+"""What a training run is made from: `RunConfig` and its sections, validated and frozen.
+
+torch is not imported here, so that a wrong configuration is refused at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ppo_cli.ppo.config import PPOSettings
+
+Name = Annotated[str, Field(min_length=1)]
+
+
+def _check_order(section: BaseModel, low: str, high: str) -> None:
+    lowest, highest = getattr(section, low), getattr(section, high)
+    if lowest >= highest:
+        raise ValueError(f"{high} ({highest}) must exceed {low} ({lowest})")
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class AdapterConfig(Section):
+    """A low-rank adapter instead of training all weights (needs the `peft` extra)."""
+
+    r: Annotated[int, Field(ge=1)] = 16
+    """Rank."""
+    alpha: Annotated[int, Field(ge=1)] = 32
+    """Scale: updates are multiplied by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout inside the adapter."""
+    target_modules: list[Name] | None = None
+    """Names of the modules to adapt; null for peft's choice for the architecture."""
+
+
+class PolicyConfig(Section):
+    """The model to tune."""
+
+    model: Name = "embedded"
+    """`embedded`, a folder, or a hub id of a causal language model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    summary_dropout_prob: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout before the value head; null for the model's own setting."""
+    v_head_init_strategy: Literal["normal"] | None = None
+    """`normal` draws the value head's weights from a normal distribution; null leaves torch's."""
+    v_head_initializer_range: Annotated[float, Field(ge=0)] = 0.2
+    """Standard deviation for `normal`."""
+    num_shared_layers: Annotated[int, Field(ge=0)] | None = None
+    """Lower layers that are frozen and shared with the reference."""
+    adapter: AdapterConfig | None = None
+    """Train a low-rank adapter; the run directory holds the merged model."""
+
+
+class PromptsConfig(Section):
+    """The texts whose first tokens are the queries."""
+
+    source: Name = "embedded"
+    """`embedded`, a .csv, .jsonl, .parquet or .txt file, or a hub id of a dataset."""
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+    split: Name = "train"
+    """Split of a hub dataset."""
+    text_column: Name = "text"
+    """Column that holds the text."""
+    min_characters: Annotated[int, Field(ge=0)] = 0
+    """Only texts longer than this are used."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Use at most this many texts."""
+    input_min_text_length: Annotated[int, Field(ge=1)] = 2
+    """Shortest query, tokens."""
+    input_max_text_length: Annotated[int, Field(ge=2)] = 8
+    """Queries are shorter than this, as with TRL's LengthSampler."""
+    held_out: Annotated[int, Field(ge=1)] = 64
+    """Texts kept apart, for the comparison before and after."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PromptsConfig:
+        _check_order(self, "input_min_text_length", "input_max_text_length")
+        return self
+
+
+class RolloutConfig(Section):
+    """How responses are sampled."""
+
+    output_min_length: Annotated[int, Field(ge=1)] = 4
+    """Shortest limit on a response, tokens."""
+    output_max_length: Annotated[int, Field(ge=2)] = 16
+    """Limits are lower than this, as with TRL's LengthSampler."""
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Sequences a forward pass while sampling; null for a whole batch."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Leave at 1: otherwise samples are not the policy's and KL is biased."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Leave at 0 (off), for the same reason."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Leave at 1 (off), for the same reason."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RolloutConfig:
+        _check_order(self, "output_min_length", "output_max_length")
+        return self
+
+
+class RewardConfig(Section):
+    """The sentiment classifier."""
+
+    model: Name = "embedded"
+    """`embedded`, a folder, or a hub id of a sequence classifier."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    sentiment: Name = "positive"
+    """Label to steer towards: its name, its index, or a synonym."""
+    output: Literal["logit", "probability"] = "logit"
+    """The score: the label's raw logit or its probability."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Texts a forward pass."""
+    probe: bool = True
+    """Check the classifier on clearly positive and negative sentences before training."""
+
+
+class RunSettings(Section):
+    """The run itself."""
+
+    output: Name | None = None
+    """Run directory; null for ppo-good, ppo-bad or ppo-LABEL."""
+    steps: Annotated[int, Field(ge=1)] = 100
+    """PPO steps, a batch each."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of everything random."""
+    device: Name = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 50
+    """Steps between checkpoints for --resume; 0 for one at the end alone."""
+    keep: Annotated[int, Field(ge=1)] = 1
+    """Checkpoints kept."""
+    samples_per_step: Annotated[int, Field(ge=0)] = 4
+    """Samples of each step that go into samples.jsonl."""
+
+
+class RunConfig(Section):
+    """All that a training run is made from."""
+
+    policy: PolicyConfig = PolicyConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    ppo: PPOSettings = Field(default_factory=PPOSettings)
+    """The algorithm; fields of TRL 0.11's PPOConfig."""
+    run: RunSettings = RunSettings()
+
+    @property
+    def output(self) -> Path:
+        """The run directory."""
+        if self.run.output is not None:
+            return Path(self.run.output)
+        short = {"positive": "good", "negative": "bad"}
+        sentiment = self.reward.sentiment.lower()
+        label = re.sub(r"[^\w.-]+", "-", sentiment).strip("-.") or "label"
+        return Path(f"ppo-{short.get(sentiment, label)}")
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML, every key with its value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> str:
+    """The JSON Schema of a configuration file."""
+    return json.dumps(RunConfig.model_json_schema(), indent=2)

@@ -1,0 +1,47 @@
+"""The errors that a user can cause, each with the exit code that the command line gives it.
+
+Everything else that is raised is a defect of this program and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PPOCliError(Exception):
+    """The request is understood but could not be carried out (exit code 1)."""
+
+    exit_code = 1
+
+
+class UsageError(PPOCliError, ValueError):
+    """The request itself is wrong: an option, a configuration, a path, data (exit code 2)."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration that does not parse or does not validate."""
+
+
+class DataError(UsageError):
+    """A prompt source that is absent, unreadable or empty."""
+
+
+class ModelNotFoundError(UsageError):
+    """A model name or folder that names no model."""
+
+
+class ModelError(PPOCliError):
+    """A model that is there but cannot be loaded or used, or a hub that does not answer."""
+
+
+class NumericalError(PPOCliError):
+    """Numbers that stopped being finite during training."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the known name nearest to `name`, or an empty string."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{nearest[0]}'?" if nearest else ""

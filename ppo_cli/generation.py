@@ -1,0 +1,171 @@
+"""Text from one or several models to the same prompts, and reading those prompts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppo_cli.config import PolicyConfig, RewardConfig, RunConfig
+from ppo_cli.errors import DataError, UsageError
+from ppo_cli.evaluation import Sample, draw_samples
+from ppo_cli.loading import load_policy, load_reward, load_tokenizer
+from ppo_cli.prompts import read_texts
+from ppo_cli.reward import SentimentReward
+from ppo_cli.run_directory import RunDirectory
+from ppo_cli.runtime import resolve_device
+
+REFERENCE = "reference"
+DEFAULT_NEW_TOKENS = 30
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to sample from: its name on the screen, and what loads it."""
+
+    name: str
+    model: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which models, judged how; worked out from run directories and options."""
+
+    sources: list[Source]
+    reward: RewardConfig | None
+    run: RunConfig | None
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Generated:
+    """All samples of one model, prompt by prompt."""
+
+    model: str
+    samples: list[Sample]
+
+
+def resolve(
+    models: Sequence[str],
+    *,
+    reference: bool,
+    score: bool,
+    sentiment: str | None,
+    classifier: str | None,
+    device: str,
+) -> Request:
+    """Find out what `models` are.
+
+    A run directory names its reference and its classifier; for other models `classifier` does.
+
+    Args:
+        models: run directories, model folders or hub ids.
+        reference: also sample from the reference of the first run directory among them.
+        score: whether a classifier is wanted.
+        sentiment: label to score; None for the first run's own.
+        classifier: hub id or folder; None for the first run's own.
+        device: as `resolve_device` takes it.
+
+    Raises:
+        UsageError: a classifier is needed and none is known.
+    """
+    runs = [RunDirectory(model).config() for model in models if RunDirectory(model).is_run()]
+    run = runs[0] if runs else None
+    names = [str(Path(model)) if RunDirectory(model).is_run() else model for model in models]
+    sources = [Source(name, model) for name, model in zip(names, models, strict=True)]
+    if reference and run is not None:
+        sources.append(Source(REFERENCE, run.policy.model, run.policy.revision))
+    reward = None
+    if score:
+        settings = run.reward if run is not None else RewardConfig()
+        if classifier is not None:
+            settings = RewardConfig(model=classifier, output=settings.output)
+        elif run is None:
+            raise UsageError(
+                f"{models[0]} is no run directory, so it names no classifier: give one with "
+                "--classifier (a folder, a hub id, or 'embedded'), or --no-score where there is one"
+            )
+        reward = settings.model_copy(update={"sentiment": sentiment or settings.sentiment})
+    return Request(sources, reward, run, resolve_device(device))
+
+
+def read_prompts(prompts: Sequence[str], file: str | None, column: str = "text") -> list[str]:
+    """Prompts given one by one, then those of a file (`-` for standard input, one a line).
+
+    Raises:
+        DataError: a prompt is empty, or the file is absent, empty or unreadable.
+    """
+    texts = list(prompts)
+    if any(not text.strip() for text in texts):
+        raise DataError("a prompt is empty: give some text to begin with")
+    if file == "-":
+        lines = [line.rstrip("\r\n") for line in sys.stdin]
+        found = [line for line in lines if line.strip()]
+        if not found:
+            raise DataError("standard input holds no prompts")
+        texts += found
+    elif file is not None:
+        texts += read_texts(file, column=column, keep=lambda text: bool(text.strip()))
+    if file is not None and not texts:
+        raise DataError(f"{file} holds no prompts")
+    return texts
+
+
+def load_judge(request: Request) -> SentimentReward | None:
+    """The classifier of a request, if one is wanted."""
+    return load_reward(request.reward, request.device) if request.reward is not None else None
+
+
+def generate(
+    source: Source,
+    prompts: Sequence[str],
+    *,
+    samples_each: int,
+    max_new_tokens: int,
+    seed: int,
+    device: torch.device,
+    reward: SentimentReward | None,
+    **sampling: Any,
+) -> Generated:
+    """Sample `samples_each` responses to each prompt from one model.
+
+    Equal seeds give every model the same random numbers.
+
+    Raises:
+        DataError: a prompt has no tokens, or exceeds the model's context.
+        ModelError: the model cannot be loaded.
+    """
+    tokenizer = load_tokenizer(source.model, source.revision)
+    policy = load_policy(PolicyConfig(model=source.model, revision=source.revision), tokenizer)
+    model = policy.pretrained_model.to(device).eval()
+    context = getattr(model.config, "max_position_embeddings", None)
+    ids = []
+    for text in prompts:
+        tokens = tokenizer(text).input_ids
+        if not tokens:
+            raise DataError(f"prompt {text!r} has no tokens for {source.name}")
+        if context is not None and len(tokens) + max_new_tokens > context:
+            raise DataError(
+                f"prompt '{text[:40]}…' has {len(tokens)} tokens; with {max_new_tokens} new ones it "
+                f"exceeds the context of {source.name} ({context}): shorten it, or lower "
+                "--max-new-tokens"
+            )
+        ids.append(torch.tensor(tokens))
+    queries = [row for row in ids for _ in range(samples_each)]
+    texts = [text for text in prompts for _ in range(samples_each)]
+    samples = draw_samples(
+        model,
+        tokenizer,
+        queries,
+        texts,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        reward=reward,
+        **sampling,
+    )
+    return Generated(source.name, samples)

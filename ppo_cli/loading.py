@@ -1,0 +1,88 @@
+"""From the names in a configuration to tokenizer, policy and classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from ppo_cli.config import PolicyConfig, RewardConfig
+from ppo_cli.embedded import classifier_folder, policy_folder
+from ppo_cli.errors import ModelError
+from ppo_cli.hub import loading_errors
+from ppo_cli.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.prompts import EMBEDDED
+from ppo_cli.reward import SentimentReward
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model; its pad token is its end-of-text token where it has none."""
+    source = str(policy_folder()) if name == EMBEDDED else name
+    with loading_errors(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, **_revision(revision))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(config: PolicyConfig, tokenizer: Any = None) -> AutoModelForCausalLMWithValueHead:
+    """The model to tune, with its value head and, where configured, a new adapter.
+
+    Raises:
+        ModelError: `tokenizer` has ids that the model has no embedding for, or peft is missing.
+    """
+    source = str(policy_folder()) if config.model == EMBEDDED else config.model
+    head: dict[str, Any] = {
+        "v_head_init_strategy": config.v_head_init_strategy,
+        "v_head_initializer_range": config.v_head_initializer_range,
+        "summary_dropout_prob": config.summary_dropout_prob,
+    }
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(
+        source, peft_config=_adapter(config), **head, **_revision(config.revision)
+    )
+    rows = policy.pretrained_model.get_input_embeddings().weight.shape[0]
+    if tokenizer is not None and len(tokenizer) > rows:
+        raise ModelError(
+            f"{config.model}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for "
+            f"{rows}: they do not belong together"
+        )
+    return policy
+
+
+def load_reward(
+    config: RewardConfig, device: torch.device, sentiment: str | None = None
+) -> SentimentReward:
+    """The classifier, set to the configured label or to `sentiment`."""
+    source = str(classifier_folder()) if config.model == EMBEDDED else config.model
+    return SentimentReward(
+        source,
+        sentiment or config.sentiment,
+        output=config.output,
+        batch_size=config.batch_size,
+        device=device,
+        **_revision(config.revision),
+    )
+
+
+def _adapter(config: PolicyConfig) -> Any:
+    if config.adapter is None:
+        return None
+    try:
+        from trl import ModelConfig, get_peft_config
+
+        return get_peft_config(
+            ModelConfig(
+                use_peft=True,
+                lora_r=config.adapter.r,
+                lora_alpha=config.adapter.alpha,
+                lora_dropout=config.adapter.dropout,
+                lora_target_modules=config.adapter.target_modules,
+            )
+        )
+    except (ImportError, ValueError) as error:
+        raise ModelError(f"policy.adapter needs peft: pip install 'ppo-cli[peft]' ({error})") from error
+
+
+def _revision(revision: str | None) -> dict[str, str]:
+    return {} if revision is None else {"revision": revision}

@@ -1,0 +1,104 @@
+"""Model cards: what a saved policy is, and how to load it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ppo_cli.text import markdown_text
+
+HEADER = """---
+library_name: transformers
+tags:
+- ppo
+- reinforcement-learning
+- text-generation
+{base}---
+"""
+
+USAGE = """## Use
+
+```python
+from transformers import pipeline
+
+generator = pipeline("text-generation", model="{path}")
+print(generator("This movie", max_new_tokens=20, do_sample=True))
+```
+
+With its value head, to train on:
+
+```python
+from ppo_cli import AutoModelForCausalLMWithValueHead
+
+policy = AutoModelForCausalLMWithValueHead.from_pretrained("{path}")
+```
+"""
+
+
+def trainer_card(model_name: str, path: str, config: Any) -> str:
+    """The card that `PPOTrainer.save_pretrained` writes."""
+    return (
+        HEADER.format(base="")
+        + f"\n# {model_name}\n\nA language model tuned with Proximal Policy Optimization by "
+        f"ppo-cli, from `{config.model_name}`.\n\n" + USAGE.format(path=path)
+    )
+
+
+def run_card(summary: Any, config: Any) -> str:
+    """The card of a run directory: what it was made from, settings, results.
+
+    Args:
+        summary: a `TrainingSummary`.
+        config: the run's `RunConfig`.
+    """
+    base = config.policy.model
+    is_hub_id = not base.startswith((".", "/")) and "/" in base
+    unfinished = (
+        ""
+        if summary.steps == summary.planned_steps
+        else f" The run was stopped after {summary.steps} of {summary.planned_steps} steps."
+    )
+    rows = [
+        ("mean score", summary.before.score, summary.after.score),
+        (f"mean P({summary.label})", summary.before.probability, summary.after.probability),
+    ]
+    table = "\n".join(f"| {name} | {low:.3f} | {high:.3f} |" for name, low, high in rows)
+    examples = "\n".join(
+        f"| {markdown_text(sample.query)} | {markdown_text(sample.response)} | {sample.score:.2f} |"
+        for sample in summary.after_samples[:5]
+    )
+    return (
+        HEADER.format(base=f"base_model: {base}\n" if is_hub_id else "")
+        + f"""
+# {summary.run}
+
+A language model tuned with Proximal Policy Optimization towards the sentiment
+`{summary.label}` by ppo-cli.{unfinished}
+
+| | |
+|---|---|
+| policy | `{base}` |
+| classifier | `{config.reward.model}`, label `{summary.label}`, {config.reward.output} |
+| prompts | `{config.prompts.source}` |
+| PPO | {summary.steps} steps of {config.ppo.batch_size}, learning rate {config.ppo.learning_rate:g} |
+| seed | {config.run.seed} |
+
+On {len(summary.after_samples)} held-out prompts, with the same random numbers:
+
+| | reference | this model |
+|---|---|---|
+{table}
+
+KL from the reference in the last step: {summary.kl:.2f} nats per response.
+
+![loss and mean reward](training.png)
+
+## Samples
+
+| prompt | response | score |
+|---|---|---|
+{examples}
+
+"""
+        + USAGE.format(path=summary.run)
+    )
+

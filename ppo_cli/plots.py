@@ -1,0 +1,141 @@
+"""Figures and terminal charts of a run's metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppo_cli.errors import UsageError, did_you_mean
+
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Name of a run -> its metrics, a dictionary a step."""
+
+DEFAULT_METRICS = ("ppo/loss/total", "ppo/mean_scores")
+TITLES = {
+    "ppo/loss/total": ("PPO training loss over time", "total loss"),
+    "ppo/mean_scores": ("PPO mean reward over time", "mean score"),
+    "objective/kl": ("KL from the reference over time", "KL per sequence (nats)"),
+    "objective/kl_coef": ("KL coefficient over time", "coefficient"),
+}
+ENDINGS = (".png", ".svg", ".pdf")
+# Okabe and Ito's colours, told apart with colour-blind eyes too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def plot_training(
+    runs: Runs,
+    output: Path,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    smooth: int | None = None,
+) -> None:
+    """Draw a panel a metric, a colour a run: the raw line pale, its moving average over it.
+
+    Args:
+        runs: what to draw.
+        output: `.png`, `.svg` or `.pdf`.
+        metrics: keys of the metrics.
+        smooth: steps in the moving average; None for a twentieth of the longest run.
+
+    Raises:
+        UsageError: another ending, or a metric that a run does not have.
+    """
+    if output.suffix.lower() not in ENDINGS:
+        raise UsageError(f"{output}: a picture ends in {', '.join(ENDINGS)}")
+    curves = {metric: _curves(runs, metric) for metric in metrics}
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(len(metrics), 2)
+    rows = math.ceil(len(metrics) / columns)
+    figure = Figure(figsize=(5.6 * columns, 3.8 * rows), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    longest = max(len(steps) for curve in curves.values() for steps, _ in curve.values())
+    window = smooth or max(longest // 20, 1)
+    for panel, (metric, curve) in zip(panels, curves.items(), strict=False):
+        title, label = TITLES.get(metric, (f"{metric} over time", metric))
+        panel.set_title(title, fontsize=12, loc="left")
+        panel.set_xlabel("PPO step")
+        panel.set_ylabel(label)
+        for (name, (steps, values)), colour in zip(curve.items(), _cycle(COLOURS), strict=False):
+            marker = "o" if len(steps) == 1 else None
+            if window > 1:
+                panel.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
+            panel.plot(
+                steps,
+                moving_average(values, window),
+                color=colour,
+                linewidth=2,
+                label=_plain(name),
+                marker=marker,
+            )
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(x=0.01)
+        if len(curve) > 1 or metric == metrics[-1]:
+            panel.legend(frameon=False, fontsize=9)
+    for panel in list(panels):
+        panel.set_visible(False)
+    if window > 1:
+        figure.supxlabel(
+            f"pale: each step; strong: mean of {window} steps", fontsize=8, color="#666666", x=0.99, ha="right"
+        )
+    figure.savefig(output)
+
+
+def moving_average(values: Sequence[float], window: int) -> np.ndarray:
+    """Mean of the last `window` values at each place, of fewer at the start."""
+    sums = np.cumsum(np.insert(np.asarray(values, dtype=np.float64), 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def terminal_chart(runs: Runs, metric: str, width: int = 72, height: int = 8) -> list[str]:
+    """Lines of a chart of bars, one chart a run, each column the mean of its share of steps."""
+    lines: list[str] = []
+    for name, (steps, values) in _curves(runs, metric).items():
+        columns = [part.mean() for part in np.array_split(values, min(width - 12, len(values)))]
+        low, high = min(columns), max(columns)
+        span = (high - low) or 1.0
+        levels = [1 + (value - low) / span * (height * 8 - 1) for value in columns]
+        title, _ = TITLES.get(metric, (metric, metric))
+        lines += ["", f"{title} ({metric}), {name}"]
+        for row in range(height - 1, -1, -1):
+            edge = high if row == height - 1 else low if row == 0 else None
+            label = " " * 10 if edge is None else f"{edge:10.4g}"
+            cells = "".join(BARS[int(min(max(level - row * 8, 0), 8))] for level in levels)
+            lines.append(f"{label} │{cells}")
+        lines.append(f"{'':10} └{'─' * len(columns)} step {steps[0]} to {steps[-1]}")
+    return lines
+
+
+def _curves(runs: Runs, metric: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    curves = {}
+    for name, rows in runs.items():
+        kept = [(row["step"], row[metric]) for row in rows if metric in row]
+        if not kept:
+            keys = [key for key in rows[-1] if key != "step"]
+            near = did_you_mean(metric, keys)
+            raise UsageError(
+                f"{name} has no metric '{metric}'.{near}"
+                + ("" if near else f" It has {', '.join(keys)}")
+            )
+        steps, values = zip(*kept, strict=True)
+        curves[name] = (np.asarray(steps), np.asarray(values, dtype=np.float64))
+    return curves
+
+
+def _cycle(colours: Sequence[str]) -> Any:
+    while True:
+        yield from colours
+
+
+def _plain(name: str) -> str:
+    """A run's name without what matplotlib would read as mathematics or as `no label`."""
+    return name.replace("$", r"\$").lstrip("_") or "run"

@@ -1,0 +1,125 @@
+"""From log-probabilities and scores to advantages: pure functions over (B, R) grids.
+
+`B` samples, `R` response tokens of the longest one; `mask` is True where a token counts, and the
+tokens that count stand at the left of their row. What lies outside the mask is zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where `mask` is True; 0 where it never is."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def masked_var(values: Tensor, mask: Tensor) -> Tensor:
+    """Variance with Bessel's correction where `mask` is True; 0 for fewer than two values."""
+    count = mask.sum()
+    centered = (values - masked_mean(values, mask)) * mask
+    return centered.square().sum() / (count - 1).clamp(min=1)
+
+
+def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """Scale to variance 1 inside `mask` and, with `shift_mean`, to mean 0; zero outside it.
+
+    Source: Huang et al. 2024, "The N Implementation Details of RLHF with PPO", detail on
+    whitening (https://huggingface.co/blog/the_n_implementation_details_of_rlhf_with_ppo).
+    """
+    mean, variance = masked_mean(values, mask), masked_var(values, mask)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
+
+
+def token_rewards(
+    scores: Tensor, penalties: Tensor, mask: Tensor, kl_coef: float
+) -> tuple[Tensor, Tensor]:
+    """Per-token rewards: minus the KL coefficient times the penalty, plus the score at the end.
+
+    Args:
+        scores: (B,) one score a sequence. A sequence without a token that counts earns nothing.
+        penalties: (B, R) per-token KL penalties, before the coefficient.
+        mask: (B, R).
+        kl_coef: the KL coefficient.
+
+    Returns:
+        `rewards` (B, R), and the part of them that is not the score, (B, R).
+
+    Source: Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), equation 2.
+    """
+    non_score = -kl_coef * penalties * mask
+    lengths = mask.sum(dim=1)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    at_end = positions == (lengths - 1).unsqueeze(1)
+    return non_score + at_end * scores.unsqueeze(1), non_score
+
+
+def generalized_advantages(
+    values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and the returns that the value head learns.
+
+    `delta_t = r_t + gamma * v_{t+1} - v_t`, `A_t = delta_t + gamma * lam * A_{t+1}`, with nothing
+    after the last token; returns are `A + v`.
+
+    Args:
+        values: (B, R) value of the state before each token.
+        rewards: (B, R).
+        mask: (B, R).
+        gamma: discount per token.
+        lam: the estimator's lambda.
+
+    Returns:
+        `advantages` (B, R), not yet whitened, and `returns` (B, R).
+
+    Source: Schulman et al. 2016 (https://arxiv.org/abs/1506.02438), equation 16.
+    """
+    values, rewards = values * mask, rewards * mask
+    next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    deltas = rewards + gamma * next_values - values
+    advantages = torch.zeros_like(deltas)
+    running = torch.zeros_like(deltas[:, 0])
+    for t in range(deltas.shape[1] - 1, -1, -1):
+        running = deltas[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    advantages = advantages * mask
+    return advantages, (advantages + values) * mask
+
+
+class RunningMoments:
+    """Mean and standard deviation of everything seen so far.
+
+    Source: Chan et al. 1979, "Updating formulae and a pairwise algorithm for computing sample
+    variances". The count starts at 1e-24, as in TRL, so that nothing is divided by zero.
+    """
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+        self.std = 1.0
+        self.var = 1.0
+        self.count = 1e-24
+
+    def update(self, values: Tensor) -> tuple[float, float]:
+        """Take in `values` (N,); return their own mean and unbiased standard deviation."""
+        values = values.double()
+        count = values.numel()
+        mean = values.mean().item()
+        var = values.var(unbiased=False).item()
+        delta = mean - self.mean
+        total = self.count + count
+        squares = var * count + self.var * self.count + delta**2 * self.count * count / total
+        self.mean += delta * count / total
+        self.var = squares / total
+        self.std = (squares / max(total - 1, 1)) ** 0.5
+        self.count = total
+        return mean, (var * count / max(count - 1, 1)) ** 0.5
+
+    def state_dict(self) -> dict[str, float]:
+        """The four moments, for a checkpoint."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from a `state_dict`."""
+        vars(self).update(state)

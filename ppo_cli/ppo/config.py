@@ -1,0 +1,178 @@
+"""`PPOConfig`: the fields, names and defaults of TRL 0.11.4's classic PPO.
+
+`PPOSettings` holds what the YAML section `ppo` may set; `PPOConfig` adds what a notebook passes
+beside it (names, seed, trackers' bookkeeping). Both validate when they are made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+import warnings
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+KLPenalty = Literal["kl", "abs", "mse", "full"]
+
+
+@dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+class PPOSettings:
+    """What one PPO step does with a batch. Raises `ValueError` for values that make no sense."""
+
+    learning_rate: NotNegative = 1.41e-5
+    """Adam's learning rate, where no optimizer is passed."""
+    adap_kl_ctrl: bool = True
+    """Adapt the KL coefficient towards `target`; otherwise it stays at `init_kl_coef`."""
+    init_kl_coef: NotNegative = 0.2
+    """KL coefficient at the start."""
+    kl_penalty: KLPenalty = "kl"
+    """Per-token penalty: `kl` log-ratio, `abs`, `mse` half its square, `full` exact KL."""
+    target: Positive = 6.0
+    """KL per sequence (nats) that the adaptive coefficient aims at."""
+    horizon: Positive = 10000.0
+    """Samples over which the adaptive coefficient reacts."""
+    gamma: UnitInterval = 1.0
+    """Discount per token."""
+    lam: UnitInterval = 0.95
+    """Lambda of generalised advantage estimation."""
+    cliprange: Positive = 0.2
+    """Clip range of the policy ratio."""
+    cliprange_value: Positive = 0.2
+    """Clip range of the value prediction around its old value."""
+    vf_coef: NotNegative = 0.1
+    """Weight of the value loss."""
+    batch_size: Count = 128
+    """Samples per `step()`."""
+    mini_batch_size: Count = 128
+    """Samples per forward and backward pass."""
+    gradient_accumulation_steps: Count = 1
+    """Mini-batches per optimizer step."""
+    ppo_epochs: Count = 4
+    """Passes over the batch per `step()`."""
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Gradients are clipped to this L2 norm at every optimizer step; null for no clipping."""
+    early_stopping: bool = False
+    """End the epochs of a step once the policy's KL from its start exceeds 1.5 x `target_kl`."""
+    target_kl: Positive = 1.0
+    """KL per token for `early_stopping`."""
+    ratio_threshold: Positive = 10.0
+    """A mini-batch whose mean ratio exceeds this is skipped."""
+    use_score_scaling: bool = False
+    """Divide scores by their running standard deviation."""
+    use_score_norm: bool = False
+    """With `use_score_scaling`: subtract their running mean first."""
+    score_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Clip scores to plus or minus this; null for no clipping."""
+    whiten_rewards: bool = False
+    """Scale rewards to unit variance over the response tokens before estimating advantages."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    optimize_device_cache: bool = False
+    """Give cached accelerator memory back after each step: less memory, more time."""
+    log_with: Literal["wandb", "tensorboard"] | None = None
+    """Tracker that `log_stats` writes to."""
+    tracker_project_name: str = "trl"
+    """Project name at the tracker."""
+    tracker_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the tracker, under its name."""
+    accelerator_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `accelerate.Accelerator`, such as `mixed_precision`."""
+    project_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `accelerate.utils.ProjectConfiguration`, such as `logging_dir`."""
+
+    def __post_init__(self) -> None:
+        self.check_batch_arithmetic()
+
+    @property
+    def backward_batch_size(self) -> int:
+        """Samples per optimizer step; follows the fields that it is made of."""
+        return self.mini_batch_size * self.gradient_accumulation_steps
+
+    def check_batch_arithmetic(self) -> None:
+        """Raise `ValueError` unless whole optimizer steps fit into a batch."""
+        if self.batch_size % self.backward_batch_size:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of mini_batch_size x "
+                f"gradient_accumulation_steps ({self.mini_batch_size} x "
+                f"{self.gradient_accumulation_steps} = {self.backward_batch_size})"
+            )
+
+
+@dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+class PPOConfig(PPOSettings):
+    """Configuration of `PPOTrainer`, as TRL 0.11.4 had it.
+
+    The fields that follow serve trackers and bookkeeping, the inherited ones PPO itself. The
+    `world_size`, `is_*` and `*_batch_size` fields at the end are filled in by the trainer.
+    """
+
+    exp_name: str = os.path.basename(sys.argv[0]).removesuffix(".py")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    task_name: str | None = None
+    model_name: str | None = "gpt2"
+    query_dataset: str | None = "stanfordnlp/imdb"
+    reward_model: str | None = "sentiment-analysis:lvwerra/distilbert-imdb"
+    remove_unused_columns: bool = True
+    push_to_hub_if_best_kwargs: dict[str, Any] = field(default_factory=dict)
+    steps: Count = 20000
+    compare_steps: Count = 1
+    dataset_num_proc: Count | None = None
+    forward_batch_size: Count | None = None
+    optimize_cuda_cache: bool | None = None
+    world_size: int | None = None
+    is_encoder_decoder: bool | None = None
+    is_peft_model: bool | None = None
+    global_backward_batch_size: int | None = None
+    global_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.forward_batch_size is not None:
+            warnings.warn(
+                "forward_batch_size is an old name of mini_batch_size and overrides it",
+                FutureWarning,
+                stacklevel=3,
+            )
+            self.mini_batch_size = self.forward_batch_size
+        if self.optimize_cuda_cache is not None:
+            warnings.warn(
+                "optimize_cuda_cache is an old name of optimize_device_cache",
+                FutureWarning,
+                stacklevel=3,
+            )
+            if self.optimize_device_cache and not self.optimize_cuda_cache:
+                raise ValueError("optimize_cuda_cache and optimize_device_cache contradict")
+            self.optimize_device_cache = self.optimize_cuda_cache
+        if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
+            raise ValueError("push_to_hub_if_best_kwargs needs a repo_id to push the model to")
+        super().__post_init__()
+
+    @property
+    def total_ppo_epochs(self) -> int:
+        """Batches that `steps` samples make."""
+        return math.ceil(self.steps / self.batch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field under its name; nested dictionaries flattened with `/`, for trackers."""
+        flat: dict[str, Any] = {}
+
+        def flatten(prefix: str, mapping: dict[str, Any]) -> None:
+            for key, value in mapping.items():
+                if isinstance(value, dict):
+                    flatten(f"{prefix}{key}/", value)
+                else:
+                    flat[prefix + key] = value
+
+        flatten("", dataclasses.asdict(self))
+        flat["backward_batch_size"] = self.backward_batch_size
+        flat["total_ppo_epochs"] = self.total_ppo_epochs
+        return flat

@@ -1,0 +1,212 @@
+"""Batched sampling: queries in, responses out, one length limit a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from ppo_cli.errors import UsageError
+
+# Every setting that shapes the distribution, at the value that leaves it alone. Without them
+# `generate` would fill what is not given from the model's own generation_config, whose top-k or
+# penalties make samples that are not the policy's.
+PURE_SAMPLING: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+}
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B queries and the responses sampled to them.
+
+    Attributes:
+        queries: B tensors of token ids, each 1-D and of its own length.
+        responses: B tensors of token ids, 1-D, the end-of-text token included where it was drawn.
+        texts: B strings, query and response decoded together.
+        response_texts: B strings, the responses alone.
+    """
+
+    queries: list[Tensor]
+    responses: list[Tensor]
+    texts: list[str]
+    response_texts: list[str]
+
+
+def sample_texts(
+    model: Any, tokenizer: Any, queries: Sequence[Tensor], max_new_tokens: Sequence[int], **kwargs: Any
+) -> Rollout:
+    """`sample_responses`, decoded. Special tokens are left out of the texts."""
+    responses = sample_responses(
+        model,
+        queries,
+        max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **kwargs,
+    )
+    whole = [torch.cat([q.to(r.device), r]) for q, r in zip(queries, responses, strict=True)]
+    return Rollout(
+        queries=list(queries),
+        responses=responses,
+        texts=tokenizer.batch_decode(whole, skip_special_tokens=True),
+        response_texts=tokenizer.batch_decode(responses, skip_special_tokens=True),
+    )
+
+
+@torch.no_grad()
+def sample_responses(
+    model: Any,
+    queries: Sequence[Tensor],
+    max_new_tokens: Sequence[int],
+    *,
+    pad_token_id: int | None,
+    eos_token_id: int | list[int] | None,
+    batch_size: int | None = None,
+    generation_config: GenerationConfig | None = None,
+    **generation_kwargs: Any,
+) -> list[Tensor]:
+    """Sample one response to each query, with dropout off.
+
+    Queries are padded on the left and masked, with position ids counted from their first token,
+    so a response does not depend on what else is in the batch (up to rounding).
+
+    Args:
+        model: has `generate`, `device`, `config` and `generation_config`, as `transformers` does.
+        queries: B tensors of token ids, 1-D, none empty.
+        max_new_tokens: B limits; a response ends there or after its first end-of-text token.
+        pad_token_id: fills the batch up; any id will do, it is masked.
+        eos_token_id: ends a response; None for responses of full length.
+        batch_size: sequences a forward pass; None for all at once.
+        generation_config: replaces pure sampling as the base that `generation_kwargs` change.
+        generation_kwargs: settings of `generate`; pure sampling from the model's own distribution
+            where they are silent.
+
+    Returns:
+        B tensors of token ids, 1-D, on the model's device.
+
+    Raises:
+        UsageError: an empty query, or one that with its response exceeds the model's context.
+    """
+    queries = [query.to(model.device) for query in queries]
+    _check_lengths(queries, max_new_tokens, _context_length(model.config))
+    if isinstance(eos_token_id, int):
+        eos_token_id = [eos_token_id]
+    end_ids = set(eos_token_id or ())
+    if generation_kwargs.get("num_return_sequences", 1) != 1:
+        raise UsageError("num_return_sequences must be 1: repeat the queries instead")
+    base = generation_config or GenerationConfig(**PURE_SAMPLING)
+    pad = 0 if pad_token_id is None else pad_token_id
+    stopping = generation_kwargs.pop("stopping_criteria", None) or []
+
+    responses: list[Tensor] = []
+    size = batch_size or len(queries)
+    with _evaluating(model):
+        for start in range(0, len(queries), size):
+            rows = queries[start : start + size]
+            limits = torch.tensor(list(max_new_tokens[start : start + size]), device=model.device)
+            ids, mask = _pad_left(rows, pad)
+            with _generation_config(model, base):
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    stopping_criteria=StoppingCriteriaList(
+                        [*stopping, _RowLimits(limits + ids.shape[1])]
+                    ),
+                    max_new_tokens=int(limits.max()),
+                    pad_token_id=pad,
+                    eos_token_id=eos_token_id,
+                    **generation_kwargs,
+                )
+            for row, limit in zip(output[:, ids.shape[1] :], limits.tolist(), strict=True):
+                responses.append(_until_end(row[:limit], end_ids))
+    return responses
+
+
+class _RowLimits(StoppingCriteria):
+    """Ends each row at its own length, (B,) tokens, padding and query included."""
+
+    def __init__(self, limits: Tensor) -> None:
+        self.limits = limits
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return input_ids.shape[1] >= self.limits
+
+
+def _until_end(row: Tensor, end_ids: set[int]) -> Tensor:
+    """`row` up to its first end-of-text token, that included."""
+    for position, token in enumerate(row.tolist()):
+        if token in end_ids:
+            return row[: position + 1]
+    return row
+
+
+def _pad_left(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) with the rows at the right, and their mask (B, T)."""
+    width = max(row.numel() for row in rows)
+    ids = rows[0].new_full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - row.numel() :] = row
+        mask[i, width - row.numel() :] = 1
+    return ids, mask
+
+
+def _context_length(config: Any) -> int | None:
+    """Most tokens that a model reads, None where positions are not limited."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_lengths(
+    queries: Sequence[Tensor], max_new_tokens: Sequence[int], context: int | None
+) -> None:
+    for i, (query, new) in enumerate(zip(queries, max_new_tokens, strict=True)):
+        if query.numel() == 0:
+            raise UsageError(f"query {i} has no tokens: begin it with the bos token, or some text")
+        if context is not None and query.numel() + new > context:
+            raise UsageError(
+                f"query {i} has {query.numel()} tokens; with {new} new ones it exceeds the "
+                f"model's context of {context}: shorten it, or lower the number of new tokens"
+            )
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Dropout off, and each module's mode as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Put `config` in the place of the model's own, which `generate` would mix in."""
+    owner = getattr(model, "pretrained_model", model)
+    before, owner.generation_config = owner.generation_config, config
+    try:
+        yield
+    finally:
+        owner.generation_config = before

@@ -1,0 +1,217 @@
+"""The folder that a training run writes: its layout, and reading and writing its records."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ppo_cli.config import RunConfig
+from ppo_cli.config_source import validate
+from ppo_cli.errors import UsageError, did_you_mean
+
+CONFIG_FILE = "run.yaml"
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+PLOT_FILE = "training.png"
+CARD_FILE = "README.md"
+CHECKPOINTS = "checkpoints"
+CHANGEABLE = (
+    "run.steps",
+    "run.device",
+    "run.checkpoint_every",
+    "run.keep",
+    "run.samples_per_step",
+)
+VERSIONED = ("ppo-cli", "torch", "transformers", "accelerate", "trl", "datasets")
+
+
+class RunDirectory:
+    """A run directory at `path`, whether it exists or not."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of what `--resume` needs."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def plot(self) -> Path:
+        """The picture of loss and mean reward."""
+        return self.path / PLOT_FILE
+
+    def is_run(self) -> bool:
+        """Whether a training run wrote this folder."""
+        return (self.path / CONFIG_FILE).is_file()
+
+    @classmethod
+    def existing(cls, path: str | Path) -> RunDirectory:
+        """The run directory at `path`.
+
+        Raises:
+            UsageError: there is none.
+        """
+        run = cls(path)
+        if run.is_run():
+            return run
+        if run.path.exists():
+            raise UsageError(
+                f"{path} is no run directory (it has no {CONFIG_FILE}): give one that "
+                "'ppo-cli train' wrote"
+            )
+        parent = run.path.parent
+        siblings = [p.parent.name for p in parent.glob(f"*/{CONFIG_FILE}")] if parent.is_dir() else []
+        raise UsageError(f"{path}: no such run directory.{did_you_mean(run.path.name, siblings)}")
+
+    def check_writable(self, overwrite: bool) -> None:
+        """Raise `UsageError` unless a new run may be written here; changes nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file: choose another folder with --output")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            if not overwrite:
+                raise UsageError(
+                    f"{self.path} exists: continue it with --resume, replace it with --overwrite, "
+                    "or choose another folder with --output"
+                )
+            if not self.is_run():
+                raise UsageError(
+                    f"{self.path} is no run directory and is not overwritten: choose another "
+                    "folder with --output"
+                )
+        nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise UsageError(f"{self.path}: {nearest} is not a folder that can be written to")
+
+    def create(self, config: RunConfig, overwrite: bool) -> None:
+        """Make the folder, empty but for `run.yaml`."""
+        self.check_writable(overwrite)
+        if overwrite and self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        record = {
+            "versions": versions(),
+            "git_commit": _git_commit(),
+            "config": config.model_dump(mode="json"),
+        }
+        text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
+        (self.path / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    def config(self) -> RunConfig:
+        """The configuration that the run was made with."""
+        path = self.path / CONFIG_FILE
+        try:
+            record = yaml.safe_load(path.read_text(encoding="utf-8"))
+            settings = record["config"]
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+            raise UsageError(f"{path} is damaged: it holds no configuration ({error})") from error
+        return validate(settings)
+
+    def resumed_config(self, wanted: RunConfig) -> RunConfig:
+        """The run's configuration with those settings of `wanted` that a resumed run may change.
+
+        Raises:
+            UsageError: `wanted` differs in another setting, which would make it another run.
+        """
+        made_with = self.config()
+        differing = _differences(made_with.model_dump(mode="json"), wanted.model_dump(mode="json"))
+        fixed = [key for key in differing if key not in CHANGEABLE]
+        if fixed:
+            raise UsageError(
+                f"{self.path} was made with other settings ({', '.join(fixed)}): resume it with "
+                f"the options it was started with, or train anew with --overwrite. Free to change: "
+                f"{', '.join(CHANGEABLE)}"
+            )
+        changes = {key.split(".")[1]: getattr(wanted.run, key.split(".")[1]) for key in CHANGEABLE}
+        return made_with.model_copy(
+            update={"run": made_with.run.model_copy(update=changes | {"output": str(self.path)})}
+        )
+
+    def append(self, file: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add JSON lines to one of the run's records."""
+        with (self.path / file).open("a", encoding="utf-8") as out:
+            for row in rows:
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def cut_records(self, step: int) -> None:
+        """Drop what the records hold of steps after `step`."""
+        for file in (METRICS_FILE, SAMPLES_FILE):
+            path = self.path / file
+            if not path.exists():
+                continue
+            kept = [line for line in _json_lines(path) if line["step"] <= step]
+            new = path.with_suffix(".tmp")
+            new.write_text(
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8"
+            )
+            new.replace(path)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """A dictionary a step, oldest first.
+
+        Raises:
+            UsageError: the run has no steps yet, or a line is no JSON.
+        """
+        path = self.path / METRICS_FILE
+        rows = list(_json_lines(path)) if path.is_file() else []
+        if not rows:
+            raise UsageError(f"{self.path} has no steps in its {METRICS_FILE} yet")
+        return rows
+
+
+def _differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+    """Dotted names of the keys whose values differ; where the run lies does not count."""
+    names: list[str] = []
+    for key in {**a, **b}:
+        left, right, name = a.get(key), b.get(key), prefix + key
+        if isinstance(left, dict) and isinstance(right, dict):
+            names += _differences(left, right, name + ".")
+        elif left != right and name != "run.output":
+            names.append(name)
+    return names
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("no step")
+        except ValueError as error:
+            if number == len(lines):
+                return  # the line that a killed run was writing
+            raise UsageError(f"{path}, line {number}: not a record of a step") from error
+        yield row

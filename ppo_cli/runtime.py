@@ -1,0 +1,103 @@
+"""Random state and device: what surrounds a computation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppo_cli.errors import UsageError
+
+
+class RandomStream:
+    """A stream of torch random numbers of its own.
+
+    What runs inside `active()` draws from it and leaves the process's random state untouched, so
+    that a trainer is reproducible without reseeding its user's program.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._device = device
+        with self._preserved():
+            torch.manual_seed(seed)
+            self._state = self._read()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Draw from this stream until the block ends."""
+        with self._preserved():
+            self._write(self._state)
+            try:
+                yield
+            finally:
+                self._state = self._read()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The generators' states, uint8 tensors by device."""
+        return dict(self._state)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state_dict`."""
+        self._state = dict(state)
+
+    @contextmanager
+    def _preserved(self) -> Iterator[None]:
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            yield
+
+    def _read(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self._device)
+        return state
+
+    def _write(self, state: dict[str, Tensor]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and self._device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self._device)
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` -> a device that is there.
+
+    Raises:
+        UsageError: the device is not on this machine, or `name` is none of these.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
+        raise UsageError(f"device {name!r} is none of auto, cpu, cuda, cuda:N, mps")
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.device_count() > int(index or 0),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available[kind]:
+        there = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else (
+            "cpu" + (", mps" if torch.backends.mps.is_available() else "")
+        )
+        raise UsageError(f"device {name!r} is not on this machine; there is {there} (or use auto)")
+    return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device(kind)
+
+
+def accelerator_settings(device: torch.device) -> dict[str, Any]:
+    """Keyword arguments that make `accelerate.Accelerator` use `device`."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return {"cpu": True} if device.type == "cpu" else {}

@@ -1,0 +1,80 @@
+"""Small models that the tests make themselves, and the surroundings they run in."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+VOCABULARY = 80
+EOS = VOCABULARY - 1
+
+
+def make_tokenizer(
+    vocabulary: int = VOCABULARY, pad: int | None = EOS, eos: int = EOS, padding_side: str = "right"
+) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with the entries t0, t1, ..."""
+    words = {f"t{i}": i for i in range(vocabulary)}
+    raw = Tokenizer(WordLevel(words, unk_token=f"t{eos}"))
+    raw.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token=f"t{eos}",
+        pad_token=None if pad is None else f"t{pad}",
+        padding_side=padding_side,
+    )
+
+
+def make_gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
+    """A random two-layer GPT-2, without dropout unless asked."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "n_positions": 48,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": EOS,
+        "eos_token_id": EOS,
+        "initializer_range": 0.3,
+    }
+    return GPT2LMHeadModel(GPT2Config(**{**settings, **changes})).eval()
+
+
+def make_batch(
+    size: int = 8, seed: int = 0, longest_query: int = 6, longest_response: int = 8
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Queries, responses and scores at random."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ragged(low: int, high: int) -> list[torch.Tensor]:
+        return [
+            torch.randint(0, EOS, (int(torch.randint(low, high + 1, (1,), generator=g)),), generator=g)
+            for _ in range(size)
+        ]
+
+    scores = [torch.randn((), generator=g) for _ in range(size)]
+    return ragged(1, longest_query), ragged(1, longest_response), scores
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
