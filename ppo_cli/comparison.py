@@ -126,9 +126,7 @@ def _paired(first: Generated, second: Generated) -> PairedDifference:
         for a, b in zip(first.samples, second.samples, strict=True)
     ]
     wins = sum(gap > 0 for gap in gaps) + 0.5 * sum(gap == 0 for gap in gaps)
-    return PairedDifference(
-        first.model, second.model, bootstrap_interval(gaps), wins / len(gaps)
-    )
+    return PairedDifference(first.model, second.model, bootstrap_interval(gaps), wins / len(gaps))
 
 
 def _held_out(request: Request, count: int) -> list[str]:

@@ -116,7 +116,9 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 # Integers are matched first: the float pattern would take them as well.
@@ -200,7 +202,9 @@ def _describe(error: ValidationError, origin: _Origin) -> str:
                 problem += f" Known here: {', '.join(known)}"
         elif item["type"] != "value_error":
             problem = f"{problem[:1].lower()}{problem[1:]}, got {_shown(item['input'])}"
-        lines.append(f"{origin.of(keys)}: {name}: {problem}" if name else f"{origin.of(keys)}: {problem}")
+        lines.append(
+            f"{origin.of(keys)}: {name}: {problem}" if name else f"{origin.of(keys)}: {problem}"
+        )
     return "\n".join(lines)
 
 

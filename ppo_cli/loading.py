@@ -81,7 +81,9 @@ def _adapter(config: PolicyConfig) -> Any:
             )
         )
     except (ImportError, ValueError) as error:
-        raise ModelError(f"policy.adapter needs peft: pip install 'ppo-cli[peft]' ({error})") from error
+        raise ModelError(
+            f"policy.adapter needs peft: pip install 'ppo-cli[peft]' ({error})"
+        ) from error
 
 
 def _revision(revision: str | None) -> dict[str, str]:

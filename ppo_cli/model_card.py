@@ -101,4 +101,3 @@ KL from the reference in the last step: {summary.kl:.2f} nats per response.
 """
         + USAGE.format(path=summary.run)
     )
-

@@ -83,7 +83,11 @@ def plot_training(
         panel.set_visible(False)
     if window > 1:
         figure.supxlabel(
-            f"pale: each step; strong: mean of {window} steps", fontsize=8, color="#666666", x=0.99, ha="right"
+            f"pale: each step; strong: mean of {window} steps",
+            fontsize=8,
+            color="#666666",
+            x=0.99,
+            ha="right",
         )
     figure.savefig(output)
 

@@ -329,9 +329,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             metadata={"format": "pt"},
         )
         if push_to_hub:
-            self.push_to_hub(
-                hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs
-            )
+            self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
 
 
 def create_reference_model(
@@ -360,13 +358,13 @@ def create_reference_model(
     return reference.requires_grad_(False).eval()
 
 
-def _lower_parameters(
-    model: nn.Module, num_layers: int, pattern: str | None
-) -> list[nn.Parameter]:
+def _lower_parameters(model: nn.Module, num_layers: int, pattern: str | None) -> list[nn.Parameter]:
     """Parameters of the embeddings and the first `num_layers` layers."""
     if pattern is not None:
         prefix, _, _ = pattern.partition("{layer}")
-        layers = [name for name, _ in model.named_modules() if _layer_index(name, prefix) is not None]
+        layers = [
+            name for name, _ in model.named_modules() if _layer_index(name, prefix) is not None
+        ]
         prefix = layers[0].rpartition(".")[0] if layers else ""
     else:
         stacks = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]

@@ -147,9 +147,7 @@ def comparison_csv(comparison: Comparison) -> str:
     for i, query in enumerate(comparison.queries):
         for model in comparison.models:
             sample = model.samples[i]
-            writer.writerow(
-                [query, model.model, sample.response, sample.score, sample.probability]
-            )
+            writer.writerow([query, model.model, sample.response, sample.score, sample.probability])
     return out.getvalue().rstrip("\n")
 
 
@@ -171,8 +169,7 @@ def comparison_html(comparison: Comparison) -> str:
     rows = "".join(
         f"<tr><td>{_html_text(query)}</td>"
         + "".join(
-            f"<td>{_html_text(model.samples[i].response)} "
-            f"<b>{model.samples[i].score:.2f}</b></td>"
+            f"<td>{_html_text(model.samples[i].response)} <b>{model.samples[i].score:.2f}</b></td>"
             for model in comparison.models
         )
         + "</tr>"

@@ -13,7 +13,15 @@ from ppo_cli.errors import ModelError, UsageError, did_you_mean
 from ppo_cli.hub import loading_errors
 
 POSITIVE_NAMES = ("positive", "pos", "good", "favorable", "favourable", "5 stars", "very positive")
-NEGATIVE_NAMES = ("negative", "neg", "bad", "unfavorable", "unfavourable", "1 star", "very negative")
+NEGATIVE_NAMES = (
+    "negative",
+    "neg",
+    "bad",
+    "unfavorable",
+    "unfavourable",
+    "1 star",
+    "very negative",
+)
 PROBES = {
     "positive": (
         "This movie was wonderful, I loved every minute of it.",
@@ -124,7 +132,9 @@ class SentimentReward:
         chosen = logits[:, self.index]
         single = self.classifier.config.num_labels == 1
         probabilities = (
-            chosen.sigmoid() if single or self._is_multi_label() else logits.softmax(1)[:, self.index]
+            chosen.sigmoid()
+            if single or self._is_multi_label()
+            else logits.softmax(1)[:, self.index]
         )
         return chosen, probabilities
 

@@ -53,7 +53,11 @@ class Rollout:
 
 
 def sample_texts(
-    model: Any, tokenizer: Any, queries: Sequence[Tensor], max_new_tokens: Sequence[int], **kwargs: Any
+    model: Any,
+    tokenizer: Any,
+    queries: Sequence[Tensor],
+    max_new_tokens: Sequence[int],
+    **kwargs: Any,
 ) -> Rollout:
     """`sample_responses`, decoded. Special tokens are left out of the texts."""
     responses = sample_responses(

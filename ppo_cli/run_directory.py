@@ -70,7 +70,9 @@ class RunDirectory:
                 "'ppo-cli train' wrote"
             )
         parent = run.path.parent
-        siblings = [p.parent.name for p in parent.glob(f"*/{CONFIG_FILE}")] if parent.is_dir() else []
+        siblings = (
+            [p.parent.name for p in parent.glob(f"*/{CONFIG_FILE}")] if parent.is_dir() else []
+        )
         raise UsageError(f"{path}: no such run directory.{did_you_mean(run.path.name, siblings)}")
 
     def check_writable(self, overwrite: bool) -> None:
@@ -151,7 +153,8 @@ class RunDirectory:
             kept = [line for line in _json_lines(path) if line["step"] <= step]
             new = path.with_suffix(".tmp")
             new.write_text(
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8"
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept),
+                encoding="utf-8",
             )
             new.replace(path)
 
@@ -168,9 +171,7 @@ class RunDirectory:
         return rows
 
 
-def _differences(
-    a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""
-) -> list[str]:
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Dotted names of the keys whose values differ; where the run lies does not count."""
     names: list[str] = []
     for key in {**a, **b}:

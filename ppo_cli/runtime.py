@@ -89,8 +89,10 @@ def resolve_device(name: str) -> torch.device:
         "mps": torch.backends.mps.is_available(),
     }
     if not available[kind]:
-        there = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else (
-            "cpu" + (", mps" if torch.backends.mps.is_available() else "")
+        there = (
+            f"cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+            if torch.cuda.is_available()
+            else ("cpu" + (", mps" if torch.backends.mps.is_available() else ""))
         )
         raise UsageError(f"device {name!r} is not on this machine; there is {there} (or use auto)")
     return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device(kind)

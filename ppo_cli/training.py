@@ -237,7 +237,9 @@ class Training:
         return StepReport(self.step, self.config.run.steps, numbers, shown)
 
     def _record(self, numbers: dict[str, float], samples: list[Sample]) -> None:
-        broken = [key for key in ("ppo/loss/total", "objective/kl") if not np.isfinite(numbers[key])]
+        broken = [
+            key for key in ("ppo/loss/total", "objective/kl") if not np.isfinite(numbers[key])
+        ]
         if broken:
             raise NumericalError(
                 f"step {self.step}: {broken[0]} is {numbers[broken[0]]}: training cannot go on. "
@@ -339,4 +341,3 @@ class Training:
         for file in unfinished.iterdir():
             file.replace(self.directory.path / file.name)
         unfinished.rmdir()
-

@@ -67,7 +67,9 @@ def make_batch(
 
     def ragged(low: int, high: int) -> list[torch.Tensor]:
         return [
-            torch.randint(0, EOS, (int(torch.randint(low, high + 1, (1,), generator=g)),), generator=g)
+            torch.randint(
+                0, EOS, (int(torch.randint(low, high + 1, (1,), generator=g)),), generator=g
+            )
             for _ in range(size)
         ]
 

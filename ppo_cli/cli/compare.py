@@ -28,13 +28,17 @@ def compare(
     ],
     prompts: Annotated[
         str | None,
-        typer.Option("--prompts", metavar="FILE", help="Prompts. Default: the run's held-out ones."),
+        typer.Option(
+            "--prompts", metavar="FILE", help="Prompts. Default: the run's held-out ones."
+        ),
     ] = None,
     column: options.Column = "text",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Prompts to compare on.")] = 32,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", min=1, help="Limit on a response. Default: the run's own."),
+        typer.Option(
+            "--max-new-tokens", min=1, help="Limit on a response. Default: the run's own."
+        ),
     ] = None,
     seed: options.Seed = 0,
     reference: Annotated[

@@ -29,7 +29,9 @@ def generate(
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option("--prompts", metavar="FILE", help=".txt, .csv, .jsonl, .parquet; - for stdin."),
+        typer.Option(
+            "--prompts", metavar="FILE", help=".txt, .csv, .jsonl, .parquet; - for stdin."
+        ),
     ] = None,
     column: options.Column = "text",
     num_samples: Annotated[

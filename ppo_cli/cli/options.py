@@ -16,10 +16,14 @@ Sentiment = Annotated[
 ]
 Classifier = Annotated[
     str | None,
-    typer.Option("--classifier", help="Classifier: folder, hub id or 'embedded'. Default: the run's."),
+    typer.Option(
+        "--classifier", help="Classifier: folder, hub id or 'embedded'. Default: the run's."
+    ),
 ]
 Output = Annotated[
     str | None,
     typer.Option("--output", help="Write there instead of to standard output."),
 ]
-Column = Annotated[str, typer.Option("--column", help="Column of a .csv or .jsonl file of prompts.")]
+Column = Annotated[
+    str, typer.Option("--column", help="Column of a .csv or .jsonl file of prompts.")
+]

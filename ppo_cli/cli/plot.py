@@ -11,15 +11,21 @@ def plot(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories.")],
     metric: Annotated[
         list[str] | None,
-        typer.Option("--metric", metavar="KEY", help="Metric to draw (repeats). Default: loss, reward."),
+        typer.Option(
+            "--metric", metavar="KEY", help="Metric to draw (repeats). Default: loss, reward."
+        ),
     ] = None,
     smooth: Annotated[
         int | None,
-        typer.Option("--smooth", min=1, metavar="W", help="Steps in the moving average; 1 for none."),
+        typer.Option(
+            "--smooth", min=1, metavar="W", help="Steps in the moving average; 1 for none."
+        ),
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option("--output", help=".png, .svg or .pdf. Default: training.png in the first run."),
+        typer.Option(
+            "--output", help=".png, .svg or .pdf. Default: training.png in the first run."
+        ),
     ] = None,
     terminal: Annotated[
         bool, typer.Option("--terminal", help="Draw in the terminal instead.")

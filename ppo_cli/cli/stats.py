@@ -34,7 +34,9 @@ def stats(
     by_step = {row["step"]: row for row in rows}
     number = rows[-1]["step"] if step is None else step
     if number not in by_step:
-        raise UsageError(f"{run} has no step {number}: it has {rows[0]['step']} to {rows[-1]['step']}")
+        raise UsageError(
+            f"{run} has no step {number}: it has {rows[0]['step']} to {rows[-1]['step']}"
+        )
     wanted = (True, False) if objective is None else (objective,)
     groups = {
         title: entries

@@ -105,13 +105,17 @@ def train(
         display.status("judging the tuned model, saving")
         summary = training.finish()
     if as_json:
-        write_result(json.dumps({**summary.as_dict(), "interrupted": stop.signal is not None}), None)
+        write_result(
+            json.dumps({**summary.as_dict(), "interrupted": stop.signal is not None}), None
+        )
     else:
         console(stderr=False).print(summary_table(summary))
     run = summary.run
     if stop.signal is not None:
-        note(f"stopped after step {summary.steps}; go on with: ppo-cli train{_same(config)} "
-             f"--output {run} --resume")
+        note(
+            f"stopped after step {summary.steps}; go on with: ppo-cli train{_same(config)} "
+            f"--output {run} --resume"
+        )
         return 128 + stop.signal
     if not quiet:
         note(f"saved {run} in {summary.seconds:.0f} s of training; next:")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,3 +113,34 @@ class TokenBatch:
 def _prefix_mask(lengths: Tensor, width: int) -> Tensor:
     """(B,) lengths -> (B, width), True at the first `length` places of each row."""
     return torch.arange(width) < lengths.unsqueeze(1)
+
+
+def checked_batch(
+    queries: Any, responses: Any, scores: Any, response_masks: Any, batch_size: int
+) -> Tensor:
+    """The scores as a (B,) float32 tensor, once everything passed to `step()` has its form.
+
+    Raises:
+        ValueError: something is no list of `batch_size` tensors of at most one dimension, or a
+            score is not one finite number.
+    """
+    lists = {"queries": queries, "responses": responses, "scores": scores}
+    if response_masks is not None:
+        lists["response_masks"] = response_masks
+    for name, items in lists.items():
+        if not isinstance(items, list):
+            raise ValueError(f"{name} must be a list of tensors - got {type(items)}")
+        if len(items) != batch_size:
+            raise ValueError(
+                f"Batch size ({batch_size}) does not match number of examples - but got "
+                f"{len(items)} for: {name}"
+            )
+        for item in items:
+            if not isinstance(item, Tensor):
+                raise ValueError(f"Elements in {name} must be tensors - got {type(item)}")
+            if item.dim() > 1:
+                raise ValueError(f"{name} must be 1-dimensional - got shape {tuple(item.shape)}")
+    for i, score in enumerate(scores):
+        if score.numel() != 1 or not bool(score.isfinite().all()):
+            raise ValueError(f"scores[{i}] must be one finite number - got {score.tolist()}")
+    return torch.stack([score.detach().reshape(()).float().cpu() for score in scores])

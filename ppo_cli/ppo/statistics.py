@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ppo_cli.ppo.advantages import masked_mean, masked_var
+from ppo_cli.ppo.experience import Experience
 
 
 class Statistic(NamedTuple):
@@ -71,7 +72,6 @@ STATISTICS: dict[str, Statistic] = {
 
 def minibatch_statistics(
     *,
-    ratio: Tensor,
     log_ratio: Tensor,
     advantages: Tensor,
     returns: Tensor,
@@ -85,7 +85,9 @@ def minibatch_statistics(
     `token_entropy` is (N,), one a counted token.
     """
     return {
-        "policy/entropy": token_entropy.mean() if token_entropy.numel() else ratio.new_zeros(()),
+        "policy/entropy": token_entropy.mean()
+        if token_entropy.numel()
+        else log_ratio.new_zeros(()),
         "policy/approxkl": 0.5 * masked_mean(log_ratio.square(), mask),
         "policy/policykl": masked_mean(-log_ratio, mask),
         "policy/advantages_mean": masked_mean(advantages, mask),
@@ -96,6 +98,38 @@ def minibatch_statistics(
         "val/mean": masked_mean(old_values, mask),
         "val/var": masked_var(old_values, mask),
     }
+
+
+def step_statistics(
+    experience: Experience, scores: Tensor, kl_coef: float, updates: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """All of a step's statistics but those of lengths and times, as tensors and floats.
+
+    Args:
+        experience: the batch before the update.
+        scores: (B,) scaled and clipped.
+        kl_coef: the coefficient that the step used.
+        updates: the mini-batches' statistics, as `Update.run` returns them.
+    """
+    tokens, mask = experience.tokens, experience.tokens.mask
+    kl = experience.penalties.sum(dim=1)
+    stats: dict[str, Any] = {
+        "objective/kl": kl.mean(),
+        "objective/kl_dist": kl,
+        "objective/logprobs": tokens.to_rows(experience.logprobs),
+        "objective/ref_logprobs": tokens.to_rows(experience.ref_logprobs),
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": -experience.logprobs.sum(dim=1).mean(),
+        "ppo/mean_non_score_reward": masked_mean(experience.non_score_reward, mask),
+        "ppo/mean_scores": scores.mean(),
+        "ppo/std_scores": scores.std() if len(scores) > 1 else scores.new_zeros(()),
+    }
+    for key, value in updates.items():
+        name = f"ppo/{key}"
+        stats[name] = value if STATISTICS[name].is_array else value.mean()
+    error, variance = stats["ppo/val/error"], stats["ppo/returns/var"]
+    stats["ppo/val/var_explained"] = torch.where(variance > 0, 1 - error / variance, 0.0)
+    return stats
 
 
 def length_statistics(name: str, lengths: list[int]) -> dict[str, Any]:
@@ -133,7 +167,12 @@ GROUPS: dict[bool, dict[str, tuple[str, ...]]] = {
         "PPO Policy Statistics": ("ppo/policy/",),
     },
     False: {
-        "Reward and Value Function Estimation": ("ppo/mean_", "ppo/std_", "ppo/returns/", "ppo/val/"),
+        "Reward and Value Function Estimation": (
+            "ppo/mean_",
+            "ppo/std_",
+            "ppo/returns/",
+            "ppo/val/",
+        ),
         "Optimizer": ("ppo/learning_rate",),
         "Token Lengths": ("tokens/",),
         "Time Statistics": ("time/", "perf/"),

@@ -12,54 +12,28 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead, create_reference_model
 from ppo_cli.ppo import advantages as adv
-from ppo_cli.ppo import losses
 from ppo_cli.ppo.config import PPOConfig
+from ppo_cli.ppo.experience import make_experience, read_probabilities, token_rewards
 from ppo_cli.ppo.kl_controller import AdaptiveKLController, FixedKLController
-from ppo_cli.ppo.packing import TokenBatch
-from ppo_cli.ppo.statistics import length_statistics, minibatch_statistics, to_numbers
+from ppo_cli.ppo.packing import TokenBatch, checked_batch
+from ppo_cli.ppo.setup import make_accelerator, prepare_reference, record_surroundings, require
+from ppo_cli.ppo.statistics import length_statistics, step_statistics, to_numbers
+from ppo_cli.ppo.update import Update
 from ppo_cli.rollout import sample_responses
 from ppo_cli.runtime import RandomStream
 
 DEFAULT_NEW_TOKENS = 20  # what `generate` of transformers adds where no length is given
-
-
-@dataclass(frozen=True)
-class Experience:
-    """What a step knows of its batch before the first update. Grids are (B, R), see `TokenBatch`.
-
-    Attributes:
-        tokens: the sequences.
-        logprobs: of the response tokens under the policy that sampled them.
-        ref_logprobs: the same under the reference.
-        values: the value head's before each token.
-        penalties: KL penalty of each token before the coefficient.
-        advantages: whitened.
-        returns: targets of the value head.
-        non_score_reward: minus the coefficient times the penalty.
-    """
-
-    tokens: TokenBatch
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    penalties: Tensor
-    advantages: Tensor
-    returns: Tensor
-    non_score_reward: Tensor
 
 
 class PPOTrainer:
@@ -101,21 +75,21 @@ class PPOTrainer:
         num_shared_layers: int | None = None,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> None:
-        _require("config", config, PPOConfig)
-        _require("model", model, AutoModelForCausalLMWithValueHead)
-        _require("tokenizer", tokenizer, PreTrainedTokenizerBase)
+        require("config", config, PPOConfig)
+        require("model", model, AutoModelForCausalLMWithValueHead)
+        require("tokenizer", tokenizer, PreTrainedTokenizerBase)
         if lr_scheduler is not None:
-            _require("lr_scheduler", lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
+            require("lr_scheduler", lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
         assert config is not None
         assert model is not None
         assert tokenizer is not None
         config.check_batch_arithmetic()
         self.config = config
         self.tokenizer = tokenizer
-        self.accelerator = _accelerator(config)
+        self.accelerator = make_accelerator(config)
         self.is_peft_model = model.is_peft_model
         self.is_distributed = self.accelerator.num_processes > 1
-        _record_surroundings(config, self.accelerator, self.is_peft_model)
+        record_surroundings(config, self.accelerator, self.is_peft_model)
 
         reference = self._reference(model, ref_model, num_shared_layers)
         if config.gradient_checkpointing:
@@ -131,7 +105,7 @@ class PPOTrainer:
         self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, dataloader, lr_scheduler
         )
-        self.ref_model = self._prepare_reference(reference)
+        self.ref_model = reference and prepare_reference(reference, self.accelerator)
 
         self.kl_ctl: AdaptiveKLController | FixedKLController = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
@@ -180,7 +154,9 @@ class PPOTrainer:
         single = isinstance(query_tensor, Tensor)
         queries: list[Tensor] = [query_tensor] if single else list(query_tensor)  # type: ignore[list-item]
         if any(query.dim() != 1 for query in queries):
-            raise ValueError("query_tensor must be a tensor of shape (query_length,) or a list of them")
+            raise ValueError(
+                "query_tensor must be a tensor of shape (query_length,) or a list of them"
+            )
         limits = _new_token_limits(queries, length_sampler, generation_kwargs)
         settings = {
             "pad_token_id": self.tokenizer.pad_token_id,
@@ -232,9 +208,43 @@ class PPOTrainer:
             ValueError: lengths or shapes that do not fit, a score that is not finite, a query
                 without tokens, or no response token that counts in the whole batch.
         """
-        started = time.perf_counter()
         clock = _Stopwatch()
-        score_tensor = self._checked_scores(queries, responses, scores, response_masks)
+        tokens, score_tensor = self._checked(queries, responses, scores, response_masks)
+        score_tensor = self._scaled(score_tensor)
+        self._push_if_best(score_tensor)
+
+        probabilities = read_probabilities(
+            tokens,
+            policy=self.model,
+            reference=self.model if self.is_peft_model else self.ref_model,
+            as_reference=self.adapter_off,
+            config=self.config,
+        )
+        clock.lap("forward_pass")
+        rewards, non_score_reward = token_rewards(
+            tokens, probabilities, score_tensor, self.kl_ctl.value, self.config
+        )
+        clock.lap("compute_rewards")
+        experience = make_experience(tokens, probabilities, rewards, non_score_reward, self.config)
+        clock.lap("compute_advantages")
+        updates = Update(
+            self.model, self.optimizer, self.accelerator, self._shuffle, self.config
+        ).run(experience)
+        clock.lap("optimize_step")
+
+        stats = self._numbers(step_statistics(experience, score_tensor, self.kl_ctl.value, updates))
+        stats |= length_statistics("queries", [len(query) for query in queries])
+        stats |= length_statistics("responses", [len(response) for response in responses])
+        clock.lap("calc_stats")
+        self._after_step(stats["objective/kl"])
+        return {**stats, **clock.times, "time/ppo/total": clock.total}
+
+    def _checked(
+        self, queries: Any, responses: Any, scores: Any, response_masks: Any
+    ) -> tuple[TokenBatch, Tensor]:
+        score_tensor = checked_batch(
+            queries, responses, scores, response_masks, self.config.batch_size
+        )
         tokens = TokenBatch.from_lists(
             queries,
             responses,
@@ -244,216 +254,16 @@ class PPOTrainer:
         )
         if not tokens.mask.any():
             raise ValueError("no response token counts: responses are empty or masked throughout")
-        score_tensor = self._scaled(score_tensor)
-        self._push_if_best(score_tensor)
+        return tokens, score_tensor.to(self.accelerator.device)
 
-        clock.start()
-        logprobs, values, ref_logprobs, penalties = self._before_update(tokens)
-        clock.stop("forward_pass")
-        rewards, non_score_reward = adv.token_rewards(
-            score_tensor, penalties, tokens.mask, self.kl_ctl.value
-        )
-        if self.config.whiten_rewards:
-            rewards = adv.masked_whiten(rewards, tokens.mask, shift_mean=False)
-        clock.stop("compute_rewards")
-        estimates, returns = adv.generalized_advantages(
-            values, rewards, tokens.mask, self.config.gamma, self.config.lam
-        )
-        advantages = adv.masked_whiten(estimates, tokens.mask)
-        clock.stop("compute_advantages")
-
-        experience = Experience(
-            tokens,
-            logprobs,
-            ref_logprobs,
-            values,
-            penalties,
-            advantages,
-            returns,
-            non_score_reward,
-        )
-        updates = self._optimise(experience)
-        clock.stop("optimize_step")
-
-        stats = self._statistics(experience, score_tensor, updates)
-        stats |= length_statistics("queries", [len(query) for query in queries])
-        stats |= length_statistics("responses", [len(response) for response in responses])
-        clock.stop("calc_stats")
-        self.kl_ctl.update(
-            stats["objective/kl"], self.config.batch_size * self.accelerator.num_processes
-        )
+    def _after_step(self, kl: float) -> None:
+        """Everything that changes once a step, but the weights."""
+        self.kl_ctl.update(kl, self.config.batch_size * self.accelerator.num_processes)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         if self.config.optimize_device_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.current_step += 1
-        return {**stats, **clock.times, "time/ppo/total": time.perf_counter() - started}
-
-    @torch.no_grad()
-    def _before_update(self, tokens: TokenBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Log-probabilities, values, reference log-probabilities and KL penalties, (B, R) each."""
-        parts: list[tuple[Tensor, ...]] = []
-        for indices in torch.arange(len(tokens)).split(self.config.mini_batch_size):
-            chunk = tokens.select(indices)
-            targets = chunk.flat_targets
-            logits, values = self._forward(self.model, chunk)
-            with self.adapter_off():
-                reference = self.model if self.is_peft_model else self.ref_model
-                ref_logits, _ = self._forward(reference, chunk)
-            logprobs = losses.token_logprobs(logits, targets)
-            ref_logprobs = losses.token_logprobs(ref_logits, targets)
-            if self.config.kl_penalty == "full":
-                penalties = losses.full_kl(logits, ref_logits)
-            else:
-                penalties = losses.kl_penalty(logprobs, ref_logprobs, self.config.kl_penalty)
-            parts.append((logprobs, values, ref_logprobs, penalties))
-        flat = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
-        logprobs, values, ref_logprobs, penalties = (tokens.to_grid(tensor) for tensor in flat)
-        return logprobs, values, ref_logprobs, penalties
-
-    def _optimise(self, experience: Experience) -> dict[str, Tensor]:
-        """All epochs; the mini-batches' statistics, stacked."""
-        collected: list[dict[str, Tensor]] = []
-        with self._dropout_off():
-            for _ in range(self.config.ppo_epochs):
-                order = torch.from_numpy(self._shuffle.permutation(len(experience.tokens)))
-                for indices in order.split(self.config.backward_batch_size):
-                    collected += self._optimizer_step(experience, indices)
-                if self.config.early_stopping and self._moved_too_far(collected[-1]):
-                    break
-        keys = collected[0].keys()
-        join: dict[str, Callable] = {"policy/ratio": torch.cat, "policy/advantages": torch.cat}
-        return {key: join.get(key, torch.stack)([s[key] for s in collected]) for key in keys}
-
-    def _optimizer_step(self, experience: Experience, indices: Tensor) -> list[dict[str, Tensor]]:
-        """Accumulate over the mini-batches of `indices`, then move the weights once.
-
-        A mini-batch whose mean ratio exceeds `ratio_threshold` cancels the step.
-        """
-        collected: list[dict[str, Tensor]] = []
-        parts = indices.split(self.config.mini_batch_size)
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            # accelerate's own accumulation would step early at the end of the dataloader.
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, stats, mean_ratio = self._minibatch_loss(experience, part)
-                collected.append(stats)
-                if self._skips(mean_ratio):
-                    for key in ("loss/policy", "loss/value", "loss/total"):
-                        stats[key] = torch.zeros_like(stats[key])
-                    self.optimizer.zero_grad()
-                    return collected
-                self.accelerator.backward(loss / len(parts))
-        if self.config.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return collected
-
-    def _minibatch_loss(
-        self, experience: Experience, indices: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Total loss, statistics and mean ratio of the samples at `indices`."""
-        tokens = experience.tokens.select(indices)
-        mask, width = tokens.mask, tokens.mask.shape[1]
-        old_logprobs, old_values, advantages, returns = (
-            grid[indices, :width]
-            for grid in (
-                experience.logprobs,
-                experience.values,
-                experience.advantages,
-                experience.returns,
-            )
-        )
-        logits, flat_values = self._forward(self.model, tokens)
-        logprobs = tokens.to_grid(losses.token_logprobs(logits, tokens.flat_targets))
-        values = tokens.to_grid(flat_values)
-        log_ratio = logprobs - old_logprobs
-        ratio = log_ratio.exp()
-
-        policy = losses.policy_loss(ratio, advantages, mask, self.config.cliprange)
-        value = losses.value_loss(values, old_values, returns, mask, self.config.cliprange_value)
-        loss = policy.loss + self.config.vf_coef * value.loss
-        with torch.no_grad():
-            stats = {
-                "loss/policy": policy.loss.detach(),
-                "loss/value": value.loss.detach(),
-                "loss/total": loss.detach(),
-                "policy/clipfrac": policy.clipfrac,
-                "val/clipfrac": value.clipfrac,
-                "policy/advantages": advantages[mask],
-                "policy/ratio": ratio.detach()[mask],
-                **minibatch_statistics(
-                    ratio=ratio.detach(),
-                    log_ratio=log_ratio.detach(),
-                    advantages=advantages,
-                    returns=returns,
-                    old_values=old_values,
-                    values=values.detach(),
-                    mask=mask,
-                    token_entropy=losses.entropy(logits.detach()),
-                ),
-            }
-        return loss, stats, adv.masked_mean(ratio.detach(), mask)
-
-    def _forward(self, model: Any, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Logits (N, V) and values (N,) where response tokens are predicted, float32."""
-        positions = tokens.flat_sources
-        if isinstance(self.accelerator.unwrap_model(model), AutoModelForCausalLMWithValueHead):
-            logits, _, values = model(
-                input_ids=tokens.input_ids,
-                attention_mask=tokens.attention_mask,
-                positions=positions,
-            )
-            return logits, values.float()
-        logits = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).logits
-        logits = logits.flatten(0, 1)[positions].float()
-        return logits, logits.new_zeros(len(positions))
-
-    def _moved_too_far(self, stats: Mapping[str, Tensor]) -> bool:
-        policykl = self.accelerator.reduce(stats["policy/policykl"], "mean")
-        return bool(policykl > 1.5 * self.config.target_kl)
-
-    def _skips(self, mean_ratio: Tensor) -> bool:
-        ratio = float(self.accelerator.reduce(mean_ratio, "mean"))
-        if ratio <= self.config.ratio_threshold:
-            return False
-        warnings.warn(
-            f"the mean ratio of a mini-batch ({ratio:.2f}) exceeds ratio_threshold "
-            f"({self.config.ratio_threshold:g}): its optimizer step is skipped. A lower "
-            "learning_rate or fewer ppo_epochs keep the policy closer",
-            stacklevel=2,
-        )
-        return True
-
-    # ------------------------------------------------------------------ scores and statistics
-
-    def _checked_scores(
-        self, queries: Any, responses: Any, scores: Any, response_masks: Any
-    ) -> Tensor:
-        """Scores as a (B,) tensor, once everything has the right form."""
-        lists = {"queries": queries, "responses": responses, "scores": scores}
-        if response_masks is not None:
-            lists["response_masks"] = response_masks
-        for name, items in lists.items():
-            if not isinstance(items, list):
-                raise ValueError(f"{name} must be a list of tensors - got {type(items)}")
-            if len(items) != self.config.batch_size:
-                raise ValueError(
-                    f"Batch size ({self.config.batch_size}) does not match number of examples - "
-                    f"but got {len(items)} for: {name}"
-                )
-            for item in items:
-                if not isinstance(item, Tensor):
-                    raise ValueError(f"Elements in {name} must be tensors - got {type(item)}")
-                if item.dim() > 1:
-                    raise ValueError(f"{name} must be 1-dimensional - got shape {tuple(item.shape)}")
-        for i, score in enumerate(scores):
-            if score.numel() != 1 or not bool(score.isfinite().all()):
-                raise ValueError(f"scores[{i}] must be one finite number - got {score.tolist()}")
-        return torch.stack([s.detach().reshape(()).float() for s in scores]).to(
-            self.accelerator.device
-        )
 
     def _scaled(self, scores: Tensor) -> Tensor:
         if self.config.use_score_scaling:
@@ -466,36 +276,14 @@ class PPOTrainer:
             scores = scores.clamp(-self.config.score_clip, self.config.score_clip)
         return scores
 
-    def _statistics(
-        self, experience: Experience, scores: Tensor, updates: dict[str, Tensor]
-    ) -> dict[str, Any]:
-        tokens, mask = experience.tokens, experience.tokens.mask
-        kl = experience.penalties.sum(dim=1)
-        stats: dict[str, Any] = {
-            "objective/kl": kl.mean(),
-            "objective/kl_dist": kl,
-            "objective/logprobs": tokens.to_rows(experience.logprobs),
-            "objective/ref_logprobs": tokens.to_rows(experience.ref_logprobs),
-            "objective/kl_coef": self.kl_ctl.value,
-            "objective/entropy": -experience.logprobs.sum(dim=1).mean(),
-            "ppo/mean_non_score_reward": adv.masked_mean(experience.non_score_reward, mask),
-            "ppo/mean_scores": scores.mean(),
-            "ppo/std_scores": scores.std() if len(scores) > 1 else torch.zeros(()),
-        }
-        for key, value in updates.items():
-            is_array = key in ("policy/ratio", "policy/advantages")
-            stats[f"ppo/{key}"] = value if is_array else value.mean()
-        error, variance = stats["ppo/val/error"], stats["ppo/returns/var"]
-        stats["ppo/val/var_explained"] = torch.where(variance > 0, 1 - error / variance, 0.0)
+    def _numbers(self, stats: dict[str, Any]) -> dict[str, Any]:
+        """Statistics as floats and arrays; in a distributed run scalars are the processes' mean."""
         if self.is_distributed:
-            stats = {
-                key: self.accelerator.reduce(value.to(self.accelerator.device), "mean")
-                if isinstance(value, Tensor) and value.dim() == 0
-                else value
-                for key, value in stats.items()
-            }
-        stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+            for key, value in stats.items():
+                if isinstance(value, Tensor) and value.dim() == 0:
+                    stats[key] = self.accelerator.reduce(value.to(self.accelerator.device), "mean")
         numbers = to_numbers(stats)
+        numbers["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         if numbers["objective/kl"] < -1.0:
             warnings.warn(
                 f"KL is negative ({numbers['objective/kl']:.2f} per sequence): the responses are "
@@ -536,7 +324,9 @@ class PPOTrainer:
 
             if missing := [column for column in columns if column not in batch]:
                 raise ValueError(f"columns {missing} to log are not in the batch: {list(batch)}")
-            rows = [list(r) for r in zip(*(batch[c] for c in columns), scores.tolist(), strict=True)]
+            rows = [
+                list(r) for r in zip(*(batch[c] for c in columns), scores.tolist(), strict=True)
+            ]
             logs["game_log"] = wandb.Table(columns=[*columns, "reward"], rows=rows)
         else:
             logs = {key: value for key, value in logs.items() if np.size(value) == 1}
@@ -637,25 +427,11 @@ class PPOTrainer:
         self, model: AutoModelForCausalLMWithValueHead, given: Any, num_shared_layers: int | None
     ) -> Any:
         if given is not None:
-            _require("ref_model", given, (AutoModelForCausalLMWithValueHead, PreTrainedModel))
+            require("ref_model", given, (AutoModelForCausalLMWithValueHead, PreTrainedModel))
             if num_shared_layers is not None:
                 warnings.warn("num_shared_layers is ignored: ref_model was passed", stacklevel=3)
             return given
         return None if self.is_peft_model else create_reference_model(model, num_shared_layers)
-
-    def _prepare_reference(self, reference: Any) -> Any:
-        if reference is None:
-            return None
-        kind = self.accelerator.distributed_type
-        if kind == DistributedType.DEEPSPEED:
-            from trl.models import prepare_deepspeed
-
-            return prepare_deepspeed(reference, self.accelerator)
-        if kind == DistributedType.FSDP:
-            from trl.models import prepare_fsdp
-
-            return prepare_fsdp(reference, self.accelerator)
-        return self.accelerator.prepare_model(reference, evaluation_mode=True).eval()
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """For a peft policy: be the reference inside the block."""
@@ -674,83 +450,24 @@ class PPOTrainer:
         with unwrap_model_for_generation(model, self.accelerator) as unwrapped:
             yield unwrapped
 
-    @contextmanager
-    def _dropout_off(self) -> Iterator[None]:
-        """No dropout during updates, as the ratio compares with probabilities taken without it.
-
-        Eval mode does that. Gradient checkpointing only works in training mode, so there the
-        dropout probabilities are set to zero instead.
-        """
-        modes = [(module, module.training) for module in self.model.modules()]
-        dropouts: list[tuple[Any, str, float]] = []
-        if self.config.gradient_checkpointing:
-            self.model.train()
-            for module in self.model.modules():
-                names = ["p"] if isinstance(module, torch.nn.Dropout) else [
-                    name
-                    for name, value in vars(module).items()
-                    if "drop" in name and isinstance(value, float)
-                ]
-                for name in names:
-                    dropouts.append((module, name, getattr(module, name)))
-                    setattr(module, name, 0.0)
-        else:
-            self.model.eval()
-        try:
-            yield
-        finally:
-            for module, name, value in dropouts:
-                setattr(module, name, value)
-            for module, mode in modes:
-                module.training = mode
-
 
 class _Stopwatch:
-    """Seconds since the last mark, under `time/ppo/NAME`."""
+    """Seconds of each part of a step, under `time/ppo/NAME`, and of all of it."""
 
     def __init__(self) -> None:
         self.times: dict[str, float] = {}
-        self.start()
+        self._started = self._mark = time.perf_counter()
 
-    def start(self) -> None:
-        self._mark = time.perf_counter()
-
-    def stop(self, name: str) -> None:
+    def lap(self, name: str) -> None:
+        """End a part."""
         now = time.perf_counter()
         self.times[f"time/ppo/{name}"] = now - self._mark
         self._mark = now
 
-
-def _require(name: str, value: Any, types: Any) -> None:
-    if not isinstance(value, types):
-        wanted = " or ".join(t.__name__ for t in (types if isinstance(types, tuple) else (types,)))
-        raise ValueError(f"{name} must be a {wanted}, got {type(value).__name__}")
-
-
-def _accelerator(config: PPOConfig) -> Accelerator:
-    if config.log_with is not None and find_spec(config.log_with) is None:
-        raise ImportError(f"log_with='{config.log_with}' needs: pip install {config.log_with}")
-    accelerator = Accelerator(
-        log_with=config.log_with,
-        project_config=ProjectConfiguration(**config.project_kwargs),
-        **config.accelerator_kwargs,
-    )
-    if config.log_with is not None:
-        settings: dict[str, Any] = {k: v for k, v in config.to_dict().items() if v is not None}
-        if config.log_with == "wandb":
-            settings = {"trl_ppo_trainer_config": settings}
-        accelerator.init_trackers(
-            config.tracker_project_name, config=settings, init_kwargs=config.tracker_kwargs
-        )
-    return accelerator
-
-
-def _record_surroundings(config: PPOConfig, accelerator: Accelerator, is_peft: bool) -> None:
-    config.world_size = accelerator.num_processes
-    config.global_batch_size = config.batch_size * config.world_size
-    config.global_backward_batch_size = config.backward_batch_size * config.world_size
-    config.is_encoder_decoder = False
-    config.is_peft_model = is_peft
+    @property
+    def total(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self._started
 
 
 def _new_token_limits(

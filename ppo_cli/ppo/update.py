@@ -1,0 +1,179 @@
+"""The optimisation phase of a step: epochs over the batch in mini-batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ppo_cli.ppo import losses
+from ppo_cli.ppo.advantages import masked_mean
+from ppo_cli.ppo.config import PPOSettings
+from ppo_cli.ppo.experience import Experience, token_forward
+from ppo_cli.ppo.statistics import minibatch_statistics
+
+ARRAYS = ("policy/ratio", "policy/advantages")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the optimisation phase works with.
+
+    Attributes:
+        policy: the model with a value head, as `accelerator` prepared it.
+        optimizer: likewise.
+        accelerator: scales, synchronises and clips gradients.
+        shuffle: draws the order of samples in each epoch.
+        config: the settings.
+    """
+
+    policy: Any
+    optimizer: Any
+    accelerator: Accelerator
+    shuffle: np.random.RandomState
+    config: PPOSettings
+
+    def run(self, experience: Experience) -> dict[str, Tensor]:
+        """All epochs over the batch.
+
+        Returns:
+            Statistics of the mini-batches in training order, stacked; those named in `ARRAYS`
+            joined, one number a token that counts.
+        """
+        collected: list[dict[str, Tensor]] = []
+        with dropout_off(self.policy, keep_training_mode=self.config.gradient_checkpointing):
+            for _ in range(self.config.ppo_epochs):
+                order = torch.from_numpy(self.shuffle.permutation(len(experience.tokens)))
+                for indices in order.split(self.config.backward_batch_size):
+                    collected += self._optimizer_step(experience, indices)
+                if self.config.early_stopping and self._moved_too_far(collected[-1]):
+                    break
+        join: dict[str, Callable] = dict.fromkeys(ARRAYS, torch.cat)
+        keys = collected[0].keys()
+        return {key: join.get(key, torch.stack)([s[key] for s in collected]) for key in keys}
+
+    def _optimizer_step(self, experience: Experience, indices: Tensor) -> list[dict[str, Tensor]]:
+        """Accumulate over the mini-batches of `indices`, then move the weights once.
+
+        A mini-batch whose mean ratio exceeds `ratio_threshold` cancels the step.
+        """
+        collected: list[dict[str, Tensor]] = []
+        parts = indices.split(self.config.mini_batch_size)
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            # accelerate's own accumulation would step early at the end of the dataloader.
+            with nullcontext() if last else self.accelerator.no_sync(self.policy):
+                loss, stats, mean_ratio = self._minibatch(experience, part)
+                collected.append(stats)
+                if self._skips(mean_ratio):
+                    for key in ("loss/policy", "loss/value", "loss/total"):
+                        stats[key] = torch.zeros_like(stats[key])
+                    self.optimizer.zero_grad()
+                    return collected
+                self.accelerator.backward(loss / len(parts))
+        if self.config.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return collected
+
+    def _minibatch(
+        self, experience: Experience, indices: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Total loss, statistics and mean ratio of the samples at `indices`."""
+        tokens = experience.tokens.select(indices)
+        mask, width = tokens.mask, tokens.mask.shape[1]
+        old_logprobs, old_values, advantages, returns = (
+            grid[indices, :width]
+            for grid in (
+                experience.logprobs,
+                experience.values,
+                experience.advantages,
+                experience.returns,
+            )
+        )
+        logits, flat_values = token_forward(self.policy, tokens)
+        logprobs = tokens.to_grid(losses.token_logprobs(logits, tokens.flat_targets))
+        values = tokens.to_grid(flat_values)
+        log_ratio = logprobs - old_logprobs
+        ratio = log_ratio.exp()
+
+        policy = losses.policy_loss(ratio, advantages, mask, self.config.cliprange)
+        value = losses.value_loss(values, old_values, returns, mask, self.config.cliprange_value)
+        loss = policy.loss + self.config.vf_coef * value.loss
+        with torch.no_grad():
+            stats = {
+                "loss/policy": policy.loss.detach(),
+                "loss/value": value.loss.detach(),
+                "loss/total": loss.detach(),
+                "policy/clipfrac": policy.clipfrac,
+                "val/clipfrac": value.clipfrac,
+                "policy/advantages": advantages[mask],
+                "policy/ratio": ratio.detach()[mask],
+                **minibatch_statistics(
+                    log_ratio=log_ratio.detach(),
+                    advantages=advantages,
+                    returns=returns,
+                    old_values=old_values,
+                    values=values.detach(),
+                    mask=mask,
+                    token_entropy=losses.entropy(logits.detach()),
+                ),
+            }
+        return loss, stats, masked_mean(ratio.detach(), mask)
+
+    def _moved_too_far(self, stats: Mapping[str, Tensor]) -> bool:
+        policykl = self.accelerator.reduce(stats["policy/policykl"], "mean")
+        return bool(policykl > 1.5 * self.config.target_kl)
+
+    def _skips(self, mean_ratio: Tensor) -> bool:
+        ratio = float(self.accelerator.reduce(mean_ratio, "mean"))
+        if ratio <= self.config.ratio_threshold:
+            return False
+        warnings.warn(
+            f"the mean ratio of a mini-batch ({ratio:.2f}) exceeds ratio_threshold "
+            f"({self.config.ratio_threshold:g}): its optimizer step is skipped. A lower "
+            "learning_rate or fewer ppo_epochs keep the policy closer",
+            stacklevel=2,
+        )
+        return True
+
+
+@contextmanager
+def dropout_off(model: torch.nn.Module, *, keep_training_mode: bool) -> Iterator[None]:
+    """No dropout inside the block: ratios compare with probabilities that were taken without it.
+
+    Eval mode does that. Gradient checkpointing works in training mode alone; with
+    `keep_training_mode` the dropout probabilities are set to zero instead. Modes and
+    probabilities are as before afterwards.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    dropouts = _dropout_probabilities(model) if keep_training_mode else []
+    model.train(keep_training_mode)
+    for module, name, _ in dropouts:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in dropouts:
+            setattr(module, name, value)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _dropout_probabilities(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, float]]:
+    """Module, attribute and value of every dropout probability, functional ones included."""
+    found = []
+    for module in model.modules():
+        is_dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or (is_dropout and name == "p")):
+                found.append((module, name, value))
+    return found
