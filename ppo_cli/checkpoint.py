@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ppo_cli.errors import UsageError
+from ppo_cli.files import settle, sync
 
 STATE_FILE = "state.json"
 TENSORS_FILE = "tensors.safetensors"
@@ -43,11 +43,10 @@ def save_checkpoint(
     save_file(_trainable(model), unfinished / WEIGHTS_FILE)
     save_file(tensors, unfinished / TENSORS_FILE)
     (unfinished / STATE_FILE).write_text(json.dumps(tree), encoding="utf-8")
-    for file in unfinished.iterdir():
-        _sync(file)
+    settle(unfinished)
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)
-    _sync(folder)
+    sync(folder)
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -116,11 +115,3 @@ def _from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_from_json(item, tensors) for item in value]
     return value
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,8 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ppo_cli.errors import UsageError
-from ppo_cli.evaluation import Interval, bootstrap_interval, mean_probability, mean_score
-from ppo_cli.generation import Generated, Request, generate, load_judge
+from ppo_cli.evaluation import (
+    Generated,
+    Interval,
+    bootstrap_interval,
+    mean_probability,
+    mean_score,
+)
+from ppo_cli.generation import Request, generate, load_judge
 from ppo_cli.loading import load_tokenizer
 from ppo_cli.prompts import EMBEDDED, load_prompts
 

@@ -12,12 +12,14 @@ import torch
 
 from ppo_cli.config import PolicyConfig, RewardConfig, RunConfig
 from ppo_cli.errors import DataError, UsageError
-from ppo_cli.evaluation import Sample, draw_samples
+from ppo_cli.evaluation import Generated
 from ppo_cli.loading import load_policy, load_reward, load_tokenizer
 from ppo_cli.prompts import read_texts
 from ppo_cli.reward import SentimentReward
 from ppo_cli.run_directory import RunDirectory
 from ppo_cli.runtime import resolve_device
+from ppo_cli.sampling import draw_samples
+from ppo_cli.text import shortened
 
 REFERENCE = "reference"
 DEFAULT_NEW_TOKENS = 30
@@ -40,14 +42,6 @@ class Request:
     reward: RewardConfig | None
     run: RunConfig | None
     device: torch.device
-
-
-@dataclass(frozen=True)
-class Generated:
-    """All samples of one model, prompt by prompt."""
-
-    model: str
-    samples: list[Sample]
 
 
 def resolve(
@@ -151,8 +145,8 @@ def generate(
             raise DataError(f"prompt {text!r} has no tokens for {source.name}")
         if context is not None and len(tokens) + max_new_tokens > context:
             raise DataError(
-                f"prompt '{text[:40]}…' has {len(tokens)} tokens; with {max_new_tokens} new ones it "
-                f"exceeds the context of {source.name} ({context}): shorten it, or lower "
+                f"prompt '{shortened(text, 40)}' has {len(tokens)} tokens; with {max_new_tokens} new "
+                f"ones it exceeds the context of {source.name} ({context}): shorten it, or lower "
                 "--max-new-tokens"
             )
         ids.append(torch.tensor(tokens))

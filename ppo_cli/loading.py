@@ -86,5 +86,5 @@ def _adapter(config: PolicyConfig) -> Any:
         ) from error
 
 
-def _revision(revision: str | None) -> dict[str, str]:
+def _revision(revision: str | None) -> dict[str, Any]:
     return {} if revision is None else {"revision": revision}

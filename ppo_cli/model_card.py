@@ -66,6 +66,7 @@ def run_card(summary: Any, config: Any) -> str:
         f"| {markdown_text(sample.query)} | {markdown_text(sample.response)} | {sample.score:.2f} |"
         for sample in summary.after_samples[:5]
     )
+    ppo = f"{summary.steps} steps of {config.ppo.batch_size}"
     return (
         HEADER.format(base=f"base_model: {base}\n" if is_hub_id else "")
         + f"""
@@ -79,7 +80,7 @@ A language model tuned with Proximal Policy Optimization towards the sentiment
 | policy | `{base}` |
 | classifier | `{config.reward.model}`, label `{summary.label}`, {config.reward.output} |
 | prompts | `{config.prompts.source}` |
-| PPO | {summary.steps} steps of {config.ppo.batch_size}, learning rate {config.ppo.learning_rate:g} |
+| PPO | {ppo}, learning rate {config.ppo.learning_rate:g} |
 | seed | {config.run.seed} |
 
 On {len(summary.after_samples)} held-out prompts, with the same random numbers:

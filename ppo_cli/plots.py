@@ -92,7 +92,7 @@ def plot_training(
     figure.savefig(output)
 
 
-def moving_average(values: Sequence[float], window: int) -> np.ndarray:
+def moving_average(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
     """Mean of the last `window` values at each place, of fewer at the start."""
     sums = np.cumsum(np.insert(np.asarray(values, dtype=np.float64), 0, 0.0))
     ends = np.arange(1, len(values) + 1)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -176,15 +176,15 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are recomputed in the backward pass."""
-        return bool(self._base_model.is_gradient_checkpointing)
+        return bool(_renamed(self._base_model, "is_{}_checkpointing"))
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
-        self._base_model.gradient_checkpointing_enable(*args, **kwargs)
+        _renamed(self._base_model, "{}_checkpointing_enable")(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        self._base_model.gradient_checkpointing_disable()
+        _renamed(self._base_model, "{}_checkpointing_disable")()
 
     def enable_input_require_grads(self) -> None:
         """Let gradients reach an adapter through frozen embeddings, for checkpointing."""
@@ -277,7 +277,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             state[f"v_head.{key}"] = value
         return state
 
-    def load_state_dict(  # type: ignore[override]
+    def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Take what `state_dict` returned."""
@@ -291,7 +291,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
     def merged(self) -> AutoModelForCausalLMWithValueHead:
         """A copy without an adapter: its weights are added to those it adapts."""
         twin = copy.deepcopy(self)
-        plain = AutoModelForCausalLMWithValueHead(twin.pretrained_model.merge_and_unload())
+        adapted = cast(Any, twin.pretrained_model)
+        plain = AutoModelForCausalLMWithValueHead(adapted.merge_and_unload())
         plain.v_head = twin.v_head
         return plain
 
@@ -406,8 +407,8 @@ def _refuse_if_not_causal(config: Any, class_name: str) -> None:
     encoder_decoder = getattr(config, "is_encoder_decoder", False)
     if encoder_decoder or (named and not any(name in known for name in named)):
         raise UsageError(
-            f"{named[0] if named else config.model_type} is not a causal language model: choose one "
-            "whose architecture ends in ForCausalLM or LMHeadModel, such as gpt2"
+            f"{named[0] if named else config.model_type} is not a causal language model: choose "
+            "one whose architecture ends in ForCausalLM or LMHeadModel, such as gpt2"
         )
 
 
@@ -436,8 +437,14 @@ def _quiet_about_value_heads() -> Iterator[None]:
         PreTrainedModel._keys_to_ignore_on_load_unexpected = before
 
 
+def _renamed(model: Any, name: str) -> Any:
+    """An attribute that later releases of transformers 5 call by another name."""
+    new = name.format("activation")
+    return getattr(model, new) if hasattr(model, new) else getattr(model, name.format("gradient"))
+
+
 def _find_value_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:
-    """The value head's tensors saved with a model, by our file or TRL's; empty if there are none."""
+    """The value head's tensors, from our file or among the weights as TRL put them; or none."""
 
     def locate(file: str) -> str | None:
         return cached_file(

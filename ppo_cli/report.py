@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ppo_cli.comparison import Comparison
-from ppo_cli.evaluation import Sample, mean_probability, mean_score
-from ppo_cli.generation import Generated
+from ppo_cli.evaluation import Generated, Sample, mean_probability, mean_score
 from ppo_cli.text import escape_controls, markdown_text
-from ppo_cli.training import TrainingSummary
+
+if TYPE_CHECKING:
+    from ppo_cli.comparison import Comparison
+    from ppo_cli.training import TrainingSummary
 
 TABLE_ROWS = 10
 
@@ -46,6 +49,22 @@ def sample_line(sample: Sample) -> Text:
     line.append(escape_controls(sample.query), style="default")
     line.append(escape_controls(sample.response), style="bold")
     return line
+
+
+def statistics_tables(
+    groups: Mapping[str, Sequence[tuple[str, float, str]]], title: str
+) -> list[RenderableType]:
+    """A table a heading: key, value and meaning of each statistic."""
+    parts: list[RenderableType] = [Text(title, style="italic"), Text("")]
+    for heading, entries in groups.items():
+        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True, min_width=28)
+        table.add_column(justify="right", no_wrap=True, min_width=10)
+        table.add_column(style="dim")
+        for key, value, meaning in entries:
+            table.add_row(Text(key), f"{value:.5g}", Text(meaning))
+        parts += [Text(heading, style="bold"), table, Text("")]
+    return parts
 
 
 def generation_table(models: Sequence[Generated], scored: bool) -> Table:
@@ -180,16 +199,19 @@ def comparison_html(comparison: Comparison) -> str:
 <html lang="en"><head><meta charset="utf-8"><title>ppo-cli compare</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem;
+  padding: 0 1rem; }}
 table {{ border-collapse: collapse; margin: 1rem 0; }}
-th, td {{ border-bottom: 1px solid #ccc; padding: .4rem .8rem; text-align: left; vertical-align: top; }}
+th, td {{ border-bottom: 1px solid #ccc; padding: .4rem .8rem; text-align: left;
+  vertical-align: top; }}
 .n {{ text-align: right; font-variant-numeric: tabular-nums; }}
 b {{ color: #0072B2; }}
 </style></head><body>
 <h1>Score of “{label}”</h1>
 <p>Classifier {html.escape(comparison.classifier)}, {len(comparison.queries)} prompts, seed
 {comparison.seed}. Every model had the same prompts and random numbers.</p>
-<table><tr><th>model</th><th class=n>mean score</th><th class=n>mean P({label})</th></tr>{means}</table>
+<table><tr><th>model</th><th class=n>mean score</th><th class=n>mean P({label})</th></tr>
+{means}</table>
 <table><tr><th>paired difference in score</th><th class=n>mean</th><th class=n>95 % interval</th>
 <th class=n>wins</th></tr>{paired}</table>
 <table><tr><th>query</th>{heads}</tr>{rows}</table>

@@ -150,8 +150,8 @@ class SentimentReward:
         gap = (logits[:n].mean() - logits[n:].mean()).item()
         share = [probabilities[:n].mean().item(), probabilities[n:].mean().item()]
         seen = (
-            f"{self.name} gives label '{self.label}' a mean probability of {share[0]:.2f} on clearly "
-            f"positive and {share[1]:.2f} on clearly negative sentences"
+            f"{self.name} gives label '{self.label}' a mean probability of {share[0]:.2f} on "
+            f"clearly positive and {share[1]:.2f} on clearly negative sentences"
         )
         if abs(gap) < 0.2:
             raise UsageError(

@@ -152,7 +152,7 @@ class _RowLimits(StoppingCriteria):
     def __init__(self, limits: Tensor) -> None:
         self.limits = limits
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return input_ids.shape[1] >= self.limits
 
 

@@ -17,6 +17,7 @@ import yaml
 from ppo_cli.config import RunConfig
 from ppo_cli.config_source import validate
 from ppo_cli.errors import UsageError, did_you_mean
+from ppo_cli.files import write_text
 
 CONFIG_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -106,7 +107,7 @@ class RunDirectory:
             "config": config.model_dump(mode="json"),
         }
         text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
-        (self.path / CONFIG_FILE).write_text(text, encoding="utf-8")
+        write_text(self.path / CONFIG_FILE, text)
 
     def config(self) -> RunConfig:
         """The configuration that the run was made with."""
@@ -151,12 +152,8 @@ class RunDirectory:
             if not path.exists():
                 continue
             kept = [line for line in _json_lines(path) if line["step"] <= step]
-            new = path.with_suffix(".tmp")
-            new.write_text(
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept),
-                encoding="utf-8",
-            )
-            new.replace(path)
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+            write_text(path, text)
 
     def metrics(self) -> list[dict[str, Any]]:
         """A dictionary a step, oldest first.

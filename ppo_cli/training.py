@@ -16,7 +16,8 @@ import torch
 from ppo_cli.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ppo_cli.config import RunConfig
 from ppo_cli.errors import DataError, NumericalError
-from ppo_cli.evaluation import Sample, draw_samples, mean_probability, mean_score
+from ppo_cli.evaluation import Sample, mean_probability, mean_score
+from ppo_cli.files import settle, write_text
 from ppo_cli.loading import load_policy, load_reward, load_tokenizer
 from ppo_cli.model_card import run_card
 from ppo_cli.plots import plot_training
@@ -26,6 +27,7 @@ from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.prompts import LengthSampler, Prompt, collate, load_prompts
 from ppo_cli.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory
 from ppo_cli.runtime import accelerator_settings, resolve_device, set_seed
+from ppo_cli.sampling import draw_samples
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,7 @@ class Training:
         self._save_model()
         if self.step:
             plot_training({self.directory.path.name: self.directory.metrics()}, self.directory.plot)
-        card = run_card(summary, self.config)
-        (self.directory.path / CARD_FILE).write_text(card, encoding="utf-8")
+        write_text(self.directory.path / CARD_FILE, run_card(summary, self.config))
         return summary
 
     def save_checkpoint(self) -> Path:
@@ -338,6 +339,7 @@ class Training:
             policy = policy.merged()
         policy.save_pretrained(unfinished)
         self.tokenizer.save_pretrained(unfinished)
+        settle(unfinished)
         for file in unfinished.iterdir():
             file.replace(self.directory.path / file.name)
         unfinished.rmdir()

@@ -115,7 +115,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         }.get(error.errno, "")
         return f"{place}{error.strerror}{remedy}", 1
     return (
-        f"unexpected {type(error).__name__}: {first} (PPO_CLI_DEBUG=1 shows where; please report it)",
+        f"unexpected {type(error).__name__}: {first} "
+        "(PPO_CLI_DEBUG=1 shows where; please report it)",
         1,
     )
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from ppo_cli.errors import UsageError
+from ppo_cli.files import write_text
 
 
 def is_plain() -> bool:
@@ -44,11 +46,8 @@ def write_result(text: str, output: str | None) -> None:
     if output is None:
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
         return
-    path = Path(output)
     check_output(output)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_text(Path(output), text if text.endswith("\n") else text + "\n")
     note(f"wrote {output}")
 
 
@@ -65,17 +64,23 @@ def check_output(output: str | None) -> None:
         raise UsageError(f"{output}: the folder {path.parent} cannot be written to")
 
 
-def print_tables(tables: list[Any], output: str | None) -> None:
+def print_tables(tables: Sequence[RenderableType], output: str | None = None) -> None:
     """Tables to standard output, or as plain text to a file."""
-    if output is None:
-        out = console(stderr=False)
+    target = console(stderr=False)
+    if output is None and target.is_terminal:
         for table in tables:
-            out.print(table)
+            target.print(table)
         return
-    import io
-
     buffer = io.StringIO()
-    plain = Console(file=buffer, width=100, force_terminal=False, color_system=None, markup=False)
+    plain = Console(
+        file=buffer,
+        width=target.width,
+        color_system=None,
+        highlight=False,
+        emoji=False,
+        markup=False,
+    )
     for table in tables:
         plain.print(table)
-    write_result("\n".join(line.rstrip() for line in buffer.getvalue().splitlines()), output)
+    lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
+    write_result("\n".join(lines).strip("\n"), output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -14,7 +14,9 @@ from rich.text import Text
 from ppo_cli.cli.console import console, is_plain
 from ppo_cli.report import sample_lines
 from ppo_cli.text import shortened
-from ppo_cli.training import StepReport
+
+if TYPE_CHECKING:
+    from ppo_cli.training import StepReport
 
 PLAIN_LINES = 20
 SHOWN_SAMPLES = 2

@@ -25,7 +25,7 @@ def stats(
     """Show what a PPO step returned."""
     import json
 
-    from ppo_cli.cli.console import console, write_result
+    from ppo_cli.cli.console import print_tables, write_result
     from ppo_cli.errors import UsageError
     from ppo_cli.ppo.statistics import grouped
     from ppo_cli.run_directory import RunDirectory
@@ -47,21 +47,6 @@ def stats(
         values = {key: value for entries in groups.values() for key, value, _ in entries}
         write_result(json.dumps({"step": number, **values}, indent=2), None)
         return
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+    from ppo_cli.report import statistics_tables
 
-    table = Table(
-        title=Text(f"{run}, step {number}", style="italic"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column("statistic", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("meaning", style="dim")
-    for title, entries in groups.items():
-        table.add_row(Text(title, style="bold"), "", "")
-        for n, (key, value, meaning) in enumerate(entries):
-            table.add_row(f"  {key}", f"{value:.5g}", meaning, end_section=n == len(entries) - 1)
-    console(stderr=False).print(table)
+    print_tables(statistics_tables(groups, f"{run}, step {number}"))

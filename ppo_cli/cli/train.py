@@ -53,7 +53,7 @@ def train(
     """Tune a language model with PPO towards a sentiment."""
     import json
 
-    from ppo_cli.cli.console import console, note, write_result
+    from ppo_cli.cli.console import note, print_tables, write_result
     from ppo_cli.config_source import load_config
     from ppo_cli.errors import UsageError
 
@@ -109,7 +109,7 @@ def train(
             json.dumps({**summary.as_dict(), "interrupted": stop.signal is not None}), None
         )
     else:
-        console(stderr=False).print(summary_table(summary))
+        print_tables([summary_table(summary)])
     run = summary.run
     if stop.signal is not None:
         note(

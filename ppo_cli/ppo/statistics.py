@@ -10,13 +10,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from ppo_cli.ppo.advantages import masked_mean, masked_var
-from ppo_cli.ppo.experience import Experience
-
 
 class Statistic(NamedTuple):
     """One key of the statistics: its meaning, and whether it concerns the optimised objective."""
@@ -70,89 +63,16 @@ STATISTICS: dict[str, Statistic] = {
 }
 
 
-def minibatch_statistics(
-    *,
-    log_ratio: Tensor,
-    advantages: Tensor,
-    returns: Tensor,
-    old_values: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    token_entropy: Tensor,
-) -> dict[str, Tensor]:
-    """Scalars of one mini-batch that do not depend on the losses. All grids are (b, R).
-
-    `token_entropy` is (N,), one a counted token.
-    """
-    return {
-        "policy/entropy": token_entropy.mean()
-        if token_entropy.numel()
-        else log_ratio.new_zeros(()),
-        "policy/approxkl": 0.5 * masked_mean(log_ratio.square(), mask),
-        "policy/policykl": masked_mean(-log_ratio, mask),
-        "policy/advantages_mean": masked_mean(advantages, mask),
-        "returns/mean": masked_mean(returns, mask),
-        "returns/var": masked_var(returns, mask),
-        "val/vpred": masked_mean(values, mask),
-        "val/error": masked_mean((values - returns).square(), mask),
-        "val/mean": masked_mean(old_values, mask),
-        "val/var": masked_var(old_values, mask),
-    }
-
-
-def step_statistics(
-    experience: Experience, scores: Tensor, kl_coef: float, updates: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """All of a step's statistics but those of lengths and times, as tensors and floats.
-
-    Args:
-        experience: the batch before the update.
-        scores: (B,) scaled and clipped.
-        kl_coef: the coefficient that the step used.
-        updates: the mini-batches' statistics, as `Update.run` returns them.
-    """
-    tokens, mask = experience.tokens, experience.tokens.mask
-    kl = experience.penalties.sum(dim=1)
-    stats: dict[str, Any] = {
-        "objective/kl": kl.mean(),
-        "objective/kl_dist": kl,
-        "objective/logprobs": tokens.to_rows(experience.logprobs),
-        "objective/ref_logprobs": tokens.to_rows(experience.ref_logprobs),
-        "objective/kl_coef": kl_coef,
-        "objective/entropy": -experience.logprobs.sum(dim=1).mean(),
-        "ppo/mean_non_score_reward": masked_mean(experience.non_score_reward, mask),
-        "ppo/mean_scores": scores.mean(),
-        "ppo/std_scores": scores.std() if len(scores) > 1 else scores.new_zeros(()),
-    }
-    for key, value in updates.items():
-        name = f"ppo/{key}"
-        stats[name] = value if STATISTICS[name].is_array else value.mean()
-    error, variance = stats["ppo/val/error"], stats["ppo/returns/var"]
-    stats["ppo/val/var_explained"] = torch.where(variance > 0, 1 - error / variance, 0.0)
-    return stats
-
-
-def length_statistics(name: str, lengths: list[int]) -> dict[str, Any]:
-    """`tokens/NAME_len_mean`, `_len_std` and `_dist` of B lengths in tokens."""
-    dist = np.asarray(lengths, dtype=np.float32)
-    return {
-        f"tokens/{name}_len_mean": float(dist.mean()),
-        f"tokens/{name}_len_std": float(dist.std(ddof=1)) if len(dist) > 1 else 0.0,
-        f"tokens/{name}_dist": dist,
-    }
-
-
-def to_numbers(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors to floats where they hold one element and the key is no array, else to NumPy."""
-    numbers: dict[str, Any] = {}
-    for key, value in stats.items():
-        if isinstance(value, torch.Tensor):
-            value = value.detach().float().cpu().numpy()
-        is_array = key in STATISTICS and STATISTICS[key].is_array
-        if not is_array and np.size(value) == 1:
-            value = float(np.asarray(value).item())
-        numbers[key] = value
-    return numbers
+# What `ppo-cli train` adds to these in a run's metrics.
+RUN_STATISTICS: dict[str, Statistic] = {
+    "env/reward_mean": Statistic("mean score as the classifier gave it"),
+    "env/reward_std": Statistic("its standard deviation"),
+    "env/probability_mean": Statistic("mean probability of the wanted label"),
+    "time/sampling": Statistic("seconds: sampling the responses"),
+    "time/scoring": Statistic("seconds: the classifier"),
+    "time/step": Statistic("seconds: all of the step"),
+    "perf/tokens_per_second": Statistic("query and response tokens a second, all phases"),
+}
 
 
 def scalars(stats: Mapping[str, Any]) -> dict[str, float]:
@@ -168,6 +88,7 @@ GROUPS: dict[bool, dict[str, tuple[str, ...]]] = {
     },
     False: {
         "Reward and Value Function Estimation": (
+            "env/",
             "ppo/mean_",
             "ppo/std_",
             "ppo/returns/",
@@ -176,7 +97,6 @@ GROUPS: dict[bool, dict[str, tuple[str, ...]]] = {
         "Optimizer": ("ppo/learning_rate",),
         "Token Lengths": ("tokens/",),
         "Time Statistics": ("time/", "perf/"),
-        "Environment": ("env/",),
     },
 }
 
@@ -186,10 +106,11 @@ def grouped(
 ) -> dict[str, list[tuple[str, float, str]]]:
     """Scalar statistics under their headings: (key, value, meaning) of each."""
     numbers = scalars(stats)
+    known = STATISTICS | RUN_STATISTICS
     groups: dict[str, list[tuple[str, float, str]]] = {}
     for title, prefixes in GROUPS[related_to_objective].items():
         rows = [
-            (key, numbers[key], STATISTICS[key].meaning if key in STATISTICS else "")
+            (key, numbers[key], known[key].meaning if key in known else "")
             for key in sorted(numbers, key=_table_order)
             if key.startswith(prefixes)
         ]
@@ -222,5 +143,5 @@ def print_ppo_stats(
 
 
 def _table_order(key: str) -> tuple[int, str]:
-    order = list(STATISTICS)
-    return (order.index(key) if key in STATISTICS else len(order), key)
+    order = [*STATISTICS, *RUN_STATISTICS]
+    return (order.index(key) if key in order else len(order), key)

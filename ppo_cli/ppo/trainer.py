@@ -26,10 +26,10 @@ from ppo_cli.ppo import advantages as adv
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import make_experience, read_probabilities, token_rewards
 from ppo_cli.ppo.kl_controller import AdaptiveKLController, FixedKLController
+from ppo_cli.ppo.measurements import length_statistics, step_statistics, to_numbers
 from ppo_cli.ppo.packing import TokenBatch, checked_batch
 from ppo_cli.ppo.setup import make_accelerator, prepare_reference, record_surroundings, require
-from ppo_cli.ppo.statistics import length_statistics, step_statistics, to_numbers
-from ppo_cli.ppo.update import Update
+from ppo_cli.ppo.update import Update, dropout_off
 from ppo_cli.rollout import sample_responses
 from ppo_cli.runtime import RandomStream
 
@@ -212,27 +212,26 @@ class PPOTrainer:
         tokens, score_tensor = self._checked(queries, responses, scores, response_masks)
         score_tensor = self._scaled(score_tensor)
         self._push_if_best(score_tensor)
+        kl_coef, config = self.kl_ctl.value, self.config
 
-        probabilities = read_probabilities(
-            tokens,
-            policy=self.model,
-            reference=self.model if self.is_peft_model else self.ref_model,
-            as_reference=self.adapter_off,
-            config=self.config,
-        )
-        clock.lap("forward_pass")
-        rewards, non_score_reward = token_rewards(
-            tokens, probabilities, score_tensor, self.kl_ctl.value, self.config
-        )
-        clock.lap("compute_rewards")
-        experience = make_experience(tokens, probabilities, rewards, non_score_reward, self.config)
-        clock.lap("compute_advantages")
-        updates = Update(
-            self.model, self.optimizer, self.accelerator, self._shuffle, self.config
-        ).run(experience)
-        clock.lap("optimize_step")
+        with dropout_off(self.model, keep_training_mode=config.gradient_checkpointing):
+            probabilities = read_probabilities(
+                tokens,
+                policy=self.model,
+                reference=self.model if self.is_peft_model else self.ref_model,
+                as_reference=self.adapter_off,
+                config=config,
+            )
+            clock.lap("forward_pass")
+            rewards, non_score = token_rewards(tokens, probabilities, score_tensor, kl_coef, config)
+            clock.lap("compute_rewards")
+            experience = make_experience(tokens, probabilities, rewards, non_score, config)
+            clock.lap("compute_advantages")
+            update = Update(self.model, self.optimizer, self.accelerator, self._shuffle, config)
+            updates = update.run(experience)
+            clock.lap("optimize_step")
 
-        stats = self._numbers(step_statistics(experience, score_tensor, self.kl_ctl.value, updates))
+        stats = self._numbers(step_statistics(experience, score_tensor, kl_coef, updates))
         stats |= length_statistics("queries", [len(query) for query in queries])
         stats |= length_statistics("responses", [len(response) for response in responses])
         clock.lap("calc_stats")
@@ -270,8 +269,9 @@ class PPOTrainer:
             self.running.update(self.accelerator.gather(scores))
             if self.config.use_score_norm:
                 scores = scores - self.running.mean
-            if self.running.std > 0:
-                scores = scores / (self.running.std + torch.finfo(scores.dtype).eps)
+            eps = torch.finfo(scores.dtype).eps
+            if self.running.std > eps:  # equal scores have no scale
+                scores = scores / (self.running.std + eps)
         if self.config.score_clip is not None:
             scores = scores.clamp(-self.config.score_clip, self.config.score_clip)
         return scores

@@ -17,7 +17,7 @@ from ppo_cli.ppo import losses
 from ppo_cli.ppo.advantages import masked_mean
 from ppo_cli.ppo.config import PPOSettings
 from ppo_cli.ppo.experience import Experience, token_forward
-from ppo_cli.ppo.statistics import minibatch_statistics
+from ppo_cli.ppo.measurements import minibatch_statistics
 
 ARRAYS = ("policy/ratio", "policy/advantages")
 
@@ -48,13 +48,12 @@ class Update:
             joined, one number a token that counts.
         """
         collected: list[dict[str, Tensor]] = []
-        with dropout_off(self.policy, keep_training_mode=self.config.gradient_checkpointing):
-            for _ in range(self.config.ppo_epochs):
-                order = torch.from_numpy(self.shuffle.permutation(len(experience.tokens)))
-                for indices in order.split(self.config.backward_batch_size):
-                    collected += self._optimizer_step(experience, indices)
-                if self.config.early_stopping and self._moved_too_far(collected[-1]):
-                    break
+        for _ in range(self.config.ppo_epochs):
+            order = torch.from_numpy(self.shuffle.permutation(len(experience.tokens)))
+            for indices in order.split(self.config.backward_batch_size):
+                collected += self._optimizer_step(experience, indices)
+            if self.config.early_stopping and self._moved_too_far(collected[-1]):
+                break
         join: dict[str, Callable] = dict.fromkeys(ARRAYS, torch.cat)
         keys = collected[0].keys()
         return {key: join.get(key, torch.stack)([s[key] for s in collected]) for key in keys}

@@ -1,0 +1,52 @@
+# make demo   set up and run the main job on the embedded default
+# make test   set up and run the tests
+# make check  format, lint, types, tests: what a change has to pass
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check lint types format embedded bench install clean
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/ppo-cli train --sentiment positive --output demo/ppo-good --overwrite
+	$(BIN)/ppo-cli train --sentiment negative --output demo/ppo-bad --overwrite
+	$(BIN)/ppo-cli compare demo/ppo-good demo/ppo-bad
+	$(BIN)/ppo-cli plot demo/ppo-good demo/ppo-bad --output demo/training.png
+	$(BIN)/ppo-cli plot demo/ppo-good demo/ppo-bad --terminal --metric ppo/mean_scores
+
+test: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: lint types test
+
+# Rebuilds the embedded models from a seed and checks their quality.
+embedded: $(READY)
+	$(BIN)/python -m ppo_cli.embedded.build
+
+# make bench PEER=/path/to/python compares with TRL 0.11.4 installed there.
+bench: $(READY)
+	$(BIN)/python tests/benchmarks/run.py $(if $(PEER),--peer $(PEER))
+
+clean:
+	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,308 @@
+"""The command line as its users meet it: real processes, their streams and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+QUICK = [
+    "--set", "prompts.limit=64", "--set", "prompts.held_out=8", "--set", "ppo.batch_size=16",
+    "--set", "ppo.mini_batch_size=16",
+]  # fmt: skip
+
+
+def environment(**extra: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("CI", "NO_COLOR", "PPO_CLI_DEBUG")}
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | extra
+
+
+def ppo_cli(
+    *arguments: Any, cwd: Path, stdin: str | None = None, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ppo_cli", *map(str, arguments)],
+        cwd=cwd,
+        env=environment(**extra),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two short runs in it."""
+    folder = tmp_path_factory.mktemp("home")
+    for sentiment, steps in (("positive", 3), ("negative", 2)):
+        done = ppo_cli(
+            "train", "--sentiment", sentiment, "--steps", steps, "--seed", 1, *QUICK, cwd=folder
+        )
+        assert done.returncode == 0, done.stderr
+        assert "mean P(" in done.stdout
+    return folder
+
+
+def test_run_directory_is_as_the_contract_says(home: Path) -> None:
+    run = home / "ppo-good"
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "value_head.safetensors",
+        "README.md",
+        "run.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "training.png",
+        "checkpoints",
+    }
+    assert not [name for name in names if name.startswith(".") or name.endswith(".bin")]
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in run.rglob("*"):
+        if path.is_file():
+            assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert all(isinstance(value, (int, float)) for row in steps for value in row.values())
+    assert (run / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert "mean P(POSITIVE)" in (run / "README.md").read_text()
+
+
+def test_saved_model_loads_as_a_plain_one_without_a_warning(home: Path) -> None:
+    code = """
+import logging, sys, warnings
+warnings.simplefilter("error")
+import transformers
+records = []
+handler = logging.Handler(); handler.emit = lambda r: records.append(r.getMessage())
+transformers.utils.logging.get_logger("transformers").addHandler(handler)
+transformers.utils.logging.set_verbosity_info()
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+assert not [r for r in records if "warn" in r.lower() or "UNEXPECTED" in r], records
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "ppo-good"],
+        cwd=home,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_compare_as_json(home: Path) -> None:
+    done = ppo_cli("compare", "ppo-good", "ppo-bad", "--samples", 6, "--format", "json", cwd=home)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [m["model"] for m in result["models"]] == ["ppo-good", "ppo-bad", "reference"]
+    assert len(result["rows"]) == 6
+    for m in result["models"]:
+        scores = [
+            r["score"]
+            for row in result["rows"]
+            for r in row["responses"]
+            if r["model"] == m["model"]
+        ]
+        assert sum(scores) / 6 == pytest.approx(m["mean_score"], abs=1e-5)
+    gap = result["differences"][0]["difference"]
+    expected = result["models"][0]["mean_score"] - result["models"][1]["mean_score"]
+    assert gap["mean"] == pytest.approx(expected, abs=1e-5)
+    assert gap["low"] <= gap["mean"] <= gap["high"]
+    again = ppo_cli("compare", "ppo-good", "ppo-bad", "--samples", 6, "--format", "json", cwd=home)
+    assert again.stdout == done.stdout
+
+
+def test_compare_min_gap_and_files(home: Path) -> None:
+    done = ppo_cli(
+        "compare", "ppo-good", "ppo-bad", "--samples", 2, "--min-gap", 99, "--html", "page.html",
+        "--format", "markdown", "--output", "table.md", cwd=home,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert "less than --min-gap 99" in done.stderr
+    assert done.stdout == ""
+    page = (home / "page.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "http" not in page
+    assert (home / "table.md").read_text().startswith("| query | ppo-good | ppo-bad | reference |")
+
+
+def test_generate_jsonl_from_both_and_standard_input(home: Path) -> None:
+    done = ppo_cli(
+        "generate", "ppo-good", "ppo-bad", "--prompt", "This movie", "-n", 2, "--format", "jsonl",
+        cwd=home,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["model"] for row in rows] == ["ppo-good"] * 2 + ["ppo-bad"] * 2
+    assert set(rows[0]) == {"model", "query", "response", "score", "probability"}
+    assert len({row["response"] for row in rows}) > 1
+    piped = ppo_cli(
+        "generate", "ppo-good", "--prompts", "-", "--no-score", "--format", "text",
+        cwd=home, stdin="This film\n\nThe acting\n",
+    )  # fmt: skip
+    assert [line[:5] for line in piped.stdout.splitlines()] == ["This ", "The a"]
+
+
+def test_generate_from_a_plain_folder_without_a_classifier(home: Path) -> None:
+    from ppo_cli.embedded import policy_folder
+
+    done = ppo_cli("generate", policy_folder(), "--format", "text", cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("This movie")
+
+
+def test_tables_without_a_terminal_hold_no_control_codes(home: Path) -> None:
+    for arguments in (
+        ("stats", "ppo-good", "--objective"),
+        ("generate", "ppo-good"),
+        ("plot", "ppo-good", "--terminal"),
+    ):
+        done = ppo_cli(*arguments, cwd=home)
+        assert done.returncode == 0, done.stderr
+        assert not CONTROL.search(done.stdout + done.stderr)
+        assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_stats_shows_either_half(home: Path) -> None:
+    objective = ppo_cli("stats", "ppo-good", "--objective", cwd=home).stdout
+    other = ppo_cli("stats", "ppo-good", "--no-objective", cwd=home).stdout
+    assert "ppo/loss/total" in objective
+    assert "ppo/loss/total" not in other
+    assert "ppo/mean_scores" in other
+    assert "ppo/mean_scores" not in objective
+    first = json.loads(ppo_cli("stats", "ppo-good", "--step", 1, "--json", cwd=home).stdout)
+    assert first["step"] == 1
+
+
+def test_plot_of_two_runs(home: Path) -> None:
+    done = ppo_cli("plot", "ppo-good", "ppo-bad", "--output", "both.svg", cwd=home)
+    assert done.stdout.strip() == "both.svg"
+    assert "<svg" in (home / "both.svg").read_text()
+
+
+def test_json_summary_and_dry_run(tmp_path: Path) -> None:
+    dry = ppo_cli("train", "--dry-run", *QUICK, cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    assert list(tmp_path.iterdir()) == []
+    done = ppo_cli(
+        "train", "--steps", 1, "--json", "--quiet", "--output", "out/run", *QUICK, cwd=tmp_path
+    )
+    summary = json.loads(done.stdout)
+    assert done.stderr == ""
+    assert summary["steps"] == 1
+    assert summary["before"].keys() == summary["after"].keys() == {"score", "probability"}
+    assert (tmp_path / "out" / "run" / "model.safetensors").is_file()
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors") | load_file(run / "value_head.safetensors")
+
+
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    common = [*QUICK, "--seed", 3, "--quiet"]
+    assert ppo_cli("train", "--steps", 4, "--output", "a", *common, cwd=tmp_path).returncode == 0
+    assert ppo_cli("train", "--steps", 2, "--output", "b", *common, cwd=tmp_path).returncode == 0
+    resumed = ppo_cli("train", "--steps", 4, "--output", "b", "--resume", *common, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    straight, continued = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(straight[key], continued[key]) for key in straight)
+
+    def record(run: str, file: str) -> list[dict[str, Any]]:
+        rows = [json.loads(line) for line in (tmp_path / run / file).read_text().splitlines()]
+        return [
+            {k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows
+        ]
+
+    assert record("a", "metrics.jsonl") == record("b", "metrics.jsonl")
+    assert record("a", "samples.jsonl") == record("b", "samples.jsonl")
+    other = ppo_cli(
+        "train", "--output", "b", "--resume", "--set", "ppo.gamma=0.5", *common, cwd=tmp_path
+    )
+    assert other.returncode == 2
+    assert "ppo.gamma" in other.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_usable_run_directory(tmp_path: Path, number: int, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ppo_cli", "train", "--steps", "5000", *QUICK],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "ppo-good" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=90)
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr
+    assert "--resume" in stderr
+    assert (tmp_path / "ppo-good" / "model.safetensors").is_file()
+    assert ppo_cli("stats", "ppo-good", cwd=tmp_path).returncode == 0
+
+
+def test_output_that_exists_is_kept_and_overwrite_replaces_it(home: Path) -> None:
+    before = (home / "ppo-bad" / "metrics.jsonl").read_bytes()
+    refused = ppo_cli("train", "--sentiment", "negative", *QUICK, cwd=home)
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+    assert "--overwrite" in refused.stderr
+    assert (home / "ppo-bad" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_reader_that_leaves_early_is_no_error(home: Path) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m ppo_cli config --schema | head -1",
+        shell=True,
+        cwd=home,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
+
+
+def test_config_prints_what_it_reads(tmp_path: Path) -> None:
+    listed = ppo_cli("config", cwd=tmp_path).stdout
+    assert "tiny (default)" in listed
+    assert "gpt2-imdb" in listed
+    resolved = ppo_cli("config", "gpt2-imdb", cwd=tmp_path).stdout
+    (tmp_path / "copy.yaml").write_text(resolved)
+    assert ppo_cli("config", "copy.yaml", cwd=tmp_path).stdout == resolved
+    schema = json.loads(ppo_cli("config", "--schema", cwd=tmp_path).stdout)
+    assert schema["properties"].keys() >= {"policy", "prompts", "rollout", "reward", "ppo", "run"}
+
+
+def test_untrusted_text_is_shown_not_interpreted(home: Path) -> None:
+    done = ppo_cli("generate", "ppo-good", "--prompt", "[red]\x1b[31mThis\u202e movie", cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "\u202e" not in done.stdout
+    assert "[red]" in done.stdout.replace("\n", "")
