@@ -145,9 +145,9 @@ def generate(
             raise DataError(f"prompt {text!r} has no tokens for {source.name}")
         if context is not None and len(tokens) + max_new_tokens > context:
             raise DataError(
-                f"prompt '{shortened(text, 40)}' has {len(tokens)} tokens; with {max_new_tokens} new "
-                f"ones it exceeds the context of {source.name} ({context}): shorten it, or lower "
-                "--max-new-tokens"
+                f"prompt '{shortened(text, 40)}' has {len(tokens)} tokens; with {max_new_tokens} "
+                f"new ones it exceeds the context of {source.name} ({context}): shorten it, or "
+                "lower --max-new-tokens"
             )
         ids.append(torch.tensor(tokens))
     queries = [row for row in ids for _ in range(samples_each)]

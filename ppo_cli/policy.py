@@ -330,7 +330,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             metadata={"format": "pt"},
         )
         if push_to_hub:
-            self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
+            PushToHubMixin.push_to_hub(
+                self, hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs
+            )
 
 
 def create_reference_model(

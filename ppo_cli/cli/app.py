@@ -135,6 +135,7 @@ def _fail(message: str, code: int) -> int:
 def _quieten() -> None:
     """Our own warnings in one line each; the libraries' chatter not at all."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not sys.stderr.isatty():
