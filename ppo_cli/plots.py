@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ppo_cli.errors import UsageError, did_you_mean
+from ppo_cli.text import escape_controls
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 """Name of a run -> its metrics, a dictionary a step."""
@@ -94,16 +95,28 @@ def plot_training(
 
 def moving_average(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
     """Mean of the last `window` values at each place, of fewer at the start."""
-    sums = np.cumsum(np.insert(np.asarray(values, dtype=np.float64), 0, 0.0))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    array = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(array)
+
+    def window_sums(terms: np.ndarray) -> np.ndarray:
+        sums = np.cumsum(np.insert(terms, 0, 0.0))
+        ends = np.arange(1, len(terms) + 1)
+        return sums[ends] - sums[np.maximum(ends - window, 0)]
+
+    counts = window_sums(finite.astype(np.float64))
+    sums = window_sums(np.where(finite, array, 0.0))
+    return np.divide(sums, counts, out=np.full(len(array), np.nan), where=counts > 0)
 
 
 def terminal_chart(runs: Runs, metric: str, width: int = 72, height: int = 8) -> list[str]:
     """Lines of a chart of bars, one chart a run, each column the mean of its share of steps."""
     lines: list[str] = []
     for name, (steps, values) in _curves(runs, metric).items():
+        kept = np.isfinite(values)
+        steps, values = steps[kept], values[kept]
+        if not len(values):
+            lines += ["", f"{metric}, {name}: no finite value"]
+            continue
         columns = [part.mean() for part in np.array_split(values, min(width - 12, len(values)))]
         low, high = min(columns), max(columns)
         span = (high - low) or 1.0
@@ -115,7 +128,8 @@ def terminal_chart(runs: Runs, metric: str, width: int = 72, height: int = 8) ->
             label = " " * 10 if edge is None else f"{edge:10.4g}"
             cells = "".join(BARS[int(min(max(level - row * 8, 0), 8))] for level in levels)
             lines.append(f"{label} │{cells}")
-        lines.append(f"{'':10} └{'─' * len(columns)} step {steps[0]} to {steps[-1]}")
+        lines.append(f"{'':10} └{'─' * len(columns)}")
+        lines.append(f"{'':12}step {steps[0]} to {steps[-1]}")
     return lines
 
 
@@ -142,4 +156,4 @@ def _cycle(colours: Sequence[str]) -> Any:
 
 def _plain(name: str) -> str:
     """A run's name without what matplotlib would read as mathematics or as `no label`."""
-    return name.replace("$", r"\$").lstrip("_") or "run"
+    return escape_controls(name).replace("$", r"\$").lstrip("_") or "run"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import PushToHubMixin, cached_file
 
-from ppo_cli.errors import UsageError
-from ppo_cli.hub import loading_errors
+from ppo_cli.errors import ModelError, UsageError
+from ppo_cli.hub import first_line, loading_errors
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -89,7 +89,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             pretrained_model, "disable_adapter"
         )
         self.pretrained_model = pretrained_model
-        _refuse_if_not_causal(self._base_model.config, type(self._base_model).__name__)
+        _refuse_if_not_causal(self._base_model.config, type(self._base_model))
         if summary_dropout_prob is None:
             summary_dropout_prob = getattr(self.config, "summary_dropout_prob", 0.1)
         self.v_head = ValueHead(
@@ -145,10 +145,16 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             if hasattr(model, "peft_config"):
                 warnings.warn("peft_config is ignored: the model has an adapter", stacklevel=2)
             else:
+                _refuse_if_not_causal(model.config, type(model))
                 model = get_peft_model(model, peft_config)
         policy = cls(model, **head_kwargs)
         if saved_head:
-            policy.v_head.load_state_dict(saved_head)
+            try:
+                policy.v_head.load_state_dict(saved_head)
+            except RuntimeError as error:
+                raise ModelError(
+                    f"{source}: its value head does not fit the model: {first_line(error)}"
+                ) from error
         return policy
 
     @property
@@ -234,7 +240,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             output_hidden_states=True,
             **kwargs,
         )
-        logits, hidden = output.logits, output.hidden_states[-1]
+        # Prompt tuning answers for its virtual tokens too, in front.
+        length = output.logits.shape[1] if input_ids is None else input_ids.shape[1]
+        logits, hidden = output.logits[:, -length:], output.hidden_states[-1][:, -length:]
         if positions is not None:
             logits, hidden = logits.flatten(0, 1)[positions], hidden.flatten(0, 1)[positions]
         results = (logits.float(), output.loss, self._values(hidden))
@@ -249,8 +257,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
 
         Some architectures scale or cap them; for these the whole model has to run.
         """
+        if self.is_peft_model and self.pretrained_model.active_peft_config.is_prompt_learning:
+            return False  # virtual tokens are added outside the language model
         if self._head_is_plain is None:
-            model, was_training = self._base_model, self._base_model.training
+            model = self._base_model
+            modes = [(module, module.training) for module in model.modules()]
             model.eval()
             ids = torch.arange(2, device=model.device).unsqueeze(0)
             try:
@@ -260,7 +271,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
                 self._head_is_plain = torch.equal(plain, whole.to(plain.dtype))
             except (TypeError, AttributeError):
                 self._head_is_plain = False
-            model.train(was_training)
+            for module, mode in modes:
+                module.training = mode
         return self._head_is_plain
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -402,12 +414,17 @@ def _is_embedding(model: nn.Module, parameter_name: str) -> bool:
     return isinstance(owner, nn.Embedding)
 
 
-def _refuse_if_not_causal(config: Any, class_name: str) -> None:
+def _refuse_if_not_causal(config: Any, model_class: type | None = None) -> None:
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     known = {name for names in causal for name in ((names,) if isinstance(names, str) else names)}
-    named = [class_name] if class_name != "config" else list(config.architectures or [])
+    named = (
+        list(config.architectures or [])
+        if model_class is None
+        else [c.__name__ for c in model_class.__mro__ if issubclass(c, nn.Module)]
+    )
     encoder_decoder = getattr(config, "is_encoder_decoder", False)
-    if encoder_decoder or (named and not any(name in known for name in named)):
+    is_causal = any(name in known or name.endswith("ForCausalLM") for name in named)
+    if encoder_decoder or (named and not is_causal):
         raise UsageError(
             f"{named[0] if named else config.model_type} is not a causal language model: choose "
             "one whose architecture ends in ForCausalLM or LMHeadModel, such as gpt2"
@@ -423,20 +440,22 @@ def _load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pr
         hub = {key: kwargs[key] for key in (*HUB_KEYWORDS, "trust_remote_code") if key in kwargs}
         config = AutoConfig.from_pretrained(name, **hub)
         if not kwargs.get("trust_remote_code"):
-            _refuse_if_not_causal(config, "config")
-    with _quiet_about_value_heads():
-        return AutoModelForCausalLM.from_pretrained(name, *args, **kwargs)
-
-
-@contextmanager
-def _quiet_about_value_heads() -> Iterator[None]:
-    """TRL's old folders hold `v_head.*` among the weights: expected here, no cause for a report."""
-    before = PreTrainedModel._keys_to_ignore_on_load_unexpected
-    PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or []), r"^v_head\."]
+            _refuse_if_not_causal(config)
+    # TRL's old folders hold `v_head.*` among the weights: expected here, and not to be reported.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
-        yield
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, *args, **kwargs, output_loading_info=True
+        )
     finally:
-        PreTrainedModel._keys_to_ignore_on_load_unexpected = before
+        transformers_logging.set_verbosity(verbosity)
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith("v_head.")]
+    for problem, keys in (("lacks", info["missing_keys"]), ("has the unknown", unexpected)):
+        if keys:
+            names = ", ".join(sorted(keys)[:5]) + (" ..." if len(keys) > 5 else "")
+            warnings.warn(f"{name}: the weights file {problem} {names}", stacklevel=4)
+    return model
 
 
 def _renamed(model: Any, name: str) -> Any:

@@ -104,6 +104,7 @@ def load_prompts(settings: Any, tokenizer: Any, seed: int) -> PromptSet:
             keep=lambda text: len(text) > settings.min_characters,
             limit=wanted,
         )
+        texts = list(dict.fromkeys(texts))  # what is held out is not trained on
         if not texts:
             raise DataError(
                 f"{settings.source}: no text is longer than {settings.min_characters} characters; "
@@ -112,7 +113,7 @@ def load_prompts(settings: Any, tokenizer: Any, seed: int) -> PromptSet:
         held_out_size = min(settings.held_out, len(texts) // 2)
         order = np.random.RandomState(seed).permutation(len(texts))
         held_out = [texts[i] for i in order[:held_out_size]]
-        train = [texts[i] for i in order[held_out_size:]]
+        train = [texts[i] for i in order[held_out_size:]][: settings.limit]
     lengths = LengthSampler(
         settings.input_min_text_length, settings.input_max_text_length, seed=seed
     )
@@ -200,11 +201,20 @@ def _read_file(path: Path, column: str) -> Iterator[str]:
                 yield from readers[ending](file, path, column)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: byte {error.start} is not UTF-8; convert the file, for example with "
-            "iconv -f latin1 -t utf-8"
+            f"{path}: byte {_first_bad_byte(path)} is not UTF-8; convert the file, for example "
+            "with iconv -f latin1 -t utf-8"
         ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _first_bad_byte(path: Path) -> int:
+    """The reader decodes in chunks and counts from the start of one."""
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0
 
 
 def _read_lines(file: Iterable[str], path: Path, column: str) -> Iterator[str]:

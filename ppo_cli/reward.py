@@ -85,9 +85,10 @@ class SentimentReward:
         self.device = torch.device(device)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
-        if self.classifier.config.pad_token_id is None:
-            # Decoder classifiers look for the last token that is not padding.
-            self.classifier.config.pad_token_id = self.tokenizer.pad_token_id
+        # Decoder classifiers look for the last token that is not padding.
+        self.classifier.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        if self.classifier.config.model_type != "xlnet":  # which reads the last place
+            self.tokenizer.padding_side = "right"
         self.max_length = self._max_length()
         self.labels = _labels(self.classifier.config)
         self.index = resolve_label(sentiment, self.labels)
@@ -108,6 +109,8 @@ class SentimentReward:
         Raises:
             ModelError: a score is not finite.
         """
+        if not self.tokenizer("").input_ids:  # no special tokens: nothing to score
+            texts = [t if self.tokenizer(t).input_ids else self.tokenizer.pad_token for t in texts]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths together
         logits = torch.empty(len(texts), max(len(self.labels), 2))
         for start in range(0, len(texts), self.batch_size):
@@ -119,8 +122,6 @@ class SentimentReward:
                 max_length=self.max_length,
                 return_tensors="pt",
             ).to(self.device)
-            if batch["input_ids"].shape[1] == 0:  # nothing but empty texts, and no special tokens
-                batch = self.tokenizer([" "] * len(rows), return_tensors="pt").to(self.device)
             out = self.classifier(**batch).logits.float().cpu()
             logits[rows] = torch.cat([-out, out], dim=1) if out.shape[1] == 1 else out
         if not logits.isfinite().all():
@@ -175,10 +176,16 @@ class SentimentReward:
             self.tokenizer.model_max_length,
         ]
         known = [limit for limit in limits if limit is not None and 0 < limit < 10**6]
-        length = min(known, default=512)
-        # RoBERTa's positions begin after its padding index: two of them are never used.
-        offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-        return min(length, getattr(config, "max_position_embeddings", 10**6) - offset)
+        # Positions that begin after the padding index, as RoBERTa's, leave the first rows unused.
+        unused = [
+            module.padding_idx + 1
+            for name, module in self.classifier.named_modules()
+            if name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ]
+        if unused and known:
+            known.append(config.max_position_embeddings - unused[0])
+        return min(known, default=512)
 
 
 def resolve_label(sentiment: str, labels: Sequence[str]) -> int:
@@ -195,8 +202,9 @@ def resolve_label(sentiment: str, labels: Sequence[str]) -> int:
     names = [_normal(label) for label in labels]
     if wanted in names:
         return names.index(wanted)
-    if wanted.isdigit() and int(wanted) < len(labels):
-        return int(wanted)
+    index = sentiment.strip()
+    if index.isascii() and index.isdigit() and int(index) < len(labels):
+        return int(index)
     polarity = _polarity(sentiment)
     if polarity:
         synonyms = POSITIVE_NAMES if polarity > 0 else NEGATIVE_NAMES
@@ -216,7 +224,9 @@ def _load_classifier(name: str, **kwargs: Any) -> Any:
 
     config = AutoConfig.from_pretrained(name, **kwargs)
     architectures = config.architectures or []
-    if architectures and not any("Classification" in item for item in architectures):
+    if architectures and not any(
+        item.endswith("ForSequenceClassification") for item in architectures
+    ):
         raise ModelError(
             f"{name} is a {architectures[0]}, not a sequence classifier: choose one whose "
             "architecture ends in ForSequenceClassification"

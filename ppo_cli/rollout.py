@@ -123,7 +123,7 @@ def sample_responses(
     stopping = generation_kwargs.pop("stopping_criteria", None) or []
 
     responses: list[Tensor] = []
-    size = batch_size or len(queries)
+    size = batch_size or max(len(queries), 1)
     with _evaluating(model):
         for start in range(0, len(queries), size):
             rows = queries[start : start + size]
@@ -209,8 +209,12 @@ def _evaluating(model: Any) -> Iterator[None]:
 def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Put `config` in the place of the model's own, which `generate` would mix in."""
     owner = getattr(model, "pretrained_model", model)
-    before, owner.generation_config = owner.generation_config, config
+    # peft's generate hands its own on to the model below it.
+    inner = owner.get_base_model() if hasattr(owner, "get_base_model") else owner
+    before, inner_before = owner.generation_config, inner.generation_config
+    owner.generation_config = config
     try:
         yield
     finally:
         owner.generation_config = before
+        inner.generation_config = inner_before

@@ -322,17 +322,13 @@ def test_a_folder_of_trl_0_11_is_read_with_its_value_head_and_in_silence(
     assert_same_outputs(Policy.from_pretrained(tmp_path / "ours"), policy)
 
 
-def test_other_unexpected_weights_are_still_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_unexpected_weights_are_still_reported(tmp_path: Path) -> None:
     trl_folder(make_policy(), tmp_path, "safetensors")
     state = load_file(tmp_path / "model.safetensors")
     save_file({**state, "strange.weight": torch.ones(2)}, tmp_path / "model.safetensors", {})
-    with loading_messages(caplog) as said:
+    with pytest.warns(UserWarning, match=r"unknown strange\.weight$") as said:
         Policy.from_pretrained(tmp_path)
     assert len(said) == 1
-    assert "strange.weight" in said[0]
-    assert "v_head" not in said[0]
 
 
 def test_weights_given_to_save_pretrained_are_written_instead_of_the_models(tmp_path: Path) -> None:
