@@ -6,8 +6,12 @@ The numbers in comments are those of the list of quirks in CONTRIBUTING.md.
 from __future__ import annotations
 
 import copy
+import os
 import random
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -549,3 +553,23 @@ def test_mean_only_tracker_gets_scalars(tmp_path: Any, monkeypatch: pytest.Monke
     assert logged["env/reward_mean"] == pytest.approx(3.5)
     assert logged["ppo/loss/total"] == stats["ppo/loss/total"]
     assert all(np.size(value) == 1 for value in logged.values())
+
+
+def test_two_processes_keep_the_same_weights() -> None:
+    script = Path(__file__).parent / "data" / "two_processes.py"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            script,
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -199,7 +199,7 @@ def train(
     for step in range(1, steps + 1):
         loss = loss_of(next(stream))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
