@@ -68,10 +68,33 @@ def load_config(
     """
     path = config_file(name)
     origin = _Origin(str(path))
-    data = _parse(path, origin)
+    return _changed(_parse(path, origin), origin, assignments, overrides or {})
+
+
+def change_config(
+    config: RunConfig,
+    *,
+    assignments: Sequence[str] = (),
+    overrides: Mapping[tuple[str, str], Any] | None = None,
+) -> RunConfig:
+    """`config` with the changes that `load_config` would make to a file's.
+
+    Raises:
+        ConfigError: a key or value is wrong.
+    """
+    data = config.model_dump(mode="json")
+    return _changed(data, _Origin("configuration"), assignments, overrides or {})
+
+
+def _changed(
+    data: dict[str, Any],
+    origin: _Origin,
+    assignments: Sequence[str],
+    overrides: Mapping[tuple[str, str], Any],
+) -> RunConfig:
     for text in assignments:
         _assign(data, text, origin)
-    for (section, key), value in (overrides or {}).items():
+    for (section, key), value in overrides.items():
         if value is not None:
             data.setdefault(section, {})[key] = value
             origin.places[section, key] = f"option --{key.replace('_', '-')}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from ppo_cli.errors import UsageError
+from ppo_cli.errors import NumericalError, UsageError
 
 # Every setting that shapes the distribution, at the value that leaves it alone. Without them
 # `generate` would fill what is not given from the model's own generation_config, whose top-k or
@@ -129,7 +129,7 @@ def sample_responses(
             rows = queries[start : start + size]
             limits = torch.tensor(list(max_new_tokens[start : start + size]), device=model.device)
             ids, mask = _pad_left(rows, pad)
-            with _generation_config(model, base):
+            with _generation_config(model, base), _finite_probabilities():
                 output = model.generate(
                     input_ids=ids,
                     attention_mask=mask,
@@ -203,6 +203,19 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _finite_probabilities() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise NumericalError(
+            "the policy's probabilities are not finite any more: its last update went too far. "
+            "Lower ppo.learning_rate or set ppo.max_grad_norm"
+        ) from error
 
 
 @contextmanager

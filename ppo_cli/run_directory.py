@@ -101,6 +101,10 @@ class RunDirectory:
         if overwrite and self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
+        self.record(config)
+
+    def record(self, config: RunConfig) -> None:
+        """Write `run.yaml`: configuration, versions, commit."""
         record = {
             "versions": versions(),
             "git_commit": _git_commit(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 
 from ppo_cli.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ppo_cli.config import RunConfig
-from ppo_cli.errors import DataError, NumericalError
+from ppo_cli.errors import DataError, NumericalError, UsageError
 from ppo_cli.evaluation import Sample, mean_probability, mean_score
 from ppo_cli.files import settle, write_text
 from ppo_cli.loading import load_policy, load_reward, load_tokenizer
@@ -114,17 +115,26 @@ class Training:
         if config.reward.probe:
             self.reward.probe()
         self.lengths = LengthSampler(
-            config.rollout.output_min_length, config.rollout.output_max_length, config.run.seed + 1
+            config.rollout.output_min_length,
+            config.rollout.output_max_length,
+            seed=(config.run.seed + 1) % 2**32,  # not the seed of the queries' lengths
         )
         self.trainer = self._trainer()
         self._check_context()
+        self._warn_if_not_pure()
         self.seconds = 0.0
         self.resumed = resume
+        self._kl = 0.0
         if resume:
             state = load_checkpoint(checkpoint, self._policy)
             self.trainer.load_state_dict(state["trainer"])
             self.lengths.load_state_dict(state["lengths"])
-            self.seconds = state["seconds"]
+            self.seconds, self._kl = state["seconds"], state["kl"]
+            if self.step > config.run.steps:
+                raise UsageError(
+                    f"{config.output} has made {self.step} steps already, more than "
+                    f"run.steps ({config.run.steps}): give a larger number with --steps"
+                )
 
     @property
     def step(self) -> int:
@@ -139,6 +149,7 @@ class Training:
         """
         if self.resumed:
             self.directory.cut_records(self.step)
+            self.directory.record(self.config)
         else:
             self.directory.create(self.config, self.overwrite)
         self._before = self._judge(reference=True)
@@ -152,7 +163,6 @@ class Training:
     def finish(self) -> TrainingSummary:
         """Judge the policy, then write model, plot and card. Works after any number of steps."""
         before, after = self._before, self._judge(reference=False)
-        kl = self._last_stats.get("objective/kl", 0.0) if self.step else 0.0
         summary = TrainingSummary(
             run=str(self.directory.path),
             label=self.reward.label,
@@ -161,7 +171,7 @@ class Training:
             seconds=self.seconds,
             before=Judgement.of(before),
             after=Judgement.of(after),
-            kl=kl,
+            kl=self._kl,
             before_samples=before,
             after_samples=after,
         )
@@ -178,12 +188,11 @@ class Training:
             "trainer": self.trainer.state_dict(),
             "lengths": self.lengths.state_dict(),
             "seconds": self.seconds,
+            "kl": self._kl,
         }
         return save_checkpoint(
             self.directory.checkpoints, self.step, self._policy, state, self.config.run.keep
         )
-
-    _last_stats: dict[str, float] = {}  # noqa: RUF012  (replaced, never changed)
 
     def _one_step(self) -> StepReport:
         started = time.perf_counter()
@@ -247,7 +256,7 @@ class Training:
                 "Lower ppo.learning_rate or set ppo.max_grad_norm; the last checkpoint is in "
                 f"{self.directory.checkpoints}"
             )
-        self._last_stats = numbers
+        self._kl = numbers["objective/kl"]
         self.directory.append(METRICS_FILE, [{"step": self.step, **numbers}])
         self.directory.append(
             SAMPLES_FILE,
@@ -329,6 +338,16 @@ class Training:
                 f"queries of up to {longest} tokens and responses of up to {new} exceed the "
                 f"model's context of {context}: lower prompts.input_max_text_length or "
                 "rollout.output_max_length"
+            )
+
+    def _warn_if_not_pure(self) -> None:
+        pure = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        changed = [f"rollout.{k}={v}" for k, v in self._sampling.items() if v != pure[k]]
+        if changed:
+            warnings.warn(
+                f"with {', '.join(changed)} responses are not samples of the policy itself: KL is "
+                "biased and may become negative",
+                stacklevel=2,
             )
 
     def _save_model(self) -> None:

@@ -306,3 +306,43 @@ def test_untrusted_text_is_shown_not_interpreted(home: Path) -> None:
     assert "\x1b" not in done.stdout
     assert "\u202e" not in done.stdout
     assert "[red]" in done.stdout.replace("\n", "")
+
+
+def test_an_adapter_trains_and_the_run_directory_holds_a_plain_model(tmp_path: Path) -> None:
+    done = ppo_cli(
+        "train", "--steps", 2, "--quiet", "--set", "policy.adapter.r=4",
+        "--set", "ppo.learning_rate=0.01", *QUICK, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = set(load_file(tmp_path / "ppo-good" / "model.safetensors"))
+    assert "transformer.wte.weight" in names
+    assert not [name for name in names if "lora" in name]
+    scored = ppo_cli("generate", "ppo-good", "--format", "jsonl", cwd=tmp_path)
+    assert scored.returncode == 0, scored.stderr
+
+
+def test_numbers_that_stop_being_finite_end_the_run_with_advice(tmp_path: Path) -> None:
+    done = ppo_cli(
+        "train", "--steps", 3, "--quiet", "--set", "ppo.learning_rate=1e8",
+        "--set", "ppo.max_grad_norm=null", *QUICK, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "finite" in done.stderr
+    assert "ppo.learning_rate" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sampling_that_is_not_pure_is_warned_of(tmp_path: Path) -> None:
+    done = ppo_cli("train", "--dry-run", "--set", "rollout.top_k=5", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "warning: with rollout.top_k=5" in done.stderr
+
+
+def test_resume_needs_nothing_but_the_run_directory(home: Path) -> None:
+    done = ppo_cli("train", "--output", "ppo-bad", "--resume", "--steps", 3, cwd=home)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line)["step"] for line in (home / "ppo-bad" / "metrics.jsonl").open()]
+    assert steps == [1, 2, 3]
+    fewer = ppo_cli("train", "--output", "ppo-bad", "--resume", "--steps", 1, cwd=home)
+    assert fewer.returncode == 2
+    assert "3 steps already" in fewer.stderr

@@ -65,13 +65,14 @@ def compare(
     """Put models' responses and scores side by side."""
     import json
 
-    from ppo_cli.cli.console import check_output, note, print_tables, write_result
+    from ppo_cli.cli.console import check_output, hush, note, print_tables, write_result
 
     check_output(output)
     check_output(html)
 
     from ppo_cli import comparison, generation, report
 
+    hush()
     request = generation.resolve(
         models,
         reference=reference,

@@ -41,6 +41,13 @@ def note(message: str) -> None:
     console(stderr=True).print(message, soft_wrap=True)
 
 
+def hush() -> None:
+    """No progress bars of transformers for what takes a moment; the hub's downloads keep theirs."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def write_result(text: str, output: str | None) -> None:
     """A result as text: to standard output, or to a file, whole or not at all."""
     if output is None:

@@ -64,7 +64,7 @@ def generate(
     import json
     import math
 
-    from ppo_cli.cli.console import check_output, note, print_tables, write_result
+    from ppo_cli.cli.console import check_output, hush, note, print_tables, write_result
     from ppo_cli.errors import UsageError
 
     if not (math.isfinite(temperature) and temperature > 0):
@@ -76,6 +76,7 @@ def generate(
     from ppo_cli import generation
     from ppo_cli.run_directory import RunDirectory
 
+    hush()
     if score is None:
         score = classifier is not None or any(RunDirectory(model).is_run() for model in models)
     texts = generation.read_prompts(prompt or [], prompts, column) or ["This movie"]

@@ -11,8 +11,9 @@ import typer
 
 def train(
     config: Annotated[
-        str, typer.Option("--config", metavar="NAME|FILE.yaml", help="Configuration.")
-    ] = "tiny",
+        str | None,
+        typer.Option("--config", metavar="NAME|FILE.yaml", help="Configuration. Default: tiny."),
+    ] = None,
     sentiment: Annotated[
         str | None,
         typer.Option(
@@ -53,27 +54,30 @@ def train(
     """Tune a language model with PPO towards a sentiment."""
     import json
 
-    from ppo_cli.cli.console import note, print_tables, write_result
-    from ppo_cli.config_source import load_config
+    from ppo_cli.cli.console import hush, note, print_tables, write_result
+    from ppo_cli.config_source import DEFAULT_CONFIG, change_config, load_config
     from ppo_cli.errors import UsageError
 
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other: keep the run or replace it")
+    overrides = {
+        ("reward", "sentiment"): sentiment,
+        ("run", "output"): output,
+        ("run", "steps"): steps,
+        ("run", "seed"): seed,
+        ("run", "device"): device,
+    }
     settings = load_config(
-        config,
-        assignments=assignments or (),
-        overrides={
-            ("reward", "sentiment"): sentiment,
-            ("run", "output"): output,
-            ("run", "steps"): steps,
-            ("run", "seed"): seed,
-            ("run", "device"): device,
-        },
+        config or DEFAULT_CONFIG, assignments=assignments or (), overrides=overrides
     )
     from ppo_cli.run_directory import RunDirectory
 
     if resume:
-        settings = RunDirectory.existing(settings.output).resumed_config(settings)
+        run_directory = RunDirectory.existing(settings.output)
+        if config is None:  # then what is not asked for is as the run was made
+            made_with = run_directory.config()
+            settings = change_config(made_with, assignments=assignments or (), overrides=overrides)
+        settings = run_directory.resumed_config(settings)
     else:
         RunDirectory(settings.output).check_writable(overwrite)  # before the slow imports
 
@@ -81,6 +85,7 @@ def train(
     from ppo_cli.report import summary_table
     from ppo_cli.training import Training
 
+    hush()
     stop = _StopRequest()
     display = make_display(quiet)
     if not quiet:
@@ -112,10 +117,8 @@ def train(
         print_tables([summary_table(summary)])
     run = summary.run
     if stop.signal is not None:
-        note(
-            f"stopped after step {summary.steps}; go on with: ppo-cli train{_same(config)} "
-            f"--output {run} --resume"
-        )
+        note(f"stopped after step {summary.steps}; go on with:")
+        note(f"  ppo-cli train --output {run} --resume")
         return 128 + stop.signal
     if not quiet:
         note(f"saved {run} in {summary.seconds:.0f} s of training; next:")
@@ -123,10 +126,6 @@ def train(
         note(f"  ppo-cli compare {run}")
         note(f"  ppo-cli plot {run} --terminal")
     return 0
-
-
-def _same(config: str) -> str:
-    return "" if config == "tiny" else f" --config {config}"
 
 
 class _StopRequest:
