@@ -21,12 +21,13 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
-from test_cli import QUICK, environment
+from test_cli import environment
 
 from ppo_cli.errors import ModelError, ModelNotFoundError
 from ppo_cli.hub import loading_errors
 
 T = "train"
+FEW_PROMPTS = ["--set", "prompts.limit=256", "--set", "prompts.held_out=8"]
 Case = tuple[list[str], int, list[str]]
 LIGHT: list[Case] = [  # refused before torch is imported
     # the command line
@@ -103,7 +104,7 @@ HEAVY: list[Case] = [
     ([T, "--set", "prompts.source={empty.txt}"], 2, ["empty.txt", "empty"]),
     ([T, "--set", "prompts.source={latin.txt}"], 2, ["latin.txt", "UTF-8"]),
     ([T, "--set", "prompts.source={broken.jsonl}"], 2, ["broken.jsonl, line 2", "JSON"]),
-    ([T, "--set", "prompts.source={few.txt}"], 2, ["few.txt", "ppo.batch_size (64)"]),
+    ([T, "--set", "prompts.source={few.txt}"], 2, ["few.txt", "ppo.batch_size (128)"]),
     ([T, "--set", "prompts.source={few.txt}", "--set", "prompts.min_characters=999"], 2, ["999", "min_characters"]),
     ([T, "--set", "rollout.output_max_length=500"], 2, ["context of 128", "output_max_length"]),
     (["generate", "{policy}", "--prompt", " "], 2, ["empty"]),
@@ -226,7 +227,7 @@ def check(
     before = snapshot(made)
     here = tmp_path / "here"
     here.mkdir()
-    quick = QUICK[:4] if arguments[0] == T and "--resume" not in arguments else []
+    quick = FEW_PROMPTS if arguments[0] == T and "--resume" not in arguments else []
     returncode, stdout, stderr = run([*arguments, *quick], here)
     assert returncode == code, stderr
     assert stdout == ""

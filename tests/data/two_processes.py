@@ -38,3 +38,4 @@ assert not torch.equal(before, after)
 assert not torch.equal(drawn[0], drawn[1]), "the processes drew the same samples"
 assert means[0] == means[1], "statistics are not the processes' mean"
 assert config.global_batch_size == 16
+trainer.accelerator.end_training()  # ends the process group before the interpreter does
