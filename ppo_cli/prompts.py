@@ -13,6 +13,7 @@ import numpy as np
 
 from ppo_cli.errors import DataError, did_you_mean
 from ppo_cli.hub import is_path, loading_errors
+from ppo_cli.runtime import numpy_state, set_numpy_state
 
 EMBEDDED = "embedded"
 EMBEDDED_REVIEWS = 4000
@@ -47,17 +48,12 @@ class LengthSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of its own random numbers, plain values."""
-        if self._own is None:
-            return {}
-        state = self._own.get_state(legacy=False)
-        state["state"]["key"] = [int(word) for word in state["state"]["key"]]
-        return state
+        return {} if self._own is None else numpy_state(self._own)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
         if self._own is not None and state:
-            key = np.asarray(state["state"]["key"], dtype=np.uint32)
-            self._own.set_state({**state, "state": {**state["state"], "key": key}})
+            set_numpy_state(self._own, state)
 
 
 @dataclass(frozen=True)

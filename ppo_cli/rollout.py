@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,9 @@ PURE_SAMPLING: dict[str, Any] = {
     "num_return_sequences": 1,
     "use_cache": True,
 }
+
+
+DEFAULT_NEW_TOKENS = 20  # what transformers' `generate` adds where no length is given
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,24 @@ def sample_responses(
             for row, limit in zip(output[:, ids.shape[1] :], limits.tolist(), strict=True):
                 responses.append(_until_end(row[:limit], end_ids))
     return responses
+
+
+def new_token_limits(
+    queries: Sequence[Tensor],
+    length_sampler: Callable[[], int] | None,
+    generation_kwargs: dict[str, Any],
+) -> list[int]:
+    """New tokens of each query; takes what says so out of `generation_kwargs`."""
+    new = generation_kwargs.pop("max_new_tokens", None)
+    total = generation_kwargs.pop("max_length", None)
+    asked = generation_kwargs.get("generation_config")
+    if length_sampler is not None:
+        return [int(length_sampler()) for _ in queries]
+    if new is None and total is None:
+        new = getattr(asked, "max_new_tokens", None)
+    if new is None and total is not None:
+        return [max(total - query.numel(), 1) for query in queries]
+    return [int(new if new is not None else DEFAULT_NEW_TOKENS)] * len(queries)
 
 
 class _RowLimits(StoppingCriteria):

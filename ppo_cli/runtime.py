@@ -63,6 +63,19 @@ class RandomStream:
             torch.cuda.set_rng_state(state["cuda"], self._device)
 
 
+def numpy_state(source: np.random.RandomState) -> dict[str, Any]:
+    """The state of a NumPy generator as plain values, for JSON."""
+    state: dict[str, Any] = source.get_state(legacy=False)
+    state["state"]["key"] = [int(word) for word in state["state"]["key"]]
+    return state
+
+
+def set_numpy_state(target: np.random.RandomState, state: dict[str, Any]) -> None:
+    """Go on from a `numpy_state`."""
+    key = np.asarray(state["state"]["key"], dtype=np.uint32)
+    target.set_state({**state, "state": {**state["state"], "key": key}})
+
+
 def set_seed(seed: int) -> None:
     """Seed Python, NumPy and torch."""
     random.seed(seed)

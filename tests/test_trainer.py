@@ -573,3 +573,17 @@ def test_two_processes_keep_the_same_weights() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_reference_given_beside_an_adapter_is_the_one_that_counts() -> None:
+    from peft import LoraConfig
+
+    policy = Policy.from_pretrained(
+        make_gpt2(), peft_config=LoraConfig(r=4, target_modules=["c_attn"])
+    )
+    batch = make_batch()
+    given = make_trainer(policy, make_gpt2(1)).step(*batch)
+    explicit = make_trainer(make_policy(0), make_gpt2(1)).step(*batch)
+    np.testing.assert_allclose(
+        given["objective/ref_logprobs"], explicit["objective/ref_logprobs"], atol=1e-5
+    )

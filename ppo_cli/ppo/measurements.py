@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,3 +98,22 @@ def to_numbers(stats: Mapping[str, Any]) -> dict[str, Any]:
             value = float(np.asarray(value).item())
         numbers[key] = value
     return numbers
+
+
+class Stopwatch:
+    """Seconds of each part of a step, under `time/ppo/NAME`, and of all of it."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, float] = {}
+        self._started = self._mark = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End a part."""
+        now = time.perf_counter()
+        self.times[f"time/ppo/{name}"] = now - self._mark
+        self._mark = now
+
+    @property
+    def total(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self._started

@@ -51,7 +51,12 @@ def record_surroundings(config: PPOConfig, accelerator: Accelerator, is_peft: bo
 
 
 def prepare_reference(reference: Any, accelerator: Accelerator) -> Any:
-    """Place the reference where the policy is, sharded where that is sharded, in eval mode."""
+    """Place the reference where the policy is, sharded where that is sharded, in eval mode.
+
+    None, the reference of a policy with an adapter, stays None.
+    """
+    if reference is None:
+        return None
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from trl.models import prepare_deepspeed
 

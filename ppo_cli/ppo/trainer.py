@@ -8,7 +8,6 @@ of Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593). Left out: encoder-dec
 from __future__ import annotations
 
 import inspect
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,14 +25,12 @@ from ppo_cli.ppo import advantages as adv
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import make_experience, read_probabilities, token_rewards
 from ppo_cli.ppo.kl_controller import AdaptiveKLController, FixedKLController
-from ppo_cli.ppo.measurements import length_statistics, step_statistics, to_numbers
+from ppo_cli.ppo.measurements import Stopwatch, length_statistics, step_statistics, to_numbers
 from ppo_cli.ppo.packing import TokenBatch, checked_batch
 from ppo_cli.ppo.setup import make_accelerator, prepare_reference, record_surroundings, require
 from ppo_cli.ppo.update import Update, dropout_off
-from ppo_cli.rollout import sample_responses
-from ppo_cli.runtime import RandomStream
-
-DEFAULT_NEW_TOKENS = 20  # what `generate` of transformers adds where no length is given
+from ppo_cli.rollout import new_token_limits, sample_responses
+from ppo_cli.runtime import RandomStream, numpy_state, set_numpy_state
 
 
 class PPOTrainer:
@@ -105,7 +102,7 @@ class PPOTrainer:
         self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, dataloader, lr_scheduler
         )
-        self.ref_model = reference and prepare_reference(reference, self.accelerator)
+        self.ref_model = prepare_reference(reference, self.accelerator)
 
         self.kl_ctl: AdaptiveKLController | FixedKLController = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
@@ -157,7 +154,7 @@ class PPOTrainer:
             raise ValueError(
                 "query_tensor must be a tensor of shape (query_length,) or a list of them"
             )
-        limits = _new_token_limits(queries, length_sampler, generation_kwargs)
+        limits = new_token_limits(queries, length_sampler, generation_kwargs)
         settings = {
             "pad_token_id": self.tokenizer.pad_token_id,
             "eos_token_id": self.tokenizer.eos_token_id,
@@ -180,7 +177,7 @@ class PPOTrainer:
         if not generate_ref_response:
             return response
         with self.adapter_off():
-            return response, sample(self.model if self.is_peft_model else self.ref_model)
+            return response, sample(self.model if self.ref_model is None else self.ref_model)
 
     # ------------------------------------------------------------------ learning
 
@@ -208,7 +205,7 @@ class PPOTrainer:
             ValueError: lengths or shapes that do not fit, a score that is not finite, a query
                 without tokens, or no response token that counts in the whole batch.
         """
-        clock = _Stopwatch()
+        clock = Stopwatch()
         tokens, score_tensor = self._checked(queries, responses, scores, response_masks)
         score_tensor = self._scaled(score_tensor)
         self._push_if_best(score_tensor)
@@ -218,7 +215,7 @@ class PPOTrainer:
             probabilities = read_probabilities(
                 tokens,
                 policy=self.model,
-                reference=self.model if self.is_peft_model else self.ref_model,
+                reference=self.model if self.ref_model is None else self.ref_model,
                 as_reference=self.adapter_off,
                 config=config,
             )
@@ -384,14 +381,12 @@ class PPOTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a continuation needs beside the model's weights: tensors and plain values."""
-        shuffle = self._shuffle.get_state(legacy=False)
-        shuffle["state"]["key"] = [int(word) for word in shuffle["state"]["key"]]
         return {
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler and self.lr_scheduler.state_dict(),
             "kl_coef": self.kl_ctl.value,
             "running": self.running.state_dict(),
-            "shuffle": shuffle,
+            "shuffle": numpy_state(self._shuffle),
             "sampling": self._sampling.state_dict(),
             "current_step": self.current_step,
             "best_mean_score": self._best_mean_score,
@@ -404,9 +399,7 @@ class PPOTrainer:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.kl_ctl.value = state["kl_coef"]
         self.running.load_state_dict(state["running"])
-        shuffle = {**state["shuffle"], "state": dict(state["shuffle"]["state"])}
-        shuffle["state"]["key"] = np.asarray(shuffle["state"]["key"], dtype=np.uint32)
-        self._shuffle.set_state(shuffle)
+        set_numpy_state(self._shuffle, state["shuffle"])
         self._sampling.load_state_dict(state["sampling"])
         self.current_step = state["current_step"]
         self._best_mean_score = state["best_mean_score"]
@@ -434,8 +427,8 @@ class PPOTrainer:
         return None if self.is_peft_model else create_reference_model(model, num_shared_layers)
 
     def adapter_off(self) -> AbstractContextManager[None]:
-        """For a peft policy: be the reference inside the block."""
-        if not self.is_peft_model:
+        """Where the policy without its adapter is the reference: switch the adapter off."""
+        if self.ref_model is not None:
             return nullcontext()
         return self.accelerator.unwrap_model(self.model).pretrained_model.disable_adapter()
 
@@ -449,40 +442,3 @@ class PPOTrainer:
 
         with unwrap_model_for_generation(model, self.accelerator) as unwrapped:
             yield unwrapped
-
-
-class _Stopwatch:
-    """Seconds of each part of a step, under `time/ppo/NAME`, and of all of it."""
-
-    def __init__(self) -> None:
-        self.times: dict[str, float] = {}
-        self._started = self._mark = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """End a part."""
-        now = time.perf_counter()
-        self.times[f"time/ppo/{name}"] = now - self._mark
-        self._mark = now
-
-    @property
-    def total(self) -> float:
-        """Seconds since the beginning."""
-        return time.perf_counter() - self._started
-
-
-def _new_token_limits(
-    queries: Sequence[Tensor],
-    length_sampler: Callable[[], int] | None,
-    generation_kwargs: dict[str, Any],
-) -> list[int]:
-    """New tokens of each query; takes what says so out of `generation_kwargs`."""
-    new = generation_kwargs.pop("max_new_tokens", None)
-    total = generation_kwargs.pop("max_length", None)
-    asked = generation_kwargs.get("generation_config")
-    if length_sampler is not None:
-        return [int(length_sampler()) for _ in queries]
-    if new is None and total is None:
-        new = getattr(asked, "max_new_tokens", None)
-    if new is None and total is not None:
-        return [max(total - query.numel(), 1) for query in queries]
-    return [int(new if new is not None else DEFAULT_NEW_TOKENS)] * len(queries)
