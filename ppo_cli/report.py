@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ppo_cli.comparison import Comparison
     from ppo_cli.training import TrainingSummary
 
-TABLE_ROWS = 10
-
 
 def summary_table(summary: TrainingSummary) -> Table:
     """Reference and tuned model on the held-out prompts."""
@@ -93,7 +91,7 @@ def generation_table(models: Sequence[Generated], scored: bool) -> Table:
     return table
 
 
-def comparison_tables(comparison: Comparison, rows: int = TABLE_ROWS) -> list[Table]:
+def comparison_tables(comparison: Comparison, rows: int) -> list[Table]:
     """Responses side by side, the first `rows` prompts; then means; then paired differences."""
     total = len(comparison.queries)
     shown = min(rows, total)
@@ -130,7 +128,7 @@ def comparison_tables(comparison: Comparison, rows: int = TABLE_ROWS) -> list[Ta
             f"{gap.low:+.3f} to {gap.high:+.3f}",
             f"{item.win_rate:.0%}",
         )
-    return [side, means, paired]
+    return [side, means, paired] if shown else [means, paired]
 
 
 def comparison_markdown(comparison: Comparison) -> str:

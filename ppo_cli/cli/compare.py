@@ -34,6 +34,7 @@ def compare(
     ] = None,
     column: options.Column = "text",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Prompts to compare on.")] = 32,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Prompts shown in the table.")] = 10,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -91,7 +92,7 @@ def compare(
         progress=lambda name: note(f"sampling from {name}"),
     )
     if format is Format.table:
-        print_tables(report.comparison_tables(result), output)
+        print_tables(report.comparison_tables(result, rows), output)
     else:
         written = {
             Format.json: lambda: json.dumps(result.as_dict(), indent=2, ensure_ascii=False),
