@@ -167,6 +167,8 @@ def _parse(path: Path, origin: _Origin) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{path}{where}: not YAML: {error.problem or error.context}") from error
+    except ConfigError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(data, dict):
@@ -225,9 +227,9 @@ def _describe(error: ValidationError, origin: _Origin) -> str:
                 problem += f" Known here: {', '.join(known)}"
         elif item["type"] != "value_error":
             problem = f"{problem[:1].lower()}{problem[1:]}, got {_shown(item['input'])}"
-        lines.append(
-            f"{origin.of(keys)}: {name}: {problem}" if name else f"{origin.of(keys)}: {problem}"
-        )
+        place = origin.of(keys)
+        named = name and not place.startswith(f"--set {name}=")
+        lines.append(f"{place}: {name}: {problem}" if named else f"{place}: {problem}")
     return "\n".join(lines)
 
 
@@ -246,5 +248,6 @@ def _known_keys(keys: Iterable[str]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    """A value as YAML writes it, not too long."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -45,7 +45,9 @@ def _check_folder(name: str) -> None:
     if not is_path(name):
         return
     if not folder.exists():
-        raise ModelNotFoundError(f"{name}: no such folder")
+        raise ModelNotFoundError(
+            f"{name}: no such folder; give a run directory, another model folder, or a hub id"
+        )
     if not folder.is_dir():
         raise ModelNotFoundError(f"{name} is a file: give the folder of a model, or a hub id")
     if not any((folder / file).is_file() for file in MODEL_FILES):

@@ -184,7 +184,10 @@ def read_texts(
 
 def _read_file(path: Path, column: str) -> Iterator[str]:
     if not path.exists():
-        raise DataError(f"{path}: no such file")
+        raise DataError(
+            f"{path}: no such file; give one ending in {', '.join(FILE_ENDINGS)}, or the hub id of "
+            "a dataset"
+        )
     readers = {".txt": _read_lines, ".csv": _read_csv, ".jsonl": _read_jsonl}
     ending = path.suffix.lower()
     if path.is_dir() or ending not in FILE_ENDINGS:
@@ -237,8 +240,8 @@ def _read_jsonl(file: Iterable[str], path: Path, column: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from error
         if isinstance(row, str):
             yield row
             continue

@@ -215,7 +215,7 @@ def resolve_label(sentiment: str, labels: Sequence[str]) -> int:
             return 1 if polarity > 0 else 0
     raise UsageError(
         f"the classifier has no label '{sentiment}'; its labels are "
-        f"{', '.join(labels)}.{did_you_mean(sentiment, labels)}"
+        f"{', '.join(labels)}.{did_you_mean(sentiment, labels) or ' Choose one with --sentiment'}"
     )
 
 

@@ -74,7 +74,8 @@ class RunDirectory:
         siblings = (
             [p.parent.name for p in parent.glob(f"*/{CONFIG_FILE}")] if parent.is_dir() else []
         )
-        raise UsageError(f"{path}: no such run directory.{did_you_mean(run.path.name, siblings)}")
+        near = did_you_mean(run.path.name, siblings) or " 'ppo-cli train' makes one"
+        raise UsageError(f"{path}: no such run directory.{near}")
 
     def check_writable(self, overwrite: bool) -> None:
         """Raise `UsageError` unless a new run may be written here; changes nothing."""

@@ -81,7 +81,7 @@ def _usage_message(error: Exception, command: Any) -> str | None:
         return "interrupted"
     if not hasattr(error, "format_message"):
         return None
-    message = str(error.format_message()).rstrip()
+    message = str(error.format_message()).replace("Value error, ", "").rstrip()
     if not message:
         return None
     context = getattr(error, "ctx", None)

@@ -104,7 +104,8 @@ class PPOSettings:
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be a multiple of mini_batch_size x "
                 f"gradient_accumulation_steps ({self.mini_batch_size} x "
-                f"{self.gradient_accumulation_steps} = {self.backward_batch_size})"
+                f"{self.gradient_accumulation_steps} = {self.backward_batch_size}): "
+                "change one of them"
             )
 
 
