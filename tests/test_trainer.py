@@ -587,3 +587,23 @@ def test_a_reference_given_beside_an_adapter_is_the_one_that_counts() -> None:
     np.testing.assert_allclose(
         given["objective/ref_logprobs"], explicit["objective/ref_logprobs"], atol=1e-5
     )
+
+
+def test_accumulated_mini_batches_make_the_step_of_the_whole_batch() -> None:
+    """Plain gradient descent, so that the size of the gradient counts; equal lengths."""
+    queries = [torch.tensor([i + 1, i + 2]) for i in range(8)]
+    responses = [torch.tensor([i, 2 * i, 3 * i]) for i in range(8)]
+    scores = make_batch()[2]
+    finals = []
+    for mini_batch_size, accumulation in ((8, 1), (2, 4)):
+        policy = make_policy()
+        trainer = make_trainer(
+            policy,
+            optimizer=torch.optim.SGD(policy.parameters(), lr=0.1),
+            mini_batch_size=mini_batch_size,
+            gradient_accumulation_steps=accumulation,
+            ppo_epochs=1,
+        )
+        trainer.step(queries, responses, scores)
+        finals.append(weights(policy))
+    torch.testing.assert_close(finals[0], finals[1])
