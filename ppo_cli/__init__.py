@@ -10,11 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppo_cli.policy import AutoModelForCausalLMWithValueHead, create_reference_model
+    from ppo_cli.policy import AutoModelForCausalLMWithValueHead
     from ppo_cli.ppo.config import PPOConfig
     from ppo_cli.ppo.statistics import print_ppo_stats
     from ppo_cli.ppo.trainer import PPOTrainer
     from ppo_cli.prompts import LengthSampler
+    from ppo_cli.reference import create_reference_model
     from ppo_cli.reward import SentimentReward
     from ppo_cli.runtime import set_seed
 
@@ -26,7 +27,7 @@ _HOMES = {
     "PPOConfig": "ppo_cli.ppo.config",
     "PPOTrainer": "ppo_cli.ppo.trainer",
     "SentimentReward": "ppo_cli.reward",
-    "create_reference_model": "ppo_cli.policy",
+    "create_reference_model": "ppo_cli.reference",
     "print_ppo_stats": "ppo_cli.ppo.statistics",
     "set_seed": "ppo_cli.runtime",
 }

@@ -123,7 +123,8 @@ def compare(
             )
         )
     differences = [_paired(models[0], other) for other in models[1:]]
-    return Comparison(judge.label, judge.name, seed, models, differences)
+    assert request.reward is not None
+    return Comparison(judge.label, request.reward.model, seed, models, differences)
 
 
 def _paired(first: Generated, second: Generated) -> PairedDifference:

@@ -1,29 +1,28 @@
-"""The policy: a causal language model with a value head, its frozen reference, their folders."""
+"""The policy: a causal language model with a value head."""
 
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import PushToHubMixin, cached_file
+from transformers import PreTrainedModel
+from transformers.utils.hub import PushToHubMixin
 
 from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.hub import first_line, loading_errors
-
-VALUE_HEAD_FILE = "value_head.safetensors"
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+from ppo_cli.policy_files import (
+    HUB_KEYWORDS,
+    VALUE_HEAD_FILE,
+    find_value_head,
+    load_causal,
+    refuse_if_not_causal,
+)
 
 
 class ValueHead(nn.Module):
@@ -89,7 +88,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             pretrained_model, "disable_adapter"
         )
         self.pretrained_model = pretrained_model
-        _refuse_if_not_causal(self._base_model.config, type(self._base_model))
+        refuse_if_not_causal(self._base_model.config, type(self._base_model))
         if summary_dropout_prob is None:
             summary_dropout_prob = getattr(self.config, "summary_dropout_prob", 0.1)
         self.v_head = ValueHead(
@@ -135,8 +134,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))
             hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
             with loading_errors(name):
-                model = _load_causal(name, is_trainable, *model_args, **kwargs)
-                saved_head = _find_value_head(name, hub)
+                model = load_causal(name, is_trainable, *model_args, **kwargs)
+                saved_head = find_value_head(name, hub)
         else:
             model = source
         if peft_config is not None:
@@ -145,7 +144,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             if hasattr(model, "peft_config"):
                 warnings.warn("peft_config is ignored: the model has an adapter", stacklevel=2)
             else:
-                _refuse_if_not_causal(model.config, type(model))
+                refuse_if_not_causal(model.config, type(model))
                 model = get_peft_model(model, peft_config)
         policy = cls(model, **head_kwargs)
         if saved_head:
@@ -347,153 +346,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             )
 
 
-def create_reference_model(
-    model: AutoModelForCausalLMWithValueHead,
-    num_shared_layers: int | None = None,
-    pattern: str | None = None,
-) -> AutoModelForCausalLMWithValueHead:
-    """A frozen copy of `model`, in eval mode.
-
-    Args:
-        model: the policy; any `torch.nn.Module` will do.
-        num_shared_layers: this many layers from the bottom, and the embeddings below them, are
-            frozen in the policy too and shared: policy and reference hold the same tensors.
-        pattern: prefix of a layer's parameter names with `{layer}` in it, such as
-            `transformer.h.{layer}`, where it cannot be found by itself.
-
-    Raises:
-        UsageError: `num_shared_layers` is not in 0..number of layers, or the layers are not found.
-    """
-    memo: dict[int, Any] = {}
-    if num_shared_layers is not None:
-        for parameter in _lower_parameters(model, num_shared_layers, pattern):
-            parameter.requires_grad_(False)
-            memo[id(parameter)] = parameter  # deepcopy takes what is in its memo as it is
-    reference = copy.deepcopy(model, memo)
-    return reference.requires_grad_(False).eval()
-
-
-def _lower_parameters(model: nn.Module, num_layers: int, pattern: str | None) -> list[nn.Parameter]:
-    """Parameters of the embeddings and the first `num_layers` layers."""
-    if pattern is not None:
-        prefix, _, _ = pattern.partition("{layer}")
-        layers = [
-            name for name, _ in model.named_modules() if _layer_index(name, prefix) is not None
-        ]
-        prefix = layers[0].rpartition(".")[0] if layers else ""
-    else:
-        stacks = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-        # The decoder's stack is the outermost list of modules; experts and the like lie inside.
-        prefix = min(stacks, key=lambda name: (name.count("."), name), default="")
-    if not prefix:
-        raise UsageError(
-            f"cannot find the layers of {type(model).__name__}: pass their pattern, "
-            "such as 'transformer.h.{layer}'"
-        )
-    stack = model.get_submodule(prefix)
-    total = len(list(stack.children()))
-    if not 0 <= num_layers <= total:
-        raise UsageError(f"num_shared_layers is {num_layers}, but the model has {total} layers")
-    shared: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if name.startswith(prefix + "."):
-            if int(name[len(prefix) + 1 :].partition(".")[0]) < num_layers:
-                shared.append(parameter)
-        elif _is_embedding(model, name):
-            shared.append(parameter)
-    return shared
-
-
-def _layer_index(name: str, prefix: str) -> int | None:
-    _, found, rest = name.partition(prefix)
-    return int(rest) if found and rest.isdigit() else None
-
-
-def _is_embedding(model: nn.Module, parameter_name: str) -> bool:
-    owner = model.get_submodule(parameter_name.rpartition(".")[0])
-    return isinstance(owner, nn.Embedding)
-
-
-def _refuse_if_not_causal(config: Any, model_class: type | None = None) -> None:
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    known = {name for names in causal for name in ((names,) if isinstance(names, str) else names)}
-    named = (
-        list(config.architectures or [])
-        if model_class is None
-        else [c.__name__ for c in model_class.__mro__ if issubclass(c, nn.Module)]
-    )
-    encoder_decoder = getattr(config, "is_encoder_decoder", False)
-    is_causal = any(name in known or name.endswith("ForCausalLM") for name in named)
-    if encoder_decoder or (named and not is_causal):
-        raise UsageError(
-            f"{named[0] if named else config.model_type} is not a causal language model: choose "
-            "one whose architecture ends in ForCausalLM or LMHeadModel, such as gpt2"
-        )
-
-
-def _load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> PreTrainedModel:
-    if (Path(name) / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
-
-        return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=is_trainable, **kwargs)
-    if "config" not in kwargs:
-        hub = {key: kwargs[key] for key in (*HUB_KEYWORDS, "trust_remote_code") if key in kwargs}
-        config = AutoConfig.from_pretrained(name, **hub)
-        if not kwargs.get("trust_remote_code"):
-            _refuse_if_not_causal(config)
-    # TRL's old folders hold `v_head.*` among the weights: expected here, and not to be reported.
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, *args, **kwargs, output_loading_info=True
-        )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    unexpected = [key for key in info["unexpected_keys"] if not key.startswith("v_head.")]
-    for problem, keys in (("lacks", info["missing_keys"]), ("has the unknown", unexpected)):
-        if keys:
-            names = ", ".join(sorted(keys)[:5]) + (" ..." if len(keys) > 5 else "")
-            warnings.warn(f"{name}: the weights file {problem} {names}", stacklevel=4)
-    return model
-
-
 def _renamed(model: Any, name: str) -> Any:
     """An attribute that later releases of transformers 5 call by another name."""
     new = name.format("activation")
     return getattr(model, new) if hasattr(model, new) else getattr(model, name.format("gradient"))
-
-
-def _find_value_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:
-    """The value head's tensors, from our file or among the weights as TRL put them; or none."""
-
-    def locate(file: str) -> str | None:
-        return cached_file(
-            name,
-            file,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub,
-        )
-
-    if (ours := locate(VALUE_HEAD_FILE)) is not None:
-        return _read_value_head(ours)
-    for weights in WEIGHT_FILES:
-        if (index := locate(f"{weights}.index.json")) is not None:
-            placed = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            shards = {file for key, file in placed.items() if key.startswith("v_head.")}
-            found = [_read_value_head(path) for file in shards if (path := locate(file))]
-            return {key: value for head in found for key, value in head.items()}
-        if (single := locate(weights)) is not None:
-            return _read_value_head(single)
-    return {}
-
-
-def _read_value_head(path: str) -> dict[str, Tensor]:
-    prefix = "v_head."
-    if path.endswith(".safetensors"):
-        with safe_open(path, "pt") as file:
-            names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
-            return {key.removeprefix(prefix): file.get_tensor(key).float() for key in names}
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}

@@ -23,11 +23,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ppo_cli.errors import ModelError, ModelNotFoundError, UsageError
-from ppo_cli.policy import (
-    VALUE_HEAD_FILE,
-    AutoModelForCausalLMWithValueHead,
-    create_reference_model,
-)
+from ppo_cli.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.policy_files import VALUE_HEAD_FILE
+from ppo_cli.reference import create_reference_model
 
 Policy = AutoModelForCausalLMWithValueHead
 

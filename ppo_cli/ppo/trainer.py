@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_cli.policy import AutoModelForCausalLMWithValueHead, create_reference_model
+from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.ppo import advantages as adv
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import make_experience, read_probabilities, token_rewards
@@ -29,6 +29,7 @@ from ppo_cli.ppo.measurements import Stopwatch, length_statistics, step_statisti
 from ppo_cli.ppo.packing import TokenBatch, checked_batch
 from ppo_cli.ppo.setup import make_accelerator, prepare_reference, record_surroundings, require
 from ppo_cli.ppo.update import Update, dropout_off
+from ppo_cli.reference import create_reference_model
 from ppo_cli.rollout import new_token_limits, sample_responses
 from ppo_cli.runtime import RandomStream, numpy_state, set_numpy_state
 

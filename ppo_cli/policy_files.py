@@ -1,0 +1,117 @@
+"""What a policy is loaded from: folders of transformers, of this project, of TRL, of adapters."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
+
+from ppo_cli.errors import UsageError
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def refuse_if_not_causal(config: Any, model_class: type | None = None) -> None:
+    """Raise `UsageError`, naming the architecture, unless a model is a causal language model.
+
+    Args:
+        config: the model's; its `architectures` count where there is no class.
+        model_class: the model's class.
+    """
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    known = {name for names in causal for name in ((names,) if isinstance(names, str) else names)}
+    named = (
+        list(config.architectures or [])
+        if model_class is None
+        else [c.__name__ for c in model_class.__mro__ if issubclass(c, nn.Module)]
+    )
+    encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    is_causal = any(name in known or name.endswith("ForCausalLM") for name in named)
+    if encoder_decoder or (named and not is_causal):
+        raise UsageError(
+            f"{named[0] if named else config.model_type} is not a causal language model: choose "
+            "one whose architecture ends in ForCausalLM or LMHeadModel, such as gpt2"
+        )
+
+
+def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model, or one with an adapter, from a folder or the hub.
+
+    Warns of weights that are missing, or that the model does not have; TRL's value heads among the
+    weights are no cause for that.
+
+    Args:
+        name: folder or hub id.
+        is_trainable: whether an adapter that is loaded can be trained further.
+        args, kwargs: go to `from_pretrained`.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=is_trainable, **kwargs)
+    if "config" not in kwargs:
+        hub = {key: kwargs[key] for key in (*HUB_KEYWORDS, "trust_remote_code") if key in kwargs}
+        config = AutoConfig.from_pretrained(name, **hub)
+        if not kwargs.get("trust_remote_code"):
+            refuse_if_not_causal(config)
+    # transformers' own report would name the value heads, too.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, *args, **kwargs, output_loading_info=True
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith("v_head.")]
+    for problem, keys in (("lacks", info["missing_keys"]), ("has the unknown", unexpected)):
+        if keys:
+            names = ", ".join(sorted(keys)[:5]) + (" ..." if len(keys) > 5 else "")
+            warnings.warn(f"{name}: the weights file {problem} {names}", stacklevel=4)
+    return model
+
+
+def find_value_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:
+    """The value head's tensors, from our file or among the weights as TRL put them; or none."""
+
+    def locate(file: str) -> str | None:
+        return cached_file(
+            name,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub,
+        )
+
+    if (ours := locate(VALUE_HEAD_FILE)) is not None:
+        return _read_value_head(ours)
+    for weights in WEIGHT_FILES:
+        if (index := locate(f"{weights}.index.json")) is not None:
+            placed = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            shards = {file for key, file in placed.items() if key.startswith("v_head.")}
+            found = [_read_value_head(path) for file in shards if (path := locate(file))]
+            return {key: value for head in found for key, value in head.items()}
+        if (single := locate(weights)) is not None:
+            return _read_value_head(single)
+    return {}
+
+
+def _read_value_head(path: str) -> dict[str, Tensor]:
+    prefix = "v_head."
+    if path.endswith(".safetensors"):
+        with safe_open(path, "pt") as file:
+            names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+            return {key.removeprefix(prefix): file.get_tensor(key).float() for key in names}
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
