@@ -16,6 +16,7 @@ from ppo_cli.evaluation import Generated
 from ppo_cli.loading import load_policy, load_reward, load_tokenizer
 from ppo_cli.prompts import read_texts
 from ppo_cli.reward import SentimentReward
+from ppo_cli.rollout import context_length
 from ppo_cli.run_directory import RunDirectory
 from ppo_cli.runtime import resolve_device
 from ppo_cli.sampling import draw_samples
@@ -137,7 +138,7 @@ def generate(
     tokenizer = load_tokenizer(source.model, source.revision)
     policy = load_policy(PolicyConfig(model=source.model, revision=source.revision), tokenizer)
     model = policy.pretrained_model.to(device).eval()
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model.config)
     ids = []
     for text in prompts:
         tokens = tokenizer(text).input_ids

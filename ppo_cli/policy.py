@@ -23,6 +23,7 @@ from ppo_cli.policy_files import (
     load_causal,
     refuse_if_not_causal,
 )
+from ppo_cli.runtime import modes_kept
 
 
 class ValueHead(nn.Module):
@@ -260,18 +261,16 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             return False  # virtual tokens are added outside the language model
         if self._head_is_plain is None:
             model = self._base_model
-            modes = [(module, module.training) for module in model.modules()]
-            model.eval()
             ids = torch.arange(2, device=model.device).unsqueeze(0)
             try:
-                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-                plain = model.get_output_embeddings()(hidden)
-                whole = model(input_ids=ids, use_cache=False).logits
+                with modes_kept(model):
+                    model.eval()
+                    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                    plain = model.get_output_embeddings()(hidden)
+                    whole = model(input_ids=ids, use_cache=False).logits
                 self._head_is_plain = torch.equal(plain, whole.to(plain.dtype))
             except (TypeError, AttributeError):
                 self._head_is_plain = False
-            for module, mode in modes:
-                module.training = mode
         return self._head_is_plain
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ppo_cli.errors import NumericalError, UsageError
+from ppo_cli.runtime import modes_kept
 
 # Every setting that shapes the distribution, at the value that leaves it alone. Without them
 # `generate` would fill what is not given from the model's own generation_config, whose top-k or
@@ -62,7 +63,7 @@ def sample_texts(
     max_new_tokens: Sequence[int],
     **kwargs: Any,
 ) -> Rollout:
-    """`sample_responses`, decoded. Special tokens are left out of the texts."""
+    """`sample_responses`, decoded."""
     responses = sample_responses(
         model,
         queries,
@@ -71,10 +72,15 @@ def sample_texts(
         eos_token_id=tokenizer.eos_token_id,
         **kwargs,
     )
+    return decode(tokenizer, queries, responses)
+
+
+def decode(tokenizer: Any, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> Rollout:
+    """B queries and responses as texts, special tokens left out."""
     whole = [torch.cat([q.to(r.device), r]) for q, r in zip(queries, responses, strict=True)]
     return Rollout(
         queries=list(queries),
-        responses=responses,
+        responses=list(responses),
         texts=tokenizer.batch_decode(whole, skip_special_tokens=True),
         response_texts=tokenizer.batch_decode(responses, skip_special_tokens=True),
     )
@@ -115,7 +121,7 @@ def sample_responses(
         UsageError: an empty query, or one that with its response exceeds the model's context.
     """
     queries = [query.to(model.device) for query in queries]
-    _check_lengths(queries, max_new_tokens, _context_length(model.config))
+    _check_lengths(queries, max_new_tokens, context_length(model.config))
     if isinstance(eos_token_id, int):
         eos_token_id = [eos_token_id]
     end_ids = set(eos_token_id or ())
@@ -127,7 +133,8 @@ def sample_responses(
 
     responses: list[Tensor] = []
     size = batch_size or max(len(queries), 1)
-    with _evaluating(model):
+    with modes_kept(model):
+        model.eval()
         for start in range(0, len(queries), size):
             rows = queries[start : start + size]
             limits = torch.tensor(list(max_new_tokens[start : start + size]), device=model.device)
@@ -196,7 +203,7 @@ def _pad_left(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _context_length(config: Any) -> int | None:
+def context_length(config: Any) -> int | None:
     """Most tokens that a model reads, None where positions are not limited."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -212,18 +219,6 @@ def _check_lengths(
                 f"query {i} has {query.numel()} tokens; with {new} new ones it exceeds the "
                 f"model's context of {context}: shorten it, or lower the number of new tokens"
             )
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Dropout off, and each module's mode as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

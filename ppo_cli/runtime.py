@@ -63,6 +63,17 @@ class RandomStream:
             torch.cuda.set_rng_state(state["cuda"], self._device)
 
 
+@contextmanager
+def modes_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Afterwards each module trains or evaluates as it did before, whatever the block set."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def numpy_state(source: np.random.RandomState) -> dict[str, Any]:
     """The state of a NumPy generator as plain values, for JSON."""
     state: dict[str, Any] = source.get_state(legacy=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ppo_cli.evaluation import Sample
 from ppo_cli.reward import SentimentReward
-from ppo_cli.rollout import sample_texts
+from ppo_cli.rollout import Rollout, sample_texts
 from ppo_cli.runtime import RandomStream
 
 
@@ -46,8 +46,15 @@ def draw_samples(
             batch_size=batch_size,
             **sampling,
         )
-    scores: list[float] | list[None] = [None] * len(queries)
-    probabilities: list[float] | list[None] = [None] * len(queries)
+    return judge(rollout, query_texts, reward)
+
+
+def judge(
+    rollout: Rollout, query_texts: Sequence[str], reward: SentimentReward | None
+) -> list[Sample]:
+    """B queries and responses with their scores; None leaves scores out."""
+    scores: list[float] | list[None] = [None] * len(query_texts)
+    probabilities: list[float] | list[None] = [None] * len(query_texts)
     if reward is not None:
         logits, chances = reward.scores(rollout.texts)
         scores = (logits if reward.output == "logit" else chances).tolist()

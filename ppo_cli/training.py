@@ -26,9 +26,10 @@ from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.statistics import scalars
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.prompts import LengthSampler, Prompt, collate, load_prompts
+from ppo_cli.rollout import PURE_SAMPLING, context_length, decode
 from ppo_cli.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory
 from ppo_cli.runtime import accelerator_settings, resolve_device, set_seed
-from ppo_cli.sampling import draw_samples
+from ppo_cli.sampling import draw_samples, judge
 
 
 @dataclass(frozen=True)
@@ -205,44 +206,26 @@ class Training:
             **self._sampling,
         )
         sampled = time.perf_counter()
-        texts = self.tokenizer.batch_decode(
-            [
-                torch.cat([query.to(response.device), response])
-                for query, response in zip(batch["input_ids"], responses, strict=True)
-            ],
-            skip_special_tokens=True,
-        )
-        logits, probabilities = self.reward.scores(texts)
-        scores = logits if self.reward.output == "logit" else probabilities
+        rollout = decode(self.tokenizer, batch["input_ids"], responses)
+        samples = judge(rollout, batch["query"], self.reward)
+        scores = torch.tensor([sample.score for sample in samples])
         scored = time.perf_counter()
         stats = self.trainer.step(batch["input_ids"], responses, list(scores))
-        self.trainer.log_stats(
-            stats,
-            {"query": batch["query"], "response": self.tokenizer.batch_decode(responses)},
-            scores,
-        )
+        texts = {"query": batch["query"], "response": rollout.response_texts}
+        self.trainer.log_stats(stats, texts, scores)
         seconds = time.perf_counter() - started
         self.seconds += seconds
         tokens = sum(len(q) + len(r) for q, r in zip(batch["input_ids"], responses, strict=True))
         numbers = scalars(stats) | {
             "env/reward_mean": scores.mean().item(),
             "env/reward_std": scores.std().item() if len(scores) > 1 else 0.0,
-            "env/probability_mean": probabilities.mean().item(),
+            "env/probability_mean": mean_probability(samples),
             "time/sampling": sampled - started,
             "time/scoring": scored - sampled,
             "time/step": seconds,
             "perf/tokens_per_second": tokens / seconds,
         }
-        shown = [
-            Sample(query, response, score, probability)
-            for query, response, score, probability in zip(
-                batch["query"],
-                self.tokenizer.batch_decode(responses, skip_special_tokens=True),
-                scores.tolist(),
-                probabilities.tolist(),
-                strict=True,
-            )
-        ][: max(self.config.run.samples_per_step, 1)]
+        shown = samples[: max(self.config.run.samples_per_step, 1)]
         self._record(numbers, shown)
         return StepReport(self.step, self.config.run.steps, numbers, shown)
 
@@ -330,7 +313,7 @@ class Training:
 
     def _check_context(self) -> None:
         """Refuse, before anything is written, lengths that the model cannot read."""
-        context = getattr(self._policy.config, "max_position_embeddings", None)
+        context = context_length(self._policy.config)
         longest = max(len(prompt.input_ids) for prompt in self.prompts.train)
         new = self.config.rollout.output_max_length - 1
         if context is not None and longest + new > context:
@@ -341,8 +324,7 @@ class Training:
             )
 
     def _warn_if_not_pure(self) -> None:
-        pure = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        changed = [f"rollout.{k}={v}" for k, v in self._sampling.items() if v != pure[k]]
+        changed = [f"rollout.{k}={v}" for k, v in self._sampling.items() if v != PURE_SAMPLING[k]]
         if changed:
             warnings.warn(
                 f"with {', '.join(changed)} responses are not samples of the policy itself: KL is "

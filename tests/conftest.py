@@ -23,6 +23,19 @@ torch.set_num_threads(1)
 
 VOCABULARY = 80
 EOS = VOCABULARY - 1
+# Two small layers, in the names that most architectures have.
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 48,
+    "bos_token_id": EOS,
+    "eos_token_id": EOS,
+    "pad_token_id": None,
+    "initializer_range": 0.3,
+}
 
 
 def make_tokenizer(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import EOS, VOCABULARY, make_gpt2
+from conftest import EOS, SMALL, VOCABULARY, make_gpt2
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -29,18 +29,6 @@ from ppo_cli.reference import create_reference_model
 
 Policy = AutoModelForCausalLMWithValueHead
 
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 48,
-    "bos_token_id": EOS,
-    "eos_token_id": EOS,
-    "pad_token_id": None,
-    "initializer_range": 0.3,
-}
 GROUPED = {**SMALL, "num_key_value_heads": 1, "head_dim": 8}
 # Architectures, and what sets the way from hidden states to logits apart in each.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import EOS, VOCABULARY, make_gpt2, make_tokenizer
+from conftest import EOS, SMALL, make_gpt2, make_tokenizer
 from peft import LoraConfig
 from torch import Tensor
 from transformers import GenerationConfig
@@ -18,18 +18,6 @@ from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.rollout import sample_responses, sample_texts
 
 QUERIES = [torch.tensor(ids) for ids in ([5], [7, 8, 9, 10, 11], [1, 2], [3, 30, 40], [60])]
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 48,
-    "bos_token_id": EOS,
-    "eos_token_id": EOS,
-    "pad_token_id": None,
-    "initializer_range": 0.3,
-}
 
 
 def make_model(name: str) -> Any:

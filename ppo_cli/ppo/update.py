@@ -18,6 +18,7 @@ from ppo_cli.ppo.advantages import masked_mean
 from ppo_cli.ppo.config import PPOSettings
 from ppo_cli.ppo.experience import Experience, token_forward
 from ppo_cli.ppo.measurements import minibatch_statistics
+from ppo_cli.runtime import modes_kept
 
 ARRAYS = ("policy/ratio", "policy/advantages")
 
@@ -153,18 +154,16 @@ def dropout_off(model: torch.nn.Module, *, keep_training_mode: bool) -> Iterator
     `keep_training_mode` the dropout probabilities are set to zero instead. Modes and
     probabilities are as before afterwards.
     """
-    modes = [(module, module.training) for module in model.modules()]
     dropouts = _dropout_probabilities(model) if keep_training_mode else []
-    model.train(keep_training_mode)
-    for module, name, _ in dropouts:
-        setattr(module, name, 0.0)
-    try:
-        yield
-    finally:
-        for module, name, value in dropouts:
-            setattr(module, name, value)
-        for module, mode in modes:
-            module.training = mode
+    with modes_kept(model):
+        model.train(keep_training_mode)
+        for module, name, _ in dropouts:
+            setattr(module, name, 0.0)
+        try:
+            yield
+        finally:
+            for module, name, value in dropouts:
+                setattr(module, name, value)
 
 
 def _dropout_probabilities(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, float]]:
