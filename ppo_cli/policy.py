@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
+from ppo_cli.architecture import projects_plainly, reads_packed
 from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.hub import first_line, loading_errors
 from ppo_cli.policy_files import (
@@ -23,7 +24,7 @@ from ppo_cli.policy_files import (
     load_causal,
     refuse_if_not_causal,
 )
-from ppo_cli.runtime import modes_kept
+from ppo_cli.projection import entropy, token_logprobs, token_logprobs_and_entropies
 
 
 class ValueHead(nn.Module):
@@ -98,7 +99,6 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             init_strategy=v_head_init_strategy,
             initializer_range=v_head_initializer_range,
         ).to(self._base_model.device)
-        self._head_is_plain: bool | None = None
 
     @classmethod
     def from_pretrained(
@@ -207,6 +207,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         attention_mask: Tensor | None = None,
         return_past_key_values: bool = False,
         positions: Tensor | None = None,
+        targets: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """Logits and values of B sequences of T tokens.
@@ -218,20 +219,26 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             return_past_key_values: also return the cache.
             positions: (N,) indices into the B * T positions laid out flat. With them only these
                 positions are projected on the vocabulary, which is most of a small model's work.
+            targets: (N,) token ids, one a position: what comes after it.
             kwargs: go to the language model, `labels` among them.
 
         Returns:
             `(logits, loss, values)`, with the cache as a fourth where asked. Logits are float32,
             (B, T, V), values (B, T); with `positions` (N, V) and (N,). `loss` is None without
-            `labels`.
+            `labels`. With `targets` `(logprobs, entropies, values)`, (N,) each, and the logits are
+            never there whole.
         """
-        if positions is not None and self._projects_plainly():
+        if positions is not None and self.projects_plainly:
             hidden = self._base_model.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
             ).last_hidden_state
             hidden = hidden.flatten(0, 1)[positions]
-            logits = self._base_model.get_output_embeddings()(hidden)
-            return logits.float(), None, self._values(hidden)
+            values = self._values(hidden)
+            head = self._base_model.get_output_embeddings()
+            if targets is None:
+                return head(hidden).float(), None, values
+            bias = getattr(head, "bias", None)
+            return (*token_logprobs_and_entropies(hidden, head.weight, bias, targets), values)
 
         output = self.pretrained_model(
             input_ids=input_ids,
@@ -245,33 +252,31 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         logits, hidden = output.logits[:, -length:], output.hidden_states[-1][:, -length:]
         if positions is not None:
             logits, hidden = logits.flatten(0, 1)[positions], hidden.flatten(0, 1)[positions]
+        if targets is not None:
+            logits = logits.float()
+            return token_logprobs(logits, targets), entropy(logits), self._values(hidden)
         results = (logits.float(), output.loss, self._values(hidden))
         return (*results, output.past_key_values) if return_past_key_values else results
 
     def _values(self, hidden: Tensor) -> Tensor:
         return self.v_head(hidden.to(self.device)).squeeze(-1)
 
-    @torch.no_grad()
-    def _projects_plainly(self) -> bool:
-        """Whether the logits are the output embeddings times the last hidden state, no more.
+    @property
+    def projects_plainly(self) -> bool:
+        """Whether logits are the output embeddings times the last hidden state, no more."""
+        return not self._adds_tokens and projects_plainly(self._base_model)
 
-        Some architectures scale or cap them; for these the whole model has to run.
-        """
-        if self.is_peft_model and self.pretrained_model.active_peft_config.is_prompt_learning:
-            return False  # virtual tokens are added outside the language model
-        if self._head_is_plain is None:
-            model = self._base_model
-            ids = torch.arange(2, device=model.device).unsqueeze(0)
-            try:
-                with modes_kept(model):
-                    model.eval()
-                    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-                    plain = model.get_output_embeddings()(hidden)
-                    whole = model(input_ids=ids, use_cache=False).logits
-                self._head_is_plain = torch.equal(plain, whole.to(plain.dtype))
-            except (TypeError, AttributeError):
-                self._head_is_plain = False
-        return self._head_is_plain
+    @property
+    def reads_packed(self) -> bool:
+        """Whether several sequences can share a row, told apart by their position ids."""
+        return not self._adds_tokens and reads_packed(self._base_model)
+
+    @property
+    def _adds_tokens(self) -> bool:
+        """Whether an adapter puts virtual tokens in front, outside the language model."""
+        return self.is_peft_model and bool(
+            self.pretrained_model.active_peft_config.is_prompt_learning
+        )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The language model's own `generate`, with its arguments and results."""

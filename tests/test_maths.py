@@ -19,8 +19,9 @@ from ppo_cli.ppo.advantages import (
     token_rewards,
 )
 from ppo_cli.ppo.kl_controller import AdaptiveKLController, FixedKLController
-from ppo_cli.ppo.losses import entropy, full_kl, kl_penalty, policy_loss, token_logprobs, value_loss
+from ppo_cli.ppo.losses import full_kl, kl_penalty, policy_loss, value_loss
 from ppo_cli.ppo.packing import TokenBatch, checked_batch
+from ppo_cli.projection import entropy, token_logprobs
 
 CPU = torch.device("cpu")
 

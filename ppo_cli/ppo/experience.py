@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ppo_cli.ppo import advantages as adv
 from ppo_cli.ppo import losses
 from ppo_cli.ppo.config import PPOSettings
 from ppo_cli.ppo.packing import TokenBatch
+from ppo_cli.projection import token_logprobs
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,18 @@ class Probabilities:
     penalties: Tensor
 
 
+class TokenOutputs(NamedTuple):
+    """What a policy says of N response tokens, (N,) each, float32."""
+
+    logprobs: Tensor
+    entropies: Tensor
+    values: Tensor
+
+
 @torch.no_grad()
 def read_probabilities(
     tokens: TokenBatch,
+    outputs: TokenOutputs | None,
     *,
     policy: Any,
     reference: Any,
@@ -65,6 +75,7 @@ def read_probabilities(
 
     Args:
         tokens: the sequences.
+        outputs: the policy's over the whole batch where they are known already, else None.
         policy: the model with a value head, as accelerate prepared it.
         reference: model that is compared with; the policy itself if its adapter can be off.
         as_reference: entered around the reference's forward: turns the adapter off.
@@ -73,19 +84,38 @@ def read_probabilities(
     parts: list[tuple[Tensor, ...]] = []
     for indices in torch.arange(len(tokens)).split(config.mini_batch_size):
         chunk = tokens.select(indices)
-        targets = chunk.flat_targets
-        logits, values = token_forward(policy, chunk)
-        with as_reference():
-            ref_logits, _ = token_forward(reference, chunk)
-        logprobs = losses.token_logprobs(logits, targets)
-        ref_logprobs = losses.token_logprobs(ref_logits, targets)
         if config.kl_penalty == "full":
-            penalties = losses.full_kl(logits, ref_logits)
-        else:
-            penalties = losses.kl_penalty(logprobs, ref_logprobs, config.kl_penalty)
-        parts.append((logprobs, ref_logprobs, values, penalties))
+            parts.append(_with_full_kl(chunk, policy, reference, as_reference))
+            continue
+        known = token_forward(policy, chunk) if outputs is None else outputs
+        with as_reference():
+            ref_logprobs = token_forward(reference, chunk).logprobs
+        penalties = losses.kl_penalty(known.logprobs, ref_logprobs, config.kl_penalty)
+        parts.append((known.logprobs, ref_logprobs, known.values, penalties))
     flat = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     return Probabilities(*(tokens.to_grid(tensor) for tensor in flat))
+
+
+def _with_full_kl(
+    tokens: TokenBatch,
+    policy: Any,
+    reference: Any,
+    as_reference: Callable[[], AbstractContextManager[None]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities of policy and reference, values, and exact KL, (N,) each."""
+    targets = tokens.flat_targets
+    inputs, positions = _inputs(policy, tokens)
+    logits, _, values = policy(**inputs, positions=positions)
+    with as_reference():
+        ref_logits, _, _ = reference(**inputs, positions=positions)
+    logits, ref_logits = logits.float(), ref_logits.float()
+    penalties = losses.full_kl(logits, ref_logits)
+    return (
+        token_logprobs(logits, targets),
+        token_logprobs(ref_logits, targets),
+        values.float(),
+        penalties,
+    )
 
 
 def token_rewards(
@@ -130,15 +160,13 @@ def make_experience(
     )
 
 
-def token_forward(model: Any, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Logits (N, V) and values (N,) where response tokens are predicted, float32.
+def token_forward(model: Any, tokens: TokenBatch) -> TokenOutputs:
+    """A model with a value head over sequences, at the N positions that count."""
+    inputs, positions = _inputs(model, tokens)
+    outputs = model(**inputs, positions=positions, targets=tokens.flat_targets)
+    return TokenOutputs(*(output.float() for output in outputs))
 
-    `model` may lack a value head, as a reference does; then values are zero.
-    """
-    inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
-    positions = tokens.flat_sources
-    if isinstance(getattr(model, "module", model), AutoModelForCausalLMWithValueHead):
-        logits, _, values = model(**inputs, positions=positions)
-        return logits, values.float()
-    logits = model(**inputs).logits.flatten(0, 1)[positions].float()
-    return logits, logits.new_zeros(len(positions))
+
+def _inputs(model: Any, tokens: TokenBatch) -> tuple[dict[str, Tensor], Tensor]:
+    inner: AutoModelForCausalLMWithValueHead = getattr(model, "module", model)
+    return tokens.packed() if inner.reads_packed else tokens.padded()

@@ -75,14 +75,3 @@ def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """Exact `KL(policy || reference)` per token from two (N, V) tensors of logits; (N,)."""
     log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities (N,) of `tokens` (N,) under `logits` (N, V)."""
-    return -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats, (N,), of the distributions that `logits` (N, V) stand for."""
-    log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)

@@ -23,16 +23,11 @@ def minibatch_statistics(
     old_values: Tensor,
     values: Tensor,
     mask: Tensor,
-    token_entropy: Tensor,
+    entropies: Tensor,
 ) -> dict[str, Tensor]:
-    """Scalars of one mini-batch that do not depend on the losses. All grids are (b, R).
-
-    `token_entropy` is (N,), one a counted token.
-    """
+    """Scalars of one mini-batch that do not depend on the losses. All grids are (b, R)."""
     return {
-        "policy/entropy": token_entropy.mean()
-        if token_entropy.numel()
-        else log_ratio.new_zeros(()),
+        "policy/entropy": masked_mean(entropies, mask),
         "policy/approxkl": 0.5 * masked_mean(log_ratio.square(), mask),
         "policy/policykl": masked_mean(-log_ratio, mask),
         "policy/advantages_mean": masked_mean(advantages, mask),

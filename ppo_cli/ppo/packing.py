@@ -1,37 +1,42 @@
-"""Ragged queries and responses -> rectangular token rows and the positions that count."""
+"""Ragged queries and responses -> the token rows that a model reads and the positions that count."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+# Tokens that a packed row aims at. Attention costs as much a token as its row is long, so rows stay
+# short; far fewer tokens would leave more of each row empty.
+ROW_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """B sequences of query and response, as a model reads them.
+    """B sequences of query and response.
 
-    Rows are padded on the right whatever side the tokenizer pads, so that positions and with them
-    log-probabilities do not depend on it. Response tokens that a mask leaves out are read as
-    context but do not count: they have no place in the (B, R) grids.
+    Response tokens that a mask leaves out are read as context but do not count: they have no place
+    in the (B, R) grids. Layout is worked out on the CPU, so that a GPU need not be waited for.
 
     Attributes:
-        input_ids: (B, T) query, response, padding.
-        attention_mask: (B, T) 1 for tokens, 0 for padding.
-        targets: (B, R) the response tokens that count, moved to the left.
-        sources: (B, R) column of `input_ids` just before each target, where it is predicted.
-        mask: (B, R) True where there is a target.
+        input_ids: (B, T) query, response, padding, on the CPU.
+        targets: (B, R) the response tokens that count, moved to the left, on the CPU.
+        sources: (B, R) column of `input_ids` just before each target, on the CPU.
+        counts: (B,) how many targets each sequence has, on the CPU.
+        device: where the grids live.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
     targets: Tensor
     sources: Tensor
-    mask: Tensor
+    counts: Tensor
+    device: torch.device
 
     @classmethod
     def from_lists(
@@ -49,12 +54,12 @@ class TokenBatch:
                 mask that is not as long as its response.
         """
         rows, targets, sources = [], [], []
-        for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
+        for i, (query, response) in enumerate(zip(_on_cpu(queries), _on_cpu(responses), strict=True)):
             if query.numel() == 0:
                 raise ValueError(f"query {i} has no tokens: begin it with the bos token")
             counts = torch.ones_like(response, dtype=torch.bool)
             if response_masks is not None:
-                counts = response_masks[i].bool()
+                counts = response_masks[i].bool().cpu()
                 if counts.shape != response.shape:
                     raise ValueError(
                         f"response mask {i} has shape {tuple(counts.shape)}, "
@@ -63,56 +68,143 @@ class TokenBatch:
             rows.append(torch.cat([query, response]))
             targets.append(response[counts])
             sources.append(counts.nonzero().squeeze(1) + query.numel() - 1)
-        lengths = torch.tensor([row.numel() for row in rows])
-        counted = torch.tensor([target.numel() for target in targets])
         return cls(
-            input_ids=pad_sequence(rows, True, pad_token_id).to(device),
-            attention_mask=_prefix_mask(lengths, int(lengths.max())).long().to(device),
-            targets=pad_sequence(targets, True, 0).to(device),
-            sources=pad_sequence(sources, True, 0).to(device),
-            mask=_prefix_mask(counted, int(counted.max())).to(device),
+            input_ids=pad_sequence(rows, True, pad_token_id),
+            targets=pad_sequence(targets, True, 0),
+            sources=pad_sequence(sources, True, 0),
+            counts=torch.tensor([target.numel() for target in targets]),
+            device=device,
         )
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     def select(self, indices: Tensor) -> TokenBatch:
-        """The sequences at `indices` (b,), cut to the longest of them."""
-        width = int(self.attention_mask[indices].sum(1).max())
-        counted = int(self.mask[indices].sum(1).max())
+        """The sequences at `indices` (b,), grids cut to the longest of them."""
+        counts = self.counts[indices]
+        width = int(counts.max())
         return TokenBatch(
-            self.input_ids[indices, :width],
-            self.attention_mask[indices, :width],
-            self.targets[indices, :counted],
-            self.sources[indices, :counted],
-            self.mask[indices, :counted],
+            self.input_ids[indices],
+            self.targets[indices, :width],
+            self.sources[indices, :width],
+            counts,
+            self.device,
         )
 
-    @property
-    def flat_sources(self) -> Tensor:
-        """(N,) the positions of `sources` in `input_ids` laid out flat, sequence by sequence."""
-        rows = torch.arange(len(self), device=self.sources.device).unsqueeze(1)
-        return (rows * self.input_ids.shape[1] + self.sources)[self.mask]
+    @cached_property
+    def mask(self) -> Tensor:
+        """(B, R) True where there is a target, on `device`."""
+        return self._counted.to(self.device)
+
+    @cached_property
+    def cells(self) -> Tensor:
+        """(N,) where the tokens that count stand in a (B, R) grid laid out flat, on `device`."""
+        return self._counted.flatten().nonzero().squeeze(1).to(self.device)
+
+    @cached_property
+    def flat_targets(self) -> Tensor:
+        """(N,) the tokens of `targets`, sequence by sequence, on `device`."""
+        return self.targets[self._counted].to(self.device)
 
     @property
-    def flat_targets(self) -> Tensor:
-        """(N,) the tokens of `targets`, sequence by sequence."""
-        return self.targets[self.mask]
+    def _counted(self) -> Tensor:
+        return _prefix_mask(self.counts, self.targets.shape[1])
+
+    @property
+    def _read(self) -> Tensor:
+        """(B,) tokens of each sequence up to the one that predicts its last target."""
+        last = (self.sources * self._counted).amax(1) + 1 if self.sources.shape[1] else self.counts
+        return last * (self.counts > 0)
+
+    def padded(self) -> tuple[dict[str, Tensor], Tensor]:
+        """One sequence a row, padded on the right whatever side the tokenizer pads.
+
+        Returns:
+            `input_ids` and `attention_mask` (B, t) by name, and the (N,) flat positions in them
+            where `flat_targets` are predicted. Tokens that predict nothing are left out.
+        """
+        lengths = self._read.clamp(min=1)
+        width = int(lengths.max())
+        inputs = {
+            "input_ids": self.input_ids[:, :width],
+            "attention_mask": _prefix_mask(lengths, width).long(),
+        }
+        return self._placed(inputs, torch.arange(len(self)) * width)
+
+    def packed(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Several sequences a row, about `ROW_TOKENS` together, with next to no padding.
+
+        Returns:
+            `input_ids` and `position_ids`, which begin anew with each sequence, and the (N,) flat
+            positions where `flat_targets` are predicted. Sequences without targets, and tokens that
+            predict nothing, are left out.
+        """
+        lengths = self._read
+        if not lengths.any():
+            lengths = torch.ones_like(lengths)  # a model has to read something
+        rows, offsets = balanced_rows(lengths.tolist(), max(ROW_TOKENS, int(lengths.max())))
+        row, offset = torch.tensor(rows), torch.tensor(offsets)
+        width = int((offset + lengths).max())
+        starts = row * width + offset
+        tokens = _prefix_mask(lengths, self.input_ids.shape[1])
+        columns = torch.arange(tokens.shape[1]).expand_as(tokens)
+        places = (starts.unsqueeze(1) + columns)[tokens]
+        shape = (int(row.max()) + 1, width)
+        input_ids = torch.zeros(shape, dtype=torch.long)
+        position_ids = torch.zeros(shape, dtype=torch.long)  # so padding stands alone
+        input_ids.view(-1)[places] = self.input_ids[tokens]
+        position_ids.view(-1)[places] = columns[tokens]
+        return self._placed({"input_ids": input_ids, "position_ids": position_ids}, starts)
+
+    def _placed(
+        self, inputs: dict[str, Tensor], starts: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        positions = (starts.unsqueeze(1) + self.sources)[self._counted]
+        return {k: v.to(self.device) for k, v in inputs.items()}, positions.to(self.device)
 
     def to_grid(self, flat: Tensor) -> Tensor:
         """(N,) numbers, one a counted token -> (B, R), zero outside the mask."""
-        return flat.new_zeros(self.mask.shape).masked_scatter(self.mask, flat)
+        empty = flat.new_zeros(self.targets.numel())
+        return empty.index_copy(0, self.cells, flat).view(self.targets.shape)
+
+    def flat(self, grid: Tensor) -> Tensor:
+        """(B, R) -> (N,), what `to_grid` undoes."""
+        return grid.flatten()[self.cells]
 
     def to_rows(self, grid: Tensor) -> Tensor:
         """(B, R) -> (B, T - 1) as TRL lays it out: at t what concerns token t + 1; else zero."""
         rows = grid.new_zeros(len(self), max(self.input_ids.shape[1] - 1, 1))
-        index = torch.where(self.mask, self.sources, 0)
+        index = (self.sources * self._counted).to(self.device)
         return rows.scatter_add(1, index, grid * self.mask)
+
+
+def balanced_rows(lengths: Sequence[int], target: int) -> tuple[list[int], list[int]]:
+    """Spread sequences over rows of about `target` tokens, filled as evenly as can be.
+
+    The longest goes first, always into the row that holds least (Graham 1969, "Bounds on
+    multiprocessing timing anomalies"). Sequences without tokens are put at the start of row 0.
+
+    Returns:
+        row and first column of each sequence.
+    """
+    count = max(round(sum(lengths) / target), 1)
+    rows, columns = [0] * len(lengths), [0] * len(lengths)
+    fill = [(0, row) for row in range(count)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[i]:
+            columns[i], rows[i] = fill[0]
+            heapq.heapreplace(fill, (columns[i] + lengths[i], rows[i]))
+    return rows, columns
 
 
 def _prefix_mask(lengths: Tensor, width: int) -> Tensor:
     """(B,) lengths -> (B, width), True at the first `length` places of each row."""
     return torch.arange(width) < lengths.unsqueeze(1)
+
+
+def _on_cpu(rows: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The rows on the CPU, in one transfer."""
+    return torch.cat(list(rows)).cpu().split([len(row) for row in rows])
 
 
 def checked_batch(

@@ -20,10 +20,16 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_cli.matmul import fast_matmul
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.ppo import advantages as adv
 from ppo_cli.ppo.config import PPOConfig
-from ppo_cli.ppo.experience import make_experience, read_probabilities, token_rewards
+from ppo_cli.ppo.experience import (
+    make_experience,
+    read_probabilities,
+    token_forward,
+    token_rewards,
+)
 from ppo_cli.ppo.kl_controller import AdaptiveKLController, FixedKLController
 from ppo_cli.ppo.measurements import Stopwatch, length_statistics, step_statistics, to_numbers
 from ppo_cli.ppo.packing import TokenBatch, checked_batch
@@ -95,7 +101,8 @@ class PPOTrainer:
             model.enable_input_require_grads()
         if optimizer is None:
             trainable = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.Adam(trainable, lr=config.learning_rate)
+            fused = {p.device.type for p in trainable} <= {"cpu", "cuda"}
+            optimizer = torch.optim.Adam(trainable, lr=config.learning_rate, fused=fused)
         self.dataset = dataset
         dataloader = None
         if dataset is not None:
@@ -212,9 +219,14 @@ class PPOTrainer:
         self._push_if_best(score_tensor)
         kl_coef, config = self.kl_ctl.value, self.config
 
-        with dropout_off(self.model, keep_training_mode=config.gradient_checkpointing):
+        update = Update(self.model, self.optimizer, self.accelerator, self._shuffle, config)
+        dropout = dropout_off(self.model, keep_training_mode=config.gradient_checkpointing)
+        with dropout, fast_matmul():
+            # Where one forward covers the batch, the first epoch's gives the old probabilities too.
+            first = token_forward(self.model, tokens) if update.is_one_pass else None
             probabilities = read_probabilities(
                 tokens,
+                first,
                 policy=self.model,
                 reference=self.model if self.ref_model is None else self.ref_model,
                 as_reference=self.adapter_off,
@@ -225,8 +237,7 @@ class PPOTrainer:
             clock.lap("compute_rewards")
             experience = make_experience(tokens, probabilities, rewards, non_score, config)
             clock.lap("compute_advantages")
-            update = Update(self.model, self.optimizer, self.accelerator, self._shuffle, config)
-            updates = update.run(experience)
+            updates = update.run(experience, first)
             clock.lap("optimize_step")
 
         stats = self._numbers(step_statistics(experience, score_tensor, kl_coef, updates))
@@ -249,7 +260,7 @@ class PPOTrainer:
             pad_token_id=self.tokenizer.pad_token_id or 0,
             device=self.accelerator.device,
         )
-        if not tokens.mask.any():
+        if not tokens.counts.any():
             raise ValueError("no response token counts: responses are empty or masked throughout")
         return tokens, score_tensor.to(self.accelerator.device)
 
@@ -424,6 +435,8 @@ class PPOTrainer:
             require("ref_model", given, (AutoModelForCausalLMWithValueHead, PreTrainedModel))
             if num_shared_layers is not None:
                 warnings.warn("num_shared_layers is ignored: ref_model was passed", stacklevel=3)
+            if isinstance(given, PreTrainedModel):  # the head is not used, the forward is
+                given = AutoModelForCausalLMWithValueHead(given)
             return given
         return None if self.is_peft_model else create_reference_model(model, num_shared_layers)
 

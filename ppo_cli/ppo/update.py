@@ -16,7 +16,7 @@ from torch import Tensor
 from ppo_cli.ppo import losses
 from ppo_cli.ppo.advantages import masked_mean
 from ppo_cli.ppo.config import PPOSettings
-from ppo_cli.ppo.experience import Experience, token_forward
+from ppo_cli.ppo.experience import Experience, TokenOutputs, token_forward
 from ppo_cli.ppo.measurements import minibatch_statistics
 from ppo_cli.runtime import modes_kept
 
@@ -41,8 +41,20 @@ class Update:
     shuffle: np.random.RandomState
     config: PPOSettings
 
-    def run(self, experience: Experience) -> dict[str, Tensor]:
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether an epoch is one forward over the whole batch.
+
+        Then the first of them may be made before the advantages are known.
+        """
+        return self.config.mini_batch_size == self.config.batch_size
+
+    def run(self, experience: Experience, first: TokenOutputs | None = None) -> dict[str, Tensor]:
         """All epochs over the batch.
+
+        Args:
+            experience: the batch.
+            first: the first epoch's forward over the whole batch, if it was made already.
 
         Returns:
             Statistics of the mini-batches in training order, stacked; those named in `ARRAYS`
@@ -52,56 +64,76 @@ class Update:
         for _ in range(self.config.ppo_epochs):
             order = torch.from_numpy(self.shuffle.permutation(len(experience.tokens)))
             for indices in order.split(self.config.backward_batch_size):
-                collected += self._optimizer_step(experience, indices)
+                collected += self._optimizer_step(experience, indices, first)
+                first = None
             if self.config.early_stopping and self._moved_too_far(collected[-1]):
                 break
+        self._warn_of_skips(torch.stack([stats.pop("mean_ratio") for stats in collected]))
         join: dict[str, Callable] = dict.fromkeys(ARRAYS, torch.cat)
         keys = collected[0].keys()
         return {key: join.get(key, torch.stack)([s[key] for s in collected]) for key in keys}
 
-    def _optimizer_step(self, experience: Experience, indices: Tensor) -> list[dict[str, Tensor]]:
+    def _optimizer_step(
+        self, experience: Experience, indices: Tensor, outputs: TokenOutputs | None
+    ) -> list[dict[str, Tensor]]:
         """Accumulate over the mini-batches of `indices`, then move the weights once.
 
-        A mini-batch whose mean ratio exceeds `ratio_threshold` cancels the step.
+        A mini-batch whose mean ratio exceeds `ratio_threshold` cancels the step. Nothing here waits
+        for a GPU.
         """
         collected: list[dict[str, Tensor]] = []
+        cancelled = torch.zeros((), dtype=torch.bool, device=experience.tokens.device)
         parts = indices.split(self.config.mini_batch_size)
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             # accelerate's own accumulation would step early at the end of the dataloader.
             with nullcontext() if last else self.accelerator.no_sync(self.policy):
-                loss, stats, mean_ratio = self._minibatch(experience, part)
+                loss, stats = self._minibatch(experience, part, outputs)
                 collected.append(stats)
-                if self._skips(mean_ratio):
-                    for key in ("loss/policy", "loss/value", "loss/total"):
-                        stats[key] = torch.zeros_like(stats[key])
-                    self.optimizer.zero_grad()
-                    return collected
+                too_far = ~(stats["mean_ratio"] <= self.config.ratio_threshold)
+                for key in ("loss/policy", "loss/value", "loss/total"):
+                    stats[key] = torch.where(too_far, 0.0, stats[key])
+                cancelled = cancelled | too_far
                 self.accelerator.backward(loss / len(parts))
         if self.config.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
+        self._move(unless=cancelled)
         self.optimizer.zero_grad()
         return collected
 
+    def _move(self, *, unless: Tensor) -> None:
+        """Let the optimizer step, but for the condition `unless`, a scalar tensor.
+
+        A fused optimizer reads the condition on its device, as it does for a gradient scaler.
+        """
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.accelerator.scaler is None and optimizer.defaults.get("fused"):
+            optimizer.found_inf = unless.float()
+            self.optimizer.step()
+            del optimizer.found_inf
+        elif not unless:
+            self.optimizer.step()
+
     def _minibatch(
-        self, experience: Experience, indices: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Total loss, statistics and mean ratio of the samples at `indices`."""
+        self, experience: Experience, indices: Tensor, outputs: TokenOutputs | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total loss and statistics of the samples at `indices`.
+
+        `outputs`, if given, are the policy's over the whole batch.
+        """
         tokens = experience.tokens.select(indices)
         mask, width = tokens.mask, tokens.mask.shape[1]
-        old_logprobs, old_values, advantages, returns = (
-            grid[indices, :width]
-            for grid in (
-                experience.logprobs,
-                experience.values,
-                experience.advantages,
-                experience.returns,
-            )
-        )
-        logits, flat_values = token_forward(self.policy, tokens)
-        logprobs = tokens.to_grid(losses.token_logprobs(logits, tokens.flat_targets))
-        values = tokens.to_grid(flat_values)
+
+        def chosen(grid: Tensor) -> Tensor:
+            return grid[indices, :width]
+
+        old_logprobs, old_values = chosen(experience.logprobs), chosen(experience.values)
+        advantages, returns = chosen(experience.advantages), chosen(experience.returns)
+        if outputs is None:
+            logprobs, entropies, values = map(tokens.to_grid, token_forward(self.policy, tokens))
+        else:
+            grids = map(experience.tokens.to_grid, outputs)
+            logprobs, entropies, values = map(chosen, grids)
         log_ratio = logprobs - old_logprobs
         ratio = log_ratio.exp()
 
@@ -115,8 +147,9 @@ class Update:
                 "loss/total": loss.detach(),
                 "policy/clipfrac": policy.clipfrac,
                 "val/clipfrac": value.clipfrac,
-                "policy/advantages": advantages[mask],
-                "policy/ratio": ratio.detach()[mask],
+                "policy/advantages": tokens.flat(advantages),
+                "policy/ratio": tokens.flat(ratio.detach()),
+                "mean_ratio": self.accelerator.reduce(masked_mean(ratio.detach(), mask), "mean"),
                 **minibatch_statistics(
                     log_ratio=log_ratio.detach(),
                     advantages=advantages,
@@ -124,26 +157,24 @@ class Update:
                     old_values=old_values,
                     values=values.detach(),
                     mask=mask,
-                    token_entropy=losses.entropy(logits.detach()),
+                    entropies=entropies.detach(),
                 ),
             }
-        return loss, stats, masked_mean(ratio.detach(), mask)
+        return loss, stats
 
     def _moved_too_far(self, stats: Mapping[str, Tensor]) -> bool:
         policykl = self.accelerator.reduce(stats["policy/policykl"], "mean")
         return bool(policykl > 1.5 * self.config.target_kl)
 
-    def _skips(self, mean_ratio: Tensor) -> bool:
-        ratio = float(self.accelerator.reduce(mean_ratio, "mean"))
-        if ratio <= self.config.ratio_threshold:
-            return False
-        warnings.warn(
-            f"the mean ratio of a mini-batch ({ratio:.2f}) exceeds ratio_threshold "
-            f"({self.config.ratio_threshold:g}): its optimizer step is skipped. A lower "
-            "learning_rate or fewer ppo_epochs keep the policy closer",
-            stacklevel=2,
-        )
-        return True
+    def _warn_of_skips(self, ratios: Tensor) -> None:
+        skipped = ratios[~(ratios <= self.config.ratio_threshold)]
+        if len(skipped):
+            warnings.warn(
+                f"the mean ratio of a mini-batch ({float(skipped[0]):.2f}) exceeds ratio_threshold "
+                f"({self.config.ratio_threshold:g}): its optimizer step is skipped. A lower "
+                "learning_rate or fewer ppo_epochs keep the policy closer",
+                stacklevel=2,
+            )
 
 
 @contextmanager

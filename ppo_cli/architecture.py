@@ -1,0 +1,82 @@
+"""What a language model's architecture allows, found out by asking the model itself.
+
+Each answer is found once a model, with a few tokens, and decides between the fast way and the one
+that suits every model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ppo_cli.runtime import modes_kept
+
+
+def _once_a_model(question: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    answers: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+    @wraps(question)
+    def ask(model: Any) -> bool:
+        if model not in answers:
+            with torch.no_grad(), modes_kept(model), _no_autocast(model):
+                model.eval()
+                try:
+                    answers[model] = question(model)
+                except (TypeError, AttributeError, ValueError, IndexError, RuntimeError):
+                    answers[model] = False  # it does not take such inputs
+        return answers[model]
+
+    return ask
+
+
+@_once_a_model
+def projects_plainly(model: Any) -> bool:
+    """Whether a causal model's logits are its output embeddings times its last hidden state.
+
+    Some architectures scale or cap them; for these the whole model has to run.
+    """
+    ids = _tokens(model, [[0, 1]])
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    plain = model.get_output_embeddings()(hidden)
+    whole = model(input_ids=ids, use_cache=False).logits
+    return torch.equal(plain, whole.to(plain.dtype))
+
+
+@_once_a_model
+def reads_packed(model: Any) -> bool:
+    """Whether a causal model keeps apart several sequences in a row, told by their positions.
+
+    That means position ids that begin anew, without an attention mask: what one sequence holds must
+    not change a bit of the next, and each must come out as it does alone. Models without position
+    ids or with a recurrent state do not.
+    """
+    positions = _tokens(model, [[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 0]], wrap=False)
+    ids = _tokens(model, [[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]])
+    changed = _tokens(model, [[7, 8, 9, 3, 4, 5, 6], [8, 9, 4, 3, 2, 1, 0]])
+
+    def read(tokens: Tensor, **inputs: Tensor) -> Tensor:
+        output = model.base_model(input_ids=tokens, use_cache=False, **inputs)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    packed = read(ids, position_ids=positions)
+    other = read(changed, position_ids=positions)
+    leaks = not (torch.equal(packed[0, 3:], other[0, 3:]) and torch.equal(packed[1, 2:], other[1, 2:]))
+    alone = torch.cat([read(ids[0:1, 3:])[0], read(ids[1:2, 2:6])[0]])
+    together = torch.cat([packed[0, 3:], packed[1, 2:6]])
+    tolerance = 10 * torch.finfo(alone.dtype).eps ** 0.75 * alone.abs().max()
+    return not leaks and bool((alone - together).abs().max() <= tolerance)
+
+
+def _tokens(model: Any, rows: list[list[int]], wrap: bool = True) -> Tensor:
+    ids = torch.tensor(rows, device=model.device)
+    return ids % model.get_input_embeddings().weight.shape[0] if wrap else ids
+
+
+def _no_autocast(model: Any) -> torch.autocast:
+    return torch.autocast(model.device.type, enabled=False)

@@ -1,0 +1,157 @@
+"""From hidden states to log-probabilities, with a bounded piece of the logits at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ppo_cli.matmul import product
+
+PIECE_BYTES = 2**27  # of logits that one matrix product makes
+BLOCK_BYTES = 2**22  # of logits that are reduced at a time, while the cache holds them
+KEPT_BYTES = 2**28  # of logits kept for the backward pass; more are computed again there
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Logits (N, V), float32, of hidden states (N, H) and output embeddings (V, H).
+
+    Under autocast a GPU multiplies in low precision and sums in float32. The CPU, which has no such
+    product, stays in float32: a logit of -80 rounded to bfloat16 is off by up to 0.25, as much as a
+    PPO step changes it. Not differentiable.
+    """
+    low = _compute_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.device.type == "cuda" and low != torch.float32:
+            logits = torch.mm(hidden.to(low), weight.to(low).t(), out_dtype=torch.float32)
+            return logits if bias is None else logits + bias.float()
+        return product(hidden.float(), weight.float(), None if bias is None else bias.float())
+
+
+def token_logprobs_and_entropies(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N,) of `targets` (N,) and entropies (N,) in nats, float32, differentiable.
+
+    Args:
+        hidden: (N, H) states that predict the targets.
+        weight: (V, H) output embeddings.
+        bias: (V,) or None.
+        targets: (N,) token ids.
+
+    Logits (N, V) are never held whole where they exceed `KEPT_BYTES`. Gradients, with p the
+    probabilities and H the entropy: `d logprob[t] / d logit[v] = [v = t] - p[v]`,
+    `d H / d logit[v] = -p[v] (log p[v] + H)`.
+    """
+    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    return logprobs, entropies
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities (N,) of `tokens` (N,) under `logits` (N, V)."""
+    return -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats, (N,), of the distributions that `logits` (N, V) stand for."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        normalisers = torch.empty(len(targets), device=hidden.device)
+        chosen, entropies = torch.empty_like(normalisers), torch.empty_like(normalisers)
+        keep = any(ctx.needs_input_grad) and 4 * len(targets) * len(weight) <= KEPT_BYTES
+        kept: list[Tensor] = []
+        for piece in _slices(len(targets), len(weight), PIECE_BYTES):
+            logits = project(hidden[piece], weight, bias)
+            chosen[piece] = logits.gather(1, targets[piece].unsqueeze(1)).squeeze(1)
+            for block in _slices(len(logits), len(weight), BLOCK_BYTES):
+                lse, entropy = _reduce(logits[block])
+                rows = slice(piece.start + block.start, piece.start + block.stop)
+                normalisers[rows], entropies[rows] = lse, entropy
+            if keep:
+                kept.append(logits)
+        ctx.compute_dtype = _compute_dtype(hidden)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies, *kept)
+        ctx.set_materialize_grads(False)
+        return chosen - normalisers, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normalisers, entropies, *kept = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        low = ctx.compute_dtype
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = grad_bias = None
+        low_weight, low_hidden = weight.to(low), hidden.to(low)
+        for i, piece in enumerate(_slices(len(targets), len(weight), PIECE_BYTES)):
+            logits = kept[i] if kept else project(hidden[piece], weight, bias)
+            grad = torch.empty_like(logits, dtype=low)
+            for block in _slices(len(logits), len(weight), BLOCK_BYTES):
+                rows = slice(piece.start + block.start, piece.start + block.stop)
+                grad[block] = _logit_gradient(
+                    logits[block] - normalisers[rows].unsqueeze(1),
+                    targets[rows],
+                    entropies[rows],
+                    None if grad_logprobs is None else grad_logprobs[rows],
+                    None if grad_entropies is None else grad_entropies[rows],
+                )
+            if grad_hidden is not None:
+                grad_hidden[piece] = product(grad, low_weight.t())
+            if needs_weight:
+                part = product(grad.t(), low_hidden[piece].t()).to(weight.dtype)
+                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+            if needs_bias:
+                total = grad.sum(0, dtype=bias.dtype)
+                grad_bias = total if grad_bias is None else grad_bias.add_(total)
+        return grad_hidden, grad_weight, grad_bias, None
+
+
+def _reduce(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the summed exponentials (n,) and entropy (n,) of logits (n, V)."""
+    largest = logits.amax(1)
+    shifted = logits - largest.unsqueeze(1)
+    exponentials = shifted.exp()
+    total = exponentials.sum(1)
+    log_total = total.log()
+    return largest + log_total, log_total - torch.linalg.vecdot(exponentials, shifted) / total
+
+
+def _logit_gradient(
+    log_p: Tensor,
+    targets: Tensor,
+    entropies: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropies: Tensor | None,
+) -> Tensor:
+    """(n, V); the formulas stand in `token_logprobs_and_entropies`."""
+    p = log_p.exp()
+    grad = torch.zeros_like(p)
+    if grad_entropies is not None:
+        grad = -p * (log_p + entropies.unsqueeze(1)) * grad_entropies.unsqueeze(1)
+    if grad_logprobs is not None:
+        grad = grad.addcmul_(p, -grad_logprobs.unsqueeze(1))
+        grad.scatter_add_(1, targets.unsqueeze(1), grad_logprobs.unsqueeze(1))
+    return grad
+
+
+def _slices(count: int, width: int, limit: int) -> list[slice]:
+    """Rows 0..count in slices of at most `limit` bytes of float32 at `width` numbers a row."""
+    step = max(limit // (4 * width), 1)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What autocast, where it is on, would multiply `tensor` in."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
