@@ -52,6 +52,8 @@ class PolicyConfig(Section):
     """`embedded`, a folder, or a hub id of a causal language model."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the large matrix products; auto: bfloat16 where the device computes it natively."""
     summary_dropout_prob: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout before the value head; null for the model's own setting."""
     v_head_init_strategy: Literal["normal"] | None = None

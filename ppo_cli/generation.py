@@ -137,7 +137,7 @@ def generate(
     """
     tokenizer = load_tokenizer(source.model, source.revision)
     policy = load_policy(PolicyConfig(model=source.model, revision=source.revision), tokenizer)
-    model = policy.pretrained_model.to(device).eval()
+    model = policy.to(device).eval()
     context = context_length(model.config)
     ids = []
     for text in prompts:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
-from ppo_cli.architecture import projects_plainly, reads_packed
+from ppo_cli.architecture import fuse_activations, projects_plainly, reads_packed
 from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.hub import first_line, loading_errors
 from ppo_cli.policy_files import (
@@ -24,7 +24,7 @@ from ppo_cli.policy_files import (
     load_causal,
     refuse_if_not_causal,
 )
-from ppo_cli.projection import entropy, token_logprobs, token_logprobs_and_entropies
+from ppo_cli.projection import entropy, project, token_logprobs, token_logprobs_and_entropies
 
 
 class ValueHead(nn.Module):
@@ -90,6 +90,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             pretrained_model, "disable_adapter"
         )
         self.pretrained_model = pretrained_model
+        fuse_activations(pretrained_model)
         refuse_if_not_causal(self._base_model.config, type(self._base_model))
         if summary_dropout_prob is None:
             summary_dropout_prob = getattr(self.config, "summary_dropout_prob", 0.1)
@@ -257,6 +258,19 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             return token_logprobs(logits, targets), entropy(logits), self._values(hidden)
         results = (logits.float(), output.loss, self._values(hidden))
         return (*results, output.past_key_values) if return_past_key_values else results
+
+    def next_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """Logits (B, V), float32, of what follows the last of `input_ids` (B, T)."""
+        model = self._base_model
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        inputs |= {"position_ids": position_ids, "use_cache": True}
+        if not self.projects_plainly:
+            return model(**inputs).logits[:, -1].float()
+        head = model.get_output_embeddings()
+        hidden = model.base_model(**inputs).last_hidden_state[:, -1]
+        return project(hidden, head.weight, getattr(head, "bias", None))
 
     def _values(self, hidden: Tensor) -> Tensor:
         return self.v_head(hidden.to(self.device)).squeeze(-1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppo_cli.errors import ModelError, UsageError, did_you_mean
 from ppo_cli.hub import loading_errors
+from ppo_cli.matmul import fast_matmul
 
 POSITIVE_NAMES = ("positive", "pos", "good", "favorable", "favourable", "5 stars", "very positive")
 NEGATIVE_NAMES = (
@@ -122,7 +123,8 @@ class SentimentReward:
                 max_length=self.max_length,
                 return_tensors="pt",
             ).to(self.device)
-            out = self.classifier(**batch).logits.float().cpu()
+            with fast_matmul():
+                out = self.classifier(**batch).logits.float().cpu()
             logits[rows] = torch.cat([-out, out], dim=1) if out.shape[1] == 1 else out
         if not logits.isfinite().all():
             bad = int((~logits.isfinite().all(dim=1)).nonzero()[0])

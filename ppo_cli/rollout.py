@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from ppo_cli.decoding import decode_responses
 from ppo_cli.errors import NumericalError, UsageError
+from ppo_cli.matmul import fast_matmul
+from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.runtime import modes_kept
 
 # Every setting that shapes the distribution, at the value that leaves it alone. Without them
@@ -131,27 +134,35 @@ def sample_responses(
     pad = 0 if pad_token_id is None else pad_token_id
     stopping = generation_kwargs.pop("stopping_criteria", None) or []
 
+    plain = None
+    if generation_config is None and not stopping and _knows_positions(model):
+        plain = _plain_sampling(generation_kwargs)
+
     responses: list[Tensor] = []
     size = batch_size or max(len(queries), 1)
-    with modes_kept(model):
+    with modes_kept(model), fast_matmul():
         model.eval()
         for start in range(0, len(queries), size):
             rows = queries[start : start + size]
-            limits = torch.tensor(list(max_new_tokens[start : start + size]), device=model.device)
+            limits = list(max_new_tokens[start : start + size])
             ids, mask = _pad_left(rows, pad)
+            if plain is not None:
+                responses += decode_responses(model, ids, mask, limits, end_ids, **plain)
+                continue
+            row_limits = torch.tensor(limits, device=model.device)
             with _generation_config(model, base), _finite_probabilities():
                 output = model.generate(
                     input_ids=ids,
                     attention_mask=mask,
                     stopping_criteria=StoppingCriteriaList(
-                        [*stopping, _RowLimits(limits + ids.shape[1])]
+                        [*stopping, _RowLimits(row_limits + ids.shape[1])]
                     ),
-                    max_new_tokens=int(limits.max()),
+                    max_new_tokens=max(limits),
                     pad_token_id=pad,
                     eos_token_id=eos_token_id,
                     **generation_kwargs,
                 )
-            for row, limit in zip(output[:, ids.shape[1] :], limits.tolist(), strict=True):
+            for row, limit in zip(output[:, ids.shape[1] :], limits, strict=True):
                 responses.append(_until_end(row[:limit], end_ids))
     return responses
 
@@ -172,6 +183,20 @@ def new_token_limits(
     if new is None and total is not None:
         return [max(total - query.numel(), 1) for query in queries]
     return [int(new if new is not None else DEFAULT_NEW_TOKENS)] * len(queries)
+
+
+def _plain_sampling(generation_kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings of our own decode loop, None where more is asked than it does."""
+    settings = PURE_SAMPLING | generation_kwargs
+    shaping = {name: settings[name] for name in ("temperature", "top_k", "top_p")}
+    settings |= {name: PURE_SAMPLING[name] for name in shaping}
+    if (settings["min_length"] or 0) <= 0:
+        settings["min_length"] = PURE_SAMPLING["min_length"]
+    return shaping if settings == PURE_SAMPLING and None not in shaping.values() else None
+
+
+def _knows_positions(model: Any) -> bool:
+    return isinstance(model, AutoModelForCausalLMWithValueHead) and model.reads_packed
 
 
 class _RowLimits(StoppingCriteria):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,22 @@ class RandomStream:
             torch.cuda.set_rng_state(state["cuda"], self._device)
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep freed buffers for the next allocation, where it is glibc.
+
+    By default buffers of some MiB go back to the kernel at every free and come again as empty
+    pages, each of which faults: a fifth of an optimisation phase. Affects the whole process.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(mmap_threshold, 2**30)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**26)
+
+
 @contextmanager
 def modes_kept(model: torch.nn.Module) -> Iterator[None]:
     """Afterwards each module trains or evaluates as it did before, whatever the block set."""
@@ -120,6 +137,32 @@ def resolve_device(name: str) -> torch.device:
         )
         raise UsageError(f"device {name!r} is not on this machine; there is {there} (or use auto)")
     return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device(kind)
+
+
+def mixed_precision(name: str, device: torch.device) -> str:
+    """`auto`, `fp32`, `bf16` or `fp16` -> what accelerate calls it; its own names pass as they are.
+
+    `auto` is bfloat16 where `device` computes it natively, float32 elsewhere. Trainable weights
+    stay float32 in each.
+
+    Raises:
+        UsageError: float16 on a device that trains in it badly or not at all.
+    """
+    if name == "auto":
+        return "bf16" if computes_bfloat16(device) else "no"
+    if name == "fp16" and device.type != "cuda":
+        raise UsageError(f"precision fp16 needs a CUDA GPU, not {device.type}: use bf16 or fp32")
+    return "no" if name == "fp32" else name
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
+    return False
 
 
 def accelerator_settings(device: torch.device) -> dict[str, Any]:

@@ -222,6 +222,7 @@ class Training:
             "env/probability_mean": mean_probability(samples),
             "time/sampling": sampled - started,
             "time/scoring": scored - sampled,
+            "time/optimising": stats["time/ppo/total"],
             "time/step": seconds,
             "perf/tokens_per_second": tokens / seconds,
         }
@@ -264,7 +265,8 @@ class Training:
         model: Any = self._policy
         if reference and trainer.ref_model is not None:
             model = trainer.accelerator.unwrap_model(trainer.ref_model)
-        with trainer.adapter_off() if reference else nullcontext():
+        adapter = trainer.adapter_off() if reference else nullcontext()
+        with adapter, trainer.accelerator.autocast():
             return draw_samples(
                 model,
                 self.tokenizer,
@@ -294,6 +296,7 @@ class Training:
         settings = dataclasses.asdict(config.ppo)
         settings["accelerator_kwargs"] = {
             **accelerator_settings(self.device),
+            "mixed_precision": config.policy.precision,
             **config.ppo.accelerator_kwargs,
         }
         return PPOTrainer(

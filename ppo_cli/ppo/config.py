@@ -86,7 +86,7 @@ class PPOSettings:
     tracker_kwargs: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the tracker, under its name."""
     accelerator_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of `accelerate.Accelerator`, such as `mixed_precision`."""
+    """Keyword arguments of `accelerate.Accelerator`; `mixed_precision` may also be auto or fp32."""
     project_kwargs: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of `accelerate.utils.ProjectConfiguration`, such as `logging_dir`."""
 

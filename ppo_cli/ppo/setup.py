@@ -5,10 +5,12 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 
 from ppo_cli.ppo.config import PPOConfig
+from ppo_cli.runtime import mixed_precision, resolve_device
 
 
 def require(name: str, value: Any, types: type | tuple[type, ...]) -> None:
@@ -23,20 +25,25 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
 
     Raises:
         ImportError: the tracker's package is missing.
+        UsageError: a precision that the device does not have.
     """
     if config.log_with is not None and find_spec(config.log_with) is None:
         raise ImportError(f"log_with='{config.log_with}' needs: pip install {config.log_with}")
+    settings = dict(config.accelerator_kwargs)
+    if settings.get("mixed_precision") is not None:
+        device = torch.device("cpu") if settings.get("cpu") else resolve_device("auto")
+        settings["mixed_precision"] = mixed_precision(settings["mixed_precision"], device)
     accelerator = Accelerator(
         log_with=config.log_with,
         project_config=ProjectConfiguration(**config.project_kwargs),
-        **config.accelerator_kwargs,
+        **settings,
     )
     if config.log_with is not None:
-        settings: dict[str, Any] = {k: v for k, v in config.to_dict().items() if v is not None}
+        logged: dict[str, Any] = {k: v for k, v in config.to_dict().items() if v is not None}
         if config.log_with == "wandb":
-            settings = {"trl_ppo_trainer_config": settings}
+            logged = {"trl_ppo_trainer_config": logged}
         accelerator.init_trackers(
-            config.tracker_project_name, config=settings, init_kwargs=config.tracker_kwargs
+            config.tracker_project_name, config=logged, init_kwargs=config.tracker_kwargs
         )
     return accelerator
 

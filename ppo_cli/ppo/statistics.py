@@ -70,6 +70,7 @@ RUN_STATISTICS: dict[str, Statistic] = {
     "env/probability_mean": Statistic("mean probability of the wanted label"),
     "time/sampling": Statistic("seconds: sampling the responses"),
     "time/scoring": Statistic("seconds: the classifier"),
+    "time/optimising": Statistic("seconds: the PPO step itself"),
     "time/step": Statistic("seconds: all of the step"),
     "perf/tokens_per_second": Statistic("query and response tokens a second, all phases"),
 }

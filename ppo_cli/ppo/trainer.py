@@ -37,7 +37,7 @@ from ppo_cli.ppo.setup import make_accelerator, prepare_reference, record_surrou
 from ppo_cli.ppo.update import Update, dropout_off
 from ppo_cli.reference import create_reference_model
 from ppo_cli.rollout import new_token_limits, sample_responses
-from ppo_cli.runtime import RandomStream, numpy_state, set_numpy_state
+from ppo_cli.runtime import RandomStream, keep_freed_memory, numpy_state, set_numpy_state
 
 
 class PPOTrainer:
@@ -88,6 +88,7 @@ class PPOTrainer:
         assert model is not None
         assert tokenizer is not None
         config.check_batch_arithmetic()
+        keep_freed_memory()
         self.config = config
         self.tokenizer = tokenizer
         self.accelerator = make_accelerator(config)
@@ -170,7 +171,8 @@ class PPOTrainer:
         }
 
         def sample(model: Any) -> Any:
-            with self._unwrapped(model) as unwrapped, self._sampling.active():
+            autocast = self.accelerator.autocast()
+            with self._unwrapped(model) as unwrapped, self._sampling.active(), autocast:
                 responses = sample_responses(
                     unwrapped, queries, limits, batch_size=batch_size, **settings
                 )
