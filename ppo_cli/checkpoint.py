@@ -38,7 +38,7 @@ def save_checkpoint(
     keep: int,
     best: int | None = None,
 ) -> Path:
-    """Write `folder/step-N`, then delete all but the `keep` newest and that of step `best`.
+    """Write `folder/step-N`, then `prune`.
 
     At every instant a whole checkpoint is there, once one was: what exists is deleted last, and a
     step that is saved again gets a name of its own (`step-N.1`).
@@ -48,12 +48,11 @@ def save_checkpoint(
         step: N.
         model: its trainable parameters are saved; the others are still those of its source.
         state: nested dictionaries and lists of plain values and tensors.
-        keep: how many checkpoints stay.
-        best: step of another that stays.
+        keep: as for `prune`.
+        best: as for `prune`.
     """
-    earlier = _checkpoints(folder)
     target = folder / f"step-{step:06d}"
-    if again := [path for path in earlier if _order(path)[0] == step]:
+    if again := [path for path in _checkpoints(folder) if _order(path)[0] == step]:
         target = folder / f"step-{step:06d}.{_order(again[-1])[1] + 1}"
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
@@ -65,10 +64,21 @@ def save_checkpoint(
             sync(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    others = [path for path in earlier if path not in again]
-    kept = [*others, target][-keep:]
-    _delete(again + [p for p in others if p not in kept and _order(p)[0] != best])
+    prune(folder, keep, best)
     return target
+
+
+def prune(folder: Path, keep: int, best: int | None = None) -> None:
+    """Delete all but the checkpoints of the `keep` newest steps and that of step `best`.
+
+    Where a step was saved again the last one stays. What killed processes left goes, too.
+    """
+    _sweep(folder)
+    found = _checkpoints(folder)
+    last = {_order(path)[0]: path for path in found}
+    steps = {*list(last)[-keep:], best}
+    _delete([path for path in found if path != last[_order(path)[0]]])
+    _delete([path for step, path in last.items() if step not in steps])
 
 
 def whole_checkpoint(folder: Path) -> Path:
@@ -184,7 +194,7 @@ def _order(path: Path) -> tuple[int, int]:
 
 
 def _delete(checkpoints: list[Path]) -> None:
-    """Each disappears at once; what a kill leaves of it is swept away at the next save."""
+    """Each disappears at once; what a kill leaves of it is swept away by the next `prune`."""
     for path in checkpoints:
         shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))
 

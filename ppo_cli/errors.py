@@ -37,8 +37,11 @@ class ModelError(PPOCliError):
     """A model that is there but cannot be loaded or used, or a hub that does not answer."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal that asks to stop at once; `number` is the signal's."""
+class Interrupted(BaseException):
+    """A signal that asks to stop at once; `number` is the signal's.
+
+    No `Exception`, and no `KeyboardInterrupt`, which libraries catch as they like.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ppo_cli.checkpoint import discard_newer, load_checkpoint, save_checkpoint, whole_checkpoint
+from ppo_cli.checkpoint import (
+    discard_newer,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+    whole_checkpoint,
+)
+from ppo_cli.config import RunSettings
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.prompts import LengthSampler
 from ppo_cli.run_directory import RunDirectory
@@ -23,7 +30,7 @@ class Progress:
         directory: where checkpoints and records lie.
         trainer: policy, optimizer, KL coefficient, reward moments, random numbers of its own.
         lengths: the sampler of the responses' limits.
-        seed: the run's.
+        settings: the run's.
 
     Attributes:
         seconds: time spent in steps.
@@ -35,12 +42,16 @@ class Progress:
     """
 
     def __init__(
-        self, directory: RunDirectory, trainer: PPOTrainer, lengths: LengthSampler, seed: int
+        self,
+        directory: RunDirectory,
+        trainer: PPOTrainer,
+        lengths: LengthSampler,
+        settings: RunSettings,
     ) -> None:
         self._directory = directory
         self._trainer = trainer
         self._lengths = lengths
-        self._seed = seed
+        self._settings = settings
         self.seconds = 0.0
         self.kl = 0.0
         self.score: float | None = None
@@ -50,8 +61,8 @@ class Progress:
         self.saved_step = -1
         self._record_lengths: dict[str, int] = {}
 
-    def save(self, keep: int) -> None:
-        """Write a checkpoint, unless the newest is of this very step; `keep` of them stay."""
+    def save(self) -> None:
+        """Write a checkpoint, unless the newest is of this very step."""
         step = self._trainer.current_step
         if step == self.saved_step:
             return
@@ -67,9 +78,8 @@ class Progress:
             "best": self.best,
             "rollbacks": self.rollbacks,
         }
-        best = self.best["step"] if self.best else None
-        folder = self._directory.checkpoints
-        self.checkpoint = save_checkpoint(folder, step, self._policy, state, keep, best)
+        folder, keep = self._directory.checkpoints, self._settings.keep
+        self.checkpoint = save_checkpoint(folder, step, self._policy, state, keep, self._best_step)
         self.saved_step = step
 
     def go_back(self, rollbacks: int | None = None) -> None:
@@ -88,7 +98,7 @@ class Progress:
         if rollbacks is not None:
             for group in state["trainer"]["optimizer"]["param_groups"]:
                 group["lr"] *= 0.5 ** (rollbacks - state["rollbacks"])
-            seed = np.random.SeedSequence([self._seed, rollbacks]).generate_state(1)[0]
+            seed = np.random.SeedSequence([self._settings.seed, rollbacks]).generate_state(1)[0]
             stream = RandomStream(int(seed), self._trainer.accelerator.device)
             state["trainer"]["sampling"] = stream.state_dict()
             state["rollbacks"] = rollbacks
@@ -104,7 +114,12 @@ class Progress:
         """Cut the records where the checkpoint has their ends; damaged newer checkpoints go."""
         assert self.checkpoint is not None
         discard_newer(self._directory.checkpoints, self.checkpoint)
+        prune(self._directory.checkpoints, self._settings.keep, self._best_step)
         self._directory.cut_records(self._record_lengths)
+
+    @property
+    def _best_step(self) -> int | None:
+        return self.best["step"] if self.best else None
 
     @property
     def _policy(self) -> Any:

@@ -78,7 +78,7 @@ class Training:
         self.trainer = self._trainer()
         self._check_context()
         self._warn_if_not_pure()
-        self.progress = Progress(self.directory, self.trainer, self.lengths, config.run.seed)
+        self.progress = Progress(self.directory, self.trainer, self.lengths, config.run)
         if resume:
             self.progress.go_back()
             if self.step > config.run.steps:
@@ -103,7 +103,7 @@ class Training:
         """
         if self.progress.checkpoint is None:
             self.directory.create(self.config, self.overwrite)
-            self._save_checkpoint()  # there is always one to go back to
+            self.progress.save()  # there is always one to go back to
         else:
             self.progress.drop_what_followed()
             self.directory.record(self.config)
@@ -117,12 +117,12 @@ class Training:
                 self._diverged(f"step {number}: {error}")
                 continue
             if settings.checkpoint_every and self.step % settings.checkpoint_every == 0:
-                self._save_checkpoint()
+                self.progress.save()
             yield report
 
     def finish(self) -> TrainingSummary:
         """Judge the policy, then write model, plot and card. Works after any number of steps."""
-        self._save_checkpoint()
+        self.progress.save()
         before, after = self._before, self._judge(reference=False)
         summary = TrainingSummary(
             run=str(self.directory.path),
@@ -140,9 +140,6 @@ class Training:
         write_text(self.directory.path / CARD_FILE, run_card(summary, self.config))
         self.directory.unlock()
         return summary
-
-    def _save_checkpoint(self) -> None:
-        self.progress.save(self.config.run.keep)
 
     def _diverged(self, what: str) -> None:
         """Go back to the last good checkpoint; raise unless training may try again from there."""
@@ -198,8 +195,8 @@ class Training:
             "perf/tokens_per_second": tokens / seconds,
             "run/rollbacks": self.progress.rollbacks,
         }
-        check_numbers(numbers, self.config.run.kl_limit)
         check_weights(self._policy)
+        check_numbers(numbers, self.config.run.kl_limit)
         shown = samples[: max(self.config.run.samples_per_step, 1)]
         self._record(numbers, shown)
         return StepReport(self.step, self.config.run.steps, numbers, shown)

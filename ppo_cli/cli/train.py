@@ -147,7 +147,7 @@ def _how_to_go_on(training: Training) -> Iterator[None]:
     """Whatever ends a run before its time: its message says what is left to go on from."""
     try:
         yield
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, Interrupted) as error:
         error_with_notes: Any = error
         if advice := _advice(training, error):
             error_with_notes.__notes__ = advice  # what add_note makes, from Python 3.11 on
