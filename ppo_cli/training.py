@@ -138,7 +138,6 @@ class Training:
         )
         self._save_model()
         write_text(self.directory.path / CARD_FILE, run_card(summary, self.config))
-        self.directory.unlock()
         return summary
 
     def _diverged(self, what: str) -> None:

@@ -105,6 +105,7 @@ def train(
     with _StopRequest(quiet) as stop:
         training = Training(settings, resume=resume, overwrite=overwrite)
         if dry_run:
+            training.directory.unlock()
             note(
                 f"all is well: {len(training.prompts.train)} prompts, label "
                 f"'{training.reward.label}', {settings.run.steps} steps on {training.device}; "
@@ -144,7 +145,10 @@ def _resume_command(run: str) -> str:
 
 @contextmanager
 def _how_to_go_on(training: Training) -> Iterator[None]:
-    """Whatever ends a run before its time: its message says what is left to go on from."""
+    """Whatever ends a run before its time: its message says what is left to go on from.
+
+    However it ends, the run directory is unlocked.
+    """
     try:
         yield
     except (Exception, Interrupted) as error:
@@ -152,6 +156,8 @@ def _how_to_go_on(training: Training) -> Iterator[None]:
         if advice := _advice(training, error):
             error_with_notes.__notes__ = advice  # what add_note makes, from Python 3.11 on
         raise
+    finally:
+        training.directory.unlock()
 
 
 def _advice(training: Training, error: BaseException) -> list[str]:
