@@ -8,7 +8,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lint types format embedded bench install clean
+.PHONY: demo test stress check lint types format embedded bench install clean
 
 install: $(READY)
 
@@ -26,6 +26,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Kills a training run at 50 random instants and resumes it; minutes.
+stress: $(READY)
+	$(BIN)/python tests/stress/kill.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

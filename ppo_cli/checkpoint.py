@@ -1,9 +1,16 @@
-"""Checkpoints: all state of a run in safetensors and JSON, there whole or not at all."""
+"""Checkpoints: all state of a run in safetensors and JSON, there whole or not at all.
+
+A checkpoint is a folder `step-N`. It is written beside its place, put on the disk and renamed; its
+manifest, written last, holds the length and the SHA-256 of every other file, so that damage shows.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,70 +19,159 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ppo_cli.errors import UsageError
-from ppo_cli.files import settle, sync
+from ppo_cli.errors import PPOCliError, UsageError
+from ppo_cli.files import settle, sync, writing
 
 STATE_FILE = "state.json"
 TENSORS_FILE = "tensors.safetensors"
 WEIGHTS_FILE = "weights.safetensors"
+MANIFEST_FILE = "manifest.json"
 TENSOR_KEY = "__tensor__"
 PAIRS_KEY = "__pairs__"
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: torch.nn.Module, state: Mapping[str, Any], keep: int
+    folder: Path,
+    step: int,
+    model: torch.nn.Module,
+    state: Mapping[str, Any],
+    keep: int,
+    best: int | None = None,
 ) -> Path:
-    """Write `folder/step-N`, then delete all but the `keep` newest.
+    """Write `folder/step-N`, then `prune`.
+
+    At every instant a whole checkpoint is there, once one was: what exists is deleted last, and a
+    step that is saved again gets a name of its own (`step-N.1`).
 
     Args:
         folder: the run's checkpoints.
         step: N.
         model: its trainable parameters are saved; the others are still those of its source.
         state: nested dictionaries and lists of plain values and tensors.
-        keep: how many checkpoints stay.
+        keep: as for `prune`.
+        best: as for `prune`.
     """
     target = folder / f"step-{step:06d}"
+    if again := [path for path in _checkpoints(folder) if _order(path)[0] == step]:
+        target = folder / f"step-{step:06d}.{_order(again[-1])[1] + 1}"
+    folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
     unfinished = folder / f".{target.name}.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    tensors: dict[str, Tensor] = {}
-    tree = _to_json(dict(state), tensors)
-    save_file(_trainable(model), unfinished / WEIGHTS_FILE)
-    save_file(tensors, unfinished / TENSORS_FILE)
-    (unfinished / STATE_FILE).write_text(json.dumps(tree), encoding="utf-8")
-    settle(unfinished)
-    shutil.rmtree(target, ignore_errors=True)
-    unfinished.rename(target)
-    sync(folder)
-    for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    try:
+        with writing(target):
+            _write(unfinished, model, state)
+            unfinished.rename(target)
+            sync(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    prune(folder, keep, best)
     return target
 
 
-def latest_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint in `folder`.
+def prune(folder: Path, keep: int, best: int | None = None) -> None:
+    """Delete all but the checkpoints of the `keep` newest steps and that of step `best`.
+
+    Where a step was saved again the last one stays. What killed processes left goes, too.
+    """
+    _sweep(folder)
+    found = _checkpoints(folder)
+    last = {_order(path)[0]: path for path in found}
+    steps = {*list(last)[-keep:], best}
+    _delete([path for path in found if path != last[_order(path)[0]]])
+    _delete([path for step, path in last.items() if step not in steps])
+
+
+def whole_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint in `folder` that is as it was written; warns of damaged newer ones.
 
     Raises:
         UsageError: there is none.
+        PPOCliError: there are some, all of them damaged.
     """
-    found = _checkpoints(folder)
-    if not found:
-        raise UsageError(
-            f"{folder.parent} has no checkpoint to resume from: train anew with --overwrite"
-        )
-    return found[-1]
+    damaged: list[str] = []
+    for path in reversed(_checkpoints(folder)):
+        damage = find_damage(path)
+        if damage is None:
+            if damaged:
+                warnings.warn(f"{'; '.join(damaged)}: going on from {path.name}", stacklevel=2)
+            return path
+        damaged.append(f"{path} is damaged ({damage})")
+    if damaged:
+        raise PPOCliError(f"{'; '.join(damaged)}: no other is left; train anew with --overwrite")
+    raise UsageError(
+        f"{folder.parent} has no checkpoint to resume from: train anew with --overwrite"
+    )
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None if nothing is."""
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        files = {str(name): str(digest) for name, digest in manifest["sha256"].items()}
+    except FileNotFoundError:
+        return f"{MANIFEST_FILE} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST_FILE} cannot be read"
+    if set(files) != {STATE_FILE, TENSORS_FILE, WEIGHTS_FILE}:
+        return f"{MANIFEST_FILE} lists other files"
+    for name, digest in files.items():
+        try:
+            if _sha256(path / name) != digest:
+                return f"{name} has changed since it was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def discard_newer(folder: Path, path: Path) -> None:
+    """Delete the checkpoints that are newer than `path`, which damage made useless."""
+    _delete([other for other in _checkpoints(folder) if _order(other) > _order(path)])
 
 
 def load_checkpoint(path: Path, model: torch.nn.Module) -> dict[str, Any]:
-    """Put the saved weights into `model`; return the saved state."""
+    """Put the saved weights into `model`; return the saved state.
+
+    Raises:
+        PPOCliError: the weights are those of another model.
+    """
     weights = load_file(path / WEIGHTS_FILE)
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: p.shape for name, p in parameters.items()}
+    if shapes != {name: value.shape for name, value in weights.items()}:
+        raise PPOCliError(
+            f"{path} holds the weights of another model: policy.model has changed since; put the "
+            "old one back, or train anew with --overwrite"
+        )
     with torch.no_grad():
         for name, value in weights.items():
             parameters[name].copy_(value)
     tree = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     state: dict[str, Any] = _from_json(tree, load_file(path / TENSORS_FILE))
     return state
+
+
+def _write(folder: Path, model: torch.nn.Module, state: Mapping[str, Any]) -> None:
+    """All files of a checkpoint, on the disk."""
+    folder.mkdir()
+    tensors: dict[str, Tensor] = {}
+    tree = _to_json(dict(state), tensors)
+    save_file(_trainable(model), folder / WEIGHTS_FILE)
+    save_file(tensors, folder / TENSORS_FILE)
+    (folder / STATE_FILE).write_text(json.dumps(tree), encoding="utf-8")
+    digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    manifest = json.dumps({"sha256": digests}, indent=2)
+    (folder / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
+    settle(folder)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _trainable(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -87,7 +183,26 @@ def _trainable(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if (path / STATE_FILE).is_file())
+    """Oldest first."""
+    return sorted((path for path in folder.glob("step-*") if _order(path) != (-1, 0)), key=_order)
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """Step of a checkpoint's name, and how often it was saved before; (-1, 0) of other names."""
+    found = re.fullmatch(r"step-(\d+)(?:\.(\d+))?", path.name)
+    return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
+
+
+def _delete(checkpoints: list[Path]) -> None:
+    """Each disappears at once; what a kill leaves of it is swept away by the next `prune`."""
+    for path in checkpoints:
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what killed processes left half-written or half-deleted."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path)
 
 
 def _to_json(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -145,9 +145,18 @@ class RunSettings(Section):
     device: Name = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 50
-    """Steps between checkpoints for --resume; 0 for one at the end alone."""
-    keep: Annotated[int, Field(ge=1)] = 1
-    """Checkpoints kept."""
+    """Steps between checkpoints for --resume; 0 for one at the start and one at the end alone."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints kept, beside the one whose batch scored best. With 2, one is left should
+    the newest turn out to be damaged."""
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """What to do when a step goes wrong: end with the last good checkpoint, or go on from it with
+    half the learning rate and other random numbers (three times at most)."""
+    kl_limit: Annotated[float, Field(gt=0)] | None = 1000.0
+    """KL per response (nats) at which a step counts as gone wrong; null for no limit."""
+    collapse_limit: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    """Share of a batch's responses that are alike at which the text counts as collapsed; 1 for all
+    of them, null for no limit. Batches of fewer than 8 do not count."""
     samples_per_step: Annotated[int, Field(ge=0)] = 4
     """Samples of each step that go into samples.jsonl."""
 

@@ -37,8 +37,30 @@ class ModelError(PPOCliError):
     """A model that is there but cannot be loaded or used, or a hub that does not answer."""
 
 
-class NumericalError(PPOCliError):
+class Interrupted(BaseException):
+    """A signal that asks to stop at once; `number` is the signal's.
+
+    No `Exception`, and no `KeyboardInterrupt`, which libraries catch as they like.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class DivergenceError(PPOCliError):
+    """A training step that went wrong, so that going on from it makes no sense."""
+
+
+class NumericalError(DivergenceError):
     """Numbers that stopped being finite during training."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, on a processor of whatever kind."""
+    text = str(error).lower()
+    told = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(words in text for words in told)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

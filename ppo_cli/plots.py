@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ppo_cli.errors import UsageError, did_you_mean
+from ppo_cli.files import replacing
 from ppo_cli.text import escape_controls
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -90,7 +91,8 @@ def plot_training(
             x=0.99,
             ha="right",
         )
-    figure.savefig(output)
+    with replacing(output) as unfinished:
+        figure.savefig(unfinished, format=output.suffix[1:].lower())
 
 
 def moving_average(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:

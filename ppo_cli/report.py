@@ -18,7 +18,7 @@ from ppo_cli.text import escape_controls, markdown_text
 
 if TYPE_CHECKING:
     from ppo_cli.comparison import Comparison
-    from ppo_cli.training import TrainingSummary
+    from ppo_cli.summary import TrainingSummary
 
 
 def summary_table(summary: TrainingSummary) -> Table:

@@ -7,17 +7,22 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ppo_cli.config import RunConfig
 from ppo_cli.config_source import validate
 from ppo_cli.errors import UsageError, did_you_mean
-from ppo_cli.files import write_text
+from ppo_cli.files import sync, write_text, writing
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 CONFIG_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -25,13 +30,26 @@ SAMPLES_FILE = "samples.jsonl"
 PLOT_FILE = "training.png"
 CARD_FILE = "README.md"
 CHECKPOINTS = "checkpoints"
+LOCK_FILE = ".lock"
+HOLDER_FILE = ".lock.json"
+# What is there before run.yaml is.
+BEGINNINGS = {CHECKPOINTS, LOCK_FILE, HOLDER_FILE, f".{HOLDER_FILE}.tmp", f".{CONFIG_FILE}.tmp"}
 CHANGEABLE = (
     "run.steps",
     "run.device",
     "run.checkpoint_every",
     "run.keep",
+    "run.on_divergence",
+    "run.kl_limit",
+    "run.collapse_limit",
     "run.samples_per_step",
+    "rollout.batch_size",
+    "reward.batch_size",
+    "ppo.gradient_checkpointing",
+    "ppo.optimize_device_cache",
 )
+# These may change where their product, the samples of an optimizer step, does not.
+BACKWARD_BATCH = ("ppo.mini_batch_size", "ppo.gradient_accumulation_steps")
 VERSIONED = ("ppo-cli", "torch", "transformers", "accelerate", "trl", "datasets")
 
 
@@ -40,6 +58,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock: FileLock | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -81,7 +100,9 @@ class RunDirectory:
         """Raise `UsageError` unless a new run may be written here; changes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file: choose another folder with --output")
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self._lock is None and os.access(self.checkpoints / LOCK_FILE, os.W_OK):
+            self._acquired().release()
+        if self.path.is_dir() and not self._is_blank():
             if not overwrite:
                 raise UsageError(
                     f"{self.path} exists: continue it with --resume, replace it with --overwrite, "
@@ -97,12 +118,67 @@ class RunDirectory:
             raise UsageError(f"{self.path}: {nearest} is not a folder that can be written to")
 
     def create(self, config: RunConfig, overwrite: bool) -> None:
-        """Make the folder, empty but for `run.yaml`."""
+        """Make the folder, empty but for `run.yaml`, and lock it."""
         self.check_writable(overwrite)
-        if overwrite and self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        self.check_writable(overwrite)  # another run may have come and gone
+        self._clear()
         self.record(config)
+
+    def lock(self) -> None:
+        """Keep other processes from writing here until this one ends or calls `unlock`.
+
+        The lock is the operating system's: that of a process that died is free.
+
+        Raises:
+            UsageError: another process has it.
+        """
+        with writing(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = self._acquired()
+            since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+            about = {"pid": os.getpid(), "host": platform.node(), "since": since}
+            write_text(self.checkpoints / HOLDER_FILE, json.dumps(about) + "\n")
+
+    def unlock(self) -> None:
+        """Let other processes write here."""
+        if self._lock is not None:
+            (self.checkpoints / HOLDER_FILE).unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
+
+    def _acquired(self) -> FileLock:
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.checkpoints / LOCK_FILE)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(
+                f"{self.path} is in use by {_holder(self.checkpoints / HOLDER_FILE)}: wait for it "
+                "or stop it, or choose another folder with --output"
+            ) from None
+        return lock
+
+    def _is_blank(self) -> bool:
+        """Whether nothing is in the folder but what a process killed at its beginning leaves."""
+        names = {path.name for path in self.path.iterdir()}
+        if CHECKPOINTS in names and not (self.path / CHECKPOINTS).is_symlink():
+            names |= {path.name for path in self.checkpoints.iterdir()}
+        return names <= BEGINNINGS
+
+    def _clear(self) -> None:
+        """Delete an older run: its checkpoints first, so that what a kill leaves is no mixture.
+
+        The lock stays, and `run.yaml`, which says that the folder is ours to overwrite.
+        """
+        for path in (*self.checkpoints.glob("*step-*"), *self.path.iterdir()):
+            if path.name in (CHECKPOINTS, CONFIG_FILE):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def record(self, config: RunConfig) -> None:
         """Write `run.yaml`: configuration, versions, commit."""
@@ -124,41 +200,54 @@ class RunDirectory:
             raise UsageError(f"{path} is damaged: it holds no configuration ({error})") from error
         return validate(settings)
 
-    def resumed_config(self, wanted: RunConfig) -> RunConfig:
-        """The run's configuration with those settings of `wanted` that a resumed run may change.
+    def resumed_config(self, wanted: RunConfig) -> tuple[RunConfig, list[str]]:
+        """`wanted`, and what differs in it from the run's own, as lines such as `run.steps 4 -> 6`.
 
         Raises:
-            UsageError: `wanted` differs in another setting, which would make it another run.
+            UsageError: it differs in what would make it another run.
         """
         made_with = self.config()
-        differing = _differences(made_with.model_dump(mode="json"), wanted.model_dump(mode="json"))
-        fixed = [key for key in differing if key not in CHANGEABLE]
-        if fixed:
+        changes = _differences(made_with.model_dump(mode="json"), wanted.model_dump(mode="json"))
+        free = set(CHANGEABLE)
+        if made_with.ppo.backward_batch_size == wanted.ppo.backward_batch_size:
+            free.update(BACKWARD_BATCH)
+        if fixed := [change for key, change in changes.items() if key not in free]:
             raise UsageError(
                 f"{self.path} was made with other settings ({', '.join(fixed)}): resume it with "
                 f"the options it was started with, or train anew with --overwrite. Free to change: "
-                f"{', '.join(CHANGEABLE)}"
+                f"{', '.join(CHANGEABLE)}; {' and '.join(BACKWARD_BATCH)} with an equal product"
             )
-        changes = {key.split(".")[1]: getattr(wanted.run, key.split(".")[1]) for key in CHANGEABLE}
-        return made_with.model_copy(
-            update={"run": made_with.run.model_copy(update=changes | {"output": str(self.path)})}
-        )
+        here = wanted.run.model_copy(update={"output": str(self.path)})
+        return wanted.model_copy(update={"run": here}), list(changes.values())
 
     def append(self, file: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add JSON lines to one of the run's records."""
-        with (self.path / file).open("a", encoding="utf-8") as out:
+        path = self.path / file
+        with writing(path), path.open("a", encoding="utf-8") as out:
             for row in rows:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def cut_records(self, step: int) -> None:
-        """Drop what the records hold of steps after `step`."""
+    def record_lengths(self) -> dict[str, int]:
+        """Bytes in each of the run's records, once they are on the disk."""
+        lengths = {}
         for file in (METRICS_FILE, SAMPLES_FILE):
             path = self.path / file
-            if not path.exists():
-                continue
-            kept = [line for line in _json_lines(path) if line["step"] <= step]
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-            write_text(path, text)
+            path.touch()
+            with writing(path):
+                sync(path)
+            lengths[file] = path.stat().st_size
+        return lengths
+
+    def cut_records(self, lengths: Mapping[str, int]) -> None:
+        """Drop what was added to the records since they had `lengths`."""
+        for file, length in lengths.items():
+            path = self.path / file
+            path.touch()
+            if path.stat().st_size < length:
+                warnings.warn(f"{path} is shorter than it was: steps are missing", stacklevel=2)
+                text = path.read_bytes()
+                length = text.rfind(b"\n") + 1
+            os.truncate(path, length)
 
     def metrics(self) -> list[dict[str, Any]]:
         """A dictionary a step, oldest first.
@@ -173,16 +262,25 @@ class RunDirectory:
         return rows
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the keys whose values differ; where the run lies does not count."""
-    names: list[str] = []
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted key -> `key old -> new` where values differ; where the run lies does not count."""
+    found: dict[str, str] = {}
     for key in {**a, **b}:
         left, right, name = a.get(key), b.get(key), prefix + key
         if isinstance(left, dict) and isinstance(right, dict):
-            names += _differences(left, right, name + ".")
+            found |= _differences(left, right, name + ".")
         elif left != right and name != "run.output":
-            names.append(name)
-    return names
+            found[name] = f"{name} {json.dumps(left)} -> {json.dumps(right)}"
+    return found
+
+
+def _holder(path: Path) -> str:
+    """Who has the lock, as far as is known."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {about['pid']} on {about['host']} since {about['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
 
 
 def versions() -> dict[str, str]:

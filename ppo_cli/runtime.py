@@ -6,7 +6,7 @@ import ctypes
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -102,6 +102,33 @@ def set_numpy_state(target: np.random.RandomState, state: dict[str, Any]) -> Non
     """Go on from a `numpy_state`."""
     key = np.asarray(state["state"]["key"], dtype=np.uint32)
     target.set_state({**state, "state": {**state["state"], "key": key}})
+
+
+def random_state() -> dict[str, Any]:
+    """The states that Python, NumPy, torch and its devices draw from, for a checkpoint."""
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": numpy_state(cast(np.random.RandomState, np.random)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go on from a `random_state`; devices that are not here are left out."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    set_numpy_state(cast(np.random.RandomState, np.random), state["numpy"])
+    torch.set_rng_state(state["torch"])
+    for index, device_state in enumerate(state.get("cuda", ())[: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(device_state, index)
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 def set_seed(seed: int) -> None:

@@ -7,79 +7,32 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ppo_cli.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ppo_cli.config import RunConfig
-from ppo_cli.errors import DataError, NumericalError, UsageError
-from ppo_cli.evaluation import Sample, mean_probability, mean_score
-from ppo_cli.files import settle, write_text
+from ppo_cli.divergence import check_numbers, check_texts, check_weights, classifier_faults
+from ppo_cli.errors import DataError, DivergenceError, UsageError
+from ppo_cli.evaluation import Sample, mean_probability
+from ppo_cli.files import write_text
 from ppo_cli.loading import load_policy, load_reward, load_tokenizer
 from ppo_cli.model_card import run_card
 from ppo_cli.plots import plot_training
+from ppo_cli.policy_files import save_folder
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.statistics import scalars
 from ppo_cli.ppo.trainer import PPOTrainer
+from ppo_cli.progress import Progress
 from ppo_cli.prompts import LengthSampler, Prompt, collate, load_prompts
 from ppo_cli.rollout import PURE_SAMPLING, context_length, decode
 from ppo_cli.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory
 from ppo_cli.runtime import accelerator_settings, resolve_device, set_seed
 from ppo_cli.sampling import draw_samples, judge
+from ppo_cli.summary import Judgement, StepReport, TrainingSummary
 
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one PPO step did, for a display."""
-
-    step: int
-    steps: int
-    stats: dict[str, float]
-    samples: list[Sample]
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the run is over after this step."""
-        return self.step == self.steps
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Mean score and mean probability of the label, on held-out prompts."""
-
-    score: float
-    probability: float
-
-    @classmethod
-    def of(cls, samples: list[Sample]) -> Judgement:
-        """Of samples that were judged."""
-        return cls(mean_score(samples), mean_probability(samples))
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """How a run ended: the reference and the policy on the same held-out prompts."""
-
-    run: str
-    label: str
-    steps: int
-    planned_steps: int
-    seconds: float
-    before: Judgement
-    after: Judgement
-    kl: float
-    before_samples: list[Sample]
-    after_samples: list[Sample]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values without the samples, for JSON."""
-        values = dataclasses.asdict(self)
-        del values["before_samples"], values["after_samples"]
-        return values
+MAX_ROLLBACKS = 3
 
 
 class Training:
@@ -98,8 +51,10 @@ class Training:
         self.config = config
         self.directory = RunDirectory(config.output)
         self.overwrite = overwrite
+        self.stopping = False
         if resume:
-            checkpoint = latest_checkpoint(RunDirectory.existing(config.output).checkpoints)
+            RunDirectory.existing(config.output)
+            self.directory.lock()
         else:
             self.directory.check_writable(overwrite)
         set_seed(config.run.seed)
@@ -123,14 +78,9 @@ class Training:
         self.trainer = self._trainer()
         self._check_context()
         self._warn_if_not_pure()
-        self.seconds = 0.0
-        self.resumed = resume
-        self._kl = 0.0
+        self.progress = Progress(self.directory, self.trainer, self.lengths, config.run)
         if resume:
-            state = load_checkpoint(checkpoint, self._policy)
-            self.trainer.load_state_dict(state["trainer"])
-            self.lengths.load_state_dict(state["lengths"])
-            self.seconds, self._kl = state["seconds"], state["kl"]
+            self.progress.go_back()
             if self.step > config.run.steps:
                 raise UsageError(
                     f"{config.output} has made {self.step} steps already, more than "
@@ -145,54 +95,70 @@ class Training:
     def steps(self) -> Iterator[StepReport]:
         """Create the run directory, then make the PPO steps that remain, one at a time.
 
+        Ends early, after a whole step, once `stopping` is set.
+
         Raises:
-            NumericalError: the loss stopped being finite.
+            DivergenceError: a step went wrong, and `run.on_divergence` or the number of rollbacks
+                says to stop; the run directory holds the last good checkpoint and its model.
         """
-        if self.resumed:
-            self.directory.cut_records(self.step)
-            self.directory.record(self.config)
-        else:
+        if self.progress.checkpoint is None:
             self.directory.create(self.config, self.overwrite)
+            self.progress.save()  # there is always one to go back to
+        else:
+            self.progress.drop_what_followed()
+            self.directory.record(self.config)
         self._before = self._judge(reference=True)
         settings = self.config.run
-        while self.step < settings.steps:
-            report = self._one_step()
+        while self.step < settings.steps and not self.stopping:
+            number = self.step + 1
+            try:
+                report = self._one_step()
+            except DivergenceError as error:
+                self._diverged(f"step {number}: {error}")
+                continue
             if settings.checkpoint_every and self.step % settings.checkpoint_every == 0:
-                self.save_checkpoint()
+                self.progress.save()
             yield report
 
     def finish(self) -> TrainingSummary:
         """Judge the policy, then write model, plot and card. Works after any number of steps."""
+        self.progress.save()
         before, after = self._before, self._judge(reference=False)
         summary = TrainingSummary(
             run=str(self.directory.path),
             label=self.reward.label,
             steps=self.step,
             planned_steps=self.config.run.steps,
-            seconds=self.seconds,
+            seconds=self.progress.seconds,
             before=Judgement.of(before),
             after=Judgement.of(after),
-            kl=self._kl,
+            kl=self.progress.kl,
             before_samples=before,
             after_samples=after,
         )
-        self.save_checkpoint()
         self._save_model()
-        if self.step:
-            plot_training({self.directory.path.name: self.directory.metrics()}, self.directory.plot)
         write_text(self.directory.path / CARD_FILE, run_card(summary, self.config))
         return summary
 
-    def save_checkpoint(self) -> Path:
-        """Write what `--resume` needs."""
-        state = {
-            "trainer": self.trainer.state_dict(),
-            "lengths": self.lengths.state_dict(),
-            "seconds": self.seconds,
-            "kl": self._kl,
-        }
-        return save_checkpoint(
-            self.directory.checkpoints, self.step, self._policy, state, self.config.run.keep
+    def _diverged(self, what: str) -> None:
+        """Go back to the last good checkpoint; raise unless training may try again from there."""
+        rollbacks = self.progress.rollbacks + 1
+        if self.config.run.on_divergence == "rollback" and rollbacks <= MAX_ROLLBACKS:
+            self.progress.go_back(rollbacks)
+            self.progress.drop_what_followed()
+            rate = self.trainer.optimizer.param_groups[0]["lr"]
+            warnings.warn(
+                f"{what}. Back to step {self.step}, with a learning rate of {rate:g} and other "
+                f"random numbers (rollback {rollbacks} of at most {MAX_ROLLBACKS})",
+                stacklevel=2,
+            )
+            return
+        self.progress.go_back()
+        self._save_model()
+        tried = f" after {rollbacks - 1} rollbacks" if rollbacks > 1 else ""
+        raise DivergenceError(
+            f"{what}. Stopped{tried}; {self.directory.path} holds the checkpoint and the model of "
+            f"step {self.step}"
         )
 
     def _one_step(self) -> StepReport:
@@ -207,14 +173,16 @@ class Training:
         )
         sampled = time.perf_counter()
         rollout = decode(self.tokenizer, batch["input_ids"], responses)
-        samples = judge(rollout, batch["query"], self.reward)
+        check_texts(rollout.response_texts, self.config.run.collapse_limit)
+        with classifier_faults(self.reward.name):
+            samples = judge(rollout, batch["query"], self.reward)
         scores = torch.tensor([sample.score for sample in samples])
         scored = time.perf_counter()
         stats = self.trainer.step(batch["input_ids"], responses, list(scores))
         texts = {"query": batch["query"], "response": rollout.response_texts}
         self.trainer.log_stats(stats, texts, scores)
         seconds = time.perf_counter() - started
-        self.seconds += seconds
+        self.progress.seconds += seconds
         tokens = sum(len(q) + len(r) for q, r in zip(batch["input_ids"], responses, strict=True))
         numbers = scalars(stats) | {
             "env/reward_mean": scores.mean().item(),
@@ -225,22 +193,17 @@ class Training:
             "time/optimising": stats["time/ppo/total"],
             "time/step": seconds,
             "perf/tokens_per_second": tokens / seconds,
+            "run/rollbacks": self.progress.rollbacks,
         }
+        check_weights(self._policy)
+        check_numbers(numbers, self.config.run.kl_limit)
         shown = samples[: max(self.config.run.samples_per_step, 1)]
         self._record(numbers, shown)
         return StepReport(self.step, self.config.run.steps, numbers, shown)
 
     def _record(self, numbers: dict[str, float], samples: list[Sample]) -> None:
-        broken = [
-            key for key in ("ppo/loss/total", "objective/kl") if not np.isfinite(numbers[key])
-        ]
-        if broken:
-            raise NumericalError(
-                f"step {self.step}: {broken[0]} is {numbers[broken[0]]}: training cannot go on. "
-                "Lower ppo.learning_rate or set ppo.max_grad_norm; the last checkpoint is in "
-                f"{self.directory.checkpoints}"
-            )
-        self._kl = numbers["objective/kl"]
+        self.progress.kl = numbers["objective/kl"]
+        self.progress.score = numbers["env/reward_mean"]
         self.directory.append(METRICS_FILE, [{"step": self.step, **numbers}])
         self.directory.append(
             SAMPLES_FILE,
@@ -336,14 +299,7 @@ class Training:
             )
 
     def _save_model(self) -> None:
-        """Write the policy as a plain folder; files appear whole, each replacing its forerunner."""
-        unfinished = self.directory.path / ".model.tmp"
-        policy = self._policy
-        if policy.is_peft_model:
-            policy = policy.merged()
-        policy.save_pretrained(unfinished)
-        self.tokenizer.save_pretrained(unfinished)
-        settle(unfinished)
-        for file in unfinished.iterdir():
-            file.replace(self.directory.path / file.name)
-        unfinished.rmdir()
+        """Write the policy as a plain folder, and the plot."""
+        save_folder(self._policy, self.tokenizer, self.directory.path)
+        if self.step:
+            plot_training({self.directory.path.name: self.directory.metrics()}, self.directory.plot)

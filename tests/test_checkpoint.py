@@ -10,8 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from ppo_cli.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from ppo_cli.errors import UsageError
+from ppo_cli.checkpoint import (
+    discard_newer,
+    find_damage,
+    load_checkpoint,
+    save_checkpoint,
+    whole_checkpoint,
+)
+from ppo_cli.errors import PPOCliError, UsageError
 
 
 def make_model(seed: int = 0) -> nn.Module:
@@ -109,7 +115,7 @@ def test_the_newest_are_kept_and_the_latest_is_found(tmp_path: Path) -> None:
     for step in (2, 10, 9, 100):
         save_checkpoint(tmp_path, step, make_model(), {"step": step}, keep=2)
     assert len(list(tmp_path.iterdir())) == 2
-    latest = latest_checkpoint(tmp_path)
+    latest = whole_checkpoint(tmp_path)
     assert load_checkpoint(latest, make_model())["step"] == 100
     others = [p for p in tmp_path.iterdir() if p != latest]
     assert load_checkpoint(others[0], make_model())["step"] == 10
@@ -134,21 +140,106 @@ def test_a_checkpoint_whose_writing_was_cut_off_is_not_taken(
         patch.setattr(Path, "write_text", cut_off)
         with pytest.raises(OSError, match="No space"):
             save_checkpoint(tmp_path, 2, make_model(), {"step": 2}, keep=1)
-    assert load_checkpoint(latest_checkpoint(tmp_path), make_model())["step"] == 1
+    assert load_checkpoint(whole_checkpoint(tmp_path), make_model())["step"] == 1
     # Another try writes the same step over what was left.
     path = save_checkpoint(tmp_path, 2, make_model(), {"step": 2}, keep=1)
     assert [p for p in tmp_path.iterdir() if not p.name.startswith(".")] == [path]
-    assert load_checkpoint(latest_checkpoint(tmp_path), make_model())["step"] == 2
+    assert load_checkpoint(whole_checkpoint(tmp_path), make_model())["step"] == 2
 
 
-def test_folders_that_are_no_whole_checkpoint_are_ignored(tmp_path: Path) -> None:
+def test_what_killed_processes_left_is_ignored_and_swept_away(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 3, make_model(), {"step": 3}, keep=1)
-    (tmp_path / "step-000009").mkdir()
-    (tmp_path / ".step-000010.tmp").mkdir()
-    (tmp_path / "notes").mkdir()
-    assert latest_checkpoint(tmp_path).name == "step-000003"
+    for name in (".step-000010.tmp", ".step-000001.old", "notes"):
+        (tmp_path / name).mkdir()
+    assert whole_checkpoint(tmp_path).name == "step-000003"
+    save_checkpoint(tmp_path, 4, make_model(), {"step": 4}, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step-000004"]
+
+
+FILES = ("state.json", "tensors.safetensors", "weights.safetensors", "manifest.json")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_damage_is_recognised_and_the_checkpoint_before_is_used(tmp_path: Path, file: str) -> None:
+    state = {"random": torch.arange(9.0)}
+    earlier = save_checkpoint(tmp_path, 2, make_model(), {"step": 2}, keep=9)
+    path = save_checkpoint(tmp_path, 5, make_model(), state, keep=9)
+    damaged = path / file
+    whole = damaged.read_bytes()
+    harms: list[Any] = [truncate, Path.unlink, lambda p: p.write_bytes(b"")]
+    harms += [lambda p, bit=bit: flip(p, bit) for bit in range(0, 8 * len(whole), 37)]
+    for harm in harms:
+        harm(damaged)
+        with pytest.warns(UserWarning, match="step-000005 is damaged .*from step-000002"):
+            assert whole_checkpoint(tmp_path) == earlier
+        damaged.write_bytes(whole)
+    assert whole_checkpoint(tmp_path) == path
+    for checkpoint in (earlier, path):
+        (checkpoint / file).unlink()
+    with pytest.raises(PPOCliError, match=r"step-000005 .*; .*step-000002 .*--overwrite") as caught:
+        whole_checkpoint(tmp_path)
+    assert caught.value.exit_code == 1
+
+
+def test_every_bit_of_the_manifest_matters(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 5, make_model(), {}, keep=1)
+    manifest = path / "manifest.json"
+    whole = manifest.read_bytes()
+    for bit in range(8 * len(whole)):
+        flip(manifest, bit)
+        assert find_damage(path), bit
+        manifest.write_bytes(whole)
+    assert find_damage(path) is None
+
+
+def test_damaged_newer_checkpoints_are_discarded(tmp_path: Path) -> None:
+    paths = [save_checkpoint(tmp_path, n, make_model(), {}, keep=9) for n in (1, 2, 3)]
+    discard_newer(tmp_path, paths[0])
+    assert list(tmp_path.iterdir()) == [paths[0]]
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step in range(6):
+        save_checkpoint(tmp_path, step, make_model(), {}, keep=2, best=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-00000{n}" for n in (1, 4, 5)]
+
+
+def test_at_no_instant_of_saving_again_is_there_no_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, 4, make_model(), {"try": 1}, keep=1)
+    seen = []
+    for name in ("rename", "unlink", "rmdir", "mkdir", "write_text"):
+        original = getattr(Path, name)
+
+        def watched(self: Path, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            seen.append(load_checkpoint(whole_checkpoint(tmp_path), make_model())["try"])
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(Path, name, watched)
+    path = save_checkpoint(tmp_path, 4, make_model(), {"try": 2}, keep=1)
+    monkeypatch.undo()
+    assert sorted(seen) == seen
+    assert set(seen) == {1, 2}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, make_model(), {}, keep=1)
+    with pytest.raises(PPOCliError, match=r"another model.*policy\.model"):
+        load_checkpoint(path, nn.Linear(3, 3))
 
 
 def test_a_run_without_a_checkpoint_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"my-run has no checkpoint.*--overwrite"):
-        latest_checkpoint(tmp_path / "my-run" / "checkpoints")
+        whole_checkpoint(tmp_path / "my-run" / "checkpoints")

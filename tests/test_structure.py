@@ -22,7 +22,7 @@ PACKAGE = Path(ppo_cli.__file__).parent
 ROWS = [
     ["errors", "text", "files", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
     ["hub", "ppo.config", "ppo.kl_controller", "ppo.advantages", "evaluation", "plots"],
-    ["config", "ppo.losses", "ppo.packing"],
+    ["config", "ppo.losses", "ppo.packing", "divergence", "summary"],
     ["config_source", "runtime", "policy_files"],
     ["prompts", "policy", "run_directory"],
     ["rollout", "reward", "reference"],
@@ -30,6 +30,7 @@ ROWS = [
     ["ppo.measurements"],
     ["ppo.update", "ppo.setup"],
     ["ppo.trainer"],
+    ["progress"],
     ["training", "generation"],
     ["comparison"],
     ["report"],

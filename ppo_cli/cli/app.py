@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -17,7 +18,7 @@ from ppo_cli.cli.generate import generate
 from ppo_cli.cli.plot import plot
 from ppo_cli.cli.stats import stats
 from ppo_cli.cli.train import train
-from ppo_cli.errors import PPOCliError, did_you_mean
+from ppo_cli.errors import Interrupted, PPOCliError, did_you_mean, is_out_of_memory
 
 app = typer.Typer(
     name="ppo-cli",
@@ -28,6 +29,15 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+SPACE, PLACE = ": free some space", ": choose another place with --output"
+REMEDIES = {
+    errno.ENOSPC: SPACE,
+    errno.EDQUOT: SPACE,
+    errno.EFBIG: SPACE,
+    errno.EACCES: PLACE,
+    errno.EPERM: PLACE,
+    errno.EROFS: PLACE,
+}
 for command in (train, generate, compare, plot, stats, config):
     app.command()(command)
 
@@ -62,7 +72,9 @@ def _run() -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except PPOCliError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code, error)
+    except Interrupted as error:
+        return _fail("interrupted", 128 + error.number, error)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
@@ -72,7 +84,7 @@ def _run() -> int:
     except Exception as error:
         if (usage := _usage_message(error, command)) is not None:
             return _fail(usage, 2)
-        return _fail(*_explain(error))
+        return _fail(_explain(error), 1, error)
 
 
 def _usage_message(error: Exception, command: Any) -> str | None:
@@ -94,39 +106,34 @@ def _usage_message(error: Exception, command: Any) -> str | None:
     return f"{' '.join(message.split())} (see '{path} --help')"
 
 
-def _explain(error: Exception) -> tuple[str, int]:
-    """A message and a code for what no one foresaw."""
+def _explain(error: Exception) -> str:
+    """A message for what the system has against the request, or no one foresaw."""
     text = str(error).strip().splitlines()
     first = text[0] if text else type(error).__name__
-    if isinstance(error, MemoryError) or "out of memory" in first.lower():
+    if is_out_of_memory(error):
         return (
-            "out of memory: lower ppo.mini_batch_size and rollout.batch_size (with "
-            "ppo.gradient_accumulation_steps the batch stays as it is), or use a smaller model",
-            1,
+            "out of memory: for train, lower ppo.mini_batch_size (raise "
+            "ppo.gradient_accumulation_steps as much and the result stays the same), "
+            "rollout.batch_size or reward.batch_size, or set ppo.gradient_checkpointing=true; "
+            "otherwise ask for fewer or shorter samples, or use a smaller model"
         )
     if isinstance(error, OSError) and error.errno is not None:
-        import errno
-
         place = f"{error.filename}: " if error.filename else ""
-        remedy = {
-            errno.ENOSPC: ": free some space, then go on with --resume",
-            errno.EACCES: ": choose another place with --output",
-            errno.EROFS: ": choose another place with --output",
-        }.get(error.errno, "")
-        return f"{place}{error.strerror}{remedy}", 1
+        return f"{place}{error.strerror}{REMEDIES.get(error.errno, '')}"
     return (
         f"unexpected {type(error).__name__}: {first} "
-        "(PPO_CLI_DEBUG=1 shows where; please report it)",
-        1,
+        "(PPO_CLI_DEBUG=1 shows where; please report it)"
     )
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int, error: BaseException | None = None) -> int:
+    """Print the message, and below it the notes that `error` carries, as PEP 678 has them."""
     if os.environ.get("PPO_CLI_DEBUG") == "1":
         traceback.print_exc()
     from ppo_cli.text import escape_controls
 
-    for number, line in enumerate(message.splitlines() or [""]):
+    lines = [*(message.splitlines() or [""]), *getattr(error, "__notes__", ())]
+    for number, line in enumerate(lines):
         prefix = "error: " if number == 0 else "       "
         print(prefix + escape_controls(line), file=sys.stderr)
     return code

@@ -16,7 +16,7 @@ from ppo_cli.report import sample_lines
 from ppo_cli.text import shortened
 
 if TYPE_CHECKING:
-    from ppo_cli.training import StepReport
+    from ppo_cli.summary import StepReport
 
 PLAIN_LINES = 20
 SHOWN_SAMPLES = 2
@@ -164,7 +164,8 @@ class _Pace:
         if self._started is None:
             self._started = now - report.stats["time/step"]
             self._first = report.step - 1
-        seconds = (now - self._started) / (report.step - self._first)
+        # A rollback may lead to before the first step that was seen.
+        seconds = (now - self._started) / max(report.step - self._first, 1)
         return clock(seconds * (report.steps - report.step))
 
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ppo_cli.errors import DivergenceError, Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from ppo_cli.training import Training
 
 
 def train(
@@ -56,7 +65,6 @@ def train(
 
     from ppo_cli.cli.console import hush, note, print_tables, write_result
     from ppo_cli.config_source import DEFAULT_CONFIG, change_config, load_config
-    from ppo_cli.errors import UsageError
 
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other: keep the run or replace it")
@@ -77,7 +85,9 @@ def train(
         if config is None:  # then what is not asked for is as the run was made
             made_with = run_directory.config()
             settings = change_config(made_with, assignments=assignments or (), overrides=overrides)
-        settings = run_directory.resumed_config(settings)
+        settings, changes = run_directory.resumed_config(settings)
+        if changes:
+            note(f"resuming with changed settings: {', '.join(changes)}")
     else:
         RunDirectory(settings.output).check_writable(overwrite)  # before the slow imports
 
@@ -86,29 +96,31 @@ def train(
     from ppo_cli.training import Training
 
     hush()
-    stop = _StopRequest()
     display = make_display(quiet)
     if not quiet:
         note(
             f"policy {settings.policy.model}, classifier {settings.reward.model}, "
             f"prompts {settings.prompts.source} -> {settings.output}"
         )
-    training = Training(settings, resume=resume, overwrite=overwrite)
-    if dry_run:
-        note(
-            f"all is well: {len(training.prompts.train)} prompts, label "
-            f"'{training.reward.label}', {settings.run.steps} steps on {training.device}; "
-            "nothing was written"
-        )
-        return 0
-    with stop, display:
-        display.status("judging the reference on held-out prompts")
-        for report in training.steps():
-            display.show(report)
-            if stop.signal is not None:
-                break
-        display.status("judging the tuned model, saving")
-        summary = training.finish()
+    with _StopRequest(quiet) as stop:
+        training = Training(settings, resume=resume, overwrite=overwrite)
+        if dry_run:
+            training.directory.unlock()
+            note(
+                f"all is well: {len(training.prompts.train)} prompts, label "
+                f"'{training.reward.label}', {settings.run.steps} steps on {training.device}; "
+                "nothing was written"
+            )
+            return 0
+        if resume and not quiet:
+            note(f"going on from step {training.step}")
+        stop.training = training
+        with display, _how_to_go_on(training):
+            display.status("judging the reference on held-out prompts")
+            for report in training.steps():
+                display.show(report)
+            display.status("judging the tuned model, saving")
+            summary = training.finish()
     if as_json:
         write_result(
             json.dumps({**summary.as_dict(), "interrupted": stop.signal is not None}), None
@@ -117,8 +129,7 @@ def train(
         print_tables([summary_table(summary)])
     run = summary.run
     if stop.signal is not None:
-        note(f"stopped after step {summary.steps}; go on with:")
-        note(f"  ppo-cli train --output {run} --resume")
+        note(f"stopped after step {summary.steps}; go on with:\n  {_resume_command(run)}")
         return 128 + stop.signal
     if not quiet:
         note(f"saved {run} in {summary.seconds:.0f} s of training; next:")
@@ -128,11 +139,52 @@ def train(
     return 0
 
 
-class _StopRequest:
-    """Turns the first SIGINT or SIGTERM into a wish to stop after the step; the second stops."""
+def _resume_command(run: str) -> str:
+    return f"ppo-cli train --output {shlex.quote(run)} --resume"
 
-    def __init__(self) -> None:
+
+@contextmanager
+def _how_to_go_on(training: Training) -> Iterator[None]:
+    """Whatever ends a run before its time: its message says what is left to go on from.
+
+    However it ends, the run directory is unlocked.
+    """
+    try:
+        yield
+    except (Exception, Interrupted) as error:
+        error_with_notes: Any = error
+        if advice := _advice(training, error):
+            error_with_notes.__notes__ = advice  # what add_note makes, from Python 3.11 on
+        raise
+    finally:
+        training.directory.unlock()
+
+
+def _advice(training: Training, error: BaseException) -> list[str]:
+    command = _resume_command(str(training.directory.path))
+    if training.progress.checkpoint is None:
+        return []
+    if isinstance(error, DivergenceError):
+        if training.config.run.on_divergence == "rollback":
+            return []
+        # With the same settings the same would happen again.
+        command += " --set run.on_divergence=rollback"
+    return [
+        f"go on from the checkpoint of step {training.progress.saved_step} with:",
+        f"  {command}",
+    ]
+
+
+class _StopRequest:
+    """Turns the first SIGINT or SIGTERM into a wish to stop after the step; the second stops.
+
+    As long as no training has begun the first one stops, too.
+    """
+
+    def __init__(self, quiet: bool) -> None:
         self.signal: int | None = None
+        self.training: Training | None = None
+        self._quiet = quiet
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _StopRequest:
@@ -145,6 +197,9 @@ class _StopRequest:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
+        if self.signal is not None or self.training is None:
+            raise Interrupted(number)
         self.signal = number
+        self.training.stopping = True
+        if not self._quiet:  # past Python's buffers, which the signal may have interrupted
+            os.write(2, b"\nstopping after this step; a second signal stops at once\n")

@@ -73,6 +73,7 @@ RUN_STATISTICS: dict[str, Statistic] = {
     "time/optimising": Statistic("seconds: the PPO step itself"),
     "time/step": Statistic("seconds: all of the step"),
     "perf/tokens_per_second": Statistic("query and response tokens a second, all phases"),
+    "run/rollbacks": Statistic("times that training went back to a checkpoint"),
 }
 
 
@@ -98,6 +99,7 @@ GROUPS: dict[bool, dict[str, tuple[str, ...]]] = {
         "Optimizer": ("ppo/learning_rate",),
         "Token Lengths": ("tokens/",),
         "Time Statistics": ("time/", "perf/"),
+        "Run": ("run/",),
     },
 }
 

@@ -1,0 +1,126 @@
+"""Where a run stands: all that a checkpoint holds, saving it and going back to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppo_cli.checkpoint import (
+    discard_newer,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+    whole_checkpoint,
+)
+from ppo_cli.config import RunSettings
+from ppo_cli.ppo.trainer import PPOTrainer
+from ppo_cli.prompts import LengthSampler
+from ppo_cli.run_directory import RunDirectory
+from ppo_cli.runtime import RandomStream, random_state, set_random_state
+
+
+class Progress:
+    """What changes from step to step of a run.
+
+    Which prompts a step takes follows from its number and the seed.
+
+    Args:
+        directory: where checkpoints and records lie.
+        trainer: policy, optimizer, KL coefficient, reward moments, random numbers of its own.
+        lengths: the sampler of the responses' limits.
+        settings: the run's.
+
+    Attributes:
+        seconds: time spent in steps.
+        kl, score: of the last step.
+        best: step and score of the checkpoint whose batch scored best, None before the first.
+        rollbacks: how often the run went back because a step went wrong.
+        checkpoint: the newest, None before the first.
+        saved_step: its step.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        trainer: PPOTrainer,
+        lengths: LengthSampler,
+        settings: RunSettings,
+    ) -> None:
+        self._directory = directory
+        self._trainer = trainer
+        self._lengths = lengths
+        self._settings = settings
+        self.seconds = 0.0
+        self.kl = 0.0
+        self.score: float | None = None
+        self.best: dict[str, Any] | None = None
+        self.rollbacks = 0
+        self.checkpoint: Path | None = None
+        self.saved_step = -1
+        self._record_lengths: dict[str, int] = {}
+
+    def save(self) -> None:
+        """Write a checkpoint, unless the newest is of this very step."""
+        step = self._trainer.current_step
+        if step == self.saved_step:
+            return
+        if self.score is not None and (self.best is None or self.score > self.best["score"]):
+            self.best = {"step": step, "score": self.score}
+        state = {
+            "trainer": self._trainer.state_dict(),
+            "lengths": self._lengths.state_dict(),
+            "random": random_state(),
+            "records": self._directory.record_lengths(),
+            "seconds": self.seconds,
+            "kl": self.kl,
+            "best": self.best,
+            "rollbacks": self.rollbacks,
+        }
+        folder, keep = self._directory.checkpoints, self._settings.keep
+        self.checkpoint = save_checkpoint(folder, step, self._policy, state, keep, self._best_step)
+        self.saved_step = step
+
+    def go_back(self, rollbacks: int | None = None) -> None:
+        """Take up the state of the newest whole checkpoint; changes nothing on the disk.
+
+        Args:
+            rollbacks: given, the run shall fare better from there than before: its learning rate
+                is halved once a rollback, and its responses are sampled with random numbers that
+                the number of rollbacks decides.
+
+        Raises:
+            PPOCliError: there is no whole checkpoint.
+        """
+        checkpoint = whole_checkpoint(self._directory.checkpoints)
+        state = load_checkpoint(checkpoint, self._policy)
+        if rollbacks is not None:
+            for group in state["trainer"]["optimizer"]["param_groups"]:
+                group["lr"] *= 0.5 ** (rollbacks - state["rollbacks"])
+            seed = np.random.SeedSequence([self._settings.seed, rollbacks]).generate_state(1)[0]
+            stream = RandomStream(int(seed), self._trainer.accelerator.device)
+            state["trainer"]["sampling"] = stream.state_dict()
+            state["rollbacks"] = rollbacks
+        self._trainer.load_state_dict(state["trainer"])
+        self._trainer.optimizer.zero_grad()  # a step that broke off may have left some
+        self._lengths.load_state_dict(state["lengths"])
+        set_random_state(state["random"])
+        self.seconds, self.kl, self.best = state["seconds"], state["kl"], state["best"]
+        self.rollbacks, self._record_lengths = state["rollbacks"], state["records"]
+        self.checkpoint, self.saved_step = checkpoint, self._trainer.current_step
+
+    def drop_what_followed(self) -> None:
+        """Cut the records where the checkpoint has their ends; damaged newer checkpoints go."""
+        assert self.checkpoint is not None
+        discard_newer(self._directory.checkpoints, self.checkpoint)
+        prune(self._directory.checkpoints, self._settings.keep, self._best_step)
+        self._directory.cut_records(self._record_lengths)
+
+    @property
+    def _best_step(self) -> int | None:
+        return self.best["step"] if self.best else None
+
+    @property
+    def _policy(self) -> Any:
+        return self._trainer.accelerator.unwrap_model(self._trainer.model)

@@ -1,0 +1,137 @@
+"""Faults for a process to start with: kills and full disks at a write, steps that go wrong.
+
+Each is called in the process before the command; `functools.partial` gives it its arguments.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+WRITES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod"}
+
+
+def at_write(number: int, act: Callable[[str], None]) -> None:
+    """Call `act` with its name before each change of a file below here from the `number`-th on."""
+    seen, home = 0, os.getcwd() + os.sep
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in WRITES or isinstance(arguments[0], int):
+            return
+        if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            return
+        if os.path.join(home, os.fsdecode(arguments[0])).startswith(home):
+            seen += 1
+            if seen >= number:
+                act(event)
+
+    sys.addaudithook(hook)
+
+
+def kill_at_write(number: int) -> None:
+    """SIGKILL before a change of a file or folder."""
+    at_write(number, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def full_from_write(number: int) -> None:
+    """No space on the disk from a change of a file or folder on."""
+
+    def fail(event: str) -> None:
+        if event not in ("os.remove", "os.rmdir"):  # which go on a full disk, too
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    at_write(number, fail)
+
+
+def small_files(size: int) -> None:
+    """No file can grow over `size` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def before_call(owner: Any, name: str, number: int, act: Callable[..., None]) -> None:
+    """Call `act` with the arguments of the `number`-th call of `owner.name`, before it."""
+    original, calls = getattr(owner, name), 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            act(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def infinite_gradient(call: int) -> None:
+    """One gradient of the `call`-th optimizer step is infinite."""
+    import torch
+
+    def spoil(optimizer: Any, *_: Any) -> None:
+        optimizer.param_groups[0]["params"][0].grad.view(-1)[0] = float("inf")
+
+    before_call(torch.optim.Adam, "step", call, spoil)
+
+
+def no_memory(call: int) -> None:
+    """The `call`-th optimizer step wants more memory than there is."""
+    import torch
+
+    before_call(torch.optim.Adam, "step", call, lambda *_: torch.empty(2**55))
+
+
+def no_device_memory(call: int) -> None:
+    """The same on a GPU, in the words that torch has for it."""
+    import torch
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    before_call(torch.optim.Adam, "step", call, fail)
+
+
+# The classifier is called twice before the first step: to probe it and for the reference.
+
+
+def broken_classifier(step: int) -> None:
+    """Its weights turn to NaN before it scores the samples of `step`, for good."""
+    from ppo_cli.reward import SentimentReward
+
+    def spoil(reward: Any, _: Any) -> None:
+        for weights in reward.classifier.parameters():
+            weights.data.fill_(float("nan"))
+
+    before_call(SentimentReward, "scores", step + 2, spoil)
+
+
+def failing_classifier(step: int) -> None:
+    """It raises once, for the samples of `step`."""
+    from ppo_cli.reward import SentimentReward
+
+    def fail(*_: Any) -> None:
+        raise IndexError("index out of range in self")
+
+    before_call(SentimentReward, "scores", step + 2, fail)
+
+
+def collapsed_text(step: int) -> None:
+    """Every response to `step` is the same."""
+    from ppo_cli import training
+
+    def make_alike(_: Any, __: Any, responses: list[Any]) -> None:
+        responses[:] = [responses[0]] * len(responses)
+
+    before_call(training, "decode", step, make_alike)
+
+
+def slow_step(step: int) -> None:
+    """`step` takes half a minute."""
+    from ppo_cli import training
+
+    before_call(training, "decode", step, lambda *_: time.sleep(30))
