@@ -67,7 +67,9 @@ def reads_packed(model: Any) -> bool:
 
     packed = read(ids, position_ids=positions)
     other = read(changed, position_ids=positions)
-    leaks = not (torch.equal(packed[0, 3:], other[0, 3:]) and torch.equal(packed[1, 2:], other[1, 2:]))
+    leaks = not (
+        torch.equal(packed[0, 3:], other[0, 3:]) and torch.equal(packed[1, 2:], other[1, 2:])
+    )
     alone = torch.cat([read(ids[0:1, 3:])[0], read(ids[1:2, 2:6])[0]])
     together = torch.cat([packed[0, 3:], packed[1, 2:6]])
     tolerance = 10 * torch.finfo(alone.dtype).eps ** 0.75 * alone.abs().max()

@@ -92,7 +92,7 @@ def decode_responses(
 def draw(logits: Tensor, chances: Tensor) -> Tensor:
     """One token (B,) a row of logits (B, V), by inverting the distribution at `chances` (B,).
 
-    Source: inverse transform sampling, Devroye 1986, "Non-Uniform Random Variate Generation", III.2.
+    Source: Devroye 1986, "Non-Uniform Random Variate Generation", III.2, sequential search.
     The sums are float64, where there is such a type: 50,000 float32 terms would lose rare tokens.
 
     Raises:
@@ -133,9 +133,13 @@ def _cache(config: Any, capacity: int) -> DynamicCache:
 class _RoomyLayer(DynamicLayer):
     """Keys and values in a buffer allocated once, instead of a longer copy each token."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self._capacity = capacity
+        self._end = 0
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def update(
@@ -143,24 +147,27 @@ class _RoomyLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         if self._buffers is None:
             self.lazy_initialization(key_states, value_states)
-            self._buffers = (self._room(key_states), self._room(value_states))
-        seen = self.keys.shape[-2] if self.keys.dim() == 4 else 0
-        end = seen + key_states.shape[-2]
-        keys, values = self._buffers
-        keys[:, :, seen:end] = key_states
-        values[:, :, seen:end] = value_states
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+            rows = len(key_states)
+            self._buffers = (self._room(key_states, rows), self._room(value_states, rows))
+        start, self._end = self._end, self._end + key_states.shape[-2]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start : self._end] = states
+        self._show()
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self._buffers is not None:
-            end = self.keys.shape[-2]
-            keys, values = (self._room(b, len(indices)) for b in self._buffers)
-            keys[:, :, :end] = self.keys[indices]
-            values[:, :, :end] = self.values[indices]
-            self._buffers = (keys, values)
-            self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        if self._buffers is None:
+            return
+        kept = []
+        for buffer in self._buffers:
+            kept.append(self._room(buffer, len(indices)))
+            kept[-1][:, :, : self._end] = buffer[indices, :, : self._end]
+        self._buffers = (kept[0], kept[1])
+        self._show()
 
-    def _room(self, like: Tensor, rows: int | None = None) -> Tensor:
-        batch, heads, _, width = like.shape
-        return like.new_empty(rows or batch, heads, self._capacity, width)
+    def _show(self) -> None:
+        assert self._buffers is not None
+        self.keys, self.values = (buffer[:, :, : self._end] for buffer in self._buffers)
+
+    def _room(self, like: Tensor, rows: int) -> Tensor:
+        return like.new_empty(rows, like.shape[1], self._capacity, like.shape[3])

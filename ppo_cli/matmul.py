@@ -32,7 +32,7 @@ class _Linear(torch.autograd.Function):
     """`x @ weight.T + bias`; with `transposed` the weight is (K, N), as in GPT-2's Conv1D."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -41,7 +41,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = None

@@ -45,7 +45,7 @@ def token_logprobs_and_entropies(
     probabilities and H the entropy: `d logprob[t] / d logit[v] = [v = t] - p[v]`,
     `d H / d logit[v] = -p[v] (log p[v] + H)`.
     """
-    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, bias, targets)
     return logprobs, entropies
 
 
@@ -62,7 +62,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         normalisers = torch.empty(len(targets), device=hidden.device)
@@ -85,7 +85,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalisers, entropies, *kept = ctx.saved_tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,30 @@ class Judgement:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How fast a run was: query and response tokens a second, and shares of the time."""
+
+    tokens_per_second: float
+    sampling: float
+    scoring: float
+    optimising: float
+
+    @classmethod
+    def of(cls, metrics: Sequence[Mapping[str, float]]) -> Pace:
+        """Of the metrics of any number of steps; zeros for none."""
+        total = sum(row["time/step"] for row in metrics) or 1.0
+        tokens = sum(row["perf/tokens_per_second"] * row["time/step"] for row in metrics)
+        parts = ("time/sampling", "time/scoring", "time/optimising")
+        return cls(tokens / total, *(sum(row[part] for row in metrics) / total for part in parts))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens_per_second:,.0f} tokens/s: sampling {self.sampling:.0%}, scoring "
+            f"{self.scoring:.0%}, optimising {self.optimising:.0%}"
+        )
+
+
+@dataclass(frozen=True)
 class TrainingSummary:
     """How a run ended: the reference and the policy on the same held-out prompts."""
 
@@ -49,6 +74,7 @@ class TrainingSummary:
     before: Judgement
     after: Judgement
     kl: float
+    pace: Pace
     before_samples: list[Sample]
     after_samples: list[Sample]
 

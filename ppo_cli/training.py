@@ -30,7 +30,7 @@ from ppo_cli.rollout import PURE_SAMPLING, context_length, decode
 from ppo_cli.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory
 from ppo_cli.runtime import accelerator_settings, resolve_device, set_seed
 from ppo_cli.sampling import draw_samples, judge
-from ppo_cli.summary import Judgement, StepReport, TrainingSummary
+from ppo_cli.summary import Judgement, Pace, StepReport, TrainingSummary
 
 MAX_ROLLBACKS = 3
 
@@ -133,6 +133,7 @@ class Training:
             before=Judgement.of(before),
             after=Judgement.of(after),
             kl=self.progress.kl,
+            pace=Pace.of(self.directory.metrics()) if self.step else Pace.of([]),
             before_samples=before,
             after_samples=after,
         )

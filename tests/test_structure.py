@@ -21,11 +21,13 @@ PACKAGE = Path(ppo_cli.__file__).parent
 # Data flows down: a module imports only from rows above its own.
 ROWS = [
     ["errors", "text", "files", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
-    ["hub", "ppo.config", "ppo.kl_controller", "ppo.advantages", "evaluation", "plots"],
+    ["hub", "matmul", "ppo.config", "ppo.kl_controller", "ppo.advantages", "evaluation", "plots"],
     ["config", "ppo.losses", "ppo.packing", "divergence", "summary"],
-    ["config_source", "runtime", "policy_files"],
-    ["prompts", "policy", "run_directory"],
-    ["rollout", "reward", "reference"],
+    ["config_source", "runtime", "policy_files", "projection"],
+    ["prompts", "architecture", "run_directory"],
+    ["policy"],
+    ["decoding", "reward", "reference"],
+    ["rollout"],
     ["sampling", "loading", "checkpoint", "model_card", "ppo.experience"],
     ["ppo.measurements"],
     ["ppo.update", "ppo.setup"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -13,10 +13,8 @@ from rich.text import Text
 
 from ppo_cli.cli.console import console, is_plain
 from ppo_cli.report import sample_lines
+from ppo_cli.summary import Pace, StepReport
 from ppo_cli.text import shortened
-
-if TYPE_CHECKING:
-    from ppo_cli.summary import StepReport
 
 PLAIN_LINES = 20
 SHOWN_SAMPLES = 2
@@ -138,13 +136,15 @@ class LiveDisplay:
 
     def _figures(self, report: StepReport) -> Table:
         s = report.stats
+        pace = Pace.of([s])
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         figures = {
             "mean score": f"{s['env/reward_mean']:+.3f}",
             "KL": f"{s['objective/kl']:.2f}",
             "KL coef": f"{s['objective/kl_coef']:.3f}",
             "loss": f"{s['ppo/loss/total']:+.4f}",
-            "tokens/s": f"{s['perf/tokens_per_second']:,.0f}",
+            "tokens/s": f"{pace.tokens_per_second:,.0f}",
+            "sample/score/ppo": f"{pace.sampling:.0%}/{pace.scoring:.0%}/{pace.optimising:.0%}",
         }
         for name in figures:
             table.add_column(name, justify="right", min_width=9)

@@ -132,7 +132,7 @@ def train(
         note(f"stopped after step {summary.steps}; go on with:\n  {_resume_command(run)}")
         return 128 + stop.signal
     if not quiet:
-        note(f"saved {run} in {summary.seconds:.0f} s of training; next:")
+        note(f"saved {run} in {summary.seconds:.0f} s of training ({summary.pace}); next:")
         note(f'  ppo-cli generate {run} --reference --prompt "This movie" -n 3')
         note(f"  ppo-cli compare {run}")
         note(f"  ppo-cli plot {run} --terminal")

@@ -1,4 +1,4 @@
-"""Ragged queries and responses -> the token rows that a model reads and the positions that count."""
+"""Ragged queries and responses -> the token rows that a model reads, the positions that count."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ class TokenBatch:
                 mask that is not as long as its response.
         """
         rows, targets, sources = [], [], []
-        for i, (query, response) in enumerate(zip(_on_cpu(queries), _on_cpu(responses), strict=True)):
+        for i, (query, response) in enumerate(
+            zip(_on_cpu(queries), _on_cpu(responses), strict=True)
+        ):
             if query.numel() == 0:
                 raise ValueError(f"query {i} has no tokens: begin it with the bos token")
             counts = torch.ones_like(response, dtype=torch.bool)
