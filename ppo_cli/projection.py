@@ -136,13 +136,13 @@ def _logit_gradient(
 ) -> Tensor:
     """(n, V); the formulas stand in `token_logprobs_and_entropies`."""
     p = log_p.exp()
-    grad = torch.zeros_like(p)
-    if grad_entropies is not None:
-        grad = -p * (log_p + entropies.unsqueeze(1)) * grad_entropies.unsqueeze(1)
-    if grad_logprobs is not None:
-        grad = grad.addcmul_(p, -grad_logprobs.unsqueeze(1))
-        grad.scatter_add_(1, targets.unsqueeze(1), grad_logprobs.unsqueeze(1))
-    return grad
+    slope = p.new_zeros(len(p)) if grad_logprobs is None else grad_logprobs
+    if grad_entropies is None:
+        grad = p.mul_(-slope.unsqueeze(1))
+    else:
+        by_entropy = (log_p + entropies.unsqueeze(1)) * grad_entropies.unsqueeze(1)
+        grad = p * -(by_entropy + slope.unsqueeze(1))
+    return grad.scatter_add_(1, targets.unsqueeze(1), slope.unsqueeze(1))
 
 
 def _slices(count: int, width: int, limit: int) -> list[slice]:
