@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from ppo_cli.errors import UsageError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write: it takes its name when the block ends, or goes if it fails."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.unlink(missing_ok=True)  # it may be a link to somewhere else
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def refuse_special(path: Path) -> None:
+    """Raise `UsageError` if `path` is a link, or neither file nor folder: nothing is written there.
+
+    Following a link would write outside of the folder that was named.
+    """
+    if path.is_symlink():
+        raise UsageError(f"{path} is a link and is not written to: give the place itself")
+    if os.path.exists(path) and not (path.is_file() or path.is_dir()):
+        raise UsageError(
+            f"{path} is a device, pipe or socket, not a file: give the name of a file (results go "
+            "to standard output where no name is given)"
+        )
 
 
 def settle(folder: Path) -> None:

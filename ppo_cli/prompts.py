@@ -17,6 +17,7 @@ from ppo_cli.runtime import numpy_state, set_numpy_state
 
 EMBEDDED = "embedded"
 EMBEDDED_REVIEWS = 4000
+MOST_EMBEDDED_REVIEWS = 100_000
 FILE_ENDINGS = (".csv", ".jsonl", ".parquet", ".txt")
 
 
@@ -126,7 +127,7 @@ def _embedded_texts(settings: Any) -> tuple[list[str], list[str]]:
     from ppo_cli.embedded import HELD_OUT_SEED, TRAIN_SEED
     from ppo_cli.embedded.grammar import reviews
 
-    count = settings.limit or EMBEDDED_REVIEWS
+    count = min(settings.limit or EMBEDDED_REVIEWS, MOST_EMBEDDED_REVIEWS)
     return (
         [review.text for review in reviews(count, TRAIN_SEED)],
         [review.text for review in reviews(settings.held_out, HELD_OUT_SEED)],

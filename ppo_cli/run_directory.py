@@ -12,12 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ppo_cli.config import RunConfig
 from ppo_cli.config_source import validate
 from ppo_cli.errors import UsageError, did_you_mean
 from ppo_cli.files import write_text
+from ppo_cli.yaml_io import dump_yaml, read_yaml
 
 CONFIG_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -111,18 +110,18 @@ class RunDirectory:
             "git_commit": _git_commit(),
             "config": config.model_dump(mode="json"),
         }
-        text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
-        write_text(self.path / CONFIG_FILE, text)
+        write_text(self.path / CONFIG_FILE, dump_yaml(record))
 
     def config(self) -> RunConfig:
         """The configuration that the run was made with."""
         path = self.path / CONFIG_FILE
-        try:
-            record = yaml.safe_load(path.read_text(encoding="utf-8"))
-            settings = record["config"]
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-            raise UsageError(f"{path} is damaged: it holds no configuration ({error})") from error
-        return validate(settings)
+        record = read_yaml(path)
+        settings = record.get("config") if isinstance(record, dict) else None
+        if not isinstance(settings, dict):
+            raise UsageError(
+                f"{path} is damaged: it holds no configuration; train anew with --overwrite"
+            )
+        return validate(settings, str(path))
 
     def resumed_config(self, wanted: RunConfig) -> RunConfig:
         """The run's configuration with those settings of `wanted` that a resumed run may change.
