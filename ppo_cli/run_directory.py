@@ -15,7 +15,8 @@ from typing import Any
 from ppo_cli.config import RunConfig
 from ppo_cli.config_source import validate
 from ppo_cli.errors import UsageError, did_you_mean
-from ppo_cli.files import write_text
+from ppo_cli.files import refuse_special, write_text
+from ppo_cli.text import json_text, shortened
 from ppo_cli.yaml_io import dump_yaml, read_yaml
 
 CONFIG_FILE = "run.yaml"
@@ -24,6 +25,7 @@ SAMPLES_FILE = "samples.jsonl"
 PLOT_FILE = "training.png"
 CARD_FILE = "README.md"
 CHECKPOINTS = "checkpoints"
+LONGEST_NAME = 240  # of a folder, bytes; file systems take 255
 CHANGEABLE = (
     "run.steps",
     "run.device",
@@ -64,7 +66,7 @@ class RunDirectory:
         run = cls(path)
         if run.is_run():
             return run
-        if run.path.exists():
+        if os.path.exists(path):
             raise UsageError(
                 f"{path} is no run directory (it has no {CONFIG_FILE}): give one that "
                 "'ppo-cli train' wrote"
@@ -78,7 +80,8 @@ class RunDirectory:
 
     def check_writable(self, overwrite: bool) -> None:
         """Raise `UsageError` unless a new run may be written here; changes nothing."""
-        if self.path.exists() and not self.path.is_dir():
+        refuse_special(self.path)
+        if os.path.exists(self.path) and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file: choose another folder with --output")
         if self.path.is_dir() and any(self.path.iterdir()):
             if not overwrite:
@@ -91,9 +94,25 @@ class RunDirectory:
                     f"{self.path} is no run directory and is not overwritten: choose another "
                     "folder with --output"
                 )
-        nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        nearest = next(p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p))
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise UsageError(f"{self.path}: {nearest} is not a folder that can be written to")
+            raise UsageError(
+                f"{self.path}: {nearest} is not a folder that can be written to; choose another "
+                "place with --output"
+            )
+        longest = max(len(os.fsencode(part)) for part in self.path.parts)
+        if longest > LONGEST_NAME:
+            raise UsageError(
+                f"{shortened(str(self.path), 60)}: a name of {longest} bytes is too long for a "
+                "folder; choose another with --output"
+            )
+
+    def check_entries(self) -> None:
+        """Raise `UsageError` where a file to be written is a link to somewhere else."""
+        refuse_special(self.path)
+        for folder in (self.path, self.checkpoints):
+            for entry in folder.iterdir() if folder.is_dir() else ():
+                refuse_special(entry)
 
     def create(self, config: RunConfig, overwrite: bool) -> None:
         """Make the folder, empty but for `run.yaml`."""
@@ -147,7 +166,7 @@ class RunDirectory:
         """Add JSON lines to one of the run's records."""
         with (self.path / file).open("a", encoding="utf-8") as out:
             for row in rows:
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                out.write(json_text(row) + "\n")
 
     def cut_records(self, step: int) -> None:
         """Drop what the records hold of steps after `step`."""
@@ -156,7 +175,7 @@ class RunDirectory:
             if not path.exists():
                 continue
             kept = [line for line in _json_lines(path) if line["step"] <= step]
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+            text = "".join(json_text(row) + "\n" for row in kept)
             write_text(path, text)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -167,6 +186,13 @@ class RunDirectory:
         """
         path = self.path / METRICS_FILE
         rows = list(_json_lines(path)) if path.is_file() else []
+        for row in rows:
+            for key, value in row.items():
+                if not isinstance(value, (int, float)):
+                    raise UsageError(
+                        f"{path}, step {row['step']}: '{key}' is {shortened(repr(value), 40)}, "
+                        "which is no number: the file is damaged"
+                    )
         if not rows:
             raise UsageError(f"{self.path} has no steps in its {METRICS_FILE} yet")
         return rows
@@ -206,14 +232,17 @@ def _git_commit() -> str | None:
 
 
 def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Not split at what Unicode calls line ends, as str.splitlines does: JSON may hold those.
+    lines = path.read_bytes().rstrip(b"\n").split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 raise ValueError("no step")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 return  # the line that a killed run was writing
-            raise UsageError(f"{path}, line {number}: not a record of a step") from error
+            raise UsageError(
+                f"{path}, line {number}: not a record of a step; the file is damaged there"
+            ) from error
         yield row

@@ -20,7 +20,8 @@ PACKAGE = Path(ppo_cli.__file__).parent
 
 # Data flows down: a module imports only from rows above its own.
 ROWS = [
-    ["errors", "text", "files", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
+    ["errors", "text", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
+    ["files"],
     ["yaml_io", "hub", "ppo.config", "ppo.kl_controller", "ppo.advantages", "evaluation", "plots"],
     ["config", "ppo.losses", "ppo.packing"],
     ["config_source", "runtime", "policy_files"],

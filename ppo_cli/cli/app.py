@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -18,6 +19,7 @@ from ppo_cli.cli.plot import plot
 from ppo_cli.cli.stats import stats
 from ppo_cli.cli.train import train
 from ppo_cli.errors import PPOCliError, did_you_mean
+from ppo_cli.text import escape_controls
 
 app = typer.Typer(
     name="ppo-cli",
@@ -51,6 +53,9 @@ def _main(
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show becomes an escape
+            stream.reconfigure(errors="backslashreplace")
     _quieten()
     sys.exit(_run())
 
@@ -124,8 +129,6 @@ def _explain(error: Exception) -> tuple[str, int]:
 def _fail(message: str, code: int) -> int:
     if os.environ.get("PPO_CLI_DEBUG") == "1":
         traceback.print_exc()
-    from ppo_cli.text import escape_controls
-
     for number, line in enumerate(message.splitlines() or [""]):
         prefix = "error: " if number == 0 else "       "
         print(prefix + escape_controls(line), file=sys.stderr)
@@ -147,6 +150,6 @@ def _quieten() -> None:
     warnings.filterwarnings("default", module=r"ppo_cli\..*")
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {escape_controls(str(message))}", file=sys.stderr)
 
     warnings.showwarning = show

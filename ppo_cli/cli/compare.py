@@ -64,10 +64,14 @@ def compare(
     ] = None,
 ) -> int:
     """Put models' responses and scores side by side."""
-    import json
+    import math
 
     from ppo_cli.cli.console import check_output, hush, note, print_tables, write_result
+    from ppo_cli.errors import UsageError
+    from ppo_cli.text import json_text
 
+    if min_gap is not None and not math.isfinite(min_gap):
+        raise UsageError(f"--min-gap is {min_gap}: a number is needed, such as 0.5")
     check_output(output)
     check_output(html)
 
@@ -95,7 +99,7 @@ def compare(
         print_tables(report.comparison_tables(result, rows), output)
     else:
         written = {
-            Format.json: lambda: json.dumps(result.as_dict(), indent=2, ensure_ascii=False),
+            Format.json: lambda: json_text(result.as_dict(), indent=2),
             Format.csv: lambda: report.comparison_csv(result),
             Format.markdown: lambda: report.comparison_markdown(result),
         }[format]()

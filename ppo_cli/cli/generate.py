@@ -61,11 +61,11 @@ def generate(
     output: options.Output = None,
 ) -> None:
     """Write text with tuned models, and score it."""
-    import json
     import math
 
     from ppo_cli.cli.console import check_output, hush, note, print_tables, write_result
     from ppo_cli.errors import UsageError
+    from ppo_cli.text import escape_controls, json_text
 
     if not (math.isfinite(temperature) and temperature > 0):
         raise UsageError(f"--temperature is {temperature}: it must be above 0")
@@ -109,14 +109,12 @@ def generate(
         )
     if format is Format.jsonl:
         lines = [
-            json.dumps({"model": result.model, **sample.as_dict()}, ensure_ascii=False)
+            json_text({"model": result.model, **sample.as_dict()})
             for result in results
             for sample in result.samples
         ]
         write_result("\n".join(lines), output)
     elif format is Format.text:
-        from ppo_cli.text import escape_controls
-
         lines = [
             escape_controls(sample.query + sample.response)
             for result in results

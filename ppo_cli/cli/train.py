@@ -52,7 +52,7 @@ def train(
     ] = False,
 ) -> int:
     """Tune a language model with PPO towards a sentiment."""
-    import json
+    import shlex
 
     from ppo_cli.cli.console import hush, note, print_tables, write_result
     from ppo_cli.config_source import DEFAULT_CONFIG, change_config, load_config
@@ -71,9 +71,11 @@ def train(
         config or DEFAULT_CONFIG, assignments=assignments or (), overrides=overrides
     )
     from ppo_cli.run_directory import RunDirectory
+    from ppo_cli.text import json_text
 
     if resume:
         run_directory = RunDirectory.existing(settings.output)
+        run_directory.check_entries()
         if config is None:  # then what is not asked for is as the run was made
             made_with = run_directory.config()
             settings = change_config(made_with, assignments=assignments or (), overrides=overrides)
@@ -110,12 +112,10 @@ def train(
         display.status("judging the tuned model, saving")
         summary = training.finish()
     if as_json:
-        write_result(
-            json.dumps({**summary.as_dict(), "interrupted": stop.signal is not None}), None
-        )
+        write_result(json_text({**summary.as_dict(), "interrupted": stop.signal is not None}), None)
     else:
         print_tables([summary_table(summary)])
-    run = summary.run
+    run = shlex.quote(summary.run)
     if stop.signal is not None:
         note(f"stopped after step {summary.steps}; go on with:")
         note(f"  ppo-cli train --output {run} --resume")
