@@ -57,10 +57,10 @@ def run_card(summary: Any, config: Any) -> str:
         if summary.steps == summary.planned_steps
         else f" The run was stopped after {summary.steps} of {summary.planned_steps} steps."
     )
-    label = markdown_code(summary.label)
+    label, plain = markdown_code(summary.label), markdown_text(summary.label)
     rows = [
         ("mean score", summary.before.score, summary.after.score),
-        (f"mean P({label})", summary.before.probability, summary.after.probability),
+        (f"mean P({plain})", summary.before.probability, summary.after.probability),
     ]
     table = "\n".join(f"| {name} | {low:.3f} | {high:.3f} |" for name, low, high in rows)
     examples = "\n".join(
