@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from ppo_cli.errors import ModelError, ModelNotFoundError, PPOCliError
 
 MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
+WAITS = (1, 2, 4)  # seconds between questions to a hub that does not answer
+TIMEOUT = 10  # seconds for each answer
+LONGEST_WAIT = 30  # seconds that the hub may have its client sleep
 
 
 @contextmanager
@@ -26,6 +35,9 @@ def loading_errors(name: str, kind: str = "model") -> Iterator[None]:
     if kind != "dataset":
         _check_folder(name)
     try:
+        if not is_path(name):
+            _bound_waits()
+            _ask_hub(name, "dataset" if kind == "dataset" else "model")
         yield
     except (PPOCliError, MemoryError):
         raise
@@ -37,14 +49,14 @@ def loading_errors(name: str, kind: str = "model") -> Iterator[None]:
 
 def is_path(name: str) -> bool:
     """Whether `name` can only be a path, not a hub id."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _check_folder(name: str) -> None:
     folder = Path(name)
     if not is_path(name):
         return
-    if not folder.exists():
+    if not os.path.exists(name):
         raise ModelNotFoundError(
             f"{name}: no such folder; give a run directory, another model folder, or a hub id"
         )
@@ -57,6 +69,76 @@ def _check_folder(name: str) -> None:
         )
 
 
+@lru_cache(maxsize=64)
+def _ask_hub(name: str, kind: str) -> None:
+    """Ask whether `name` is there, a few times until the hub answers.
+
+    Its client would ask six times about each file, for most of a minute and without a word. What
+    is in the cache is loaded from there if there is no answer.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    for wait in (*WAITS, None):
+        try:
+            HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT)
+        except Exception as error:
+            status = _status(error)
+            if status == HTTPStatus.NOT_FOUND:
+                raise
+            if not (_is_of_network(error) if status is None else _is_passing(status)):
+                return  # loading it says best what is wrong
+            folder = repo_folder_name(repo_id=name, repo_type=kind)
+            if Path(constants.HF_HUB_CACHE, folder, "snapshots").is_dir():
+                return
+            if wait is None:
+                raise
+            time.sleep(wait)
+        else:
+            return
+
+
+class _LongWait(Exception):
+    """The hub asks its client to come back later than anyone would sit and wait."""
+
+
+def _bound_waits() -> None:
+    """Have the hub's client raise `_LongWait` where it would sleep for minutes."""
+    from huggingface_hub import get_session
+
+    client = get_session()
+    hooks = client.event_hooks
+    if _refuse_long_wait not in hooks["response"]:
+        client.event_hooks = {**hooks, "response": [*hooks["response"], _refuse_long_wait]}
+
+
+def _refuse_long_wait(response: Any) -> None:
+    if not _is_passing(response.status_code):
+        return
+    told = f"{response.headers.get('ratelimit', '')};t={response.headers.get('retry-after', '')}"
+    seconds = max((int(number) for number in re.findall(r"\bt=(\d{1,9})", told)), default=0)
+    if seconds > LONGEST_WAIT:
+        raise _LongWait(f"{seconds} s")
+
+
+def _is_passing(status: int) -> bool:
+    """Whether an answer of the hub may be another one in a moment."""
+    return status in (408, 429) or status >= 500
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_of_network(error: BaseException) -> bool:
+    # The hub's client library has changed its name between releases: httpx, httpx2.
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(
+        "httpx"
+    )
+
+
 def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
     from huggingface_hub import errors as hub
 
@@ -66,28 +148,58 @@ def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
     def caused_by(*types: type[BaseException]) -> BaseException | None:
         return next((cause for cause in causes if isinstance(cause, types)), None)
 
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"{name} needs code that it brings along, which is not run: read it, and if you trust "
+            f"it, give --trust-remote-code {name}"
+        )
     if caused_by(hub.GatedRepoError):
         return ModelError(f"{name}: the hub asks for access; request it there, then set HF_TOKEN")
+    no_tokenizer = "the backend tokenizer" in str(error)
+    if no_tokenizer and not any(map(_is_of_network, causes)):
+        return ModelError(f"{name} holds no tokenizer that can be read: save one beside the model")
     if is_path(name):
         return ModelError(f"{name} cannot be loaded as a {kind}: {first_line(error)}")
-    if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError):
+    if caused_by(hub.RevisionNotFoundError):
+        return ModelNotFoundError(f"{name}: the hub has no such revision of it: check its name")
+    if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError) or any(
+        _status(cause) == HTTPStatus.NOT_FOUND for cause in causes
+    ):
+        place = "file" if kind == "dataset" else "folder"
         return ModelNotFoundError(
-            f"{name}: neither a folder here nor a {kind} on the hub (a private one needs HF_TOKEN)"
+            f"{name}: neither a {place} here nor a {kind} on the hub (a private one needs HF_TOKEN)"
         )
     if caused_by(hub.OfflineModeIsEnabled):
         return ModelError(
             f"{name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it"
         )
-    if answer := caused_by(hub.HfHubHTTPError):
-        return ModelError(f"{name}: the hub answers with an error ({first_line(answer)})")
-    unreachable = caused_by(ConnectionError, TimeoutError, hub.LocalEntryNotFoundError)
-    # The hub's client library has changed its name between releases: httpx, httpx2.
-    if unreachable or any(type(cause).__module__.startswith("httpx") for cause in causes):
+    if wait := caused_by(_LongWait):
+        return ModelError(
+            f"{name}: the hub asks to wait {wait}: try again then; with HF_TOKEN set its limits "
+            "are higher"
+        )
+    if statuses := [status for cause in causes if (status := _status(cause))]:
+        return ModelError(f"{name}: {_answer(statuses[0])}")
+    if any(type(cause).__name__ in ("RemoteProtocolError", "ReadError") for cause in causes):
+        return ModelError(
+            f"{name}: the download breaks off, also when tried again; check the network and run "
+            "this again, it goes on with what has come"
+        )
+    if caused_by(hub.LocalEntryNotFoundError) or any(map(_is_of_network, causes)):
         return ModelError(
             f"{name}: no such folder here, and the hub cannot be reached to fetch it as a {kind}; "
             "check the name and the network, or give a local folder"
         )
     return ModelError(f"{name} cannot be loaded as a {kind}: {first_line(error)}")
+
+
+def _answer(status: int) -> str:
+    """What a hub's answer means, and what to do."""
+    phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else "unknown"
+    remedy = "try again later" if _is_passing(status) else "check HF_TOKEN"
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        remedy = "try again in a few minutes; with HF_TOKEN set its limits are higher"
+    return f"the hub answers {status} ({phrase}), also when asked again: {remedy}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

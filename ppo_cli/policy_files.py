@@ -56,9 +56,12 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
         is_trainable: whether an adapter that is loaded can be trained further.
         args, kwargs: go to `from_pretrained`.
     """
+    kwargs.setdefault("trust_remote_code", False)  # None would ask on the terminal
     if (Path(name) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
+        # The adapter's files name its base model: trust in the one is none in the other.
+        kwargs["trust_remote_code"] = False
         return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=is_trainable, **kwargs)
     if "config" not in kwargs:
         hub = {key: kwargs[key] for key in (*HUB_KEYWORDS, "trust_remote_code") if key in kwargs}

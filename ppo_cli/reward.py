@@ -77,6 +77,7 @@ class SentimentReward:
         if output not in ("logit", "probability"):
             raise UsageError(f"reward output {output!r} is neither 'logit' nor 'probability'")
         self.name = str(model)
+        kwargs.setdefault("trust_remote_code", False)  # None would ask on the terminal
         self.output = output
         self.batch_size = batch_size
         with loading_errors(self.name, "classifier"):

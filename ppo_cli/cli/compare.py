@@ -33,7 +33,9 @@ def compare(
         ),
     ] = None,
     column: options.Column = "text",
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Prompts to compare on.")] = 32,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, max=1_000_000, help="Prompts to compare on.")
+    ] = 32,
     rows: Annotated[int, typer.Option("--rows", min=0, help="Prompts shown in the table.")] = 10,
     max_new_tokens: Annotated[
         int | None,
@@ -48,6 +50,7 @@ def compare(
     sentiment: options.Sentiment = None,
     classifier: options.Classifier = None,
     device: options.Device = "auto",
+    trust_remote_code: options.Trust = None,
     format: Annotated[Format, typer.Option("--format", help="How to write.")] = Format.table,
     output: options.Output = None,
     html: Annotated[
@@ -85,6 +88,7 @@ def compare(
         sentiment=sentiment,
         classifier=classifier,
         device=device,
+        trusted=trust_remote_code or (),
     )
     texts = generation.read_prompts([], prompts, column)
     result = comparison.compare(

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ppo_cli.cli import options
+
 
 def train(
     config: Annotated[
@@ -37,6 +39,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value (repeats)."),
     ] = None,
+    trust_remote_code: options.Trust = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run directory's newest checkpoint.")
     ] = False,
@@ -95,7 +98,9 @@ def train(
             f"policy {settings.policy.model}, classifier {settings.reward.model}, "
             f"prompts {settings.prompts.source} -> {settings.output}"
         )
-    training = Training(settings, resume=resume, overwrite=overwrite)
+    training = Training(
+        settings, resume=resume, overwrite=overwrite, trusted=trust_remote_code or ()
+    )
     if dry_run:
         note(
             f"all is well: {len(training.prompts.train)} prompts, label "
