@@ -15,16 +15,21 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from ppo_cli.ppo.config import PPOSettings
 from ppo_cli.yaml_io import dump_yaml
 
+LONGEST_NAME = 1000
 
-def _check_text(text: str) -> str:
+
+def check_name(text: str) -> str:
+    """`text`, if it can name a model, a file, a label. Raises `ValueError` saying why not."""
     if not text.strip():
         raise ValueError("is empty: give a name")
     if any(ord(character) < 32 for character in text):
         raise ValueError("holds a control character: give a name without one")
+    if len(text) > LONGEST_NAME:
+        raise ValueError(f"has {len(text)} characters: give a name of {LONGEST_NAME} at most")
     return text
 
 
-Name = Annotated[str, Field(max_length=1000), AfterValidator(_check_text)]
+Name = Annotated[str, AfterValidator(check_name)]
 Length = Annotated[int, Field(ge=1, le=1_000_000)]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -43,9 +44,9 @@ def config_file(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        if not path.is_file():
-            raise ConfigError(f"{name}: no such configuration file")
+    if path.suffix in (".yaml", ".yml") or (name and os.path.exists(path)):
+        if not os.path.isfile(path):
+            raise ConfigError(f"{name}: no such configuration file; 'ppo-cli config' lists others")
         return path
     raise ConfigError(
         f"no configuration is named '{name}'.{did_you_mean(name, shipped)} There are "
@@ -186,9 +187,7 @@ def _assign(data: dict[str, Any], text: str, origin: _Origin) -> None:
             target[key] = {}
         target = target[key]
         if not isinstance(target, dict):
-            raise ConfigError(
-                f"--set {text}: '{key}' has a value and no keys in it: leave them out"
-            )
+            raise ConfigError(f"--set {text}: '{key}' is a value, it has no keys: leave them out")
     target[keys[-1]] = value
     origin.places[keys] = f"--set {text}"
     for depth in range(1, len(keys)):

@@ -33,7 +33,7 @@ def refuse_special(path: Path) -> None:
 
     Following a link would write outside of the folder that was named.
     """
-    if path.is_symlink():
+    if os.path.islink(path):
         raise UsageError(f"{path} is a link and is not written to: give the place itself")
     if os.path.exists(path) and not (path.is_file() or path.is_dir()):
         raise UsageError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ppo_cli.config import PolicyConfig, RewardConfig, RunConfig
+from ppo_cli.config import PolicyConfig, RewardConfig, RunConfig, check_name
 from ppo_cli.errors import DataError, UsageError
 from ppo_cli.evaluation import Generated
 from ppo_cli.loading import check_trusted, load_policy, load_reward, load_tokenizer
@@ -72,6 +72,11 @@ def resolve(
     Raises:
         UsageError: a classifier is needed and none is known, or `trusted` names no model here.
     """
+    for what, name in [("model", model) for model in models] + [("--classifier", classifier)]:
+        try:
+            check_name("-" if name is None else name)
+        except ValueError as error:
+            raise UsageError(f"{what} '{shortened(str(name), 40)}' {error}") from error
     runs = [RunDirectory(model).config() for model in models if RunDirectory(model).is_run()]
     run = runs[0] if runs else None
     names = [str(Path(model)) if RunDirectory(model).is_run() else model for model in models]
@@ -88,8 +93,12 @@ def resolve(
                 f"{models[0]} is no run directory, so it names no classifier: give one with "
                 "--classifier (a folder, a hub id, or 'embedded'), or --no-score where there is one"
             )
-        reward = settings.model_copy(update={"sentiment": sentiment or settings.sentiment})
-    loaded = [source.model for source in sources] + ([reward.model] if reward else [])
+        reward = settings.model_copy(
+            update={"sentiment": settings.sentiment if sentiment is None else sentiment}
+        )
+    loaded = [source.model for source in sources]
+    loaded += [reward.model] if reward else []
+    loaded += [run.policy.model] if run else []
     check_trusted(trusted, loaded)
     return Request(sources, reward, run, resolve_device(device), trusted)
 

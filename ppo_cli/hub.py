@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from http import HTTPStatus
@@ -36,7 +36,7 @@ def loading_errors(name: str, kind: str = "model") -> Iterator[None]:
         _check_folder(name)
     try:
         if not is_path(name):
-            _bound_waits()
+            _bound_retries()
             _ask_hub(name, "dataset" if kind == "dataset" else "model")
         yield
     except (PPOCliError, MemoryError):
@@ -50,6 +50,16 @@ def loading_errors(name: str, kind: str = "model") -> Iterator[None]:
 def is_path(name: str) -> bool:
     """Whether `name` can only be a path, not a hub id."""
     return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def refuse_missing(name: str, missing: Collection[str]) -> None:
+    """Raise `ModelError` where weights are `missing`: they would be random numbers."""
+    if missing:
+        names = ", ".join(sorted(missing)[:5]) + (" ..." if len(missing) > 5 else "")
+        raise ModelError(
+            f"{name}: its weights lack {names}, which would be random numbers: save the "
+            "whole model, or give another"
+        )
 
 
 def _check_folder(name: str) -> None:
@@ -73,8 +83,7 @@ def _check_folder(name: str) -> None:
 def _ask_hub(name: str, kind: str) -> None:
     """Ask whether `name` is there, a few times until the hub answers.
 
-    Its client would ask six times about each file, for most of a minute and without a word. What
-    is in the cache is loaded from there if there is no answer.
+    What is in the cache is loaded from there if there is no answer.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import repo_folder_name
@@ -100,27 +109,40 @@ def _ask_hub(name: str, kind: str) -> None:
             return
 
 
-class _LongWait(Exception):
-    """The hub asks its client to come back later than anyone would sit and wait."""
+class _Unavailable(Exception):
+    """The hub's answers are of no use, and more of the same is to be expected."""
 
 
-def _bound_waits() -> None:
-    """Have the hub's client raise `_LongWait` where it would sleep for minutes."""
+_unanswered: list[str] = []
+"""The address last asked for, as often as it was asked without success."""
+
+
+def _bound_retries() -> None:
+    """Have the hub's client raise `_Unavailable` where it would go on asking, or sleep for long."""
     from huggingface_hub import get_session
 
     client = get_session()
     hooks = client.event_hooks
-    if _refuse_long_wait not in hooks["response"]:
-        client.event_hooks = {**hooks, "response": [*hooks["response"], _refuse_long_wait]}
+    if _check_answer not in hooks["response"]:
+        client.event_hooks = {**hooks, "response": [*hooks["response"], _check_answer]}
 
 
-def _refuse_long_wait(response: Any) -> None:
-    if not _is_passing(response.status_code):
+def _check_answer(response: Any) -> None:
+    status, address = response.status_code, str(response.request.url)
+    if address not in _unanswered or not _is_passing(status):
+        _unanswered.clear()
+    if not _is_passing(status):
         return
+    _unanswered.append(address)
     told = f"{response.headers.get('ratelimit', '')};t={response.headers.get('retry-after', '')}"
     seconds = max((int(number) for number in re.findall(r"\bt=(\d{1,9})", told)), default=0)
     if seconds > LONGEST_WAIT:
-        raise _LongWait(f"{seconds} s")
+        raise _Unavailable(
+            f"the hub asks to wait {seconds} s: try again then; with HF_TOKEN set its limits are "
+            "higher"
+        )
+    if len(_unanswered) > len(WAITS):
+        raise _Unavailable(_answer(status))
 
 
 def _is_passing(status: int) -> bool:
@@ -173,11 +195,8 @@ def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
         return ModelError(
             f"{name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it"
         )
-    if wait := caused_by(_LongWait):
-        return ModelError(
-            f"{name}: the hub asks to wait {wait}: try again then; with HF_TOKEN set its limits "
-            "are higher"
-        )
+    if unavailable := caused_by(_Unavailable):
+        return ModelError(f"{name}: {unavailable}")
     if statuses := [status for cause in causes if (status := _status(cause))]:
         return ModelError(f"{name}: {_answer(statuses[0])}")
     if any(type(cause).__name__ in ("RemoteProtocolError", "ReadError") for cause in causes):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppo_cli.errors import ModelError, UsageError, did_you_mean
-from ppo_cli.hub import loading_errors
+from ppo_cli.hub import loading_errors, refuse_missing
 
 POSITIVE_NAMES = ("positive", "pos", "good", "favorable", "favourable", "5 stars", "very positive")
 NEGATIVE_NAMES = (
@@ -232,7 +232,11 @@ def _load_classifier(name: str, **kwargs: Any) -> Any:
             f"{name} is a {architectures[0]}, not a sequence classifier: choose one whose "
             "architecture ends in ForSequenceClassification"
         )
-    return AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, **kwargs)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        name, dtype=torch.float32, output_loading_info=True, **kwargs
+    )
+    refuse_missing(name, info["missing_keys"])
+    return model
 
 
 def _labels(config: Any) -> list[str]:

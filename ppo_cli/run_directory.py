@@ -54,7 +54,7 @@ class RunDirectory:
 
     def is_run(self) -> bool:
         """Whether a training run wrote this folder."""
-        return (self.path / CONFIG_FILE).is_file()
+        return os.path.isfile(self.path / CONFIG_FILE)
 
     @classmethod
     def existing(cls, path: str | Path) -> RunDirectory:
@@ -64,6 +64,8 @@ class RunDirectory:
             UsageError: there is none.
         """
         run = cls(path)
+        if not str(path).strip():
+            raise UsageError("the name of the run directory is empty: give one that is there")
         if run.is_run():
             return run
         if os.path.exists(path):
@@ -80,6 +82,12 @@ class RunDirectory:
 
     def check_writable(self, overwrite: bool) -> None:
         """Raise `UsageError` unless a new run may be written here; changes nothing."""
+        longest = max((len(os.fsencode(part)) for part in self.path.parts), default=0)
+        if longest > LONGEST_NAME:
+            raise UsageError(
+                f"{shortened(str(self.path), 60)}: a name of {longest} bytes is too long for a "
+                "folder; choose another with --output"
+            )
         refuse_special(self.path)
         if os.path.exists(self.path) and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file: choose another folder with --output")
@@ -99,12 +107,6 @@ class RunDirectory:
             raise UsageError(
                 f"{self.path}: {nearest} is not a folder that can be written to; choose another "
                 "place with --output"
-            )
-        longest = max(len(os.fsencode(part)) for part in self.path.parts)
-        if longest > LONGEST_NAME:
-            raise UsageError(
-                f"{shortened(str(self.path), 60)}: a name of {longest} bytes is too long for a "
-                "folder; choose another with --output"
             )
 
     def check_entries(self) -> None:

@@ -8,7 +8,7 @@ import typer
 
 
 def stats(
-    run: Annotated[str, typer.Argument(help="Run directory.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")],
     objective: Annotated[
         bool | None,
         typer.Option(

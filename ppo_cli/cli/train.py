@@ -71,7 +71,9 @@ def train(
         ("run", "device"): device,
     }
     settings = load_config(
-        config or DEFAULT_CONFIG, assignments=assignments or (), overrides=overrides
+        DEFAULT_CONFIG if config is None else config,
+        assignments=assignments or (),
+        overrides=overrides,
     )
     from ppo_cli.run_directory import RunDirectory
     from ppo_cli.text import json_text
