@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import time
+import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
@@ -34,16 +35,24 @@ def loading_errors(name: str, kind: str = "model") -> Iterator[None]:
     """
     if kind != "dataset":
         _check_folder(name)
+    answers = True
     try:
         if not is_path(name):
+            _given_up.clear()
             _bound_retries()
-            _ask_hub(name, "dataset" if kind == "dataset" else "model")
-        yield
+            answers = _ask_hub(name, "dataset" if kind == "dataset" else "model")
+        with nullcontext() if answers else _cache_alone(name):
+            yield
     except (PPOCliError, MemoryError):
         raise
     except Exception as error:
         if "out of memory" in str(error).lower():
             raise
+        if not answers:
+            raise ModelError(
+                f"{name}: the hub does not answer, and the cache does not hold all of it: check "
+                "the network, or give a local folder"
+            ) from error
         raise _translated(name, kind, error) from error
 
 
@@ -60,6 +69,12 @@ def refuse_missing(name: str, missing: Collection[str]) -> None:
             f"{name}: its weights lack {names}, which would be random numbers: save the "
             "whole model, or give another"
         )
+
+
+def refuse_empty(name: str, tokenizer: Any) -> None:
+    """Raise `ModelError` for a tokenizer without words, which is made where none is found."""
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ModelError(f"{name} holds no tokenizer: save one beside the model (tokenizer.json)")
 
 
 def _check_folder(name: str) -> None:
@@ -80,16 +95,16 @@ def _check_folder(name: str) -> None:
 
 
 @lru_cache(maxsize=64)
-def _ask_hub(name: str, kind: str) -> None:
-    """Ask whether `name` is there, a few times until the hub answers.
+def _ask_hub(name: str, kind: str) -> bool:
+    """Ask whether `name` is there, a few times until the hub answers; whether it did.
 
-    What is in the cache is loaded from there if there is no answer.
+    False says that it does not, and that `name` is in the cache.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import repo_folder_name
 
     if constants.HF_HUB_OFFLINE:
-        return
+        return True  # the client itself refuses to ask
     for wait in (*WAITS, None):
         try:
             HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT)
@@ -98,15 +113,29 @@ def _ask_hub(name: str, kind: str) -> None:
             if status == HTTPStatus.NOT_FOUND:
                 raise
             if not (_is_of_network(error) if status is None else _is_passing(status)):
-                return  # loading it says best what is wrong
+                return True  # loading it says best what is wrong
             folder = repo_folder_name(repo_id=name, repo_type=kind)
             if Path(constants.HF_HUB_CACHE, folder, "snapshots").is_dir():
-                return
+                return False
             if wait is None:
                 raise
             time.sleep(wait)
         else:
-            return
+            break
+    return True
+
+
+@contextmanager
+def _cache_alone(name: str) -> Iterator[None]:
+    """Keep the hub's client from asking: it would do so again and again, for minutes in all."""
+    from huggingface_hub import constants
+
+    warnings.warn(f"the hub does not answer: {name} is taken from the cache", stacklevel=2)
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = False
 
 
 class _Unavailable(Exception):
@@ -115,6 +144,8 @@ class _Unavailable(Exception):
 
 _unanswered: list[str] = []
 """The address last asked for, as often as it was asked without success."""
+_given_up: list[_Unavailable] = []
+"""What was raised; transformers takes some errors for a file that is not there, and goes on."""
 
 
 def _bound_retries() -> None:
@@ -137,12 +168,13 @@ def _check_answer(response: Any) -> None:
     told = f"{response.headers.get('ratelimit', '')};t={response.headers.get('retry-after', '')}"
     seconds = max((int(number) for number in re.findall(r"\bt=(\d{1,9})", told)), default=0)
     if seconds > LONGEST_WAIT:
-        raise _Unavailable(
-            f"the hub asks to wait {seconds} s: try again then; with HF_TOKEN set its limits are "
-            "higher"
-        )
-    if len(_unanswered) > len(WAITS):
-        raise _Unavailable(_answer(status))
+        problem = f"the hub asks to wait {seconds} s: try again then; with HF_TOKEN it allows more"
+    elif len(_unanswered) > len(WAITS):
+        problem = _answer(status)
+    else:
+        return
+    _given_up.append(_Unavailable(problem))
+    raise _given_up[-1]
 
 
 def _is_passing(status: int) -> bool:
@@ -177,6 +209,8 @@ def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
         )
     if caused_by(hub.GatedRepoError):
         return ModelError(f"{name}: the hub asks for access; request it there, then set HF_TOKEN")
+    if not is_path(name) and _given_up:
+        return ModelError(f"{name}: {_given_up[-1]}")
     no_tokenizer = "the backend tokenizer" in str(error)
     if no_tokenizer and not any(map(_is_of_network, causes)):
         return ModelError(f"{name} holds no tokenizer that can be read: save one beside the model")
@@ -195,8 +229,6 @@ def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
         return ModelError(
             f"{name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it"
         )
-    if unavailable := caused_by(_Unavailable):
-        return ModelError(f"{name}: {unavailable}")
     if statuses := [status for cause in causes if (status := _status(cause))]:
         return ModelError(f"{name}: {_answer(statuses[0])}")
     if any(type(cause).__name__ in ("RemoteProtocolError", "ReadError") for cause in causes):

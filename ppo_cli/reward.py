@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppo_cli.errors import ModelError, UsageError, did_you_mean
-from ppo_cli.hub import loading_errors, refuse_missing
+from ppo_cli.hub import loading_errors, refuse_empty, refuse_missing
 
 POSITIVE_NAMES = ("positive", "pos", "good", "favorable", "favourable", "5 stars", "very positive")
 NEGATIVE_NAMES = (
@@ -83,6 +83,7 @@ class SentimentReward:
         with loading_errors(self.name, "classifier"):
             self.classifier = _load_classifier(self.name, **kwargs).to(device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, **kwargs)
+        refuse_empty(self.name, self.tokenizer)
         self.device = torch.device(device)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token

@@ -6,15 +6,17 @@ The table is in `bad_inputs.py`.
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from bad_inputs import HEAVY, LIGHT, Case, make_world
+from bad_inputs import HEAVY, LIGHT, Case, make_endless_model, make_world
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
@@ -22,6 +24,8 @@ from huggingface_hub.errors import (
 )
 from test_cli import environment
 
+from ppo_cli.config import RunConfig
+from ppo_cli.embedded import policy_folder
 from ppo_cli.errors import ModelError, ModelNotFoundError
 from ppo_cli.hub import loading_errors
 
@@ -146,3 +150,86 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     code, _, stderr = run_bad(["train"], tmp_path)
     assert code == 2
     assert "cannot be written" in stderr
+
+
+def bad_values() -> Iterator[tuple[str, str]]:
+    """Every key of every section with what it cannot be, told by the JSON Schema: key, YAML."""
+    schema = RunConfig.model_json_schema()
+    for section, reference in schema["properties"].items():
+        name = next(iter(re.findall(r"/(\w+)\"", json.dumps(reference))))
+        for key, about in schema["$defs"][name]["properties"].items():
+            kinds = about.get("anyOf", [about])
+            types = {kind.get("type", "enum") for kind in kinds}
+            if "enum" in kinds[0] or "const" in kinds[0]:
+                types = (types - {"string"}) | {"enum"}
+            bad = ["[[1]]", "2020-01-01: 1" if "object" in types else ""]
+            bad += [] if "null" in types else ["null"]
+            bad += [] if "object" in types or "$ref" in kinds[0] else ["{}", "{a: {b: 1}}"]
+            if types & {"integer", "number"}:
+                bad += [".nan", ".inf", "-.inf", "-1" + "0" * 30, "words", "'1'", "'ünïcode'", "''"]
+            if "integer" in types:
+                bad += ["1.5", "true"]
+            if types & {"string", "enum"} and key != "tracker_project_name":  # the tracker's own
+                bad += ["5", "''", "'  '", "true", '"a\\nb"', "x" * 2000]
+            if "boolean" in types:
+                bad += ["1", "'true'", "words"]
+            if any("maximum" in kind or "exclusiveMaximum" in kind for kind in kinds):
+                bad += ["1" + "0" * 30]
+            yield from ((f"{section}.{key}", value) for value in bad if value)
+
+
+def test_every_key_refuses_by_name_what_it_cannot_be(
+    tmp_path: Path, run_here: Callable[[list[str], Path], tuple[int, str, str]]
+) -> None:
+    tried = list(bad_values())
+    assert len(tried) > 450
+    assert {name.partition(".")[0] for name, _ in tried} == set(RunConfig.model_fields)
+    for name, value in tried:
+        code, stdout, stderr = run_here(["config", "tiny", "--set", f"{name}={value}"], tmp_path)
+        told = f"{name}={value[:20]}: {stderr}"
+        assert (code, stdout) == (2, ""), told
+        assert stderr.startswith(f"error: --set {name}="), told
+        assert stderr.count("error: ") == 1, told
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "This movie 😀👩‍👩‍👧",
+        "הסרט הזה היה נהדר",
+        "This\0movie\x1b[31m",
+        "This\u202emovie\u200b",
+        "  This movie ",
+        "=1+1",
+        "[red]<b>`x`|",
+    ],
+)
+def test_unusual_prompts_are_answered_and_shown_as_text(
+    prompt: str, tmp_path: Path, run_here: Callable[[list[str], Path], tuple[int, str, str]]
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"text": prompt}))
+    shared = ["generate", policy_folder(), "--prompts", "prompts.jsonl", "--max-new-tokens", "3"]
+    for form in ("table", "text", "jsonl"):
+        code, stdout, stderr = run_here([*map(str, shared), "--format", form], tmp_path)
+        assert code == 0, stderr
+        shown = stdout.replace("\n", "")
+        assert not re.search("[\x00-\x1f\x7f-\x9f\u200b\u202a-\u202e]", shown)
+    assert json.loads(stdout)["query"] == prompt
+
+
+def test_a_model_without_end_and_padding_tokens_is_trained(
+    tmp_path: Path, run_here: Callable[[list[str], Path], tuple[int, str, str]]
+) -> None:
+    make_endless_model(tmp_path / "endless")
+    (tmp_path / "texts.txt").write_text("".join(f"t{i} t{i + 1} t3 t4\n" for i in range(70)))
+    code, _, stderr = run_here(
+        [
+            "train", "--steps", "1", "--quiet", "--output", "run", "--set", "policy.model=endless",
+            "--set", "prompts.source=texts.txt", "--set", "ppo.batch_size=8",
+            "--set", "ppo.mini_batch_size=8", "--set", "prompts.held_out=4",
+        ],
+        tmp_path,
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert (tmp_path / "run" / "model.safetensors").is_file()
