@@ -215,7 +215,7 @@ def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
     if no_tokenizer and not any(map(_is_of_network, causes)):
         return ModelError(f"{name} holds no tokenizer that can be read: save one beside the model")
     if is_path(name):
-        return ModelError(f"{name} cannot be loaded as a {kind}: {first_line(error)}")
+        return ModelError(_unloadable(name, kind, error))
     if caused_by(hub.RevisionNotFoundError):
         return ModelNotFoundError(f"{name}: the hub has no such revision of it: check its name")
     if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError) or any(
@@ -241,7 +241,13 @@ def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
             f"{name}: no such folder here, and the hub cannot be reached to fetch it as a {kind}; "
             "check the name and the network, or give a local folder"
         )
-    return ModelError(f"{name} cannot be loaded as a {kind}: {first_line(error)}")
+    return ModelError(_unloadable(name, kind, error))
+
+
+def _unloadable(name: str, kind: str, error: Exception) -> str:
+    problem = first_line(error).rstrip(". ")
+    remedy = "" if kind == "dataset" else "; save it anew with save_pretrained, or give another"
+    return f"{name} cannot be loaded as a {kind}: {problem}{remedy}"
 
 
 def _answer(status: int) -> str:
