@@ -120,6 +120,7 @@ def compare(
                 seed=seed,
                 device=request.device,
                 reward=judge,
+                trusted=request.trusted,
             )
         )
     differences = [_paired(models[0], other) for other in models[1:]]
@@ -142,5 +143,6 @@ def _held_out(request: Request, count: int) -> list[str]:
     settings = request.run.prompts
     if settings.source == EMBEDDED:  # there are as many as anyone wants
         settings = settings.model_copy(update={"held_out": count})
-    tokenizer = load_tokenizer(request.run.policy.model, request.run.policy.revision)
+    policy = request.run.policy
+    tokenizer = load_tokenizer(policy.model, policy.revision, request.trusted)
     return [p.query for p in load_prompts(settings, tokenizer, request.run.run.seed).held_out]

@@ -10,12 +10,27 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ppo_cli.ppo.config import PPOSettings
+from ppo_cli.yaml_io import dump_yaml
 
-Name = Annotated[str, Field(min_length=1)]
+LONGEST_NAME = 1000
+
+
+def check_name(text: str) -> str:
+    """`text`, if it can name a model, a file, a label. Raises `ValueError` saying why not."""
+    if not text.strip():
+        raise ValueError("is empty: give a name")
+    if any(ord(character) < 32 for character in text):
+        raise ValueError("holds a control character: give a name without one")
+    if len(text) > LONGEST_NAME:
+        raise ValueError(f"has {len(text)} characters: give a name of {LONGEST_NAME} at most")
+    return text
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+Length = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 def _check_order(section: BaseModel, low: str, high: str) -> None:
@@ -35,7 +50,7 @@ class Section(BaseModel):
 class AdapterConfig(Section):
     """A low-rank adapter instead of training all weights (needs the `peft` extra)."""
 
-    r: Annotated[int, Field(ge=1)] = 16
+    r: Annotated[int, Field(ge=1, le=65536)] = 16
     """Rank."""
     alpha: Annotated[int, Field(ge=1)] = 32
     """Scale: updates are multiplied by alpha / r."""
@@ -50,7 +65,7 @@ class PolicyConfig(Section):
 
     model: Name = "embedded"
     """`embedded`, a folder, or a hub id of a causal language model."""
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit of a hub model."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the large matrix products; auto: bfloat16 where the device computes it natively."""
@@ -71,7 +86,7 @@ class PromptsConfig(Section):
 
     source: Name = "embedded"
     """`embedded`, a .csv, .jsonl, .parquet or .txt file, or a hub id of a dataset."""
-    subset: str | None = None
+    subset: Name | None = None
     """Configuration of a hub dataset."""
     split: Name = "train"
     """Split of a hub dataset."""
@@ -79,13 +94,13 @@ class PromptsConfig(Section):
     """Column that holds the text."""
     min_characters: Annotated[int, Field(ge=0)] = 0
     """Only texts longer than this are used."""
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Use at most this many texts."""
-    input_min_text_length: Annotated[int, Field(ge=1)] = 2
+    input_min_text_length: Length = 2
     """Shortest query, tokens."""
-    input_max_text_length: Annotated[int, Field(ge=2)] = 8
+    input_max_text_length: Length = 8
     """Queries are shorter than this, as with TRL's LengthSampler."""
-    held_out: Annotated[int, Field(ge=1)] = 64
+    held_out: Annotated[int, Field(ge=1, le=1_000_000)] = 64
     """Texts kept apart, for the comparison before and after."""
 
     @model_validator(mode="after")
@@ -97,13 +112,13 @@ class PromptsConfig(Section):
 class RolloutConfig(Section):
     """How responses are sampled."""
 
-    output_min_length: Annotated[int, Field(ge=1)] = 4
+    output_min_length: Length = 4
     """Shortest limit on a response, tokens."""
-    output_max_length: Annotated[int, Field(ge=2)] = 16
+    output_max_length: Length = 16
     """Limits are lower than this, as with TRL's LengthSampler."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
     """Sequences a forward pass while sampling; null for a whole batch."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     """Leave at 1: otherwise samples are not the policy's and KL is biased."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """Leave at 0 (off), for the same reason."""
@@ -121,7 +136,7 @@ class RewardConfig(Section):
 
     model: Name = "embedded"
     """`embedded`, a folder, or a hub id of a sequence classifier."""
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit of a hub model."""
     sentiment: Name = "positive"
     """Label to steer towards: its name, its index, or a synonym."""
@@ -184,7 +199,7 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML, every key with its value."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 def json_schema() -> str:

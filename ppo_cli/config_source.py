@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from ppo_cli.config import AdapterConfig, RunConfig
 from ppo_cli.errors import ConfigError, did_you_mean
+from ppo_cli.text import shortened
+from ppo_cli.yaml_io import Places, load_yaml, read_yaml
 
 DEFAULT_CONFIG = "tiny"
+SECRET = re.compile(r"://[^/@\s]*:[^/@\s]+@|\bhf_[A-Za-z0-9]{20,}")
+SECRET_KEY = re.compile(r"(^|_)(api_?key|token|secret|password|credentials?)$", re.IGNORECASE)
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -40,9 +44,9 @@ def config_file(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        if not path.is_file():
-            raise ConfigError(f"{name}: no such configuration file")
+    if path.suffix in (".yaml", ".yml") or (name and os.path.exists(path)):
+        if not os.path.isfile(path):
+            raise ConfigError(f"{name}: no such configuration file; 'ppo-cli config' lists others")
         return path
     raise ConfigError(
         f"no configuration is named '{name}'.{did_you_mean(name, shipped)} There are "
@@ -96,22 +100,50 @@ def _changed(
         _assign(data, text, origin)
     for (section, key), value in overrides.items():
         if value is not None:
-            data.setdefault(section, {})[key] = value
+            target = data.setdefault(section, {})
+            if isinstance(target, dict):  # otherwise it is refused for that
+                target[key] = value
             origin.places[section, key] = f"option --{key.replace('_', '-')}"
-    return validate(data, origin)
+    return _validated(data, origin)
 
 
-def validate(data: Mapping[str, Any], origin: _Origin | None = None) -> RunConfig:
-    """A `RunConfig` from nested dictionaries.
+def validate(data: Mapping[str, Any], file: str = "configuration") -> RunConfig:
+    """A `RunConfig` from nested dictionaries, read from `file`.
 
     Raises:
-        ConfigError: naming the key, its place in the file, and what it should be.
+        ConfigError: naming the key and what it should be.
     """
+    return _validated(data, _Origin(file))
+
+
+def _validated(data: Mapping[str, Any], origin: _Origin) -> RunConfig:
     try:
         # By way of JSON: there strictness takes a mapping for a dataclass, yet no "1" for 1.
-        return RunConfig.model_validate_json(json.dumps(data, default=str), strict=True)
+        text = json.dumps(data, default=str, ensure_ascii=False).encode()
+        config = RunConfig.model_validate_json(text, strict=True)
+    except UnicodeEncodeError as error:
+        found = error.object[max(error.start - 20, 0) : error.end + 20]
+        raise ConfigError(f"{origin.file}: {found!r} holds bytes that are not UTF-8") from None
     except ValidationError as error:
-        raise ConfigError(_describe(error, origin or _Origin("configuration"))) from None
+        raise ConfigError(_describe(error, origin)) from None
+    if keys := _secret_in(config.model_dump(mode="json")):
+        place = origin.of(keys).partition("=")[0]  # of --set section.key=value not the value
+        raise ConfigError(
+            f"{place}: {'.'.join(keys)} looks like a password or token, which would be "
+            "written into the run directory: give it in the environment (HF_TOKEN, WANDB_API_KEY)"
+        )
+    return config
+
+
+def _secret_in(values: Mapping[str, Any], keys: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The keys, outermost first, of the first value that looks like a secret."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            if found := _secret_in(value, (*keys, key)):
+                return found
+        elif isinstance(value, str) and value and (SECRET.search(value) or SECRET_KEY.search(key)):
+            return (*keys, key)
+    return ()
 
 
 @dataclasses.dataclass
@@ -119,7 +151,7 @@ class _Origin:
     """Where each key of a configuration was written."""
 
     file: str
-    places: dict[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
+    places: Places = dataclasses.field(default_factory=dict)
 
     def of(self, keys: tuple[str, ...]) -> str:
         while keys:
@@ -129,66 +161,16 @@ class _Origin:
         return self.file
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader, with floats as YAML 1.2 has them: `1e-5` is a number."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    key: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:float"]
-    for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-# Integers are matched first: the float pattern would take them as well.
-for _first, _pairs in _Loader.yaml_implicit_resolvers.items():
-    _pairs.sort(key=lambda pair: pair[0] == "tag:yaml.org,2002:float")
-
-
 def _parse(path: Path, origin: _Origin) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return {}
-        _note_places(node, (), origin)
-        data = loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not YAML: {error.problem or error.context}") from error
-    except ConfigError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
+    data = read_yaml(path, origin.places)
+    if data is None:
+        return {}
     if not isinstance(data, dict):
         raise ConfigError(
             f"{path}: sections with keys are needed ({', '.join(RunConfig.model_fields)}), "
             f"not a {type(data).__name__}"
         )
     return {key: {} if value is None else value for key, value in data.items()}
-
-
-def _note_places(node: yaml.Node, keys: tuple[str, ...], origin: _Origin) -> None:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key_node, value_node in node.value:
-        place = (*keys, str(key_node.value))
-        where = f"{origin.file}, line {key_node.start_mark.line + 1}"
-        if place in origin.places:
-            raise ConfigError(f"{where}: '{'.'.join(place)}' is given twice")
-        origin.places[place] = where
-        _note_places(value_node, place, origin)
 
 
 def _assign(data: dict[str, Any], text: str, origin: _Origin) -> None:
@@ -198,16 +180,14 @@ def _assign(data: dict[str, Any], text: str, origin: _Origin) -> None:
         raise ConfigError(
             f"--set {text}: section.key=value is needed, such as ppo.learning_rate=3e-4"
         )
-    try:
-        value = yaml.load(value_text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--set {text}: the value is not YAML") from error
+    value = load_yaml(value_text, f"--set {text}", {})
     target = data
     for key in keys[:-1]:
-        inner = target.get(key)
-        if not isinstance(inner, dict):
-            inner = target[key] = {}
-        target = inner
+        if target.get(key) is None:
+            target[key] = {}
+        target = target[key]
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {text}: '{key}' is a value, it has no keys: leave them out")
     target[keys[-1]] = value
     origin.places[keys] = f"--set {text}"
     for depth in range(1, len(keys)):
@@ -249,5 +229,6 @@ def _known_keys(keys: Iterable[str]) -> list[str]:
 
 def _shown(value: Any) -> str:
     """A value as YAML writes it, not too long."""
-    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(
+        json.dumps(value) if value is None or isinstance(value, bool) else repr(value), 60
+    )

@@ -60,7 +60,8 @@ def bootstrap_interval(values: Sequence[float], resamples: int = 2000, seed: int
     if not values:
         raise UsageError("there is nothing to average: no samples")
     data = np.asarray(values, dtype=np.float64)
-    draws = np.random.RandomState(seed).randint(len(data), size=(resamples, len(data)))
-    means = data[draws].mean(axis=1)
+    random = np.random.RandomState(seed)
+    # A resample at a time: all of them at once are resamples x samples numbers.
+    means = [data[random.randint(len(data), size=len(data))].mean() for _ in range(resamples)]
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(data.mean()), float(low), float(high))

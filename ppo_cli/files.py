@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ppo_cli.errors import UsageError
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step."""
@@ -19,6 +21,7 @@ def write_text(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a name beside `path` to write to; when all went well that file takes its place."""
     unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.unlink(missing_ok=True)  # it may be a link to somewhere else
     try:
         with writing(path):
             yield unfinished
@@ -49,6 +52,20 @@ def writing(place: Path) -> Iterator[None]:
             raise
         number = int(found[1])
         raise OSError(number, os.strerror(number), str(place)) from error
+
+
+def refuse_special(path: Path) -> None:
+    """Raise `UsageError` if `path` is a link, or neither file nor folder: nothing is written there.
+
+    Following a link would write outside of the folder that was named.
+    """
+    if os.path.islink(path):
+        raise UsageError(f"{path} is a link and is not written to: give the place itself")
+    if os.path.exists(path) and not (path.is_file() or path.is_dir()):
+        raise UsageError(
+            f"{path} is a device, pipe or socket, not a file: give the name of a file (results go "
+            "to standard output where no name is given)"
+        )
 
 
 def settle(folder: Path) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ppo_cli.config import PolicyConfig, RewardConfig, RunConfig
+from ppo_cli.config import PolicyConfig, RewardConfig, RunConfig, check_name
 from ppo_cli.errors import DataError, UsageError
 from ppo_cli.evaluation import Generated
-from ppo_cli.loading import load_policy, load_reward, load_tokenizer
-from ppo_cli.prompts import read_texts
+from ppo_cli.loading import check_trusted, load_policy, load_reward, load_tokenizer
+from ppo_cli.prompts import check_encodable, read_texts
 from ppo_cli.reward import SentimentReward
 from ppo_cli.rollout import context_length
 from ppo_cli.run_directory import RunDirectory
@@ -43,6 +43,7 @@ class Request:
     reward: RewardConfig | None
     run: RunConfig | None
     device: torch.device
+    trusted: Collection[str] = ()
 
 
 def resolve(
@@ -53,6 +54,7 @@ def resolve(
     sentiment: str | None,
     classifier: str | None,
     device: str,
+    trusted: Collection[str] = (),
 ) -> Request:
     """Find out what `models` are.
 
@@ -65,10 +67,16 @@ def resolve(
         sentiment: label to score; None for the first run's own.
         classifier: hub id or folder; None for the first run's own.
         device: as `resolve_device` takes it.
+        trusted: models, named as in `models` or a run's configuration, whose own code may run.
 
     Raises:
-        UsageError: a classifier is needed and none is known.
+        UsageError: a classifier is needed and none is known, or `trusted` names no model here.
     """
+    for what, name in [("model", model) for model in models] + [("--classifier", classifier)]:
+        try:
+            check_name("-" if name is None else name)
+        except ValueError as error:
+            raise UsageError(f"{what} '{shortened(str(name), 40)}' {error}") from error
     runs = [RunDirectory(model).config() for model in models if RunDirectory(model).is_run()]
     run = runs[0] if runs else None
     names = [str(Path(model)) if RunDirectory(model).is_run() else model for model in models]
@@ -85,8 +93,14 @@ def resolve(
                 f"{models[0]} is no run directory, so it names no classifier: give one with "
                 "--classifier (a folder, a hub id, or 'embedded'), or --no-score where there is one"
             )
-        reward = settings.model_copy(update={"sentiment": sentiment or settings.sentiment})
-    return Request(sources, reward, run, resolve_device(device))
+        reward = settings.model_copy(
+            update={"sentiment": settings.sentiment if sentiment is None else sentiment}
+        )
+    loaded = [source.model for source in sources]
+    loaded += [reward.model] if reward else []
+    loaded += [run.policy.model] if run else []
+    check_trusted(trusted, loaded)
+    return Request(sources, reward, run, resolve_device(device), trusted)
 
 
 def read_prompts(prompts: Sequence[str], file: str | None, column: str = "text") -> list[str]:
@@ -96,10 +110,17 @@ def read_prompts(prompts: Sequence[str], file: str | None, column: str = "text")
         DataError: a prompt is empty, or the file is absent, empty or unreadable.
     """
     texts = list(prompts)
-    if any(not text.strip() for text in texts):
-        raise DataError("a prompt is empty: give some text to begin with")
+    for text in texts:
+        check_encodable(text, "--prompt")
+        if not text.strip():
+            raise DataError("a prompt is empty: give some text to begin with")
     if file == "-":
-        lines = [line.rstrip("\r\n") for line in sys.stdin]
+        try:
+            lines = [line.rstrip("\r\n") for line in sys.stdin]
+        except UnicodeDecodeError as error:
+            raise DataError(
+                "standard input is not UTF-8: convert it, with iconv for example"
+            ) from error
         found = [line for line in lines if line.strip()]
         if not found:
             raise DataError("standard input holds no prompts")
@@ -113,7 +134,9 @@ def read_prompts(prompts: Sequence[str], file: str | None, column: str = "text")
 
 def load_judge(request: Request) -> SentimentReward | None:
     """The classifier of a request, if one is wanted."""
-    return load_reward(request.reward, request.device) if request.reward is not None else None
+    if request.reward is None:
+        return None
+    return load_reward(request.reward, request.device, trusted=request.trusted)
 
 
 def generate(
@@ -125,6 +148,7 @@ def generate(
     seed: int,
     device: torch.device,
     reward: SentimentReward | None,
+    trusted: Collection[str] = (),
     **sampling: Any,
 ) -> Generated:
     """Sample `samples_each` responses to each prompt from one model.
@@ -135,8 +159,9 @@ def generate(
         DataError: a prompt has no tokens, or exceeds the model's context.
         ModelError: the model cannot be loaded.
     """
-    tokenizer = load_tokenizer(source.model, source.revision)
-    policy = load_policy(PolicyConfig(model=source.model, revision=source.revision), tokenizer)
+    tokenizer = load_tokenizer(source.model, source.revision, trusted)
+    settings = PolicyConfig(model=source.model, revision=source.revision)
+    policy = load_policy(settings, tokenizer, trusted)
     model = policy.to(device).eval()
     context = context_length(model.config)
     ids = []

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import re
+import time
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from ppo_cli.errors import ModelError, ModelNotFoundError, PPOCliError
 
 MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
+WAITS = (1, 2, 4)  # seconds between questions to a hub that does not answer
+TIMEOUT = 10  # seconds for each answer
+LONGEST_WAIT = 30  # seconds that the hub may have its client sleep
 
 
 @contextmanager
@@ -25,26 +35,53 @@ def loading_errors(name: str, kind: str = "model") -> Iterator[None]:
     """
     if kind != "dataset":
         _check_folder(name)
+    answers = True
     try:
-        yield
+        if not is_path(name):
+            _given_up.clear()
+            _bound_retries()
+            answers = _ask_hub(name, "dataset" if kind == "dataset" else "model")
+        with nullcontext() if answers else _cache_alone(name):
+            yield
     except (PPOCliError, MemoryError):
         raise
     except Exception as error:
         if "out of memory" in str(error).lower():
             raise
+        if not answers:
+            raise ModelError(
+                f"{name}: the hub does not answer, and the cache does not hold all of it: check "
+                "the network, or give a local folder"
+            ) from error
         raise _translated(name, kind, error) from error
 
 
 def is_path(name: str) -> bool:
     """Whether `name` can only be a path, not a hub id."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def refuse_missing(name: str, missing: Collection[str]) -> None:
+    """Raise `ModelError` where weights are `missing`: they would be random numbers."""
+    if missing:
+        names = ", ".join(sorted(missing)[:5]) + (" ..." if len(missing) > 5 else "")
+        raise ModelError(
+            f"{name}: its weights lack {names}, which would be random numbers: save the "
+            "whole model, or give another"
+        )
+
+
+def refuse_empty(name: str, tokenizer: Any) -> None:
+    """Raise `ModelError` for a tokenizer without words, which is made where none is found."""
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ModelError(f"{name} holds no tokenizer: save one beside the model (tokenizer.json)")
 
 
 def _check_folder(name: str) -> None:
     folder = Path(name)
     if not is_path(name):
         return
-    if not folder.exists():
+    if not os.path.exists(name):
         raise ModelNotFoundError(
             f"{name}: no such folder; give a run directory, another model folder, or a hub id"
         )
@@ -57,6 +94,105 @@ def _check_folder(name: str) -> None:
         )
 
 
+@lru_cache(maxsize=64)
+def _ask_hub(name: str, kind: str) -> bool:
+    """Ask whether `name` is there, a few times until the hub answers; whether it did.
+
+    False says that it does not, and that `name` is in the cache.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if constants.HF_HUB_OFFLINE:
+        return True  # the client itself refuses to ask
+    for wait in (*WAITS, None):
+        try:
+            HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT)
+        except Exception as error:
+            status = _status(error)
+            if status == HTTPStatus.NOT_FOUND:
+                raise
+            if not (_is_of_network(error) if status is None else _is_passing(status)):
+                return True  # loading it says best what is wrong
+            folder = repo_folder_name(repo_id=name, repo_type=kind)
+            if Path(constants.HF_HUB_CACHE, folder, "snapshots").is_dir():
+                return False
+            if wait is None:
+                raise
+            time.sleep(wait)
+        else:
+            break
+    return True
+
+
+@contextmanager
+def _cache_alone(name: str) -> Iterator[None]:
+    """Keep the hub's client from asking: it would do so again and again, for minutes in all."""
+    from huggingface_hub import constants
+
+    warnings.warn(f"the hub does not answer: {name} is taken from the cache", stacklevel=2)
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+class _Unavailable(Exception):
+    """The hub's answers are of no use, and more of the same is to be expected."""
+
+
+_unanswered: list[str] = []
+"""The address last asked for, as often as it was asked without success."""
+_given_up: list[_Unavailable] = []
+"""What was raised; transformers takes some errors for a file that is not there, and goes on."""
+
+
+def _bound_retries() -> None:
+    """Have the hub's client raise `_Unavailable` where it would go on asking, or sleep for long."""
+    from huggingface_hub import get_session
+
+    client = get_session()
+    hooks = client.event_hooks
+    if _check_answer not in hooks["response"]:
+        client.event_hooks = {**hooks, "response": [*hooks["response"], _check_answer]}
+
+
+def _check_answer(response: Any) -> None:
+    status, address = response.status_code, str(response.request.url)
+    if address not in _unanswered or not _is_passing(status):
+        _unanswered.clear()
+    if not _is_passing(status):
+        return
+    _unanswered.append(address)
+    told = f"{response.headers.get('ratelimit', '')};t={response.headers.get('retry-after', '')}"
+    seconds = max((int(number) for number in re.findall(r"\bt=(\d{1,9})", told)), default=0)
+    if seconds > LONGEST_WAIT:
+        problem = f"the hub asks to wait {seconds} s: try again then; with HF_TOKEN it allows more"
+    elif len(_unanswered) > len(WAITS):
+        problem = _answer(status)
+    else:
+        return
+    _given_up.append(_Unavailable(problem))
+    raise _given_up[-1]
+
+
+def _is_passing(status: int) -> bool:
+    """Whether an answer of the hub may be another one in a moment."""
+    return status in (408, 429) or status >= 500
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_of_network(error: BaseException) -> bool:
+    # The hub's client library has changed its name between releases: httpx, httpx2.
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(
+        "httpx"
+    )
+
+
 def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
     from huggingface_hub import errors as hub
 
@@ -66,28 +202,61 @@ def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
     def caused_by(*types: type[BaseException]) -> BaseException | None:
         return next((cause for cause in causes if isinstance(cause, types)), None)
 
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"{name} needs code that it brings along, which is not run: read it, and if you trust "
+            f"it, give --trust-remote-code {name}"
+        )
     if caused_by(hub.GatedRepoError):
         return ModelError(f"{name}: the hub asks for access; request it there, then set HF_TOKEN")
+    if not is_path(name) and _given_up:
+        return ModelError(f"{name}: {_given_up[-1]}")
+    no_tokenizer = "the backend tokenizer" in str(error)
+    if no_tokenizer and not any(map(_is_of_network, causes)):
+        return ModelError(f"{name} holds no tokenizer that can be read: save one beside the model")
     if is_path(name):
-        return ModelError(f"{name} cannot be loaded as a {kind}: {first_line(error)}")
-    if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError):
+        return ModelError(_unloadable(name, kind, error))
+    if caused_by(hub.RevisionNotFoundError):
+        return ModelNotFoundError(f"{name}: the hub has no such revision of it: check its name")
+    if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError) or any(
+        _status(cause) == HTTPStatus.NOT_FOUND for cause in causes
+    ):
+        place = "file" if kind == "dataset" else "folder"
         return ModelNotFoundError(
-            f"{name}: neither a folder here nor a {kind} on the hub (a private one needs HF_TOKEN)"
+            f"{name}: neither a {place} here nor a {kind} on the hub (a private one needs HF_TOKEN)"
         )
     if caused_by(hub.OfflineModeIsEnabled):
         return ModelError(
             f"{name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it"
         )
-    if answer := caused_by(hub.HfHubHTTPError):
-        return ModelError(f"{name}: the hub answers with an error ({first_line(answer)})")
-    unreachable = caused_by(ConnectionError, TimeoutError, hub.LocalEntryNotFoundError)
-    # The hub's client library has changed its name between releases: httpx, httpx2.
-    if unreachable or any(type(cause).__module__.startswith("httpx") for cause in causes):
+    if statuses := [status for cause in causes if (status := _status(cause))]:
+        return ModelError(f"{name}: {_answer(statuses[0])}")
+    if any(type(cause).__name__ in ("RemoteProtocolError", "ReadError") for cause in causes):
+        return ModelError(
+            f"{name}: the download breaks off, also when tried again; check the network and run "
+            "this again, it goes on with what has come"
+        )
+    if caused_by(hub.LocalEntryNotFoundError) or any(map(_is_of_network, causes)):
         return ModelError(
             f"{name}: no such folder here, and the hub cannot be reached to fetch it as a {kind}; "
             "check the name and the network, or give a local folder"
         )
-    return ModelError(f"{name} cannot be loaded as a {kind}: {first_line(error)}")
+    return ModelError(_unloadable(name, kind, error))
+
+
+def _unloadable(name: str, kind: str, error: Exception) -> str:
+    problem = first_line(error).rstrip(". ")
+    remedy = "" if kind == "dataset" else "; save it anew with save_pretrained, or give another"
+    return f"{name} cannot be loaded as a {kind}: {problem}{remedy}"
+
+
+def _answer(status: int) -> str:
+    """What a hub's answer means, and what to do."""
+    phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else "unknown"
+    remedy = "try again later" if _is_passing(status) else "check HF_TOKEN"
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        remedy = "try again in a few minutes; with HF_TOKEN set its limits are higher"
+    return f"the hub answers {status} ({phrase}), also when asked again: {remedy}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

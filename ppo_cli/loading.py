@@ -1,7 +1,11 @@
-"""From the names in a configuration to tokenizer, policy and classifier."""
+"""From the names in a configuration to tokenizer, policy and classifier.
+
+`trusted` are the models, named as the configuration names them, whose own code may run.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,24 +13,37 @@ from transformers import AutoTokenizer
 
 from ppo_cli.config import PolicyConfig, RewardConfig
 from ppo_cli.embedded import classifier_folder, policy_folder
-from ppo_cli.errors import ModelError
-from ppo_cli.hub import loading_errors
+from ppo_cli.errors import ModelError, UsageError
+from ppo_cli.hub import loading_errors, refuse_empty
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.prompts import EMBEDDED
 from ppo_cli.reward import SentimentReward
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Any:
+def check_trusted(trusted: Collection[str], names: Collection[str]) -> None:
+    """Raise `UsageError` where `trusted` names none of the models that are to be loaded."""
+    for name in trusted:
+        if name not in names:
+            raise UsageError(
+                f"--trust-remote-code {name}: no such model is loaded here. Name one as it is "
+                f"given: {', '.join(dict.fromkeys(names))}"
+            )
+
+
+def load_tokenizer(name: str, revision: str | None = None, trusted: Collection[str] = ()) -> Any:
     """The tokenizer of a model; its pad token is its end-of-text token where it has none."""
     source = str(policy_folder()) if name == EMBEDDED else name
     with loading_errors(source):
-        tokenizer = AutoTokenizer.from_pretrained(source, **_revision(revision))
+        tokenizer = AutoTokenizer.from_pretrained(source, **_from(name, revision, trusted))
+    refuse_empty(name, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_policy(config: PolicyConfig, tokenizer: Any = None) -> AutoModelForCausalLMWithValueHead:
+def load_policy(
+    config: PolicyConfig, tokenizer: Any = None, trusted: Collection[str] = ()
+) -> AutoModelForCausalLMWithValueHead:
     """The model to tune, with its value head and, where configured, a new adapter.
 
     Raises:
@@ -39,7 +56,10 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> AutoModelForCaus
         "summary_dropout_prob": config.summary_dropout_prob,
     }
     policy = AutoModelForCausalLMWithValueHead.from_pretrained(
-        source, peft_config=_adapter(config), **head, **_revision(config.revision)
+        source,
+        peft_config=_adapter(config),
+        **head,
+        **_from(config.model, config.revision, trusted),
     )
     rows = policy.pretrained_model.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and len(tokenizer) > rows:
@@ -51,7 +71,10 @@ def load_policy(config: PolicyConfig, tokenizer: Any = None) -> AutoModelForCaus
 
 
 def load_reward(
-    config: RewardConfig, device: torch.device, sentiment: str | None = None
+    config: RewardConfig,
+    device: torch.device,
+    sentiment: str | None = None,
+    trusted: Collection[str] = (),
 ) -> SentimentReward:
     """The classifier, set to the configured label or to `sentiment`."""
     source = str(classifier_folder()) if config.model == EMBEDDED else config.model
@@ -61,7 +84,7 @@ def load_reward(
         output=config.output,
         batch_size=config.batch_size,
         device=device,
-        **_revision(config.revision),
+        **_from(config.model, config.revision, trusted),
     )
 
 
@@ -86,5 +109,7 @@ def _adapter(config: PolicyConfig) -> Any:
         ) from error
 
 
-def _revision(revision: str | None) -> dict[str, Any]:
-    return {} if revision is None else {"revision": revision}
+def _from(name: str, revision: str | None, trusted: Collection[str]) -> dict[str, Any]:
+    """Keywords of `from_pretrained`. Left out, `trust_remote_code` would ask on the terminal."""
+    settings: dict[str, Any] = {"trust_remote_code": name in trusted}
+    return settings if revision is None else settings | {"revision": revision}

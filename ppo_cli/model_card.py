@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ppo_cli.text import markdown_text
+from ppo_cli.text import json_text, markdown_code, markdown_text
 
 HEADER = """---
 library_name: transformers
@@ -20,7 +20,7 @@ USAGE = """## Use
 ```python
 from transformers import pipeline
 
-generator = pipeline("text-generation", model="{path}")
+generator = pipeline("text-generation", model={path})
 print(generator("This movie", max_new_tokens=20, do_sample=True))
 ```
 
@@ -29,7 +29,7 @@ With its value head, to train on:
 ```python
 from ppo_cli import AutoModelForCausalLMWithValueHead
 
-policy = AutoModelForCausalLMWithValueHead.from_pretrained("{path}")
+policy = AutoModelForCausalLMWithValueHead.from_pretrained({path})
 ```
 """
 
@@ -37,9 +37,9 @@ policy = AutoModelForCausalLMWithValueHead.from_pretrained("{path}")
 def trainer_card(model_name: str, path: str, config: Any) -> str:
     """The card that `PPOTrainer.save_pretrained` writes."""
     return (
-        HEADER.format(base="")
-        + f"\n# {model_name}\n\nA language model tuned with Proximal Policy Optimization by "
-        f"ppo-cli, from `{config.model_name}`.\n\n" + USAGE.format(path=path)
+        HEADER.format(base="") + f"\n# {markdown_text(model_name)}\n\n"
+        "A language model tuned with Proximal Policy Optimization by ppo-cli, from "
+        f"{markdown_code(str(config.model_name))}.\n\n" + USAGE.format(path=json_text(path))
     )
 
 
@@ -57,9 +57,10 @@ def run_card(summary: Any, config: Any) -> str:
         if summary.steps == summary.planned_steps
         else f" The run was stopped after {summary.steps} of {summary.planned_steps} steps."
     )
+    label, plain = markdown_code(summary.label), markdown_text(summary.label)
     rows = [
         ("mean score", summary.before.score, summary.after.score),
-        (f"mean P({summary.label})", summary.before.probability, summary.after.probability),
+        (f"mean P({plain})", summary.before.probability, summary.after.probability),
     ]
     table = "\n".join(f"| {name} | {low:.3f} | {high:.3f} |" for name, low, high in rows)
     examples = "\n".join(
@@ -68,18 +69,18 @@ def run_card(summary: Any, config: Any) -> str:
     )
     ppo = f"{summary.steps} steps of {config.ppo.batch_size}"
     return (
-        HEADER.format(base=f"base_model: {base}\n" if is_hub_id else "")
+        HEADER.format(base=f"base_model: {json_text(base)}\n" if is_hub_id else "")
         + f"""
-# {summary.run}
+# {markdown_text(summary.run)}
 
 A language model tuned with Proximal Policy Optimization towards the sentiment
-`{summary.label}` by ppo-cli.{unfinished}
+{label} by ppo-cli.{unfinished}
 
 | | |
 |---|---|
-| policy | `{base}` |
-| classifier | `{config.reward.model}`, label `{summary.label}`, {config.reward.output} |
-| prompts | `{config.prompts.source}` |
+| policy | {markdown_code(base)} |
+| classifier | {markdown_code(config.reward.model)}, label {label}, {config.reward.output} |
+| prompts | {markdown_code(config.prompts.source)} |
 | PPO | {ppo}, learning rate {config.ppo.learning_rate:g} |
 | seed | {config.run.seed} |
 
@@ -100,5 +101,5 @@ KL from the reference in the last step: {summary.kl:.2f} nats per response.
 {examples}
 
 """
-        + USAGE.format(path=summary.run)
+        + USAGE.format(path=json_text(summary.run))
     )

@@ -58,9 +58,10 @@ def plot_training(
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     longest = max(len(steps) for curve in curves.values() for steps, _ in curve.values())
-    window = smooth or max(longest // 20, 1)
+    window = min(smooth or max(longest // 20, 1), longest)
     for panel, (metric, curve) in zip(panels, curves.items(), strict=False):
-        title, label = TITLES.get(metric, (f"{metric} over time", metric))
+        shown = _plain(metric)
+        title, label = TITLES.get(metric, (f"{shown} over time", shown))
         panel.set_title(title, fontsize=12, loc="left")
         panel.set_xlabel("PPO step")
         panel.set_ylabel(label)
@@ -116,15 +117,16 @@ def terminal_chart(runs: Runs, metric: str, width: int = 72, height: int = 8) ->
     for name, (steps, values) in _curves(runs, metric).items():
         kept = np.isfinite(values)
         steps, values = steps[kept], values[kept]
+        name, shown = escape_controls(name), escape_controls(metric)
         if not len(values):
-            lines += ["", f"{metric}, {name}: no finite value"]
+            lines += ["", f"{shown}, {name}: no finite value"]
             continue
         columns = [part.mean() for part in np.array_split(values, min(width - 12, len(values)))]
         low, high = min(columns), max(columns)
         span = (high - low) or 1.0
         levels = [1 + (value - low) / span * (height * 8 - 1) for value in columns]
-        title, _ = TITLES.get(metric, (metric, metric))
-        lines += ["", f"{title} ({metric}), {name}"]
+        title, _ = TITLES.get(metric, (shown, shown))
+        lines += ["", f"{title} ({shown}), {name}"]
         for row in range(height - 1, -1, -1):
             edge = high if row == height - 1 else low if row == 0 else None
             label = " " * 10 if edge is None else f"{edge:10.4g}"
@@ -157,5 +159,5 @@ def _cycle(colours: Sequence[str]) -> Any:
 
 
 def _plain(name: str) -> str:
-    """A run's name without what matplotlib would read as mathematics or as `no label`."""
+    """A name without what matplotlib would read as mathematics or as `no label`."""
     return escape_controls(name).replace("$", r"\$").lstrip("_") or "run"

@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file
 
 from ppo_cli.errors import UsageError
 from ppo_cli.files import settle, writing
+from ppo_cli.hub import refuse_missing
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -50,17 +51,22 @@ def refuse_if_not_causal(config: Any, model_class: type | None = None) -> None:
 def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> PreTrainedModel:
     """A causal language model, or one with an adapter, from a folder or the hub.
 
-    Warns of weights that are missing, or that the model does not have; TRL's value heads among the
-    weights are no cause for that.
+    Warns of weights that the model does not have; TRL's value heads among them are no cause.
 
     Args:
         name: folder or hub id.
         is_trainable: whether an adapter that is loaded can be trained further.
         args, kwargs: go to `from_pretrained`.
+
+    Raises:
+        ModelError: weights are missing.
     """
+    kwargs.setdefault("trust_remote_code", False)  # None would ask on the terminal
     if (Path(name) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
+        # The adapter's files name its base model: trust in the one is none in the other.
+        kwargs["trust_remote_code"] = False
         return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=is_trainable, **kwargs)
     if "config" not in kwargs:
         hub = {key: kwargs[key] for key in (*HUB_KEYWORDS, "trust_remote_code") if key in kwargs}
@@ -77,10 +83,10 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
     finally:
         transformers_logging.set_verbosity(verbosity)
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith("v_head.")]
-    for problem, keys in (("lacks", info["missing_keys"]), ("has the unknown", unexpected)):
-        if keys:
-            names = ", ".join(sorted(keys)[:5]) + (" ..." if len(keys) > 5 else "")
-            warnings.warn(f"{name}: the weights file {problem} {names}", stacklevel=4)
+    refuse_missing(name, info["missing_keys"])
+    if unexpected:
+        names = ", ".join(sorted(unexpected)[:5]) + (" ..." if len(unexpected) > 5 else "")
+        warnings.warn(f"{name}: the weights file has the unknown {names}", stacklevel=4)
     return model
 
 

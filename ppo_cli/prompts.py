@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ppo_cli.runtime import numpy_state, set_numpy_state
 
 EMBEDDED = "embedded"
 EMBEDDED_REVIEWS = 4000
+MOST_EMBEDDED_REVIEWS = 100_000
 FILE_ENDINGS = (".csv", ".jsonl", ".parquet", ".txt")
 
 
@@ -126,7 +128,7 @@ def _embedded_texts(settings: Any) -> tuple[list[str], list[str]]:
     from ppo_cli.embedded import HELD_OUT_SEED, TRAIN_SEED
     from ppo_cli.embedded.grammar import reviews
 
-    count = settings.limit or EMBEDDED_REVIEWS
+    count = min(settings.limit or EMBEDDED_REVIEWS, MOST_EMBEDDED_REVIEWS)
     return (
         [review.text for review in reviews(count, TRAIN_SEED)],
         [review.text for review in reviews(settings.held_out, HELD_OUT_SEED)],
@@ -171,8 +173,9 @@ def read_texts(
         texts = _read_hub(source, column, subset, split)
     kept: list[str] = []
     seen_any = False
-    for text in texts:
+    for number, text in enumerate(texts, start=1):
         seen_any = True
+        check_encodable(text, f"{source}, text {number}")
         if keep(text):
             kept.append(text)
             if limit and len(kept) >= limit:
@@ -182,15 +185,26 @@ def read_texts(
     return kept
 
 
+def check_encodable(text: str, place: str) -> None:
+    """Raise `DataError` for halves of surrogate pairs, which stand for bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: character {error.start + 1} ({text[error.start]!r}) is no text: it must be "
+            "UTF-8"
+        ) from error
+
+
 def _read_file(path: Path, column: str) -> Iterator[str]:
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(
             f"{path}: no such file; give one ending in {', '.join(FILE_ENDINGS)}, or the hub id of "
             "a dataset"
         )
     readers = {".txt": _read_lines, ".csv": _read_csv, ".jsonl": _read_jsonl}
     ending = path.suffix.lower()
-    if path.is_dir() or ending not in FILE_ENDINGS:
+    if not path.is_file() or ending not in FILE_ENDINGS:
         raise DataError(f"{path}: a file ending in {', '.join(FILE_ENDINGS)} is needed")
     try:
         if ending == ".parquet":
@@ -240,8 +254,9 @@ def _read_jsonl(file: Iterable[str], path: Path, column: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise DataError(f"{path}, line {number}: not JSON ({problem})") from error
         if isinstance(row, str):
             yield row
             continue

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_cli.evaluation import Generated, Sample, mean_probability, mean_score
-from ppo_cli.text import escape_controls, markdown_text
+from ppo_cli.text import escape_controls, markdown_text, spreadsheet_text
 
 if TYPE_CHECKING:
     from ppo_cli.comparison import Comparison
@@ -25,13 +25,13 @@ def summary_table(summary: TrainingSummary) -> Table:
     """Reference and tuned model on the held-out prompts."""
     table = _table(f"{len(summary.after_samples)} held-out prompts")
     for heading in ("", "reference", summary.run, "change"):
-        table.add_column(heading, justify="left" if heading == "" else "right")
+        table.add_column(_cell(heading), justify="left" if heading == "" else "right")
     before, after = summary.before, summary.after
     for name, low, high in (
         ("mean score", before.score, after.score),
         (f"mean P({summary.label})", before.probability, after.probability),
     ):
-        table.add_row(Text(name), f"{low:.3f}", f"{high:.3f}", f"{high - low:+.3f}")
+        table.add_row(_cell(name), f"{low:.3f}", f"{high:.3f}", f"{high - low:+.3f}")
     return table
 
 
@@ -53,14 +53,14 @@ def statistics_tables(
     groups: Mapping[str, Sequence[tuple[str, float, str]]], title: str
 ) -> list[RenderableType]:
     """A table a heading: key, value and meaning of each statistic."""
-    parts: list[RenderableType] = [Text(title, style="italic"), Text("")]
+    parts: list[RenderableType] = [_cell(title, style="italic"), Text("")]
     for heading, entries in groups.items():
         table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
         table.add_column(no_wrap=True, min_width=28)
         table.add_column(justify="right", no_wrap=True, min_width=10)
         table.add_column(style="dim")
         for key, value, meaning in entries:
-            table.add_row(Text(key), f"{value:.5g}", Text(meaning))
+            table.add_row(_cell(key), f"{value:.5g}", Text(meaning))
         parts += [Text(heading, style="bold"), table, Text("")]
     return parts
 
@@ -80,9 +80,9 @@ def generation_table(models: Sequence[Generated], scored: bool) -> Table:
             sample = model.samples[i]
             repeats = n > 0 or (i > 0 and models[0].samples[i - 1].query == sample.query)
             cells: list[Text | str] = [
-                "" if repeats else Text(escape_controls(sample.query)),
-                Text(model.model),
-                Text(escape_controls(sample.response.strip())),
+                "" if repeats else _cell(sample.query),
+                _cell(model.model),
+                _cell(sample.response.strip()),
             ]
             if scored:
                 cells += [f"{sample.score:.2f}", f"{sample.probability:.2f}"]
@@ -98,21 +98,21 @@ def comparison_tables(comparison: Comparison, rows: int) -> list[Table]:
     side = _table(f"score of '{comparison.label}'; {shown} of {total} prompts")
     side.add_column("query", ratio=3)
     for model in comparison.models:
-        side.add_column(Text(model.model), ratio=4)
+        side.add_column(_cell(model.model), ratio=4)
     for i in range(shown):
-        cells = [Text(escape_controls(comparison.queries[i]))]
+        cells = [_cell(comparison.queries[i])]
         for model in comparison.models:
             sample = model.samples[i]
-            cell = Text(escape_controls(sample.response.strip()) + " ")
+            cell = _cell(sample.response.strip() + " ")
             cells.append(cell.append(f"{sample.score:.2f}", style="bold cyan"))
         side.add_row(*cells, end_section=i < shown - 1)
 
     means = _table(f"means over {total} prompts")
     for heading in ("model", "mean score", f"mean P({comparison.label})"):
-        means.add_column(Text(heading), justify="left" if heading == "model" else "right")
+        means.add_column(_cell(heading), justify="left" if heading == "model" else "right")
     for model in comparison.models:
         means.add_row(
-            Text(model.model),
+            _cell(model.model),
             f"{mean_score(model.samples):.3f}",
             f"{mean_probability(model.samples):.3f}",
         )
@@ -123,7 +123,7 @@ def comparison_tables(comparison: Comparison, rows: int) -> list[Table]:
     for item in comparison.differences:
         gap = item.difference
         paired.add_row(
-            Text(f"{item.first} - {item.second}"),
+            _cell(f"{item.first} - {item.second}"),
             f"{gap.mean:+.3f}",
             f"{gap.low:+.3f} to {gap.high:+.3f}",
             f"{item.win_rate:.0%}",
@@ -157,32 +157,36 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 
 def comparison_csv(comparison: Comparison) -> str:
-    """A line a prompt and model: query, model, response, score, probability."""
+    """A line a prompt and model: query, model, response, score, probability.
+
+    A text that a spreadsheet would take for a formula has an apostrophe in front.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["query", "model", "response", "score", "probability"])
     for i, query in enumerate(comparison.queries):
         for model in comparison.models:
             sample = model.samples[i]
-            writer.writerow([query, model.model, sample.response, sample.score, sample.probability])
+            texts = [spreadsheet_text(text) for text in (query, model.model, sample.response)]
+            writer.writerow([*texts, sample.score, sample.probability])
     return out.getvalue().rstrip("\n")
 
 
 def comparison_html(comparison: Comparison) -> str:
     """One self-contained page: means, paired differences, all responses side by side."""
     means = "".join(
-        f"<tr><td>{html.escape(model.model)}</td><td class=n>{mean_score(model.samples):.3f}</td>"
+        f"<tr><td>{_html_text(model.model)}</td><td class=n>{mean_score(model.samples):.3f}</td>"
         f"<td class=n>{mean_probability(model.samples):.3f}</td></tr>"
         for model in comparison.models
     )
     paired = "".join(
-        f"<tr><td>{html.escape(item.first)} &minus; {html.escape(item.second)}</td>"
+        f"<tr><td>{_html_text(item.first)} &minus; {_html_text(item.second)}</td>"
         f"<td class=n>{item.difference.mean:+.3f}</td>"
         f"<td class=n>{item.difference.low:+.3f} to {item.difference.high:+.3f}</td>"
         f"<td class=n>{item.win_rate:.0%}</td></tr>"
         for item in comparison.differences
     )
-    heads = "".join(f"<th>{html.escape(model.model)}</th>" for model in comparison.models)
+    heads = "".join(f"<th>{_html_text(model.model)}</th>" for model in comparison.models)
     rows = "".join(
         f"<tr><td>{_html_text(query)}</td>"
         + "".join(
@@ -192,9 +196,10 @@ def comparison_html(comparison: Comparison) -> str:
         + "</tr>"
         for i, query in enumerate(comparison.queries)
     )
-    label = html.escape(comparison.label)
+    label = _html_text(comparison.label)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>ppo-cli compare</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem;
@@ -206,7 +211,7 @@ th, td {{ border-bottom: 1px solid #ccc; padding: .4rem .8rem; text-align: left;
 b {{ color: #0072B2; }}
 </style></head><body>
 <h1>Score of “{label}”</h1>
-<p>Classifier {html.escape(comparison.classifier)}, {len(comparison.queries)} prompts, seed
+<p>Classifier {_html_text(comparison.classifier)}, {len(comparison.queries)} prompts, seed
 {comparison.seed}. Every model had the same prompts and random numbers.</p>
 <table><tr><th>model</th><th class=n>mean score</th><th class=n>mean P({label})</th></tr>
 {means}</table>
@@ -226,9 +231,14 @@ def _html_text(text: str) -> str:
     return html.escape(escape_controls(text.strip()))
 
 
+def _cell(text: str, style: str = "") -> Text:
+    """Text from models, data or files: no markup, no control characters."""
+    return Text(escape_controls(text), style=style)
+
+
 def _table(title: str | None) -> Table:
     return Table(
-        title=None if title is None else Text(title, style="italic"),
+        title=None if title is None else _cell(title, style="italic"),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         pad_edge=False,

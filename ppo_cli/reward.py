@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppo_cli.errors import ModelError, UsageError, did_you_mean
-from ppo_cli.hub import loading_errors
+from ppo_cli.hub import loading_errors, refuse_empty, refuse_missing
 from ppo_cli.matmul import fast_matmul
 
 POSITIVE_NAMES = ("positive", "pos", "good", "favorable", "favourable", "5 stars", "very positive")
@@ -78,11 +78,13 @@ class SentimentReward:
         if output not in ("logit", "probability"):
             raise UsageError(f"reward output {output!r} is neither 'logit' nor 'probability'")
         self.name = str(model)
+        kwargs.setdefault("trust_remote_code", False)  # None would ask on the terminal
         self.output = output
         self.batch_size = batch_size
         with loading_errors(self.name, "classifier"):
             self.classifier = _load_classifier(self.name, **kwargs).to(device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, **kwargs)
+        refuse_empty(self.name, self.tokenizer)
         self.device = torch.device(device)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
@@ -233,7 +235,11 @@ def _load_classifier(name: str, **kwargs: Any) -> Any:
             f"{name} is a {architectures[0]}, not a sequence classifier: choose one whose "
             "architecture ends in ForSequenceClassification"
         )
-    return AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, **kwargs)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        name, dtype=torch.float32, output_loading_info=True, **kwargs
+    )
+    refuse_missing(name, info["missing_keys"])
+    return model
 
 
 def _labels(config: Any) -> list[str]:

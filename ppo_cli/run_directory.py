@@ -14,12 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from ppo_cli.config import RunConfig
 from ppo_cli.config_source import validate
 from ppo_cli.errors import UsageError, did_you_mean
-from ppo_cli.files import sync, write_text, writing
+from ppo_cli.files import refuse_special, sync, write_text, writing
+from ppo_cli.text import json_text, shortened
+from ppo_cli.yaml_io import dump_yaml, read_yaml
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -34,6 +34,7 @@ LOCK_FILE = ".lock"
 HOLDER_FILE = ".lock.json"
 # What is there before run.yaml is.
 BEGINNINGS = {CHECKPOINTS, LOCK_FILE, HOLDER_FILE, f".{HOLDER_FILE}.tmp", f".{CONFIG_FILE}.tmp"}
+LONGEST_NAME = 240  # of a folder, bytes; file systems take 255
 CHANGEABLE = (
     "run.steps",
     "run.device",
@@ -72,7 +73,7 @@ class RunDirectory:
 
     def is_run(self) -> bool:
         """Whether a training run wrote this folder."""
-        return (self.path / CONFIG_FILE).is_file()
+        return os.path.isfile(self.path / CONFIG_FILE)
 
     @classmethod
     def existing(cls, path: str | Path) -> RunDirectory:
@@ -82,9 +83,11 @@ class RunDirectory:
             UsageError: there is none.
         """
         run = cls(path)
+        if not str(path).strip():
+            raise UsageError("the name of the run directory is empty: give one that is there")
         if run.is_run():
             return run
-        if run.path.exists():
+        if os.path.exists(path):
             raise UsageError(
                 f"{path} is no run directory (it has no {CONFIG_FILE}): give one that "
                 "'ppo-cli train' wrote"
@@ -98,7 +101,14 @@ class RunDirectory:
 
     def check_writable(self, overwrite: bool) -> None:
         """Raise `UsageError` unless a new run may be written here; changes nothing."""
-        if self.path.exists() and not self.path.is_dir():
+        longest = max((len(os.fsencode(part)) for part in self.path.parts), default=0)
+        if longest > LONGEST_NAME:
+            raise UsageError(
+                f"{shortened(str(self.path), 60)}: a name of {longest} bytes is too long for a "
+                "folder; choose another with --output"
+            )
+        refuse_special(self.path)
+        if os.path.exists(self.path) and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file: choose another folder with --output")
         if self._lock is None and os.access(self.checkpoints / LOCK_FILE, os.W_OK):
             self._acquired().release()
@@ -113,9 +123,19 @@ class RunDirectory:
                     f"{self.path} is no run directory and is not overwritten: choose another "
                     "folder with --output"
                 )
-        nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        nearest = next(p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p))
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise UsageError(f"{self.path}: {nearest} is not a folder that can be written to")
+            raise UsageError(
+                f"{self.path}: {nearest} is not a folder that can be written to; choose another "
+                "place with --output"
+            )
+
+    def check_entries(self) -> None:
+        """Raise `UsageError` where a file to be written is a link to somewhere else."""
+        refuse_special(self.path)
+        for folder in (self.path, self.checkpoints):
+            for entry in folder.iterdir() if folder.is_dir() else ():
+                refuse_special(entry)
 
     def create(self, config: RunConfig, overwrite: bool) -> None:
         """Make the folder, empty but for `run.yaml`, and lock it."""
@@ -187,18 +207,18 @@ class RunDirectory:
             "git_commit": _git_commit(),
             "config": config.model_dump(mode="json"),
         }
-        text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
-        write_text(self.path / CONFIG_FILE, text)
+        write_text(self.path / CONFIG_FILE, dump_yaml(record))
 
     def config(self) -> RunConfig:
         """The configuration that the run was made with."""
         path = self.path / CONFIG_FILE
-        try:
-            record = yaml.safe_load(path.read_text(encoding="utf-8"))
-            settings = record["config"]
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-            raise UsageError(f"{path} is damaged: it holds no configuration ({error})") from error
-        return validate(settings)
+        record = read_yaml(path)
+        settings = record.get("config") if isinstance(record, dict) else None
+        if not isinstance(settings, dict):
+            raise UsageError(
+                f"{path} is damaged: it holds no configuration; train anew with --overwrite"
+            )
+        return validate(settings, str(path))
 
     def resumed_config(self, wanted: RunConfig) -> tuple[RunConfig, list[str]]:
         """`wanted`, and what differs in it from the run's own, as lines such as `run.steps 4 -> 6`.
@@ -225,7 +245,7 @@ class RunDirectory:
         path = self.path / file
         with writing(path), path.open("a", encoding="utf-8") as out:
             for row in rows:
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                out.write(json_text(row) + "\n")
 
     def record_lengths(self) -> dict[str, int]:
         """Bytes in each of the run's records, once they are on the disk."""
@@ -257,6 +277,13 @@ class RunDirectory:
         """
         path = self.path / METRICS_FILE
         rows = list(_json_lines(path)) if path.is_file() else []
+        for row in rows:
+            for key, value in row.items():
+                if not isinstance(value, (int, float)):
+                    raise UsageError(
+                        f"{path}, step {row['step']}: '{key}' is {shortened(repr(value), 40)}, "
+                        "which is no number: the file is damaged"
+                    )
         if not rows:
             raise UsageError(f"{self.path} has no steps in its {METRICS_FILE} yet")
         return rows
@@ -305,14 +332,17 @@ def _git_commit() -> str | None:
 
 
 def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Not split at what Unicode calls line ends, as str.splitlines does: JSON may hold those.
+    lines = path.read_bytes().rstrip(b"\n").split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 raise ValueError("no step")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 return  # the line that a killed run was writing
-            raise UsageError(f"{path}, line {number}: not a record of a step") from error
+            raise UsageError(
+                f"{path}, line {number}: not a record of a step; the file is damaged there"
+            ) from error
         yield row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ from ppo_cli.divergence import check_numbers, check_texts, check_weights, classi
 from ppo_cli.errors import DataError, DivergenceError, UsageError
 from ppo_cli.evaluation import Sample, mean_probability
 from ppo_cli.files import write_text
-from ppo_cli.loading import load_policy, load_reward, load_tokenizer
+from ppo_cli.loading import check_trusted, load_policy, load_reward, load_tokenizer
 from ppo_cli.model_card import run_card
 from ppo_cli.plots import plot_training
 from ppo_cli.policy_files import save_folder
@@ -42,13 +42,23 @@ class Training:
         config: what to do.
         resume: go on from the newest checkpoint of the run directory.
         overwrite: replace a run directory that exists.
+        trusted: models, as `config` names them, whose own code may run.
 
     Raises:
         PPOCliError: whatever of the request cannot be met, before anything is created.
     """
 
-    def __init__(self, config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        trusted: Collection[str] = (),
+    ) -> None:
+        check_trusted(trusted, (config.policy.model, config.reward.model))
         self.config = config
+        self.trusted = trusted
         self.directory = RunDirectory(config.output)
         self.overwrite = overwrite
         self.stopping = False
@@ -59,7 +69,7 @@ class Training:
             self.directory.check_writable(overwrite)
         set_seed(config.run.seed)
         self.device = resolve_device(config.run.device)
-        self.tokenizer = load_tokenizer(config.policy.model, config.policy.revision)
+        self.tokenizer = load_tokenizer(config.policy.model, config.policy.revision, trusted)
         self.prompts = load_prompts(config.prompts, self.tokenizer, config.run.seed)
         if len(self.prompts.train) < config.ppo.batch_size:
             raise DataError(
@@ -67,7 +77,7 @@ class Training:
                 f"fewer than ppo.batch_size ({config.ppo.batch_size}): lower it and "
                 "ppo.mini_batch_size, or give more texts"
             )
-        self.reward = load_reward(config.reward, self.device)
+        self.reward = load_reward(config.reward, self.device, trusted=trusted)
         if config.reward.probe:
             self.reward.probe()
         self.lengths = LengthSampler(
@@ -272,7 +282,7 @@ class Training:
                 reward_model=config.reward.model,
                 steps=config.run.steps * config.ppo.batch_size,
             ),
-            load_policy(config.policy, self.tokenizer),
+            load_policy(config.policy, self.tokenizer, self.trusted),
             None,
             self.tokenizer,
             num_shared_layers=config.policy.num_shared_layers,

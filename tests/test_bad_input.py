@@ -1,6 +1,6 @@
 """Bad input over the real command: the code, one message that names thing and remedy, no trace.
 
-Each row: arguments, exit code, what the message must hold. `{...}` stands for files made below.
+The table is in `bad_inputs.py`.
 """
 
 from __future__ import annotations
@@ -8,14 +8,15 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import make_gpt2, make_tokenizer
+from bad_inputs import HEAVY, LIGHT, Case, make_endless_model, make_world
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
@@ -23,152 +24,27 @@ from huggingface_hub.errors import (
 )
 from test_cli import environment
 
+from ppo_cli.config import RunConfig
+from ppo_cli.embedded import policy_folder
 from ppo_cli.errors import ModelError, ModelNotFoundError
 from ppo_cli.hub import loading_errors
 
-T = "train"
-FEW_PROMPTS = ["--set", "prompts.limit=256", "--set", "prompts.held_out=8"]
-Case = tuple[list[str], int, list[str]]
-LIGHT: list[Case] = [  # refused before torch is imported
-    # the command line
-    (["trian"], 2, ["No such command 'trian'", "'train'"]),
-    ([T, "--sentimant", "positive"], 2, ["--sentimant", "--sentiment"]),
-    ([T, "--steps", "0"], 2, ["--steps", "greater than or equal to 1"]),
-    ([T, "--steps", "many"], 2, ["--steps", "valid integer"]),
-    ([T, "--seed", "-1"], 2, ["--seed", "greater than or equal to 0"]),
-    ([T, "--resume", "--overwrite"], 2, ["--resume", "--overwrite"]),
-    (["generate"], 2, ["MODEL"]),
-    (["plot"], 2, ["RUN"]),
-    (["compare", "{run}", "--format", "xml"], 2, ["--format': 'xml'", "markdown"]),
-    (["generate", "{policy}", "--temperature", "0"], 2, ["--temperature", "above 0"]),
-    (["generate", "{policy}", "--temperature", "nan"], 2, ["--temperature", "above 0"]),
-    (["generate", "{policy}", "--top-p", "1.5"], 2, ["--top-p", "at most 1"]),
-    # configurations
-    ([T, "--config", "tyni"], 2, ["'tyni'", "'tiny'"]),
-    ([T, "--config", "absent.yaml"], 2, ["absent.yaml", "no such"]),
-    ([T, "--config", "{broken.yaml}"], 2, ["broken.yaml, line 3, column 1", "YAML"]),
-    ([T, "--config", "{unknown.yaml}"], 2, ["unknown.yaml, line 3", "learning_rat", "'learning_rate'"]),
-    ([T, "--config", "{section.yaml}"], 2, ["section.yaml, line 1", "'ppo'"]),
-    ([T, "--config", "{twice.yaml}"], 2, ["error: ", "twice.yaml, line 3: 'run.steps' is given twice"]),
-    ([T, "--config", "{list.yaml}"], 2, ["list.yaml", "sections"]),
-    ([T, "--config", "{latin.yaml}"], 2, ["latin.yaml", "UTF-8"]),
-    ([T, "--config", "{null.yaml}"], 2, ["null.yaml, line 2", "run.steps", "null"]),
-    ([T, "--set", "ppo.learning_rate=fast"], 2, ["--set ppo.learning_rate=fast", "number", "'fast'"]),
-    ([T, "--set", "ppo.learning_rate=-1"], 2, ["ppo.learning_rate", "greater than or equal to 0"]),
-    ([T, "--set", "ppo.learning_rate=.nan"], 2, ["ppo.learning_rate", "finite"]),
-    ([T, "--set", "ppo.gamma=2"], 2, ["ppo.gamma", "less than or equal to 1"]),
-    ([T, "--set", "ppo.batch_size=yes"], 2, ["ppo.batch_size", "integer", "true"]),
-    ([T, "--set", "ppo.batch_size=100"], 2, ["100", "64 x 1 = 64"]),
-    ([T, "--set", "ppo.kl_penalty=huge"], 2, ["ppo.kl_penalty", "'kl', 'abs', 'mse' or 'full'"]),
-    ([T, "--set", "learning_rate=1"], 2, ["section.key=value"]),
-    ([T, "--set", "prompts.input_max_text_length=2"], 2, ["input_max_text_length (2)", "exceed"]),
-    ([T, "--set", "run.steps=999999999999999999999x"], 2, ["run.steps", "integer"]),
-    ([T, "--set", "policy.adapter.rank=3"], 2, ["policy.adapter.rank", "r, alpha"]),
-    # output
-    ([T, "--output", "{run}"], 2, ["exists", "--resume", "--overwrite"]),
-    ([T, "--output", "{notes.txt}"], 2, ["is a file", "--output"]),
-    ([T, "--output", "{folder}", "--overwrite"], 2, ["no run directory", "not overwritten"]),
-    ([T, "--output", "{notes.txt}/run"], 2, ["notes.txt"]),
-    ([T, "--output", "absent", "--resume"], 2, ["absent", "no such run directory"]),
-    ([T, "--output", "{run}", "--resume"], 2, ["no checkpoint", "--overwrite"]),
-    (["generate", "{policy}", "--output", "absent/out.txt"], 2, ["absent", "does not exist"]),
-    (["plot", "{run}", "--output", "picture.gif"], 2, ["picture.gif", ".png"]),
-    # run directories
-    (["plot", "absent"], 2, ["absent", "no such run directory"]),
-    (["plot", "{folder}"], 2, ["folder", "run.yaml"]),
-    (["stats", "{run}", "--step", "9"], 2, ["no step 9", "1 to 2"]),
-    (["plot", "{run}", "--metric", "ppo/loss/totl"], 2, ["ppo/loss/totl", "'ppo/loss/total'"]),
-    (["stats", "{damaged}"], 2, ["metrics.jsonl, line 1"]),
-]  # fmt: skip
-HEAVY: list[Case] = [
-    # devices, models, classifiers
-    ([T, "--device", "tpu"], 2, ["'tpu'", "cuda"]),
-    ([T, "--device", "cuda:7"], 2, ["'cuda:7'", "cpu"]),
-    ([T, "--sentiment", "joyful"], 2, ["'joyful'", "NEGATIVE, POSITIVE"]),
-    ([T, "--set", "policy.model=./absent"], 2, ["./absent", "no such folder"]),
-    ([T, "--set", "policy.model={folder}"], 2, ["folder", "no model", "config.json"]),
-    ([T, "--set", "policy.model={notes.txt}"], 2, ["notes.txt", "is a file"]),
-    ([T, "--set", "policy.model={classifier}"], 2, ["ForSequenceClassification", "causal"]),
-    ([T, "--set", "policy.model={garbled}"], 1, ["garbled", "cannot be loaded"]),
-    ([T, "--set", "policy.model={mismatched}"], 1, ["mismatched", "80 tokens", "60"]),
-    ([T, "--set", "reward.model={policy}"], 1, ["GPT2LMHeadModel", "sequence classifier"]),
-    ([T, "--set", "reward.model=./absent"], 2, ["./absent", "no such folder"]),
-    (["generate", "no-such-org/no-such-model"], 1, ["no-such-org/no-such-model", "hub"]),
-    ([T, "--set", "policy.model=no-such-org/none"], 1, ["no-such-org/none", "hub"]),
-    ([T, "--set", "prompts.source=no-such-org/none"], 1, ["no-such-org/none", "hub"]),
-    (["compare", "{policy}", "{policy}"], 2, ["no run directory", "--classifier"]),
-    (["compare", "{policy}", "--classifier", "embedded"], 2, ["two models"]),
-    # prompts
-    ([T, "--set", "prompts.source=absent.csv"], 2, ["absent.csv", "no such file"]),
-    ([T, "--set", "prompts.source={reviews.csv}"], 2, ["'text'", "review, stars", "text_column"]),
-    ([T, "--set", "prompts.source={empty.txt}"], 2, ["empty.txt", "empty"]),
-    ([T, "--set", "prompts.source={latin.txt}"], 2, ["latin.txt", "UTF-8"]),
-    ([T, "--set", "prompts.source={broken.jsonl}"], 2, ["broken.jsonl, line 2", "not JSON (Expecting value)"]),
-    ([T, "--set", "prompts.source={few.txt}"], 2, ["few.txt", "ppo.batch_size (128)"]),
-    ([T, "--set", "prompts.source={few.txt}", "--set", "prompts.min_characters=999"], 2, ["999", "min_characters"]),
-    ([T, "--set", "rollout.output_max_length=500"], 2, ["context of 128", "output_max_length"]),
-    (["generate", "{policy}", "--prompt", " "], 2, ["empty"]),
-    (["generate", "{policy}", "--prompts", "{empty.txt}"], 2, ["empty.txt", "empty"]),
-    (["generate", "{policy}", "--prompts", "-"], 2, ["standard input"]),
-    (["generate", "{policy}", "--prompt", "{long}"], 2, ["context", "--max-new-tokens"]),
-    (["generate", "{policy}", "--max-new-tokens", "1000"], 2, ["context of", "--max-new-tokens"]),
-]  # fmt: skip
+QUICK = ["--set", "prompts.limit=256", "--set", "prompts.held_out=8", "--set", "run.steps=1"]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The files that the cases name."""
-    from ppo_cli.embedded import classifier_folder, policy_folder
-
-    folder = tmp_path_factory.mktemp("world")
-    files: dict[str, bytes] = {
-        "broken.yaml": b"run:\n  steps: [1, 2\n",
-        "unknown.yaml": b"ppo:\n  gamma: 1.0\n  learning_rat: 1e-5\n",
-        "section.yaml": b"pppo:\n  gamma: 1.0\n",
-        "twice.yaml": b"run:\n  steps: 1\n  steps: 2\n",
-        "list.yaml": b"- 1\n- 2\n",
-        "latin.yaml": "run:\n  output: caf\u00e9\n".encode("latin-1"),
-        "null.yaml": b"run:\n  steps: null\n",
-        "notes.txt": b"not a run\n",
-        "reviews.csv": b"review,stars\nfine film,4\n",
-        "empty.txt": b"",
-        "latin.txt": "caf\u00e9\n".encode("latin-1") * 100,
-        "broken.jsonl": b'{"text": "fine"}\n{"text": \n',
-        "few.txt": b"This film is fine.\n" * 20,
-    }
-    names = {"policy": str(policy_folder()), "classifier": str(classifier_folder())}
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-        names[name] = str(folder / name)
-    for name in ("folder", "run", "damaged", "garbled", "mismatched"):
-        (folder / name).mkdir()
-        names[name] = str(folder / name)
-    (folder / "folder" / "something.txt").write_text("here\n")
-    run = subprocess.run(
-        [sys.executable, "-m", "ppo_cli", "config", "tiny"],
-        capture_output=True, text=True, env=environment(), check=True,
-    )  # fmt: skip
-    record = "config:\n" + "".join(f"  {line}\n" for line in run.stdout.splitlines())
-    for name, metrics in (("run", None), ("damaged", "{\n{}\n")):
-        (folder / name / "run.yaml").write_text(record)
-        rows = [
-            json.dumps({"step": i, "ppo/loss/total": 0.1, "ppo/mean_scores": 1.0}) for i in (1, 2)
-        ]
-        (folder / name / "metrics.jsonl").write_text(metrics or "\n".join(rows) + "\n")
-    make_gpt2().save_pretrained(folder / "garbled")
-    make_tokenizer().save_pretrained(folder / "garbled")
-    weights = folder / "garbled" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:200])
-    make_gpt2(vocab_size=60).save_pretrained(folder / "mismatched")
-    make_tokenizer().save_pretrained(folder / "mismatched")
-    return names | {"long": "word " * 300}
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"/"
-        for path in folder.rglob("*")
-    }
+def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What there is, and when each was last written."""
+    found = {}
+    for path in folder.rglob("*"):
+        about = path.lstat()
+        found[str(path)] = (about.st_mode, about.st_ino, about.st_size, about.st_mtime_ns)
+    return found
 
 
 def run_bad(arguments: list[str], cwd: Path, **extra: str) -> tuple[int, str, str]:
@@ -189,31 +65,39 @@ def name_of(case: Case) -> str:
     return " ".join(case[0])[:60]
 
 
-@pytest.mark.parametrize("case", [*LIGHT, *HEAVY[::8]], ids=name_of)
+# All of them through the command's own entry point in this process, where torch is imported once;
+# a sample of them in processes of their own as well.
+@pytest.mark.parametrize("case", [*LIGHT[::8], *HEAVY[::25]], ids=name_of)
 def test_bad_input(case: Case, world: dict[str, str], tmp_path: Path) -> None:
     check(case, world, tmp_path, run_bad)
 
 
-@pytest.mark.parametrize("case", HEAVY, ids=name_of)
-def test_bad_input_without_a_new_process(
-    case: Case,
-    world: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    """The command's own entry point, called here: torch is imported once for all of them."""
+@pytest.fixture
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[[list[str], Path], tuple[int, str, str]]:
+    """The command, called in this process."""
     from ppo_cli.cli import app
 
-    def run_here(arguments: list[str], cwd: Path) -> tuple[int, str, str]:
+    def run(arguments: list[str], cwd: Path) -> tuple[int, str, str]:
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", ["ppo-cli", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 3 if "-" not in arguments else ""))
         with warnings.catch_warnings(), pytest.raises(SystemExit) as stopped:
             app.main()
         captured = capfd.readouterr()
         return int(stopped.value.code or 0), captured.out, captured.err
 
+    return run
+
+
+@pytest.mark.parametrize("case", [*LIGHT, *HEAVY], ids=name_of)
+def test_bad_input_without_a_new_process(
+    case: Case,
+    world: dict[str, str],
+    tmp_path: Path,
+    run_here: Callable[[list[str], Path], tuple[int, str, str]],
+) -> None:
     check(case, world, tmp_path, run_here)
 
 
@@ -227,8 +111,8 @@ def check(
     before = snapshot(made)
     here = tmp_path / "here"
     here.mkdir()
-    quick = FEW_PROMPTS if arguments[0] == T and "--resume" not in arguments else []
-    returncode, stdout, stderr = run([*arguments, *quick], here)
+    quick = QUICK if arguments[0] == "train" and "--resume" not in arguments else []
+    returncode, stdout, stderr = run([arguments[0], *quick, *arguments[1:]], here)
     assert returncode == code, stderr
     assert stdout == ""
     assert "Traceback" not in stderr
@@ -265,6 +149,89 @@ def test_what_the_hub_raises_becomes_one_message(
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    code, _, stderr = run_bad([T], tmp_path)
+    code, _, stderr = run_bad(["train"], tmp_path)
     assert code == 2
     assert "cannot be written" in stderr
+
+
+def bad_values() -> Iterator[tuple[str, str]]:
+    """Every key of every section with what it cannot be, told by the JSON Schema: key, YAML."""
+    schema = RunConfig.model_json_schema()
+    for section, reference in schema["properties"].items():
+        name = next(iter(re.findall(r"/(\w+)\"", json.dumps(reference))))
+        for key, about in schema["$defs"][name]["properties"].items():
+            kinds = about.get("anyOf", [about])
+            types = {kind.get("type", "enum") for kind in kinds}
+            if "enum" in kinds[0] or "const" in kinds[0]:
+                types = (types - {"string"}) | {"enum"}
+            bad = ["[[1]]", "2020-01-01: 1" if "object" in types else ""]
+            bad += [] if "null" in types else ["null"]
+            bad += [] if "object" in types or "$ref" in kinds[0] else ["{}", "{a: {b: 1}}"]
+            if types & {"integer", "number"}:
+                bad += [".nan", ".inf", "-.inf", "-1" + "0" * 30, "words", "'1'", "'ünïcode'", "''"]
+            if "integer" in types:
+                bad += ["1.5", "true"]
+            if types & {"string", "enum"} and key != "tracker_project_name":  # the tracker's own
+                bad += ["5", "''", "'  '", "true", '"a\\nb"', "x" * 2000]
+            if "boolean" in types:
+                bad += ["1", "'true'", "words"]
+            if any("maximum" in kind or "exclusiveMaximum" in kind for kind in kinds):
+                bad += ["1" + "0" * 30]
+            yield from ((f"{section}.{key}", value) for value in bad if value)
+
+
+def test_every_key_refuses_by_name_what_it_cannot_be(
+    tmp_path: Path, run_here: Callable[[list[str], Path], tuple[int, str, str]]
+) -> None:
+    tried = list(bad_values())
+    assert len(tried) > 450
+    assert {name.partition(".")[0] for name, _ in tried} == set(RunConfig.model_fields)
+    for name, value in tried:
+        code, stdout, stderr = run_here(["config", "tiny", "--set", f"{name}={value}"], tmp_path)
+        told = f"{name}={value[:20]}: {stderr}"
+        assert (code, stdout) == (2, ""), told
+        assert stderr.startswith(f"error: --set {name}="), told
+        assert stderr.count("error: ") == 1, told
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "This movie 😀👩‍👩‍👧",
+        "הסרט הזה היה נהדר",
+        "This\0movie\x1b[31m",
+        "This\u202emovie\u200b",
+        "  This movie ",
+        "=1+1",
+        "[red]<b>`x`|",
+    ],
+)
+def test_unusual_prompts_are_answered_and_shown_as_text(
+    prompt: str, tmp_path: Path, run_here: Callable[[list[str], Path], tuple[int, str, str]]
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"text": prompt}))
+    shared = ["generate", policy_folder(), "--prompts", "prompts.jsonl", "--max-new-tokens", "3"]
+    for form in ("table", "text", "jsonl"):
+        code, stdout, stderr = run_here([*map(str, shared), "--format", form], tmp_path)
+        assert code == 0, stderr
+        shown = stdout.replace("\n", "")
+        assert not re.search("[\x00-\x1f\x7f-\x9f\u200b\u202a-\u202e]", shown)
+    assert json.loads(stdout)["query"] == prompt
+
+
+def test_a_model_without_end_and_padding_tokens_is_trained(
+    tmp_path: Path, run_here: Callable[[list[str], Path], tuple[int, str, str]]
+) -> None:
+    make_endless_model(tmp_path / "endless")
+    (tmp_path / "texts.txt").write_text("".join(f"t{i} t{i + 1} t3 t4\n" for i in range(70)))
+    code, _, stderr = run_here(
+        [
+            "train", "--steps", "1", "--quiet", "--output", "run", "--set", "policy.model=endless",
+            "--set", "prompts.source=texts.txt", "--set", "ppo.batch_size=8",
+            "--set", "ppo.mini_batch_size=8", "--set", "prompts.held_out=4",
+        ],
+        tmp_path,
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert (tmp_path / "run" / "model.safetensors").is_file()

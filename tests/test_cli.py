@@ -143,7 +143,7 @@ def test_compare_min_gap_and_files(home: Path) -> None:
     assert done.stdout == ""
     page = (home / "page.html").read_text()
     assert page.startswith("<!doctype html>")
-    assert "http" not in page
+    assert "://" not in page
     assert (home / "table.md").read_text().startswith("| query | ppo-good | ppo-bad | reference |")
 
 

@@ -20,8 +20,10 @@ PACKAGE = Path(ppo_cli.__file__).parent
 
 # Data flows down: a module imports only from rows above its own.
 ROWS = [
-    ["errors", "text", "files", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
-    ["hub", "matmul", "ppo.config", "ppo.kl_controller", "ppo.advantages", "evaluation", "plots"],
+    ["errors", "text", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
+    ["files"],
+    ["yaml_io", "hub", "matmul", "ppo.config", "ppo.kl_controller", "ppo.advantages"],
+    ["evaluation", "plots"],
     ["config", "ppo.losses", "ppo.packing", "divergence", "summary"],
     ["config_source", "runtime", "policy_files", "projection"],
     ["prompts", "architecture", "run_directory"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import os
 import sys
 import traceback
@@ -20,6 +21,7 @@ from ppo_cli.cli.plot import plot
 from ppo_cli.cli.stats import stats
 from ppo_cli.cli.train import train
 from ppo_cli.errors import Interrupted, PPOCliError, did_you_mean, is_out_of_memory
+from ppo_cli.text import escape_controls
 
 app = typer.Typer(
     name="ppo-cli",
@@ -62,6 +64,9 @@ def _main(
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show becomes an escape
+            stream.reconfigure(errors="backslashreplace")
     _quieten()
     # Importing torch and transformers makes millions of lasting objects; looking through them for
     # garbage again and again was a fifth of `generate`'s time.
@@ -134,8 +139,6 @@ def _fail(message: str, code: int, error: BaseException | None = None) -> int:
     """Print the message, and below it the notes that `error` carries, as PEP 678 has them."""
     if os.environ.get("PPO_CLI_DEBUG") == "1":
         traceback.print_exc()
-    from ppo_cli.text import escape_controls
-
     lines = [*(message.splitlines() or [""]), *getattr(error, "__notes__", ())]
     for number, line in enumerate(lines):
         prefix = "error: " if number == 0 else "       "
@@ -158,6 +161,6 @@ def _quieten() -> None:
     warnings.filterwarnings("default", module=r"ppo_cli\..*")
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {escape_controls(str(message))}", file=sys.stderr)
 
     warnings.showwarning = show

@@ -33,7 +33,9 @@ def compare(
         ),
     ] = None,
     column: options.Column = "text",
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Prompts to compare on.")] = 32,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, max=1_000_000, help="Prompts to compare on.")
+    ] = 32,
     rows: Annotated[int, typer.Option("--rows", min=0, help="Prompts shown in the table.")] = 10,
     max_new_tokens: Annotated[
         int | None,
@@ -48,6 +50,7 @@ def compare(
     sentiment: options.Sentiment = None,
     classifier: options.Classifier = None,
     device: options.Device = "auto",
+    trust_remote_code: options.Trust = None,
     format: Annotated[Format, typer.Option("--format", help="How to write.")] = Format.table,
     output: options.Output = None,
     html: Annotated[
@@ -64,10 +67,14 @@ def compare(
     ] = None,
 ) -> int:
     """Put models' responses and scores side by side."""
-    import json
+    import math
 
     from ppo_cli.cli.console import check_output, hush, note, print_tables, write_result
+    from ppo_cli.errors import UsageError
+    from ppo_cli.text import json_text
 
+    if min_gap is not None and not math.isfinite(min_gap):
+        raise UsageError(f"--min-gap is {min_gap}: a number is needed, such as 0.5")
     check_output(output)
     check_output(html)
 
@@ -81,6 +88,7 @@ def compare(
         sentiment=sentiment,
         classifier=classifier,
         device=device,
+        trusted=trust_remote_code or (),
     )
     texts = generation.read_prompts([], prompts, column)
     result = comparison.compare(
@@ -95,7 +103,7 @@ def compare(
         print_tables(report.comparison_tables(result, rows), output)
     else:
         written = {
-            Format.json: lambda: json.dumps(result.as_dict(), indent=2, ensure_ascii=False),
+            Format.json: lambda: json_text(result.as_dict(), indent=2),
             Format.csv: lambda: report.comparison_csv(result),
             Format.markdown: lambda: report.comparison_markdown(result),
         }[format]()

@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console, RenderableType
 
 from ppo_cli.errors import UsageError
-from ppo_cli.files import write_text
+from ppo_cli.files import refuse_special, write_text
+from ppo_cli.text import escape_controls
 
 
 def is_plain() -> bool:
@@ -38,7 +39,7 @@ def console(*, stderr: bool) -> Console:
 
 def note(message: str) -> None:
     """A line for people, on standard error."""
-    console(stderr=True).print(message, soft_wrap=True)
+    console(stderr=True).print(escape_controls(message), soft_wrap=True)
 
 
 def hush() -> None:
@@ -63,6 +64,7 @@ def check_output(output: str | None) -> None:
     if output is None:
         return
     path = Path(output)
+    refuse_special(path)
     if path.is_dir():
         raise UsageError(f"{output} is a folder: give a file")
     if not path.parent.is_dir():

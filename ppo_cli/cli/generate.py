@@ -35,7 +35,8 @@ def generate(
     ] = None,
     column: options.Column = "text",
     num_samples: Annotated[
-        int, typer.Option("-n", "--num-samples", min=1, help="Samples a prompt and model.")
+        int,
+        typer.Option("-n", "--num-samples", min=1, max=10_000, help="Samples a prompt and model."),
     ] = 1,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Limit on a response.")
@@ -57,18 +58,19 @@ def generate(
     sentiment: options.Sentiment = None,
     classifier: options.Classifier = None,
     device: options.Device = "auto",
+    trust_remote_code: options.Trust = None,
     format: Annotated[Format, typer.Option("--format", help="How to write.")] = Format.table,
     output: options.Output = None,
 ) -> None:
     """Write text with tuned models, and score it."""
-    import json
-    import math
-
     from ppo_cli.cli.console import check_output, hush, note, print_tables, write_result
     from ppo_cli.errors import UsageError
+    from ppo_cli.text import escape_controls, json_text
 
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise UsageError(f"--temperature is {temperature}: it must be above 0")
+    if not 1e-6 <= temperature <= 1e6:
+        raise UsageError(
+            f"--temperature is {temperature}: it must be above 0, from 1e-6 to 1e6, such as 0.7"
+        )
     if not 0 < top_p <= 1:
         raise UsageError(f"--top-p is {top_p}: it must be above 0 and at most 1")
     check_output(output)
@@ -87,6 +89,7 @@ def generate(
         sentiment=sentiment,
         classifier=classifier,
         device=device,
+        trusted=trust_remote_code or (),
     )
     judge = generation.load_judge(request)
     results = []
@@ -102,6 +105,7 @@ def generate(
                 seed=seed,
                 device=request.device,
                 reward=judge,
+                trusted=request.trusted,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
@@ -109,14 +113,12 @@ def generate(
         )
     if format is Format.jsonl:
         lines = [
-            json.dumps({"model": result.model, **sample.as_dict()}, ensure_ascii=False)
+            json_text({"model": result.model, **sample.as_dict()})
             for result in results
             for sample in result.samples
         ]
         write_result("\n".join(lines), output)
     elif format is Format.text:
-        from ppo_cli.text import escape_controls
-
         lines = [
             escape_controls(sample.query + sample.response)
             for result in results

@@ -20,6 +20,14 @@ Classifier = Annotated[
         "--classifier", help="Classifier: folder, hub id or 'embedded'. Default: the run's."
     ),
 ]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-remote-code",
+        metavar="MODEL",
+        help="Run the code that this model brings along (repeats). Off for all others.",
+    ),
+]
 Output = Annotated[
     str | None,
     typer.Option("--output", help="Write there instead of to standard output."),

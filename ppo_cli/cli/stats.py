@@ -8,7 +8,7 @@ import typer
 
 
 def stats(
-    run: Annotated[str, typer.Argument(help="Run directory.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")],
     objective: Annotated[
         bool | None,
         typer.Option(
@@ -23,12 +23,11 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
     """Show what a PPO step returned."""
-    import json
-
     from ppo_cli.cli.console import print_tables, write_result
     from ppo_cli.errors import UsageError
     from ppo_cli.ppo.statistics import grouped
     from ppo_cli.run_directory import RunDirectory
+    from ppo_cli.text import json_text
 
     rows = RunDirectory.existing(run).metrics()
     by_step = {row["step"]: row for row in rows}
@@ -45,7 +44,7 @@ def stats(
     }
     if as_json:
         values = {key: value for entries in groups.values() for key, value, _ in entries}
-        write_result(json.dumps({"step": number, **values}, indent=2), None)
+        write_result(json_text({"step": number, **values}, indent=2), None)
         return
     from ppo_cli.report import statistics_tables
 

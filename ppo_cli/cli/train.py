@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ppo_cli.cli import options
 from ppo_cli.errors import DivergenceError, Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value (repeats)."),
     ] = None,
+    trust_remote_code: options.Trust = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run directory's newest checkpoint.")
     ] = False,
@@ -61,7 +63,7 @@ def train(
     ] = False,
 ) -> int:
     """Tune a language model with PPO towards a sentiment."""
-    import json
+    import shlex
 
     from ppo_cli.cli.console import hush, note, print_tables, write_result
     from ppo_cli.config_source import DEFAULT_CONFIG, change_config, load_config
@@ -76,12 +78,16 @@ def train(
         ("run", "device"): device,
     }
     settings = load_config(
-        config or DEFAULT_CONFIG, assignments=assignments or (), overrides=overrides
+        DEFAULT_CONFIG if config is None else config,
+        assignments=assignments or (),
+        overrides=overrides,
     )
     from ppo_cli.run_directory import RunDirectory
+    from ppo_cli.text import json_text
 
     if resume:
         run_directory = RunDirectory.existing(settings.output)
+        run_directory.check_entries()
         if config is None:  # then what is not asked for is as the run was made
             made_with = run_directory.config()
             settings = change_config(made_with, assignments=assignments or (), overrides=overrides)
@@ -103,7 +109,9 @@ def train(
             f"prompts {settings.prompts.source} -> {settings.output}"
         )
     with _StopRequest(quiet) as stop:
-        training = Training(settings, resume=resume, overwrite=overwrite)
+        training = Training(
+            settings, resume=resume, overwrite=overwrite, trusted=trust_remote_code or ()
+        )
         if dry_run:
             training.directory.unlock()
             note(
@@ -122,12 +130,10 @@ def train(
             display.status("judging the tuned model, saving")
             summary = training.finish()
     if as_json:
-        write_result(
-            json.dumps({**summary.as_dict(), "interrupted": stop.signal is not None}), None
-        )
+        write_result(json_text({**summary.as_dict(), "interrupted": stop.signal is not None}), None)
     else:
         print_tables([summary_table(summary)])
-    run = summary.run
+    run = shlex.quote(summary.run)
     if stop.signal is not None:
         note(f"stopped after step {summary.steps}; go on with:\n  {_resume_command(run)}")
         return 128 + stop.signal

@@ -73,7 +73,7 @@ def workload(
 ) -> dict[str, Any]:
     """All sides of a workload, in turns: their medians, and the ratios that the goals name."""
     sides = [("ours", precision) for precision in dict.fromkeys(goal[0] for goal in goals)]
-    peers = [side for side in dict.fromkeys(goal[2] for goal in goals)] if peer else []
+    peers = list(dict.fromkeys(goal[2] for goal in goals)) if peer else []
     runs: dict[tuple[str, str], list[dict[str, float]]] = {side: [] for side in peers + sides}
     for _ in range(rounds):
         for who, precision in runs:

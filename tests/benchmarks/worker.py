@@ -3,8 +3,8 @@
 python worker.py batch WHO MODEL BATCH PRECISION     a PPO batch, sampled and learnt from
 python worker.py peak                                this machine's matrix products, GFLOP/s
 
-WHO is `ours`, `trl` (one query at a time, as the tutorial's loop samples) or `trl-batched`. MODEL is
-`gpt2`, `tiny` or LAYERSxWIDTH. Queries have 2 to 7 tokens, responses up to 4 to 15 (or, with the
+WHO is `ours`, `trl` (one query at a time, as the tutorial's loop samples) or `trl-batched`. MODEL
+is `gpt2`, `tiny` or LAYERSxWIDTH. Queries have 2 to 7 tokens, responses up to 4 to 15 (or, with the
 environment variable RESPONSE, that many). Weights are random, the best of the repetitions counts.
 """
 
@@ -113,8 +113,9 @@ def batch(who: str, model: str, size: int, precision: str) -> dict[str, float]:
         results.append((sampled - started, time.perf_counter() - sampled))
     answered = sum(map(len, responses))
     tokens = sum(map(len, queries)) + answered
-    # Needed: the policy forward and backward in each epoch, the reference forward, on all tokens but
-    # each sequence's last, which predicts nothing; the projection where a response token follows.
+    # Needed: the policy forward and backward in each epoch, the reference forward, on all tokens
+    # but each sequence's last, which predicts nothing; the projection where a response token
+    # follows.
     trunk = 2 * 12 * layers * width**2 * (tokens - size)
     useful = (EPOCHS * FORWARD_AND_BACKWARD + 1) * (trunk + 2 * vocabulary * width * answered)
     sampling, step = (min(column) for column in zip(*results[1:] or results, strict=True))

@@ -1,0 +1,264 @@
+"""Nobody let in: no code, pickles or markup of others, no writing elsewhere, no secrets kept."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_gpt2, make_tokenizer
+from rich.console import Console
+from test_cli import QUICK, environment
+from test_structure import modules
+
+from ppo_cli import report
+from ppo_cli.comparison import Comparison
+from ppo_cli.config import PolicyConfig
+from ppo_cli.errors import ModelError, UsageError
+from ppo_cli.evaluation import Generated, Sample
+from ppo_cli.files import refuse_special, write_text
+from ppo_cli.loading import load_policy, load_tokenizer
+from ppo_cli.model_card import trainer_card
+from ppo_cli.plots import plot_training, terminal_chart
+from ppo_cli.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.reward import SentimentReward
+from ppo_cli.text import escape_controls, json_text, markdown_code, markdown_text, spreadsheet_text
+
+EVIL = (
+    "[red]\x1b[31m\x9b1m\u202e\u200b<script>alert(1)</script>|`x`**b** =1+1 \ud800 $a$ "
+    "http://x.yz\n# h"
+)
+SEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\ud800-\udfff]")
+
+
+def calls(path: Path) -> list[ast.Call]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def test_no_pickle_is_written_and_none_read_with_code() -> None:
+    for path in modules().values():
+        names = set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE))
+        assert not names & {"pickle", "marshal", "shelve", "dill", "joblib"}, path
+        for call in calls(path):
+            name = ast.unparse(call.func)
+            assert name not in ("torch.save", "np.save", "np.savez", "yaml.load", "eval", "exec"), (
+                path
+            )
+            if name == "torch.load":
+                assert "weights_only=True" in ast.unparse(call)
+            if name == "np.load":
+                assert "allow_pickle" not in ast.unparse(call)
+
+
+class Evil:
+    """Unpickled, it makes a folder."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("unpickled",)
+
+
+@pytest.mark.parametrize("where", ["policy", "value head", "classifier"])
+def test_a_pickle_in_a_model_folder_is_not_run(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_gpt2().save_pretrained("model")
+    make_tokenizer().save_pretrained("model")
+    state = torch.nn.Module.state_dict(make_gpt2())
+    if where != "value head":
+        Path("model/model.safetensors").unlink()
+    if where == "classifier":
+        config = json.loads(Path("model/config.json").read_text())
+        config["architectures"] = ["GPT2ForSequenceClassification"]
+        Path("model/config.json").write_text(json.dumps(config))
+    torch.save({**state, "v_head.summary.weight": Evil()}, "model/pytorch_model.bin")
+    if where == "value head":  # which is found among the weights of a folder that TRL wrote
+        AutoModelForCausalLMWithValueHead.from_pretrained("model")
+    else:
+        load = AutoModelForCausalLMWithValueHead.from_pretrained
+        with pytest.raises(ModelError, match="cannot be loaded"):
+            (SentimentReward if where == "classifier" else load)("model")
+    assert not Path("unpickled").exists()
+
+
+OWN_CODE = """
+import pathlib
+from transformers import GPT2Config, GPT2LMHeadModel
+pathlib.Path("executed").write_text("")
+class OwnConfig(GPT2Config):
+    model_type = "own"
+class OwnModel(GPT2LMHeadModel):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    make_gpt2().save_pretrained("own")
+    make_tokenizer().save_pretrained("own")
+    config = json.loads(Path("own/config.json").read_text())
+    config |= {
+        "model_type": "own", "architectures": ["OwnModel"],
+        "auto_map": {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnModel"},
+    }  # fmt: skip
+    Path("own/config.json").write_text(json.dumps(config))
+    Path("own/code.py").write_text(OWN_CODE)
+    return "own"
+
+
+def test_code_of_a_model_runs_only_where_it_is_named(
+    own_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 5))  # transformers would ask
+    for trusted in ((), ("other",), ("./own",)):
+        load_tokenizer(own_model, trusted=trusted)  # which needs none
+        with pytest.raises(ModelError, match="--trust-remote-code own"):
+            load_policy(PolicyConfig(model=own_model), trusted=trusted)
+        with pytest.raises(ModelError, match="--trust-remote-code own"):
+            AutoModelForCausalLMWithValueHead.from_pretrained(own_model)
+        with pytest.raises(ModelError, match="--trust-remote-code own"):
+            SentimentReward(own_model)
+    assert not Path("executed").exists()
+    assert sys.stdin.read() == "y\n" * 5
+    policy = load_policy(PolicyConfig(model=own_model), trusted=[own_model])
+    assert type(policy.pretrained_model).__name__ == "OwnModel"
+    assert Path("executed").exists()
+
+
+def evil_comparison() -> Comparison:
+    samples = [Sample(EVIL, EVIL, 1.0, 0.5), Sample("=1", "+2", 1.0, 0.5)]
+    models = [Generated(EVIL, samples), Generated("b", samples)]
+    return Comparison(EVIL, EVIL, 0, models, [])
+
+
+def shown(renderables: list[object]) -> str:
+    console = Console(file=io.StringIO(), width=400, color_system=None, markup=False, emoji=False)
+    for item in renderables:
+        console.print(item)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_tables_show_text_as_it_is() -> None:
+    comparison = evil_comparison()
+    judged = SimpleNamespace(score=1.0, probability=0.5)
+    summary = SimpleNamespace(
+        run=EVIL,
+        label=EVIL,
+        before=judged,
+        after=judged,
+        after_samples=comparison.models[0].samples,
+    )
+    for text in (
+        shown(list(report.comparison_tables(comparison, 2))),
+        shown([report.generation_table(comparison.models, True)]),
+        shown([report.summary_table(summary)]),  # type: ignore[arg-type]
+        shown(report.statistics_tables({"h": [(EVIL, 1.0, "m")]}, EVIL)),
+        "\n".join(terminal_chart({EVIL: [{"step": 1, EVIL: 1.0}]}, EVIL)),
+    ):
+        assert not SEEN.search(text)
+        assert "[red]" in text
+        assert "\\x1b[31m" in text
+
+
+def test_html_markdown_and_csv_show_text_as_it_is() -> None:
+    comparison = evil_comparison()
+    page = report.comparison_html(comparison)
+    assert not SEEN.search(page)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "default-src 'none'" in page
+    table = report.comparison_markdown(comparison)
+    assert not SEEN.search(table)
+    assert not re.search(r"<|(?<!\\)[`*\[$]|://|^# ", table, re.MULTILINE)
+    for row in csv.reader(io.StringIO(report.comparison_csv(comparison))):
+        assert not SEEN.search("".join(row))
+        assert not [cell for cell in row if cell.startswith(tuple("=+-@\t\r"))]
+
+
+@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", " =1", "\t=1", "\n@x", "＝1"])
+def test_no_cell_is_a_formula(text: str) -> None:
+    assert spreadsheet_text(text).startswith("'")
+    assert spreadsheet_text("a" + text).startswith("a")
+
+
+@pytest.mark.parametrize("text", ["👩‍👩‍👧", "می‌خواهم", "שלום", "naïve 日本語"])
+def test_writing_of_the_world_is_left_alone(text: str) -> None:
+    assert escape_controls(text) == text
+    assert json.loads(json_text(text)) == text
+    assert escape_controls("a\u200db\u200cc") == "a\\u200db\\u200cc"
+
+
+def test_json_reads_back_the_same() -> None:
+    text = json_text({"x": EVIL, "tag": "\U000e0041"}, indent=2)
+    assert json.loads(text) == {"x": EVIL, "tag": "\U000e0041"}
+    assert not SEEN.search(text)
+    assert "\U000e0041" not in text
+
+
+def test_cards_show_names_as_text() -> None:
+    card = trainer_card(EVIL, 'x"\n```\n<b>', SimpleNamespace(model_name=EVIL))
+    assert not SEEN.search(card)
+    assert "<script>" not in card
+    assert len(re.findall("^```", card, re.MULTILINE)) == 4
+    assert markdown_code("gpt2") == "`gpt2`"
+    assert "`x`" not in markdown_code("a`x`|").replace("\\`", "")
+    assert "www." not in markdown_text("www.x.yz")
+
+
+def test_names_in_plots_are_text(tmp_path: Path) -> None:
+    runs = {name: [{"step": 1, "a$b\\frac$": 1.0}] for name in ("$x$\\frac{", "_hidden", "b\x1b")}
+    plot_training(runs, tmp_path / "x.svg", ["a$b\\frac$"])
+    assert not SEEN.search((tmp_path / "x.svg").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["x.svg"]
+
+
+def test_writing_follows_no_link(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("kept")
+    (tmp_path / ".file.tmp").symlink_to(other)
+    (tmp_path / "file").symlink_to(other)
+    write_text(tmp_path / "file", "new")
+    assert other.read_text() == "kept"
+    assert (tmp_path / "file").read_text() == "new"
+    (tmp_path / "file").unlink()
+    for special in ("link", "pipe"):
+        (tmp_path / "link").symlink_to("nowhere") if special == "link" else os.mkfifo(
+            tmp_path / special
+        )
+        with pytest.raises(UsageError, match=r"is a (link|device)"):
+            refuse_special(tmp_path / special)
+
+
+def test_a_run_keeps_the_umask_no_secret_and_shows_its_names_as_text(tmp_path: Path) -> None:
+    name = "[red]`x`|<b>$y$\u202e=1"
+    secrets = {"HF_TOKEN": "hf_abcdefghijklmnopqrstuvwxyz", "WANDB_API_KEY": "wandbsecret"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ppo_cli", "train", "--steps", "1", "--output", name, *QUICK],
+        cwd=tmp_path, env=environment(**secrets), capture_output=True, text=True, umask=0o027,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not SEEN.search(done.stdout + done.stderr)
+    assert f"ppo-cli plot '{name.partition(chr(0x202E))[0]}\\u202e=1'" in done.stderr
+    files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        content = path.read_bytes()
+        assert path.stat().st_mode & 0o777 == 0o640, path
+        assert not [secret for secret in secrets.values() if secret.encode() in content], path
+        assert path.suffix not in (".bin", ".pt", ".pth", ".pkl")
+        if path.suffix in (".md", ".yaml", ".jsonl"):
+            assert not SEEN.search(content.decode()), path
+    assert "<b>" not in (tmp_path / name / "README.md").read_text().partition("```")[0]
