@@ -241,6 +241,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             bias = getattr(head, "bias", None)
             return (*token_logprobs_and_entropies(hidden, head.weight, bias, targets), values)
 
+        if positions is not None:
+            kwargs.setdefault("use_cache", False)  # with a cache no model keeps packed rows apart
         output = self.pretrained_model(
             input_ids=input_ids,
             past_key_values=past_key_values,

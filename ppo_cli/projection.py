@@ -124,7 +124,9 @@ def _reduce(logits: Tensor) -> tuple[Tensor, Tensor]:
     exponentials = shifted.exp()
     total = exponentials.sum(1)
     log_total = total.log()
-    return largest + log_total, log_total - torch.linalg.vecdot(exponentials, shifted) / total
+    with torch.autocast(logits.device.type, enabled=False):  # it would round what is summed
+        mean_shifted = torch.linalg.vecdot(exponentials, shifted) / total
+    return largest + log_total, log_total - mean_shifted
 
 
 def _logit_gradient(

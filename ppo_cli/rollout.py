@@ -206,7 +206,8 @@ class _RowLimits(StoppingCriteria):
         self.limits = limits
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return input_ids.shape[1] >= self.limits
+        beams = len(input_ids) // len(self.limits)
+        return input_ids.shape[1] >= self.limits.repeat_interleave(beams)
 
 
 def _until_end(row: Tensor, end_ids: set[int]) -> Tensor:

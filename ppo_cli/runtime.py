@@ -166,20 +166,23 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device(kind)
 
 
-def mixed_precision(name: str, device: torch.device) -> str:
+def mixed_precision(name: str | bool, device: torch.device) -> str:
     """`auto`, `fp32`, `bf16` or `fp16` -> what accelerate calls it; its own names pass as they are.
 
     `auto` is bfloat16 where `device` computes it natively, float32 elsewhere. Trainable weights
     stay float32 in each.
 
     Raises:
-        UsageError: float16 on a device that trains in it badly or not at all.
+        UsageError: no such precision, or float16 on a device that trains in it badly or not at all.
     """
     if name == "auto":
         return "bf16" if computes_bfloat16(device) else "no"
     if name == "fp16" and device.type != "cuda":
         raise UsageError(f"precision fp16 needs a CUDA GPU, not {device.type}: use bf16 or fp32")
-    return "no" if name == "fp32" else name
+    known = {"fp32": "no", "no": "no", False: "no", "bf16": "bf16", "fp16": "fp16", "fp8": "fp8"}
+    if name not in known:  # False is how YAML reads a bare no
+        raise UsageError(f"precision {name!r} is none of auto, fp32, bf16, fp16")
+    return known[name]
 
 
 def computes_bfloat16(device: torch.device) -> bool:

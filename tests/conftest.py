@@ -10,14 +10,18 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 torch.set_num_threads(1)
 
@@ -88,6 +92,40 @@ def make_batch(
 
     scores = [torch.randn((), generator=g) for _ in range(size)]
     return ragged(1, longest_query), ragged(1, longest_response), scores
+
+
+def make_policy(seed: int = 0, **changes: Any) -> AutoModelForCausalLMWithValueHead:
+    """A policy of `make_gpt2`, without dropout before its value head."""
+    model = make_gpt2(seed, **changes)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLMWithValueHead(model, summary_dropout_prob=0.0)
+
+
+def make_trainer(
+    policy: AutoModelForCausalLMWithValueHead | None = None, reference: Any = None, **settings: Any
+) -> PPOTrainer:
+    """A trainer of batches of eight; `settings` are the config's, or the constructor's own."""
+    extra = {
+        key: settings.pop(key)
+        for key in ("dataset", "data_collator", "optimizer", "lr_scheduler", "num_shared_layers")
+        if key in settings
+    }
+    tokenizer = settings.pop("tokenizer", None) or make_tokenizer()
+    config = PPOConfig(**{"batch_size": 8, "mini_batch_size": 8, "learning_rate": 1e-3, **settings})
+    return PPOTrainer(config, policy or make_policy(), reference, tokenizer, **extra)
+
+
+def weights(policy: torch.nn.Module) -> torch.Tensor:
+    """All parameters in a row, copied."""
+    return torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the first precision it hears of for the whole process; not here."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

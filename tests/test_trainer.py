@@ -17,36 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import EOS, make_batch, make_gpt2, make_tokenizer
+from conftest import EOS, make_batch, make_gpt2, make_policy, make_tokenizer, make_trainer, weights
 from datasets import Dataset
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_cli.ppo.statistics import STATISTICS
 
 Policy = AutoModelForCausalLMWithValueHead
-
-
-def make_policy(seed: int = 0, **changes: Any) -> Policy:
-    model = make_gpt2(seed, **changes)
-    torch.manual_seed(seed)
-    return Policy(model, summary_dropout_prob=0.0)
-
-
-def make_trainer(
-    policy: Policy | None = None, reference: Any = None, **settings: Any
-) -> PPOTrainer:
-    extra = {
-        key: settings.pop(key)
-        for key in ("dataset", "data_collator", "optimizer", "lr_scheduler", "num_shared_layers")
-        if key in settings
-    }
-    tokenizer = settings.pop("tokenizer", None) or make_tokenizer()
-    config = PPOConfig(**{"batch_size": 8, "mini_batch_size": 8, "learning_rate": 1e-3, **settings})
-    return PPOTrainer(config, policy or make_policy(), reference, tokenizer, **extra)
-
-
-def weights(policy: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
 
 
 def finite(stats: dict[str, Any]) -> bool:

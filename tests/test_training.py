@@ -7,9 +7,42 @@ from pathlib import Path
 import pytest
 
 from ppo_cli.config_source import load_config
+from ppo_cli.summary import Pace
 from ppo_cli.training import Training
 
 
+def row(step: float, sampling: float, scoring: float, optimising: float, rate: float) -> dict:
+    times = {"time/sampling": sampling, "time/scoring": scoring, "time/optimising": optimising}
+    return {**times, "time/step": step, "perf/tokens_per_second": rate, "objective/kl": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected", "text"),
+    [
+        ([], (0, 0, 0, 0), "0 tokens/s: sampling 0%, scoring 0%, optimising 0%"),
+        (
+            [row(4, 1, 0.5, 2, 2500)],
+            (2500, 0.25, 0.125, 0.5),
+            "2,500 tokens/s: sampling 25%, scoring 12%, optimising 50%",
+        ),
+        (  # a slow step counts for more than a fast one
+            [row(1, 0.5, 0.25, 0.25, 1000), row(3, 0.5, 0.25, 2.25, 200)],
+            (1600 / 4, 0.25, 0.125, 0.625),
+            "400 tokens/s: sampling 25%, scoring 12%, optimising 62%",
+        ),
+    ],
+    ids=["no steps", "one step", "two steps"],
+)
+def test_the_pace_of_a_run_is_tokens_and_times_over_the_time_of_its_steps(
+    metrics: list[dict], expected: tuple[float, ...], text: str
+) -> None:
+    pace = Pace.of(metrics)
+    shares = (pace.sampling, pace.scoring, pace.optimising)
+    assert (pace.tokens_per_second, *shares) == pytest.approx(expected)
+    assert str(pace) == text
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_each_pass_takes_every_prompt_once_in_an_order_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,217 @@
+"""Linear layers by oneDNN: the numbers of plain torch, and hands off everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL, make_gpt2
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from ppo_cli import matmul
+from ppo_cli.matmul import fast_matmul, prefers_onednn, product
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="torch without oneDNN"
+)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """Shapes of the products that were taken over, oneDNN preferred whatever the processor."""
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(matmul, "prefers_onednn", lambda: True)
+
+    def spy(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        shapes.append((*a.shape, b.shape[0]))
+        return product(a, b, bias)
+
+    monkeypatch.setattr(matmul, "product", spy)
+    return shapes
+
+
+def normal(*shape: int, seed: int = 0, **kwargs: Any) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **kwargs)
+
+
+def results(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> list[Tensor]:
+    """Output and all gradients, of a loss that weights every number differently."""
+    module.zero_grad()
+    x = x.clone().requires_grad_()
+    output = function(x)
+    (output * normal(*output.shape, seed=9).to(output.dtype)).sum().backward()
+    gradients = [x.grad, *(p.grad for p in module.parameters())]
+    return [output.detach(), *(g.clone() for g in gradients if g is not None)]
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(12, 20),
+    "linear without bias": lambda: nn.Linear(12, 20, bias=False),
+    "GPT-2's Conv1D": lambda: Conv1D(20, 12),
+}
+SHAPES = [(7, 12), (3, 5, 12), (2, 1, 4, 12), (1, 12)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_have_the_outputs_and_gradients_of_plain_torch(
+    name: str, shape: tuple[int, ...], taken: list[tuple[int, ...]]
+) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    expected = results(layer, normal(*shape), layer)
+    assert not taken
+    with fast_matmul():
+        actual = results(layer, normal(*shape), layer)
+    rows = normal(*shape).numel() // 12
+    assert taken == [(rows, 12, 20), (rows, 20, 12), *taken[2:]]
+    assert sorted(taken[2:]) in ([(12, rows, 20)], [(20, rows, 12)])
+    assert len(actual) == len(expected)
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.shape == theirs.shape
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed_input", [False, True])
+def test_strided_tensors_are_multiplied_as_they_are(
+    transposed_input: bool, taken: list[tuple[int, ...]]
+) -> None:
+    x = normal(12, 7).T if transposed_input else normal(7, 24)[:, ::2]
+    weight = normal(12, 20).T
+    with fast_matmul():
+        output = nn.functional.linear(x, weight)
+    torch.testing.assert_close(output, x @ weight.T)
+    assert taken == [(7, 12, 20)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [make_gpt2, lambda: LlamaForCausalLM(LlamaConfig(**SMALL)).eval()],
+    ids=["GPT-2", "Llama"],
+)
+def test_a_whole_model_has_the_same_logits_and_gradients(
+    make: Callable[[], Any], taken: list[tuple[int, ...]]
+) -> None:
+    torch.manual_seed(0)
+    model = make()
+    ids = torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]])
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        logits = model(input_ids=ids).logits
+        logits.log_softmax(-1)[..., 3].sum().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    expected = run()
+    with fast_matmul():
+        actual = run()
+    assert len(taken) >= 3 * 2 * 4  # forward, both gradients; two layers of four products or more
+    for mine, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_weights_get_no_gradient_and_cost_no_product(taken: list[tuple[int, ...]]) -> None:
+    layer = nn.Linear(12, 20).requires_grad_(False)
+    x = normal(7, 12).requires_grad_()
+    with fast_matmul():
+        layer(x).sum().backward()
+        layer(x.detach())
+    assert layer.weight.grad is None
+    assert taken == [(7, 12, 20), (7, 20, 12), (7, 12, 20)]
+
+
+def other_calls() -> dict[str, Callable[[], Tensor]]:
+    """What is not a float32 linear layer with something to multiply."""
+    x, w, b = normal(7, 12), normal(20, 12), normal(20)
+    linear = nn.functional.linear
+    return {
+        "float64": lambda: linear(x.double(), w.double(), b.double()),
+        "bfloat16": lambda: linear(x.bfloat16(), w.bfloat16(), b.bfloat16()),
+        "one dimension": lambda: linear(x[0], w, b),
+        "empty input": lambda: linear(x[:0], w, b),
+        "empty 3-D input": lambda: linear(x[:0].view(2, 0, 12), w, b),
+        "no inputs": lambda: linear(normal(7, 0), normal(20, 0)),
+        "no outputs": lambda: linear(x, w[:0]),
+        "addmm with factors": lambda: torch.addmm(b, x, w.T, alpha=2, beta=3),
+        "addmm of a matrix": lambda: torch.addmm(normal(7, 20), x, w.T),
+        "addmm of a row": lambda: torch.addmm(b.unsqueeze(0), x, w.T),
+        "addmm in float64": lambda: torch.addmm(b.double(), x.double(), w.double().T),
+        "matmul": lambda: x @ w.T,
+        "einsum": lambda: torch.einsum("ij,kj->ik", x, w),
+        "embedding": lambda: nn.functional.embedding(torch.tensor([1, 2]), w),
+    }
+
+
+@pytest.mark.parametrize("name", other_calls())
+def test_other_calls_pass_through_untouched(name: str, taken: list[tuple[int, ...]]) -> None:
+    expected = other_calls()[name]()
+    with fast_matmul():
+        actual = other_calls()[name]()
+    assert not taken
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_keeps_its_own_way(name: str, taken: list[tuple[int, ...]]) -> None:
+    layer = LAYERS[name]()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = results(layer, normal(7, 12), layer)
+        with fast_matmul():
+            actual = results(layer, normal(7, 12), layer)
+    assert not taken
+    assert actual[0].dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_keywords_reach_the_layer(taken: list[tuple[int, ...]]) -> None:
+    x, w, b = normal(7, 12), normal(20, 12), normal(20)
+    with fast_matmul():
+        by_name = nn.functional.linear(input=x, weight=w, bias=b)
+    torch.testing.assert_close(by_name, nn.functional.linear(x, w, b))
+    assert len(taken) == 1
+
+
+def test_where_torchs_own_choice_is_right_nothing_is_taken_over(
+    taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matmul, "prefers_onednn", lambda: False)
+    layer = nn.Linear(12, 20)
+    expected = layer(normal(7, 12))
+    with fast_matmul():
+        assert torch.equal(layer(normal(7, 12)), expected)
+    assert not taken
+    assert torch.equal(product(normal(7, 12), layer.weight, layer.bias), expected)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "mkl", "onednn", "expected"),
+    [
+        ("vendor_id : AuthenticAMD", True, True, True),
+        ("vendor_id : GenuineIntel", True, True, False),
+        ("vendor_id : AuthenticAMD", False, True, False),
+        ("vendor_id : AuthenticAMD", True, False, False),
+        ("CPU implementer : 0x41", False, True, False),
+        (None, True, True, False),  # no such file: not Linux
+    ],
+)
+def test_onednn_is_preferred_where_torch_has_mkl_on_a_processor_it_is_not_made_for(
+    cpuinfo: str | None, mkl: bool, onednn: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_text(self: Path, **kwargs: Any) -> str:
+        if cpuinfo is None:
+            raise FileNotFoundError(self)
+        return cpuinfo
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(matmul.platform, "processor", lambda: "arm")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    assert prefers_onednn.__wrapped__() is expected

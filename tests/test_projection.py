@@ -1,0 +1,162 @@
+"""Log-probabilities and entropies a piece at a time, against autograd over the whole logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ppo_cli import projection
+from ppo_cli.projection import project, token_logprobs_and_entropies
+
+N, V, H = 37, 50, 8
+ROW = 4 * V  # bytes of a row of logits
+# PIECE_BYTES, BLOCK_BYTES, KEPT_BYTES: one piece; pieces and blocks that do not divide N evenly;
+# the same computed again in the backward pass; less than a row.
+LIMITS = {
+    "one piece": (2**27, 2**22, 2**28),
+    "pieces": (10 * ROW, 3 * ROW, 2**28),
+    "recomputed": (10 * ROW, 3 * ROW, 0),
+    "rows": (1, 1, 0),
+}
+
+
+def inputs(bias: bool = True, count: int = N) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(count, H, generator=g) * 2
+    weight, shift = torch.randn(V, H, generator=g), torch.randn(V, generator=g) * 3
+    targets = torch.randint(0, V, (count,), generator=g)
+    return hidden, weight, shift if bias else None, targets
+
+
+def leaves(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+
+
+def by_autograd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    log_p = torch.nn.functional.linear(hidden, weight, bias).log_softmax(-1)
+    return log_p.gather(1, targets.unsqueeze(1)).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+
+
+def loss(logprobs: Tensor, entropies: Tensor, kind: str) -> Tensor:
+    """A different weight for each token, as advantages are; `kind` says which output counts."""
+    weights = torch.linspace(-1, 2, len(logprobs), dtype=logprobs.dtype)
+    parts = {"logprobs": logprobs * weights, "entropies": entropies * weights.flip(0)}
+    return sum((part for name, part in parts.items() if name in kind), torch.zeros(())).sum()
+
+
+@pytest.fixture(params=list(LIMITS))
+def calls(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Rows of logits that each matrix product made."""
+    names = ("PIECE_BYTES", "BLOCK_BYTES", "KEPT_BYTES")
+    for name, value in zip(names, LIMITS[request.param], strict=True):
+        monkeypatch.setattr(projection, name, value)
+    made: list[int] = []
+
+    def spy(hidden: Tensor, *args: Any) -> Tensor:
+        made.append(len(hidden))
+        return project(hidden, *args)
+
+    monkeypatch.setattr(projection, "project", spy)
+    yield made
+    forward = {"one piece": [37], "rows": [1] * 37}.get(request.param, [10, 10, 10, 7])
+    assert made == forward * (2 if LIMITS[request.param][2] == 0 else 1)
+
+
+@pytest.mark.parametrize("kind", ["logprobs", "entropies", "logprobs and entropies"])
+def test_numbers_and_gradients_are_those_of_autograd_in_float64(
+    calls: list[int], kind: str
+) -> None:
+    hidden, weight, bias, targets = inputs()
+    ours, exact = leaves(hidden, weight, bias), leaves(hidden.double(), weight.double(), bias)
+    exact[2] = bias.double().requires_grad_()  # type: ignore[union-attr]
+    results = token_logprobs_and_entropies(*ours, targets)  # type: ignore[arg-type]
+    expected = by_autograd(*exact, targets)  # type: ignore[arg-type]
+    for result, truth in zip(results, expected, strict=True):
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result.double(), truth, rtol=1e-5, atol=1e-5)
+    loss(*results, kind).backward()
+    loss(*expected, kind).backward()
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert mine is not None and mine.grad is not None
+        assert theirs is not None and theirs.grad is not None
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2), (0, 2)])
+def test_frozen_tensors_get_no_gradient_and_the_others_their_own(frozen: tuple[int, ...]) -> None:
+    ours, theirs = leaves(*inputs()[:3]), leaves(*inputs()[:3])
+    for tensors in (ours, theirs):
+        for index in frozen:
+            tensors[index].requires_grad_(False)  # type: ignore[union-attr]
+    for function, tensors in ((token_logprobs_and_entropies, ours), (by_autograd, theirs)):
+        loss(*function(*tensors, inputs()[3]), "logprobs").backward()  # type: ignore[arg-type]
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a is not None and b is not None
+        assert (a.grad is None) == (index in frozen)
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_bias_and_without_gradients() -> None:
+    hidden, weight, _, targets = inputs(bias=False)
+    for result, truth in zip(
+        token_logprobs_and_entropies(hidden, weight, None, targets),
+        by_autograd(hidden, weight, None, targets),
+        strict=True,
+    ):
+        assert not result.requires_grad
+        torch.testing.assert_close(result, truth)
+
+
+def test_huge_logits_overflow_nowhere() -> None:
+    hidden, weight, bias, targets = inputs()
+    (hidden,) = leaves(hidden * 1e4)
+    logprobs, entropies = token_logprobs_and_entropies(hidden, weight, bias, targets)  # type: ignore[arg-type]
+    (logprobs.sum() + entropies.sum()).backward()
+    assert hidden is not None and hidden.grad is not None
+    for numbers in (logprobs, entropies, hidden.grad):
+        assert numbers.isfinite().all()
+    assert (logprobs <= 0).all()
+    assert (entropies.abs() < 1e-3).all()
+
+
+def test_no_targets_give_no_numbers_and_no_gradient() -> None:
+    hidden, weight, bias, targets = inputs(count=0)
+    tensors = leaves(hidden, weight, bias)
+    logprobs, entropies = token_logprobs_and_entropies(*tensors, targets)  # type: ignore[arg-type]
+    assert logprobs.shape == entropies.shape == (0,)
+    (logprobs.sum() + entropies.sum()).backward()
+    for tensor in tensors:
+        assert tensor is not None
+        assert tensor.grad is None or not tensor.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_bfloat16_autocast_logits_stay_float32_and_gradients_come_close(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projection, "PIECE_BYTES", 10 * ROW)
+    hidden, weight, bias, targets = inputs()
+    hidden = hidden.to(dtype)
+    low, exact = leaves(hidden, weight, bias), leaves(hidden.float(), weight, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = project(hidden, weight, bias)
+        results = token_logprobs_and_entropies(*low, targets)  # type: ignore[arg-type]
+    loss(*results, "logprobs and entropies").backward()
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, hidden.float() @ weight.T + bias)  # type: ignore[operator]
+    expected = by_autograd(*exact, targets)  # type: ignore[arg-type]
+    loss(*expected, "logprobs and entropies").backward()
+    for result, truth in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, truth, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(low, exact, strict=True):
+        assert mine is not None and mine.grad is not None
+        assert theirs is not None and theirs.grad is not None
+        assert mine.grad.dtype == mine.dtype
+        error = (mine.grad.float() - theirs.grad).norm() / theirs.grad.norm()
+        assert 0 < error < 0.02
