@@ -23,7 +23,6 @@ QUICK = [
     "--set", "ppo.mini_batch_size=16", "--set", "run.checkpoint_every=2",
 ]  # fmt: skip
 TRAIN = ["train", "--quiet", "--seed", 5, "--steps", 5, "--output", "run", *QUICK]
-LOWER_RATE = "ppo.learning_rate"
 
 
 def checkpoints(folder: Path) -> list[int]:
@@ -87,7 +86,7 @@ ENDS: dict[str, Row] = {
     "infinite gradient": (
         partial(faults.infinite_gradient, 4 * 3 - 2),
         ["--set", "ppo.ppo_epochs=4"],
-        ["step 3:", "norm of the weights", LOWER_RATE, "rollback"],
+        ["step 3:", "norm of the weights", "ppo.learning_rate", "rollback"],
         [0, 2],
     ),
     "KL over its limit": (
@@ -99,13 +98,13 @@ ENDS: dict[str, Row] = {
     "loss not finite": (
         None,
         ["--set", "ppo.learning_rate=1e8", "--set", "ppo.max_grad_norm=null"],
-        ["step 1:", "finite", LOWER_RATE],
+        ["step 1:", "finite", "ppo.learning_rate"],
         [0],
     ),
     "text collapses": (
         partial(faults.collapsed_text, 4),
         [],
-        ["step 4:", "16 of 16 responses are", LOWER_RATE, "run.collapse_limit"],
+        ["step 4:", "16 of 16 responses are", "ppo.learning_rate", "run.collapse_limit"],
         [0, 2],
     ),
     "classifier raises": (
@@ -192,6 +191,20 @@ def test_after_a_rollback_training_goes_on_with_half_the_learning_rate(tmp_path:
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["run/rollbacks"] for row in rows] == [0, 0, 1, 1, 1]
     assert [row["ppo/learning_rate"] for row in rows] == [1e-3, 1e-3, 5e-4, 5e-4, 5e-4]
+
+
+def test_less_memory_is_asked_for_on_resuming_and_the_rest_stays(tmp_path: Path) -> None:
+    assert ppo_cli(*TRAIN, "--steps", 1, cwd=tmp_path).code == 0
+    smaller = ["--set", "ppo.mini_batch_size=2", "--set", "ppo.gradient_accumulation_steps=8"]
+    resume = ["train", "--output", "run", "--resume", "--quiet", "--steps", 2]
+    done = ppo_cli(*resume, *smaller, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "ppo.mini_batch_size 16 -> 2, ppo.gradient_accumulation_steps 1 -> 8" in done.err
+    for change in ("ppo.mini_batch_size=1", "ppo.gamma=0.5"):
+        refused = ppo_cli(*resume, "--set", change, cwd=tmp_path)
+        assert refused.code == 2
+        assert f"{change.replace('=', ' ').split()[0]} " in only_message(refused)
+        assert "made with other settings" in refused.err
 
 
 def wait_for(path: Path) -> None:

@@ -75,16 +75,20 @@ def train(
         ("run", "seed"): seed,
         ("run", "device"): device,
     }
+    changed = assignments or []
+    as_made = resume and config is None  # then what is not asked for is as the run was made
+    naming = [a for a in changed if a.startswith(("run.output=", "reward.sentiment="))]
     settings = load_config(
-        config or DEFAULT_CONFIG, assignments=assignments or (), overrides=overrides
+        config or DEFAULT_CONFIG, assignments=naming if as_made else changed, overrides=overrides
     )
     from ppo_cli.run_directory import RunDirectory
 
     if resume:
         run_directory = RunDirectory.existing(settings.output)
-        if config is None:  # then what is not asked for is as the run was made
-            made_with = run_directory.config()
-            settings = change_config(made_with, assignments=assignments or (), overrides=overrides)
+        if as_made:
+            settings = change_config(
+                run_directory.config(), assignments=changed, overrides=overrides
+            )
         settings, changes = run_directory.resumed_config(settings)
         if changes:
             note(f"resuming with changed settings: {', '.join(changes)}")
