@@ -48,7 +48,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return contents(folder / "run")
 
 
-@pytest.mark.parametrize("write", [19, 45, 70])
+@pytest.mark.parametrize("write", [20, 33, 49, 70])
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
     write: int, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -132,22 +132,34 @@ ENDS: dict[str, Row] = {
         [0, 2],
     ),
     "disk full at the first file": (
-        partial(faults.full_from_write, 2),
+        partial(faults.full_at, "run.yaml"),
         [],
         ["run", "No space left", "free some space"],
         [],
     ),
     "disk full at a checkpoint": (
-        partial(faults.full_from_write, 35),
+        partial(faults.full_at, "step-000002"),
         [],
         ["run", "No space left", "free some space", "ppo-cli train --output run --resume"],
         [0],
     ),
-    "disk full in the records": (
-        partial(faults.small_files, 4000),
-        ["--set", "run.samples_per_step=99"],
-        ["run", "File too large", "free some space"],
+    "disk full at the model": (
+        partial(faults.full_at, ".model.tmp"),
         [],
+        ["run", "No space left", "free some space", "go on from the checkpoint of step 5"],
+        [2, 4, 5],
+    ),
+    "disk full at the plot": (
+        partial(faults.full_at, "training.png"),
+        [],
+        ["run/training.png", "No space left", "free some space", "checkpoint of step 5"],
+        [2, 4, 5],
+    ),
+    "disk full in the records": (
+        partial(faults.full_at, "samples.jsonl"),
+        [],
+        ["run/samples.jsonl", "No space left", "free some space", "checkpoint of step 0"],
+        [0],
     ),
     "disk full in the weights": (
         partial(faults.small_files, 2_000_000),
@@ -180,7 +192,9 @@ def test_a_fault_ends_the_run_with_one_message_and_whole_files(name: str, tmp_pa
         assert all(torch.isfinite(tensor).all() for tensor in model.values())
 
 
-def test_after_a_rollback_training_goes_on_with_half_the_learning_rate(tmp_path: Path) -> None:
+def test_after_a_rollback_training_goes_on_another_way(
+    uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
     options = ["--set", "run.on_divergence=rollback"]
     fault = partial(faults.failing_classifier, 3)
     done = ppo_cli(*TRAIN, *options, cwd=tmp_path, fault=fault)
@@ -191,6 +205,10 @@ def test_after_a_rollback_training_goes_on_with_half_the_learning_rate(tmp_path:
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["run/rollbacks"] for row in rows] == [0, 0, 1, 1, 1]
     assert [row["ppo/learning_rate"] for row in rows] == [1e-3, 1e-3, 5e-4, 5e-4, 5e-4]
+    before, after = uninterrupted["samples.jsonl"], contents(tmp_path / "run")["samples.jsonl"]
+    changed = {a["step"] for a, b in zip(before, after, strict=True) if a != b}
+    assert changed == {3, 4, 5}  # other random numbers for the same prompts
+    assert [row["query"] for row in before] == [row["query"] for row in after]
 
 
 def test_less_memory_is_asked_for_on_resuming_and_the_rest_stays(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def train(
 
     if resume:
         run_directory = RunDirectory.existing(settings.output)
+        run_directory.check_resumable()
         if as_made:
             settings = change_config(
                 run_directory.config(), assignments=changed, overrides=overrides
