@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ppo_cli.errors import PPOCliError, UsageError
+from ppo_cli.errors import PPOCliError
 from ppo_cli.files import settle, sync, writing
 
 STATE_FILE = "state.json"
@@ -85,8 +85,7 @@ def whole_checkpoint(folder: Path) -> Path:
     """The newest checkpoint in `folder` that is as it was written; warns of damaged newer ones.
 
     Raises:
-        UsageError: there is none.
-        PPOCliError: there are some, all of them damaged.
+        PPOCliError: there is none, or all of them are damaged.
     """
     damaged: list[str] = []
     for path in reversed(_checkpoints(folder)):
@@ -96,11 +95,8 @@ def whole_checkpoint(folder: Path) -> Path:
                 warnings.warn(f"{'; '.join(damaged)}: going on from {path.name}", stacklevel=2)
             return path
         damaged.append(f"{path} is damaged ({damage})")
-    if damaged:
-        raise PPOCliError(f"{'; '.join(damaged)}: no other is left; train anew with --overwrite")
-    raise UsageError(
-        f"{folder.parent} has no checkpoint to resume from: train anew with --overwrite"
-    )
+    found = "; ".join(damaged) or f"{folder} is empty"
+    raise PPOCliError(f"{found}: no checkpoint is left to go on from; train anew with --overwrite")
 
 
 def find_damage(path: Path) -> str | None:

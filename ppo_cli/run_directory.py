@@ -99,6 +99,13 @@ class RunDirectory:
         near = did_you_mean(run.path.name, siblings) or " 'ppo-cli train' makes one"
         raise UsageError(f"{path}: no such run directory.{near}")
 
+    def check_resumable(self) -> None:
+        """Raise `UsageError` unless there is a checkpoint; changes nothing."""
+        if not any(self.checkpoints.glob("step-*")):
+            raise UsageError(
+                f"{self.path} has no checkpoint to resume from: train anew with --overwrite"
+            )
+
     def check_writable(self, overwrite: bool) -> None:
         """Raise `UsageError` unless a new run may be written here; changes nothing."""
         longest = max((len(os.fsencode(part)) for part in self.path.parts), default=0)
@@ -252,22 +259,22 @@ class RunDirectory:
         lengths = {}
         for file in (METRICS_FILE, SAMPLES_FILE):
             path = self.path / file
-            path.touch()
-            with writing(path):
-                sync(path)
-            lengths[file] = path.stat().st_size
+            if path.exists():
+                with writing(path):
+                    sync(path)
+            lengths[file] = path.stat().st_size if path.exists() else 0
         return lengths
 
     def cut_records(self, lengths: Mapping[str, int]) -> None:
         """Drop what was added to the records since they had `lengths`."""
         for file, length in lengths.items():
             path = self.path / file
-            path.touch()
-            if path.stat().st_size < length:
+            size = path.stat().st_size if path.exists() else 0
+            if size < length:
                 warnings.warn(f"{path} is shorter than it was: steps are missing", stacklevel=2)
-                text = path.read_bytes()
-                length = text.rfind(b"\n") + 1
-            os.truncate(path, length)
+                length = path.read_bytes().rfind(b"\n") + 1 if size else 0
+            if size > length:
+                os.truncate(path, length)
 
     def metrics(self) -> list[dict[str, Any]]:
         """A dictionary a step, oldest first.

@@ -63,7 +63,7 @@ class Training:
         self.overwrite = overwrite
         self.stopping = False
         if resume:
-            RunDirectory.existing(config.output)
+            self.directory.check_resumable()
             self.directory.lock()
         else:
             self.directory.check_writable(overwrite)

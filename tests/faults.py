@@ -17,37 +17,46 @@ from typing import Any
 WRITES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod"}
 
 
-def at_write(number: int, act: Callable[[str], None]) -> None:
-    """Call `act` with its name before each change of a file below here from the `number`-th on."""
-    seen, home = 0, os.getcwd() + os.sep
+def before_writes(act: Callable[[str, str], None]) -> None:
+    """Call `act` with event and path before each change of a file or folder below here."""
+    home = os.getcwd() + os.sep
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
         if event not in WRITES or isinstance(arguments[0], int):
             return
         if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
             return
-        if os.path.join(home, os.fsdecode(arguments[0])).startswith(home):
-            seen += 1
-            if seen >= number:
-                act(event)
+        path = os.path.join(home, os.fsdecode(arguments[0]))
+        if path.startswith(home):
+            act(event, path.removeprefix(home))
 
     sys.addaudithook(hook)
 
 
 def kill_at_write(number: int) -> None:
-    """SIGKILL before a change of a file or folder."""
-    at_write(number, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    """SIGKILL before the `number`-th change of a file or folder."""
+    seen = 0
+
+    def count(*_: str) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    before_writes(count)
 
 
-def full_from_write(number: int) -> None:
-    """No space on the disk from a change of a file or folder on."""
+def full_at(name: str) -> None:
+    """No space on the disk from the first file or folder on whose path holds `name`."""
+    full = False
 
-    def fail(event: str) -> None:
-        if event not in ("os.remove", "os.rmdir"):  # which go on a full disk, too
+    def fail(event: str, path: str) -> None:
+        nonlocal full
+        full = full or name in path
+        if full and event not in ("os.remove", "os.rmdir"):  # which go on a full disk, too
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    at_write(number, fail)
+    before_writes(fail)
 
 
 def small_files(size: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,7 +19,8 @@ from ppo_cli.checkpoint import (
     save_checkpoint,
     whole_checkpoint,
 )
-from ppo_cli.errors import PPOCliError, UsageError
+from ppo_cli.errors import PPOCliError
+from ppo_cli.runtime import random_state, set_random_state
 
 
 def make_model(seed: int = 0) -> nn.Module:
@@ -109,6 +112,19 @@ def test_numbers_that_are_not_finite_survive(tmp_path: Path) -> None:
     state = load_checkpoint(path, make_model())
     assert state["best"] == float("-inf")
     assert math.isnan(state["nan"])
+
+
+def test_every_random_state_goes_on_where_it_was(tmp_path: Path) -> None:
+    def draw() -> list[Any]:
+        return [random.gauss(0, 1), np.random.normal(), torch.rand(2).tolist()]
+
+    model = make_model()
+    draw()  # a second normal number now waits in Python and in NumPy
+    path = save_checkpoint(tmp_path, 1, model, {"random": random_state()}, keep=1)
+    expected = draw()
+    draw()
+    set_random_state(load_checkpoint(path, model)["random"])
+    assert draw() == expected
 
 
 def test_the_newest_are_kept_and_the_latest_is_found(tmp_path: Path) -> None:
@@ -241,5 +257,5 @@ def test_the_weights_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_checkpoint_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"my-run has no checkpoint.*--overwrite"):
+    with pytest.raises(PPOCliError, match=r"checkpoints is empty.*--overwrite"):
         whole_checkpoint(tmp_path / "my-run" / "checkpoints")

@@ -255,7 +255,7 @@ def test_a_signal_leaves_a_usable_run_directory(tmp_path: Path, number: int, cod
     )
     metrics = tmp_path / "ppo-good" / "metrics.jsonl"
     deadline = time.monotonic() + 90
-    while not metrics.exists() and time.monotonic() < deadline:
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=90)

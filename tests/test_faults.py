@@ -23,7 +23,6 @@ QUICK = [
     "--set", "ppo.mini_batch_size=16", "--set", "run.checkpoint_every=2",
 ]  # fmt: skip
 TRAIN = ["train", "--quiet", "--seed", 5, "--steps", 5, "--output", "run", *QUICK]
-LOWER_RATE = "ppo.learning_rate"
 
 
 def checkpoints(folder: Path) -> list[int]:
@@ -49,7 +48,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return contents(folder / "run")
 
 
-@pytest.mark.parametrize("write", [19, 45, 70])
+@pytest.mark.parametrize("write", [20, 33, 49, 70])
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
     write: int, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -87,7 +86,7 @@ ENDS: dict[str, Row] = {
     "infinite gradient": (
         partial(faults.infinite_gradient, 4 * 3 - 2),
         ["--set", "ppo.ppo_epochs=4"],
-        ["step 3:", "norm of the weights", LOWER_RATE, "rollback"],
+        ["step 3:", "norm of the weights", "ppo.learning_rate", "rollback"],
         [0, 2],
     ),
     "KL over its limit": (
@@ -99,13 +98,13 @@ ENDS: dict[str, Row] = {
     "loss not finite": (
         None,
         ["--set", "ppo.learning_rate=1e8", "--set", "ppo.max_grad_norm=null"],
-        ["step 1:", "finite", LOWER_RATE],
+        ["step 1:", "finite", "ppo.learning_rate"],
         [0],
     ),
     "text collapses": (
         partial(faults.collapsed_text, 4),
         [],
-        ["step 4:", "16 of 16 responses are", LOWER_RATE, "run.collapse_limit"],
+        ["step 4:", "16 of 16 responses are", "ppo.learning_rate", "run.collapse_limit"],
         [0, 2],
     ),
     "classifier raises": (
@@ -133,22 +132,34 @@ ENDS: dict[str, Row] = {
         [0, 2],
     ),
     "disk full at the first file": (
-        partial(faults.full_from_write, 2),
+        partial(faults.full_at, "run.yaml"),
         [],
         ["run", "No space left", "free some space"],
         [],
     ),
     "disk full at a checkpoint": (
-        partial(faults.full_from_write, 35),
+        partial(faults.full_at, "step-000002"),
         [],
         ["run", "No space left", "free some space", "ppo-cli train --output run --resume"],
         [0],
     ),
-    "disk full in the records": (
-        partial(faults.small_files, 4000),
-        ["--set", "run.samples_per_step=99"],
-        ["run", "File too large", "free some space"],
+    "disk full at the model": (
+        partial(faults.full_at, ".model.tmp"),
         [],
+        ["run", "No space left", "free some space", "go on from the checkpoint of step 5"],
+        [2, 4, 5],
+    ),
+    "disk full at the plot": (
+        partial(faults.full_at, "training.png"),
+        [],
+        ["run/training.png", "No space left", "free some space", "checkpoint of step 5"],
+        [2, 4, 5],
+    ),
+    "disk full in the records": (
+        partial(faults.full_at, "samples.jsonl"),
+        [],
+        ["run/samples.jsonl", "No space left", "free some space", "checkpoint of step 0"],
+        [0],
     ),
     "disk full in the weights": (
         partial(faults.small_files, 2_000_000),
@@ -181,7 +192,9 @@ def test_a_fault_ends_the_run_with_one_message_and_whole_files(name: str, tmp_pa
         assert all(torch.isfinite(tensor).all() for tensor in model.values())
 
 
-def test_after_a_rollback_training_goes_on_with_half_the_learning_rate(tmp_path: Path) -> None:
+def test_after_a_rollback_training_goes_on_another_way(
+    uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
     options = ["--set", "run.on_divergence=rollback"]
     fault = partial(faults.failing_classifier, 3)
     done = ppo_cli(*TRAIN, *options, cwd=tmp_path, fault=fault)
@@ -192,6 +205,24 @@ def test_after_a_rollback_training_goes_on_with_half_the_learning_rate(tmp_path:
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["run/rollbacks"] for row in rows] == [0, 0, 1, 1, 1]
     assert [row["ppo/learning_rate"] for row in rows] == [1e-3, 1e-3, 5e-4, 5e-4, 5e-4]
+    before, after = uninterrupted["samples.jsonl"], contents(tmp_path / "run")["samples.jsonl"]
+    changed = {a["step"] for a, b in zip(before, after, strict=True) if a != b}
+    assert changed == {3, 4, 5}  # other random numbers for the same prompts
+    assert [row["query"] for row in before] == [row["query"] for row in after]
+
+
+def test_less_memory_is_asked_for_on_resuming_and_the_rest_stays(tmp_path: Path) -> None:
+    assert ppo_cli(*TRAIN, "--steps", 1, cwd=tmp_path).code == 0
+    smaller = ["--set", "ppo.mini_batch_size=2", "--set", "ppo.gradient_accumulation_steps=8"]
+    resume = ["train", "--output", "run", "--resume", "--quiet", "--steps", 2]
+    done = ppo_cli(*resume, *smaller, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "ppo.mini_batch_size 16 -> 2, ppo.gradient_accumulation_steps 1 -> 8" in done.err
+    for change in ("ppo.mini_batch_size=1", "ppo.gamma=0.5"):
+        refused = ppo_cli(*resume, "--set", change, cwd=tmp_path)
+        assert refused.code == 2
+        assert f"{change.replace('=', ' ').split()[0]} " in only_message(refused)
+        assert "made with other settings" in refused.err
 
 
 def wait_for(path: Path) -> None:

@@ -77,9 +77,12 @@ def train(
         ("run", "seed"): seed,
         ("run", "device"): device,
     }
+    changed = assignments or []
+    as_made = resume and config is None  # then what is not asked for is as the run was made
+    naming = [a for a in changed if a.startswith(("run.output=", "reward.sentiment="))]
     settings = load_config(
         DEFAULT_CONFIG if config is None else config,
-        assignments=assignments or (),
+        assignments=naming if as_made else changed,
         overrides=overrides,
     )
     from ppo_cli.run_directory import RunDirectory
@@ -88,9 +91,10 @@ def train(
     if resume:
         run_directory = RunDirectory.existing(settings.output)
         run_directory.check_entries()
-        if config is None:  # then what is not asked for is as the run was made
+        run_directory.check_resumable()
+        if as_made:
             made_with = run_directory.config()
-            settings = change_config(made_with, assignments=assignments or (), overrides=overrides)
+            settings = change_config(made_with, assignments=changed, overrides=overrides)
         settings, changes = run_directory.resumed_config(settings)
         if changes:
             note(f"resuming with changed settings: {', '.join(changes)}")
