@@ -8,7 +8,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test stress check lint types format embedded bench install clean
+.PHONY: demo test stress check lint types format embedded bench scaling install clean
 
 install: $(READY)
 
@@ -48,9 +48,12 @@ check: lint types test
 embedded: $(READY)
 	$(BIN)/python -m ppo_cli.embedded.build
 
-# make bench PEER=/path/to/python compares with TRL 0.11.4 installed there.
+# make bench PEER=/path/to/python compares with TRL 0.11.4 installed there; SHORT=1 takes minutes.
 bench: $(READY)
-	$(BIN)/python tests/benchmarks/run.py $(if $(PEER),--peer $(PEER))
+	$(BIN)/python tests/benchmarks/run.py $(if $(PEER),--peer $(PEER)) $(if $(SHORT),--short)
+
+scaling: $(READY)
+	$(BIN)/python tests/benchmarks/scaling.py
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache
