@@ -1,13 +1,13 @@
 """Times PPO batches against TRL 0.11.4, and says how close to the machine's limit they come.
 
-python tests/benchmarks/run.py --peer PYTHON [--short] [--rounds N] [--output FOLDER]
+python tests/benchmarks/run.py --peer PYTHON [--short] [--only MODEL:BATCH] [--rounds N]
 
 PYTHON has trl==0.11.4 beside the same torch and transformers; without it only our own figures are
 measured. Every figure comes from a process of its own; those that are compared take turns, A B A B,
 so that a machine whose speed drifts drifts for all. Printed are medians, and medians of the ratios
 within a round. `--short` takes under three minutes; the whole about half an hour on two cores.
 
-Writes FOLDER/results.json and FOLDER/results.md.
+Writes results.json and results.md to the folder that --output names.
 """
 
 from __future__ import annotations
@@ -142,13 +142,15 @@ def main() -> None:
     parser.add_argument("--peer", help="a Python with trl==0.11.4")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--only", metavar="MODEL:BATCH", action="append", help="gpt2:32, say")
     parser.add_argument("--output", type=Path, default=Path("bench"))
     arguments = parser.parse_args()
     rounds = 1 if arguments.short else arguments.rounds
-    chosen = dict(WORKLOADS)
+    wanted = arguments.only or [f"{model}:{batch}" for model, batch in WORKLOADS]
+    chosen = {key: WORKLOADS[key] for key in WORKLOADS if f"{key[0]}:{key[1]}" in wanted}
     environment = {}
     if arguments.short:
-        del chosen["gpt2", 128]
+        chosen.pop(("gpt2", 128), None)
         environment["REPETITIONS"] = "2"
     peaks = [worker(sys.executable, "peak") for _ in range(rounds)]
     results = {
