@@ -52,7 +52,7 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
         panels[1, column].plot(x, [row["peak_mib"] for row in rows], marker="o", color="tab:gray")
         for panel in panels[:, column]:
             panel.set_xscale("log", base=2)
-            panel.set_xticks(x, [f"{value:g}" for value in x])
+            panel.set_xticks(x, [f"{value:.0f}" for value in x])
             panel.set_xticks([], minor=True)
             panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
