@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ppo_cli import projection
+from ppo_cli import matmul, projection
 from ppo_cli.projection import project, token_logprobs_and_entropies
 
 N, V, H = 37, 50, 8
@@ -50,31 +49,26 @@ def loss(logprobs: Tensor, entropies: Tensor, kind: str) -> Tensor:
     return sum((part for name, part in parts.items() if name in kind), torch.zeros(())).sum()
 
 
-@pytest.fixture(params=list(LIMITS))
-def calls(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Rows of logits that each matrix product made."""
-    names = ("PIECE_BYTES", "BLOCK_BYTES", "KEPT_BYTES")
-    for name, value in zip(names, LIMITS[request.param], strict=True):
-        monkeypatch.setattr(projection, name, value)
-    made: list[int] = []
+@pytest.mark.parametrize("kind", ["logprobs", "entropies", "logprobs and entropies"])
+@pytest.mark.parametrize("limits", LIMITS)
+def test_numbers_and_gradients_are_those_of_autograd_in_float64(
+    limits: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []  # rows of logits in each matrix product
 
     def spy(hidden: Tensor, *args: Any) -> Tensor:
         made.append(len(hidden))
         return project(hidden, *args)
 
     monkeypatch.setattr(projection, "project", spy)
-    yield made
-    forward = {"one piece": [37], "rows": [1] * 37}.get(request.param, [10, 10, 10, 7])
-    assert made == forward * (2 if LIMITS[request.param][2] == 0 else 1)
-
-
-@pytest.mark.parametrize("kind", ["logprobs", "entropies", "logprobs and entropies"])
-def test_numbers_and_gradients_are_those_of_autograd_in_float64(
-    calls: list[int], kind: str
-) -> None:
+    for name, value in zip(
+        ("PIECE_BYTES", "BLOCK_BYTES", "KEPT_BYTES"), LIMITS[limits], strict=True
+    ):
+        monkeypatch.setattr(projection, name, value)
     hidden, weight, bias, targets = inputs()
-    ours, exact = leaves(hidden, weight, bias), leaves(hidden.double(), weight.double(), bias)
-    exact[2] = bias.double().requires_grad_()  # type: ignore[union-attr]
+    assert bias is not None
+    ours = leaves(hidden, weight, bias)
+    exact = leaves(hidden.double(), weight.double(), bias.double())
     results = token_logprobs_and_entropies(*ours, targets)  # type: ignore[arg-type]
     expected = by_autograd(*exact, targets)  # type: ignore[arg-type]
     for result, truth in zip(results, expected, strict=True):
@@ -86,6 +80,8 @@ def test_numbers_and_gradients_are_those_of_autograd_in_float64(
         assert mine is not None and mine.grad is not None
         assert theirs is not None and theirs.grad is not None
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
+    pieces = {"one piece": [37], "rows": [1] * 37}.get(limits, [10, 10, 10, 7])
+    assert made == pieces * (1 if LIMITS[limits][2] else 2)
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2), (0, 2)])
@@ -136,10 +132,13 @@ def test_no_targets_give_no_numbers_and_no_gradient() -> None:
         assert tensor.grad is None or not tensor.grad.any()
 
 
+@pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_bfloat16_autocast_logits_stay_float32_and_gradients_come_close(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    onednn = onednn and torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(matmul, "prefers_onednn", lambda: onednn)
     monkeypatch.setattr(projection, "PIECE_BYTES", 10 * ROW)
     hidden, weight, bias, targets = inputs()
     hidden = hidden.to(dtype)
