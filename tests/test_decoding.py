@@ -349,7 +349,7 @@ def test_a_row_takes_its_own_random_numbers_in_its_own_order(
         ({"generation_config": GenerationConfig(do_sample=True)}, False),
         ({"stopping_criteria": [lambda ids, scores: torch.zeros(len(ids)).bool()]}, False),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
 )
 def test_what_the_loop_does_not_do_goes_through_transformers(
     settings: dict[str, Any], ours: bool, taken: list[int], monkeypatch: pytest.MonkeyPatch
