@@ -47,7 +47,7 @@ class Running:
         self.process = context.Process(target=_run, args=settings)
         self.process.start()
 
-    def wait(self, timeout: float = 120) -> Done:
+    def wait(self, timeout: float = 300) -> Done:
         """How it ended; an end is made of it after `timeout` seconds."""
         self.process.join(timeout)
         if self.process.exitcode is None:
