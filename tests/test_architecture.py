@@ -102,6 +102,8 @@ def test_the_probes_tell_architectures_apart(name: str) -> None:
     model = make_model(name)
     assert reads_packed(model) is packed
     assert projects_plainly(model) is plain
+    policy = AutoModelForCausalLMWithValueHead(model)
+    assert (policy.reads_packed, policy.projects_plainly) == (packed, plain)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

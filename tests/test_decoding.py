@@ -118,6 +118,18 @@ def test_responses_of_many_lengths_are_those_of_each_query_alone(name: str) -> N
     assert together == alone
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_the_next_tokens_logits_are_those_of_the_whole_model(name: str) -> None:
+    """Capped ones included, which leave the most probable token the same."""
+    policy = make_policy(name)
+    ids, mask = left_padded(QUERIES)
+    logits = policy.next_logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
+    for query, row in zip(QUERIES, logits, strict=True):
+        alone = policy.pretrained_model(input_ids=query.unsqueeze(0)).logits[0, -1]
+        torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------- chances
 
 
@@ -182,6 +194,21 @@ def test_tokens_are_as_frequent_as_the_settings_say(
             assert (other - restricted(logits, **settings)).abs().max() > 0.02
 
 
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_each_token_gets_its_share_of_evenly_spread_chances(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same without chance, and so a hundred times sharper."""
+    policy = AutoModelForCausalLMWithValueHead(make_gpt2(vocab_size=9, initializer_range=0.5))
+    query, repeats = torch.tensor([3, 1]), 4000
+    even = ((torch.arange(repeats) + 0.5) / repeats).unsqueeze(1)
+    monkeypatch.setattr(decoding.torch, "rand", lambda *shape, **kwargs: even)
+    responses = sample(policy, [query] * repeats, [1] * repeats, **settings)
+    logits = policy(input_ids=query.unsqueeze(0))[0][0, -1].detach()
+    counts = torch.bincount(torch.tensor(responses).flatten(), minlength=9)
+    assert (counts - repeats * restricted(logits, **settings)).abs().max() < 1.5
+
+
 def test_the_test_of_frequencies_would_notice_a_wrong_temperature() -> None:
     logits = torch.randn(9, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
@@ -211,16 +238,15 @@ def test_no_token_of_probability_zero_is_ever_drawn(chance: float, likely: list[
             assert token == (min(likely) if chance == 0 else max(likely))
 
 
-def test_rare_tokens_of_a_large_vocabulary_keep_their_chances() -> None:
-    """A common token first, then 50,000 rare ones whose sums float32 would get wrong."""
-    logits = torch.full((1, 50_001), -20.0)
+def test_rare_tokens_of_a_large_vocabulary_keep_their_own_places() -> None:
+    """After a common token, where sums in float32 would grow in jumps of thirty rare ones."""
+    logits = torch.full((1, 50_001), -20.0, dtype=torch.float64)
     logits[0, 0] = 0.0
-    rare = 50_000 / (50_000 + torch.tensor(20.0, dtype=torch.float64).exp().item())
-    places = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
-    chances = 1 - rare + rare * places
-    tokens = draw(logits.expand(19, -1), chances)
-    expected = 50_000 * places
-    assert (tokens - expected).abs().max() < 50_000 * 0.02
+    common, rare = logits.softmax(-1)[0, :2]
+    chances = common + rare * torch.arange(1000, 1100)
+    tokens = draw(logits.float().expand(100, -1), chances)
+    assert (tokens.diff() == 1).all()
+    assert (tokens - torch.arange(1001, 1101)).abs().max() < 50
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, None], ids=["nan", "inf", "all -inf"])

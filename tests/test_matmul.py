@@ -117,7 +117,7 @@ def test_a_whole_model_has_the_same_logits_and_gradients(
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_frozen_weights_get_no_gradient_and_cost_no_product(taken: list[tuple[int, ...]]) -> None:
+def test_what_is_frozen_gets_no_gradient_and_costs_no_product(taken: list[tuple[int, ...]]) -> None:
     layer = nn.Linear(12, 20).requires_grad_(False)
     x = normal(7, 12).requires_grad_()
     with fast_matmul():
@@ -125,6 +125,11 @@ def test_frozen_weights_get_no_gradient_and_cost_no_product(taken: list[tuple[in
         layer(x.detach())
     assert layer.weight.grad is None
     assert taken == [(7, 12, 20), (7, 20, 12), (7, 12, 20)]
+    taken.clear()
+    layer.requires_grad_()
+    with fast_matmul():
+        layer(x.detach()).sum().backward()
+    assert taken == [(7, 12, 20), (20, 7, 12)]
 
 
 def other_calls() -> dict[str, Callable[[], Tensor]]:

@@ -85,7 +85,16 @@ def test_numbers_and_gradients_are_those_of_autograd_in_float64(
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2), (0, 2)])
-def test_frozen_tensors_get_no_gradient_and_the_others_their_own(frozen: tuple[int, ...]) -> None:
+def test_frozen_tensors_get_no_gradient_and_cost_no_product(
+    frozen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products: list[int] = []
+
+    def spy(*args: Any) -> Tensor:
+        products.append(len(args[0]))
+        return matmul.product(*args)
+
+    monkeypatch.setattr(projection, "product", spy)
     ours, theirs = leaves(*inputs()[:3]), leaves(*inputs()[:3])
     for tensors in (ours, theirs):
         for index in frozen:
@@ -96,6 +105,7 @@ def test_frozen_tensors_get_no_gradient_and_the_others_their_own(frozen: tuple[i
         assert a is not None and b is not None
         assert (a.grad is None) == (index in frozen)
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    assert len(products) == 1 + (0 not in frozen) + (1 not in frozen)
 
 
 def test_without_a_bias_and_without_gradients() -> None:
@@ -158,4 +168,23 @@ def test_under_bfloat16_autocast_logits_stay_float32_and_gradients_come_close(
         assert theirs is not None and theirs.grad is not None
         assert mine.grad.dtype == mine.dtype
         error = (mine.grad.float() - theirs.grad).norm() / theirs.grad.norm()
-        assert 0 < error < 0.02
+        assert 1e-5 < error < 0.02
+
+
+def test_gradients_of_many_pieces_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """600 times the same row: a sum in bfloat16 would stop growing after 256."""
+    monkeypatch.setattr(projection, "PIECE_BYTES", ROW)
+    hidden, weight, bias, targets = inputs()
+    gradients = []
+    for count in (1, 600):
+        tensors = leaves(weight, bias)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logprobs, _ = token_logprobs_and_entropies(
+                hidden[:1].expand(count, H),
+                *tensors,  # type: ignore[arg-type]
+                targets[:1].expand(count),
+            )
+        (logprobs.sum() / count).backward()
+        gradients.append([tensor.grad for tensor in tensors if tensor is not None])
+    for one, many in zip(*gradients, strict=True):
+        torch.testing.assert_close(many, one, rtol=0.02, atol=1e-3)
