@@ -19,13 +19,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+# oneDNN compiles a kernel for each shape and keeps about a thousand of them: some 400 MB in a run
+# whose batches differ in length. Small models, whose whole process is smaller, do without.
+SMALLEST_WEIGHT = 2**19
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a @ b.T + bias` for a (M, K), b (N, K) and bias (N,), of any strides; not differentiable."""
-    if a.dtype == torch.float32 and a.device.type == "cpu" and prefers_onednn():
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, worthwhile: bool = True) -> Tensor:
+    """`a @ b.T + bias` for a (M, K), b (N, K) and bias (N,), of any strides; not differentiable.
+
+    By oneDNN where it is the faster library, unless it is not `worthwhile`, see `is_worthwhile`.
+    """
+    if worthwhile and a.dtype == torch.float32 and a.device.type == "cpu" and prefers_onednn():
         result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
         return result
     return torch.nn.functional.linear(a, b, bias)
+
+
+def is_worthwhile(weight: Tensor) -> bool:
+    """Whether products with a weight are large enough for oneDNN to be worth its memory."""
+    return weight.numel() >= SMALLEST_WEIGHT
 
 
 class _Linear(torch.autograd.Function):
@@ -62,14 +74,17 @@ class _OneDNN(TorchFunctionMode):
     ) -> Any:
         if func is torch.nn.functional.linear:
             return self._linear(func, *args, **(kwargs or {}))
-        if func is torch.addmm and not kwargs and _suits(*args) and args[0].dim() == 1:
+        if func is torch.addmm and not kwargs and args[0].dim() == 1 and _suits(*args):
             bias, x, weight = args
+            if not is_worthwhile(weight):
+                return func(*args)
             return _Linear.apply(x, weight, bias, True)
         return func(*args, **(kwargs or {}))
 
     @staticmethod
     def _linear(func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        if not _suits(input, weight, *([] if bias is None else [bias])) or input.dim() < 2:
+        given = [input, weight] if bias is None else [input, weight, bias]
+        if input.dim() < 2 or not is_worthwhile(weight) or not _suits(*given):
             return func(input, weight, bias)
         flat = _Linear.apply(input.flatten(0, -2), weight, bias, False)
         return flat.view(*input.shape[:-1], weight.shape[0])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ppo_cli.matmul import product
+from ppo_cli.matmul import is_worthwhile, product
 
 PIECE_BYTES = 2**27  # of logits that one matrix product makes
 BLOCK_BYTES = 2**22  # of logits that are reduced at a time, while the cache holds them
@@ -27,7 +27,9 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         if hidden.device.type == "cuda" and low != torch.float32:
             logits = torch.mm(hidden.to(low), weight.to(low).t(), out_dtype=torch.float32)
             return logits if bias is None else logits + bias.float()
-        return product(hidden.float(), weight.float(), None if bias is None else bias.float())
+        offset = None if bias is None else bias.float()
+        worthwhile = is_worthwhile(weight)
+        return product(hidden.float(), weight.float(), offset, worthwhile=worthwhile)
 
 
 def token_logprobs_and_entropies(
@@ -93,6 +95,7 @@ class _TokenLogprobs(torch.autograd.Function):
         low = ctx.compute_dtype
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = grad_bias = None
+        worthwhile = is_worthwhile(weight)
         low_weight, low_hidden = weight.to(low), hidden.to(low)
         for i, piece in enumerate(_slices(len(targets), len(weight), PIECE_BYTES)):
             logits = kept[i] if kept else project(hidden[piece], weight, bias)
@@ -107,9 +110,10 @@ class _TokenLogprobs(torch.autograd.Function):
                     None if grad_entropies is None else grad_entropies[rows],
                 )
             if grad_hidden is not None:
-                grad_hidden[piece] = product(grad, low_weight.t())
+                grad_hidden[piece] = product(grad, low_weight.t(), worthwhile=worthwhile)
             if needs_weight:
-                part = product(grad.t(), low_hidden[piece].t()).to(weight.dtype)
+                part = product(grad.t(), low_hidden[piece].t(), worthwhile=worthwhile)
+                part = part.to(weight.dtype)
                 grad_weight = part if grad_weight is None else grad_weight.add_(part)
             if needs_bias:
                 total = grad.sum(0, dtype=bias.dtype)
