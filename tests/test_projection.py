@@ -90,7 +90,7 @@ def test_frozen_tensors_get_no_gradient_and_cost_no_product(
 ) -> None:
     products: list[int] = []
 
-    def spy(*args: Any) -> Tensor:
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
         products.append(len(args[0]))
         return matmul.product(*args, **kwargs)
 
