@@ -106,9 +106,9 @@ def _with_full_kl(
     targets = tokens.flat_targets
     inputs, positions = _inputs(policy, tokens)
     logits, _, values = policy(**inputs, positions=positions)
+    logits = logits.float()
     with as_reference():
-        ref_logits, _, _ = reference(**inputs, positions=positions)
-    logits, ref_logits = logits.float(), ref_logits.float()
+        ref_logits = token_logits(reference, tokens)
     penalties = losses.full_kl(logits, ref_logits)
     return (
         token_logprobs(logits, targets),
@@ -165,6 +165,13 @@ def token_forward(model: Any, tokens: TokenBatch) -> TokenOutputs:
     inputs, positions = _inputs(model, tokens)
     outputs = model(**inputs, positions=positions, targets=tokens.flat_targets)
     return TokenOutputs(*(output.float() for output in outputs))
+
+
+def token_logits(model: Any, tokens: TokenBatch) -> Tensor:
+    """Logits (N, V), float32, of a model with a value head at the N positions that count."""
+    inputs, positions = _inputs(model, tokens)
+    logits, _, _ = model(**inputs, positions=positions)
+    return logits.float()
 
 
 def _inputs(model: Any, tokens: TokenBatch) -> tuple[dict[str, Tensor], Tensor]:

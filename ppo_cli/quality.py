@@ -1,0 +1,120 @@
+"""What samples are worth, beside their score: variety, fluency, distance from the reference."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from ppo_cli.evaluation import Sample, mean_probability, mean_score
+
+WORDS = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
+REPEATED = 2  # words in a row
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """What policy and reference say of B responses, (B,) each.
+
+    Attributes:
+        kl: KL from the reference of each response, nats: the sum over its tokens of the exact KL
+            between the two next-token distributions.
+        entropy: sum of the policy's next-token entropies, nats.
+        reference_nll: minus the response's log-probability under the reference, nats.
+        tokens: length of each response.
+    """
+
+    kl: np.ndarray
+    entropy: np.ndarray
+    reference_nll: np.ndarray
+    tokens: np.ndarray
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over the samples of one model.
+
+    Attributes:
+        samples: how many.
+        score: the classifier's.
+        probability: of the wanted label.
+        on_target: share of samples to which the label has a probability over a half.
+        kl: from the reference, nats per response.
+        entropy: of the policy, nats per token.
+        perplexity: of the responses, under the reference.
+        distinct_1, distinct_2: share of different words, of different pairs of words, among all
+            (Li et al. 2016, https://arxiv.org/abs/1510.03055). Falls with the number of samples:
+            compare equal numbers alone.
+        repetition: share of a response's word pairs that it contains already, mean.
+        most_common: share of samples that the most frequent response makes up.
+        length: tokens per response.
+    """
+
+    samples: int
+    score: float
+    probability: float
+    on_target: float
+    kl: float
+    entropy: float
+    perplexity: float
+    distinct_1: float
+    distinct_2: float
+    repetition: float
+    most_common: float
+    length: float
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], likelihoods: Likelihoods) -> Quality:
+        """Of samples that were judged."""
+        texts = [sample.response for sample in samples]
+        tokens = max(int(likelihoods.tokens.sum()), 1)
+        chances = [sample.probability or 0.0 for sample in samples]
+        return cls(
+            samples=len(samples),
+            score=mean_score(samples),
+            probability=mean_probability(samples),
+            on_target=float(np.mean(np.asarray(chances) > 0.5)),
+            kl=float(likelihoods.kl.mean()),
+            entropy=float(likelihoods.entropy.sum()) / tokens,
+            perplexity=float(np.exp(likelihoods.reference_nll.sum() / tokens)),
+            distinct_1=distinct(texts, 1),
+            distinct_2=distinct(texts, 2),
+            repetition=repetition(texts),
+            most_common=most_common(texts),
+            length=float(likelihoods.tokens.mean()),
+        )
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Different n-grams of words among all of them, over all texts; 0 where there are none."""
+    grams = [gram for text in texts for gram in _grams(text, n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition(texts: Sequence[str], n: int = REPEATED) -> float:
+    """Mean share of a text's n-grams that occur in it more than once, repeats counted.
+
+    Source: `seq-rep-n` of Welleck et al. 2020 (https://arxiv.org/abs/1908.04319), over words.
+    """
+    shares = []
+    for text in texts:
+        grams = list(_grams(text, n))
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return float(np.mean(shares)) if shares else 0.0
+
+
+def most_common(texts: Sequence[str]) -> float:
+    """Share that the most frequent of the texts makes up."""
+    return Counter(texts).most_common(1)[0][1] / len(texts) if texts else 0.0
+
+
+def _grams(text: str, n: int) -> Iterator[tuple[str, ...]]:
+    words = WORDS.findall(text.lower())
+    return zip(*(words[i:] for i in range(n)), strict=False)
