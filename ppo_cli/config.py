@@ -119,9 +119,9 @@ class RolloutConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] | None = None
     """Sequences a forward pass while sampling; null for a whole batch."""
     temperature: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
-    """Leave at 1: otherwise samples are not the policy's and KL is biased."""
+    """Divides the logits, in sampling and wherever probabilities are taken."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Leave at 0 (off), for the same reason."""
+    """Leave at 0 (off): otherwise samples are not the policy's and KL is biased."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Leave at 1 (off), for the same reason."""
 

@@ -29,6 +29,7 @@ def likelihoods(
     responses: Sequence[Tensor],
     *,
     as_reference: Callable[[], AbstractContextManager[None]] = nullcontext,
+    temperature: float = 1.0,
 ) -> Likelihoods:
     """Read B responses with both models, dropout off.
 
@@ -42,6 +43,7 @@ def likelihoods(
             the reference.
         queries, responses: B tensors of token ids each, 1-D; queries hold a token at least.
         as_reference: entered around the reference's forwards: turns an adapter off.
+        temperature: with which the responses were sampled; divides both models' logits.
     """
     tokens = TokenBatch.from_lists(
         queries, responses, None, pad_token_id=0, device=torch.device(policy.device)
@@ -55,9 +57,9 @@ def likelihoods(
         reference.eval()
         for indices in torch.arange(len(tokens)).split(size):
             chunk = tokens.select(indices)
-            logits = token_logits(policy, chunk)
+            logits = token_logits(policy, chunk, temperature)
             with as_reference():
-                ref_logits = token_logits(reference, chunk)
+                ref_logits = token_logits(reference, chunk, temperature)
             flat = (
                 full_kl(logits, ref_logits),
                 entropy(logits),

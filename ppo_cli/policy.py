@@ -209,6 +209,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         return_past_key_values: bool = False,
         positions: Tensor | None = None,
         targets: Tensor | None = None,
+        temperature: float = 1.0,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """Logits and values of B sequences of T tokens.
@@ -221,6 +222,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             positions: (N,) indices into the B * T positions laid out flat. With them only these
                 positions are projected on the vocabulary, which is most of a small model's work.
             targets: (N,) token ids, one a position: what comes after it.
+            temperature: what logits at `positions` are divided by.
             kwargs: go to the language model, `labels` among them.
 
         Returns:
@@ -237,8 +239,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             values = self._values(hidden)
             head = self._base_model.get_output_embeddings()
             if targets is None:
-                return head(hidden).float(), None, values
+                return head(hidden).float() / temperature, None, values
             bias = getattr(head, "bias", None)
+            if temperature != 1:  # cheaper here than on the logits
+                hidden, bias = hidden / temperature, None if bias is None else bias / temperature
             return (*token_logprobs_and_entropies(hidden, head.weight, bias, targets), values)
 
         if positions is not None:
@@ -254,7 +258,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         length = output.logits.shape[1] if input_ids is None else input_ids.shape[1]
         logits, hidden = output.logits[:, -length:], output.hidden_states[-1][:, -length:]
         if positions is not None:
-            logits, hidden = logits.flatten(0, 1)[positions], hidden.flatten(0, 1)[positions]
+            logits = logits.flatten(0, 1)[positions] / temperature
+            hidden = hidden.flatten(0, 1)[positions]
         if targets is not None:
             logits = logits.float()
             return token_logprobs(logits, targets), entropy(logits), self._values(hidden)

@@ -277,6 +277,7 @@ class Training:
             PPOConfig(
                 **settings,
                 seed=config.run.seed,
+                temperature=config.rollout.temperature,
                 model_name=config.policy.model,
                 query_dataset=config.prompts.source,
                 reward_model=config.reward.model,
@@ -301,7 +302,11 @@ class Training:
             )
 
     def _warn_if_not_pure(self) -> None:
-        changed = [f"rollout.{k}={v}" for k, v in self._sampling.items() if v != PURE_SAMPLING[k]]
+        changed = [
+            f"rollout.{name}={value}"
+            for name, value in self._sampling.items()
+            if name != "temperature" and value != PURE_SAMPLING[name]
+        ]
         if changed:
             warnings.warn(
                 f"with {', '.join(changed)} responses are not samples of the policy itself: KL is "

@@ -223,17 +223,40 @@ def test_kl_penalties_per_token() -> None:
     assert kl_penalty(logprobs, reference, "kl").tolist() == [0.5, -1.0, 0.0]
     assert kl_penalty(logprobs, reference, "abs").tolist() == [0.5, 1.0, 0.0]
     assert kl_penalty(logprobs, reference, "mse").tolist() == [0.125, 0.5, 0.0]
+    assert kl_penalty(logprobs, reference, "k1").tolist() == [0.5, -1.0, 0.0]
+    assert kl_penalty(logprobs, reference, "k2").tolist() == [0.125, 0.5, 0.0]
+    k3 = [math.exp(-0.5) - 0.5, math.e - 2, 0.0]
+    assert kl_penalty(logprobs, reference, "k3").tolist() == pytest.approx(k3)
     with pytest.raises(ValueError, match="sqrt"):
         kl_penalty(logprobs, reference, "sqrt")
 
 
-def test_the_log_ratio_estimates_the_exact_kl_over_samples() -> None:
+def test_k1_and_k3_estimate_the_exact_kl_over_samples_and_k3_with_less_noise() -> None:
     p_logits, q_logits = normal(1, 7, seed=14), normal(1, 7, seed=15)
     draws = torch.multinomial(p_logits.softmax(-1)[0], 40_000, True, generator=generator())
     p, q = p_logits.expand(40_000, 7), q_logits.expand(40_000, 7)
-    estimate = kl_penalty(token_logprobs(p, draws), token_logprobs(q, draws), "kl")
-    error = estimate.std() / 200
-    assert abs(estimate.mean() - full_kl(p_logits, q_logits)[0]) < 4 * error
+    spread = []
+    for kind in ("k1", "k3"):
+        estimate = kl_penalty(token_logprobs(p, draws), token_logprobs(q, draws), kind)
+        error = estimate.std() / 200
+        assert abs(estimate.mean() - full_kl(p_logits, q_logits)[0]) < 4 * error
+        spread.append(float(error))
+    assert spread[1] < spread[0]
+
+
+def test_over_samples_the_gradient_of_k2_is_that_of_the_exact_kl() -> None:
+    logits = normal(1, 5, seed=16).requires_grad_()
+    reference = normal(1, 5, seed=17)
+    (exact,) = torch.autograd.grad(full_kl(logits, reference).sum(), logits)
+    every = torch.arange(5)
+    penalties = kl_penalty(
+        token_logprobs(logits.expand(5, 5), every),
+        token_logprobs(reference.expand(5, 5), every),
+        "k2",
+    )
+    chances = logits.detach().softmax(-1)[0]  # the samples' own: no gradient through them
+    (expected,) = torch.autograd.grad((chances * penalties).sum(), logits)
+    torch.testing.assert_close(expected, exact)
 
 
 # ---------------------------------------------------------------- KL coefficient, moments

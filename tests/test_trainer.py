@@ -584,3 +584,34 @@ def test_accumulated_mini_batches_make_the_step_of_the_whole_batch() -> None:
         trainer.step(queries, responses, scores)
         finals.append(weights(policy))
     torch.testing.assert_close(finals[0], finals[1])
+
+
+def rates(steps: int, **settings: Any) -> list[float]:
+    """Learning rates of the steps of a run of `steps` steps, and of two more."""
+    trainer = make_trainer(learning_rate=1.0, steps=8 * steps, max_grad_norm=1e-9, **settings)
+    batch = make_batch()
+    return [trainer.step(*batch)["ppo/learning_rate"] for _ in range(steps + 2)]
+
+
+def test_learning_rate_schedules_end_with_the_run() -> None:
+    assert rates(2) == [1.0] * 4
+    assert rates(4, lr_scheduler_type="linear") == pytest.approx([1, 0.75, 0.5, 0.25, 0, 0])
+    assert rates(2, lr_scheduler_type="linear", min_lr_ratio=0.2) == pytest.approx(
+        [1, 0.6, 0.2, 0.2]
+    )
+    assert rates(2, lr_scheduler_type="cosine") == pytest.approx([1, 0.5, 0, 0], abs=1e-9)
+    assert rates(4, lr_scheduler_type="cosine")[1] == pytest.approx(0.5 + 0.5**0.5 / 2)
+    assert rates(3, warmup_steps=3) == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert rates(4, warmup_steps=1, lr_scheduler_type="linear") == pytest.approx(
+        [0.5, 1, 2 / 3, 1 / 3, 0, 0]
+    )
+
+
+def test_a_schedule_goes_on_where_a_checkpoint_left_it() -> None:
+    settings: dict[str, Any] = {"steps": 32, "lr_scheduler_type": "linear"}
+    trainer = make_trainer(learning_rate=1e-3, **settings)
+    trainer.step(*make_batch())
+    other = make_trainer(learning_rate=1e-3, **settings)
+    other.load_state_dict(trainer.state_dict())
+    again = [t.step(*make_batch())["ppo/learning_rate"] for t in (trainer, other)]
+    assert again == pytest.approx([0.75e-3, 0.75e-3])

@@ -330,3 +330,141 @@ def test_a_plain_reference_is_one_with_a_value_head_and_is_left_as_it_was() -> N
         assert all(p.grad is None for p in model.parameters())
     assert_same(*results, atol=1e-7)
     assert any(abs(stats["objective/kl"]) > 0.1 for stats in results[0][0])
+
+
+# ---------------------------------------------------------------- what the loss may hold besides
+
+
+def gradient_of(loss: Callable[[Tensor, Tensor], Tensor], **settings: Any) -> tuple[Tensor, Tensor]:
+    """The weights' movement in one plain descent step, and minus `loss`'s gradient times the rate.
+
+    `loss` is of the log-probabilities and entropies of all response tokens, worked out row by row
+    from whole distributions. Advantages are zero as the scores and KL are, so PPO adds nothing.
+    """
+    policy, twin = make_policy(), make_policy()
+    queries, responses, scores = make_batch()
+    trainer = make_trainer(
+        policy,
+        settings.pop("reference", None),
+        optimizer=descent(policy),
+        ppo_epochs=1,
+        vf_coef=0.0,
+        **settings,
+    )
+    policy.v_head.summary.weight.data.zero_()
+    policy.v_head.summary.bias.data.zero_()
+    before = weights(policy.pretrained_model)
+    trainer.step(queries, responses, [torch.tensor(0.0)] * len(scores))
+    logprobs, entropies = [], []
+    for query, response in zip(queries, responses, strict=True):
+        logits = twin.pretrained_model(torch.cat([query, response])[None]).logits[0]
+        p = torch.distributions.Categorical(logits=logits[len(query) - 1 : -1])
+        logprobs.append(p.log_prob(response))
+        entropies.append(p.entropy())
+    loss(torch.cat(logprobs), torch.cat(entropies)).backward()
+    expected = torch.cat([-0.02 * p.grad.flatten() for p in twin.pretrained_model.parameters()])
+    return weights(policy.pretrained_model) - before, expected
+
+
+def test_the_entropy_bonus_raises_the_mean_entropy_of_response_tokens() -> None:
+    moved, expected = gradient_of(lambda _, entropies: -0.7 * entropies.mean(), ent_coef=0.7)
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_kl_in_the_loss_pulls_towards_the_reference_and_leaves_the_rewards_alone(
+    kind: str,
+) -> None:
+    reference = make_policy(seed=1)
+    queries, responses, _ = make_batch()
+    ref_logprobs = []
+    for query, response in zip(queries, responses, strict=True):
+        with torch.no_grad():
+            logits = reference.pretrained_model(torch.cat([query, response])[None]).logits[0]
+        rows = logits[len(query) - 1 : -1].log_softmax(-1)
+        ref_logprobs.append(rows.gather(1, response[:, None]).squeeze(1))
+    ref = torch.cat(ref_logprobs)
+
+    def penalty(logprobs: Tensor, _: Tensor) -> Tensor:
+        x = logprobs - ref
+        each = x.square() / 2 if kind == "k2" else (-x).exp() - 1 + x
+        return 0.3 * each.mean()
+
+    moved, expected = gradient_of(
+        penalty, reference=reference, kl_in_loss=True, kl_penalty=kind, init_kl_coef=0.3
+    )
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["kl", "k1", "abs", "full"])
+def test_kl_in_the_loss_refuses_penalties_without_a_right_gradient(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"k2 or k3, not {kind}"):
+        make_trainer(kl_in_loss=True, kl_penalty=kind)
+
+
+def test_advantages_are_normalised_where_they_are_told_to_be() -> None:
+    stats = {
+        norm: make_trainer(mini_batch_size=4, advantage_norm=norm, ppo_epochs=1).step(*make_batch())
+        for norm in ("batch", "mini_batch", "none")
+    }
+    advantages = {norm: s["ppo/policy/advantages"] for norm, s in stats.items()}
+    counts = [len(make_batch()[1][i]) for i in np.random.RandomState(0).permutation(8)]
+    first = sum(counts[:4])
+    halves = advantages["mini_batch"][:first], advantages["mini_batch"][first:]
+    for half in halves:
+        assert half.mean() == pytest.approx(0, abs=1e-5)
+        assert half.std(ddof=1) == pytest.approx(1, abs=1e-4)
+    whole = advantages["batch"]
+    assert whole.mean() == pytest.approx(0, abs=1e-5)
+    assert abs(whole[:first].mean()) > 1e-3
+    plain = advantages["none"]
+    np.testing.assert_allclose((plain - plain.mean()) / plain.std(ddof=1), whole, atol=1e-4)
+
+
+def test_a_step_ends_before_the_mini_batch_that_would_pass_the_kl_limit() -> None:
+    def run(limit: float | None) -> tuple[Stats, int, Tensor]:
+        policy = make_policy()
+        trainer = make_trainer(policy, mini_batch_size=4, max_approx_kl=limit)
+        moves = []
+        policy.register_forward_pre_hook(lambda *_: moves.append(weights(policy)))
+        return trainer.step(*make_batch()), len(moves), weights(policy)
+
+    free, forwards, moved = run(None)
+    # Two forwards of policy before, two a pass; the first mini-batch has not moved at all.
+    assert forwards == 2 + 2 * 4
+    stats, forwards, stopped = run(1e-6)
+    assert forwards == 2 + 2  # the second mini-batch finds that the first moved too far
+    assert len(stats["ppo/policy/ratio"]) < len(free["ppo/policy/ratio"])
+    start = weights(make_policy())
+    assert 0 < (stopped - start).abs().max() < (moved - start).abs().max()
+    _, forwards, loose = run(1e6)
+    assert forwards == 2 + 2 * 4
+    assert torch.equal(loose, moved)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("penalty", ["kl", "full"])
+def test_a_temperature_is_part_of_the_policy_wherever_probabilities_are_taken(
+    plain: bool, penalty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against models whose output embeddings are divided by it, untied from the others."""
+    monkeypatch.setattr(AutoModelForCausalLMWithValueHead, "projects_plainly", plain)
+    results = []
+    for temperature in (0.5, 1.0):
+        models = [make_policy(seed, tie_word_embeddings=False) for seed in (0, 1)]
+        for model in models:
+            head = model.pretrained_model.lm_head
+            head.requires_grad_(False)
+            head.weight.div_(0.5 / temperature)
+        settings = {"temperature": temperature, "kl_penalty": penalty}
+        trainer = make_trainer(*models, optimizer=descent(models[0]), **settings)
+        stats = [trainer.step(*make_batch()) for _ in range(2)]
+        moved = weights(models[0].pretrained_model.transformer)
+        samples = trainer.generate(make_batch()[0], max_new_tokens=4, batch_size=8)
+        results.append((stats, moved, torch.cat(samples)))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        for key in one:
+            if not key.startswith("time/"):
+                np.testing.assert_allclose(one[key], other[key], rtol=1e-3, atol=1e-5, err_msg=key)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-5)
+    assert torch.equal(results[0][2], results[1][2])

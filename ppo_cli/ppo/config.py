@@ -22,7 +22,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-KLPenalty = Literal["kl", "abs", "mse", "full"]
+KLPenalty = Literal["kl", "k1", "k2", "k3", "abs", "mse", "full"]
 
 
 @dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
@@ -36,7 +36,11 @@ class PPOSettings:
     init_kl_coef: NotNegative = 0.2
     """KL coefficient at the start."""
     kl_penalty: KLPenalty = "kl"
-    """Per-token penalty: `kl` log-ratio, `abs`, `mse` half its square, `full` exact KL."""
+    """Per-token penalty: log-ratio (`kl` or `k1`), half its square (`mse` or `k2`), `k3`, the
+    absolute value (`abs`), or exact KL of the whole distributions (`full`)."""
+    kl_in_loss: bool = False
+    """Take the KL coefficient times the penalty (`k2` or `k3`) into the policy loss instead of into
+    the rewards."""
     target: Positive = 6.0
     """KL per sequence (nats) that the adaptive coefficient aims at."""
     horizon: Positive = 10000.0
@@ -73,6 +77,20 @@ class PPOSettings:
     """With `use_score_scaling`: subtract their running mean first."""
     score_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Clip scores to plus or minus this; null for no clipping."""
+    advantage_norm: Literal["batch", "mini_batch", "none"] = "batch"
+    """Where advantages are scaled to mean 0 and variance 1: over the batch, over each mini-batch,
+    or not at all."""
+    ent_coef: NotNegative = 0.0
+    """Weight of the entropy bonus: the loss falls by this times the entropy per token."""
+    max_approx_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """A step's updates end before the mini-batch whose policy has moved further than this (`k3`,
+    nats per token); null for no limit."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls over the run, where no scheduler is passed."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from 0 first."""
+    min_lr_ratio: UnitInterval = 0.0
+    """Share of the learning rate that `linear` and `cosine` end at."""
     whiten_rewards: bool = False
     """Scale rewards to unit variance over the response tokens before estimating advantages."""
     gradient_checkpointing: bool = False
@@ -92,6 +110,11 @@ class PPOSettings:
 
     def __post_init__(self) -> None:
         self.check_batch_arithmetic()
+        if self.kl_in_loss and self.kl_penalty not in ("k2", "k3", "mse"):
+            raise ValueError(
+                f"kl_in_loss needs a kl_penalty of k2 or k3, not {self.kl_penalty}: as a loss the "
+                "others have no gradient, a wrong one, or need whole distributions"
+            )
 
     @property
     def backward_batch_size(self) -> int:
@@ -117,6 +140,9 @@ class PPOConfig(PPOSettings):
     `world_size`, `is_*` and `*_batch_size` fields at the end are filled in by the trainer.
     """
 
+    temperature: Positive = 1.0
+    """Of the policy: `generate` samples with it unless told otherwise, and logits are divided by it
+    wherever probabilities are taken, those of the reference too."""
     exp_name: str = os.path.basename(sys.argv[0]).removesuffix(".py")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     task_name: str | None = None

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.ppo import advantages as adv
 from ppo_cli.ppo import losses
-from ppo_cli.ppo.config import PPOSettings
+from ppo_cli.ppo.config import PPOConfig, PPOSettings
 from ppo_cli.ppo.packing import TokenBatch
 from ppo_cli.projection import token_logprobs
 
@@ -29,7 +29,7 @@ class Experience:
         values: the value head's before each token.
         penalties: KL penalty of each token before the coefficient.
         non_score_reward: minus the coefficient times the penalty.
-        advantages: whitened.
+        advantages: whitened, unless each mini-batch's are or none.
         returns: targets of the value head.
     """
 
@@ -69,7 +69,7 @@ def read_probabilities(
     policy: Any,
     reference: Any,
     as_reference: Callable[[], AbstractContextManager[None]],
-    config: PPOSettings,
+    config: PPOConfig,
 ) -> Probabilities:
     """Policy and reference over the batch, `mini_batch_size` sequences at a time.
 
@@ -79,17 +79,18 @@ def read_probabilities(
         policy: the model with a value head, as accelerate prepared it.
         reference: model that is compared with; the policy itself if its adapter can be off.
         as_reference: entered around the reference's forward: turns the adapter off.
-        config: `kl_penalty` and `mini_batch_size` are read.
+        config: `kl_penalty`, `mini_batch_size` and `temperature` are read.
     """
+    temperature = config.temperature
     parts: list[tuple[Tensor, ...]] = []
     for indices in torch.arange(len(tokens)).split(config.mini_batch_size):
         chunk = tokens.select(indices)
         if config.kl_penalty == "full":
-            parts.append(_with_full_kl(chunk, policy, reference, as_reference))
+            parts.append(_with_full_kl(chunk, policy, reference, as_reference, temperature))
             continue
-        known = token_forward(policy, chunk) if outputs is None else outputs
+        known = token_forward(policy, chunk, temperature) if outputs is None else outputs
         with as_reference():
-            ref_logprobs = token_forward(reference, chunk).logprobs
+            ref_logprobs = token_forward(reference, chunk, temperature).logprobs
         penalties = losses.kl_penalty(known.logprobs, ref_logprobs, config.kl_penalty)
         parts.append((known.logprobs, ref_logprobs, known.values, penalties))
     flat = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
@@ -101,14 +102,15 @@ def _with_full_kl(
     policy: Any,
     reference: Any,
     as_reference: Callable[[], AbstractContextManager[None]],
+    temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities of policy and reference, values, and exact KL, (N,) each."""
     targets = tokens.flat_targets
     inputs, positions = _inputs(policy, tokens)
-    logits, _, values = policy(**inputs, positions=positions)
+    logits, _, values = policy(**inputs, positions=positions, temperature=temperature)
     logits = logits.float()
     with as_reference():
-        ref_logits = token_logits(reference, tokens)
+        ref_logits = token_logits(reference, tokens, temperature)
     penalties = losses.full_kl(logits, ref_logits)
     return (
         token_logprobs(logits, targets),
@@ -132,8 +134,10 @@ def token_rewards(
         probabilities: what `read_probabilities` gave.
         scores: (B,) scaled and clipped.
         kl_coef: the KL coefficient.
-        config: `whiten_rewards` is read.
+        config: `whiten_rewards` is read, and `kl_in_loss`, with which rewards are scores alone.
     """
+    if config.kl_in_loss:
+        kl_coef = 0.0
     rewards, non_score = adv.token_rewards(scores, probabilities.penalties, tokens.mask, kl_coef)
     if config.whiten_rewards:
         rewards = adv.masked_whiten(rewards, tokens.mask, shift_mean=False)
@@ -147,30 +151,34 @@ def make_experience(
     non_score_reward: Tensor,
     config: PPOSettings,
 ) -> Experience:
-    """Advantages and returns of rewards (B, R); `gamma` and `lam` of `config` are read."""
-    estimates, returns = adv.generalized_advantages(
+    """Advantages and returns of rewards (B, R); `gamma`, `lam`, `advantage_norm` are read."""
+    advantages, returns = adv.generalized_advantages(
         probabilities.values, rewards, tokens.mask, config.gamma, config.lam
     )
+    if config.advantage_norm == "batch":
+        advantages = adv.masked_whiten(advantages, tokens.mask)
     return Experience(
         tokens=tokens,
         **vars(probabilities),
         non_score_reward=non_score_reward,
-        advantages=adv.masked_whiten(estimates, tokens.mask),
+        advantages=advantages,
         returns=returns,
     )
 
 
-def token_forward(model: Any, tokens: TokenBatch) -> TokenOutputs:
+def token_forward(model: Any, tokens: TokenBatch, temperature: float = 1.0) -> TokenOutputs:
     """A model with a value head over sequences, at the N positions that count."""
     inputs, positions = _inputs(model, tokens)
-    outputs = model(**inputs, positions=positions, targets=tokens.flat_targets)
+    outputs = model(
+        **inputs, positions=positions, targets=tokens.flat_targets, temperature=temperature
+    )
     return TokenOutputs(*(output.float() for output in outputs))
 
 
-def token_logits(model: Any, tokens: TokenBatch) -> Tensor:
+def token_logits(model: Any, tokens: TokenBatch, temperature: float = 1.0) -> Tensor:
     """Logits (N, V), float32, of a model with a value head at the N positions that count."""
     inputs, positions = _inputs(model, tokens)
-    logits, _, _ = model(**inputs, positions=positions)
+    logits, _, _ = model(**inputs, positions=positions, temperature=temperature)
     return logits.float()
 
 

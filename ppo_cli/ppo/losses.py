@@ -58,17 +58,23 @@ def value_loss(
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     """Per-token penalty from the log-probabilities of the token that was drawn.
 
-    `kl`: the log-ratio; `abs`: its absolute value; `mse`: half its square. For `full` see
-    `full_kl`, which needs whole distributions.
+    With the log-ratio `x = log p - log q`: `kl`, or `k1`, is x; `mse`, or `k2`, half its square;
+    `k3` is `exp(-x) - 1 + x`; `abs` the absolute value. For `full` see `full_kl`, which needs whole
+    distributions. Over samples of p, k1 and k3 have the mean `KL(p || q)`; k3 is never negative and
+    mostly varies less. k2 is biased, but over p's samples its gradient is that of `KL(p || q)`.
+
+    Source: Schulman 2020, "Approximating KL Divergence" (http://joschu.net/blog/kl-approx.html).
     """
     log_ratio = logprobs - ref_logprobs
-    if kind == "kl":
+    if kind in ("kl", "k1"):
         return log_ratio
     if kind == "abs":
         return log_ratio.abs()
-    if kind == "mse":
+    if kind in ("mse", "k2"):
         return 0.5 * log_ratio.square()
-    raise ValueError(f"unknown kl_penalty {kind!r}: one of kl, abs, mse, full")
+    if kind == "k3":
+        return torch.expm1(-log_ratio) + log_ratio
+    raise ValueError(f"unknown kl_penalty {kind!r}: one of kl, k1, k2, k3, abs, mse, full")
 
 
 def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:

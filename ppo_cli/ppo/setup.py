@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
+from torch.optim.lr_scheduler import LambdaLR
 
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.runtime import mixed_precision, resolve_device
@@ -46,6 +48,32 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
             config.tracker_project_name, config=logged, init_kwargs=config.tracker_kwargs
         )
     return accelerator
+
+
+def make_scheduler(
+    config: PPOConfig, optimizer: torch.optim.Optimizer, processes: int
+) -> LambdaLR | None:
+    """The schedule that `lr_scheduler_type` and `warmup_steps` name; None for a constant rate.
+
+    It ends after `steps` samples. accelerate steps it once a process.
+    """
+    if config.lr_scheduler_type == "constant" and not config.warmup_steps:
+        return None
+    return LambdaLR(optimizer, lambda calls: learning_rate_factor(config, calls // processes))
+
+
+def learning_rate_factor(config: PPOConfig, step: int) -> float:
+    """What the learning rate is multiplied with in a step, counted from 0."""
+    warmup, total = config.warmup_steps, config.total_ppo_epochs
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    falling = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }[config.lr_scheduler_type]
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * falling
 
 
 def record_surroundings(config: PPOConfig, accelerator: Accelerator, is_peft: bool) -> None:

@@ -33,7 +33,13 @@ from ppo_cli.ppo.experience import (
 from ppo_cli.ppo.kl_controller import AdaptiveKLController, FixedKLController
 from ppo_cli.ppo.measurements import Stopwatch, length_statistics, step_statistics, to_numbers
 from ppo_cli.ppo.packing import TokenBatch, checked_batch
-from ppo_cli.ppo.setup import make_accelerator, prepare_reference, record_surroundings, require
+from ppo_cli.ppo.setup import (
+    make_accelerator,
+    make_scheduler,
+    prepare_reference,
+    record_surroundings,
+    require,
+)
 from ppo_cli.ppo.update import Update, dropout_off
 from ppo_cli.reference import create_reference_model
 from ppo_cli.rollout import new_token_limits, sample_responses
@@ -55,7 +61,7 @@ class PPOTrainer:
         data_collator: collates rows of `dataset` into a batch.
         num_shared_layers: with `ref_model=None`: freeze this many lower layers and let policy and
             reference hold them in common.
-        lr_scheduler: stepped once a `step()`.
+        lr_scheduler: stepped once a `step()`; None for what `config` says.
 
     Attributes:
         accelerator: the `accelerate.Accelerator` that places and wraps everything.
@@ -104,6 +110,8 @@ class PPOTrainer:
             trainable = [p for p in model.parameters() if p.requires_grad]
             fused = {p.device.type for p in trainable} <= {"cpu", "cuda"}
             optimizer = torch.optim.Adam(trainable, lr=config.learning_rate, fused=fused)
+        if lr_scheduler is None:
+            lr_scheduler = make_scheduler(config, optimizer, self.accelerator.num_processes)
         self.dataset = dataset
         dataloader = None
         if dataset is not None:
@@ -147,8 +155,8 @@ class PPOTrainer:
             return_prompt: whether what is returned begins with the query.
             generate_ref_response: also sample from the reference.
             generation_kwargs: of `transformers`' `generate`. Where they are silent sampling is
-                pure: temperature 1, no top-k, no top-p, whatever the model's own
-                `generation_config` says; pass a `generation_config` to have one used.
+                pure: the configuration's `temperature`, no top-k, no top-p, whatever the model's
+                own `generation_config` says; pass a `generation_config` to have one used.
 
         Returns:
             For one query a (1, length) tensor, for a list a list of 1-D tensors, each ending with
@@ -169,6 +177,8 @@ class PPOTrainer:
             "eos_token_id": self.tokenizer.eos_token_id,
             **generation_kwargs,
         }
+        if "generation_config" not in settings:
+            settings.setdefault("temperature", self.config.temperature)
 
         def sample(model: Any) -> Any:
             autocast = self.accelerator.autocast()
@@ -221,11 +231,15 @@ class PPOTrainer:
         self._push_if_best(score_tensor)
         kl_coef, config = self.kl_ctl.value, self.config
 
-        update = Update(self.model, self.optimizer, self.accelerator, self._shuffle, config)
+        update = Update(
+            self.model, self.optimizer, self.accelerator, self._shuffle, config, kl_coef
+        )
         dropout = dropout_off(self.model, keep_training_mode=config.gradient_checkpointing)
         with dropout, fast_matmul():
             # Where one forward covers the batch, the first epoch's gives the old probabilities too.
-            first = token_forward(self.model, tokens) if update.is_one_pass else None
+            first = None
+            if update.is_one_pass:
+                first = token_forward(self.model, tokens, config.temperature)
             probabilities = read_probabilities(
                 tokens,
                 first,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -16,8 +17,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from ppo_cli.ppo import losses
-from ppo_cli.ppo.advantages import masked_mean
-from ppo_cli.ppo.config import PPOSettings
+from ppo_cli.ppo.advantages import masked_mean, masked_whiten
+from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import Experience, TokenOutputs, token_forward
 from ppo_cli.ppo.measurements import minibatch_statistics
 from ppo_cli.runtime import modes_kept
@@ -36,13 +37,15 @@ class Update:
         accelerator: scales, synchronises and clips gradients.
         shuffle: draws the order of samples in each epoch.
         config: the settings.
+        kl_coef: KL coefficient, for `kl_in_loss`.
     """
 
     policy: Any
     optimizer: Any
     accelerator: Accelerator
     shuffle: np.random.RandomState
-    config: PPOSettings
+    config: PPOConfig
+    kl_coef: float = 0.0
 
     @property
     def is_one_pass(self) -> bool:
@@ -65,24 +68,38 @@ class Update:
         """
         collected: list[dict[str, Tensor]] = []
         for _ in range(self.config.ppo_epochs):
-            order = torch.from_numpy(self.shuffle.permutation(len(experience.tokens)))
-            for indices in order.split(self.config.backward_batch_size):
-                collected += self._optimizer_step(experience, indices, first)
-                first = None
-            if self.config.early_stopping and self._moved_too_far(collected[-1]):
+            stats, is_last = self._epoch(experience, first)
+            collected += stats
+            first = None
+            if is_last:
                 break
         self._warn_of_skips(torch.stack([stats.pop("mean_ratio") for stats in collected]))
         join: dict[str, Callable] = dict.fromkeys(ARRAYS, torch.cat)
-        keys = collected[0].keys()
+        keys = [key for key in collected[0] if key != "moved"]
         return {key: join.get(key, torch.stack)([s[key] for s in collected]) for key in keys}
+
+    def _epoch(
+        self, experience: Experience, first: TokenOutputs | None
+    ) -> tuple[list[dict[str, Tensor]], bool]:
+        """A pass over the batch: its mini-batches' statistics, and whether it is the last."""
+        collected: list[dict[str, Tensor]] = []
+        order = torch.from_numpy(self.shuffle.permutation(len(experience.tokens)))
+        for indices in order.split(self.config.backward_batch_size):
+            stats = self._optimizer_step(experience, indices, first)
+            collected += stats
+            first = None
+            if self.config.max_approx_kl is not None and any(map(self._is_past_limit, stats)):
+                return collected, True
+        is_last = self.config.early_stopping and self._moved_too_far(collected[-1])
+        return collected, is_last
 
     def _optimizer_step(
         self, experience: Experience, indices: Tensor, outputs: TokenOutputs | None
     ) -> list[dict[str, Tensor]]:
         """Accumulate over the mini-batches of `indices`, then move the weights once.
 
-        A mini-batch whose mean ratio exceeds `ratio_threshold` cancels the step. Nothing here waits
-        for a GPU.
+        A mini-batch whose mean ratio exceeds `ratio_threshold`, or whose KL from the old policy
+        exceeds `max_approx_kl`, cancels the step. Nothing here waits for a GPU.
         """
         collected: list[dict[str, Tensor]] = []
         cancelled = torch.zeros((), dtype=torch.bool, device=experience.tokens.device)
@@ -97,6 +114,8 @@ class Update:
                 for key in ("loss/policy", "loss/value", "loss/total"):
                     stats[key] = torch.where(too_far, 0.0, stats[key])
                 cancelled = cancelled | too_far
+                if self.config.max_approx_kl is not None:
+                    cancelled = cancelled | self._is_past_limit(stats)
                 at_once = self.moves_in_backward and last
                 with self._moving(unless=cancelled) if at_once else nullcontext():
                     self.accelerator.backward(loss / len(parts))
@@ -184,8 +203,11 @@ class Update:
 
         old_logprobs, old_values = chosen(experience.logprobs), chosen(experience.values)
         advantages, returns = chosen(experience.advantages), chosen(experience.returns)
+        if self.config.advantage_norm == "mini_batch":
+            advantages = masked_whiten(advantages, mask)
         if outputs is None:
-            logprobs, entropies, values = map(tokens.to_grid, token_forward(self.policy, tokens))
+            read = token_forward(self.policy, tokens, self.config.temperature)
+            logprobs, entropies, values = map(tokens.to_grid, read)
         else:
             grids = map(experience.tokens.to_grid, outputs)
             logprobs, entropies, values = map(chosen, grids)
@@ -195,6 +217,12 @@ class Update:
         policy = losses.policy_loss(ratio, advantages, mask, self.config.cliprange)
         value = losses.value_loss(values, old_values, returns, mask, self.config.cliprange_value)
         loss = policy.loss + self.config.vf_coef * value.loss
+        if self.config.ent_coef:
+            loss = loss - self.config.ent_coef * masked_mean(entropies, mask)
+        if self.config.kl_in_loss:
+            ref_logprobs = chosen(experience.ref_logprobs)
+            penalty = losses.kl_penalty(logprobs, ref_logprobs, self.config.kl_penalty)
+            loss = loss + self.kl_coef * masked_mean(penalty, mask)
         with torch.no_grad():
             stats = {
                 "loss/policy": policy.loss.detach(),
@@ -205,6 +233,7 @@ class Update:
                 "policy/advantages": tokens.flat(advantages),
                 "policy/ratio": tokens.flat(ratio.detach()),
                 "mean_ratio": self.accelerator.reduce(masked_mean(ratio.detach(), mask), "mean"),
+                "moved": self.accelerator.reduce(self._moved(log_ratio.detach(), mask), "mean"),
                 **minibatch_statistics(
                     log_ratio=log_ratio.detach(),
                     advantages=advantages,
@@ -217,9 +246,17 @@ class Update:
             }
         return loss, stats
 
+    @staticmethod
+    def _moved(log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """KL of the policy that sampled from the policy now, nats per token, by `k3`."""
+        return masked_mean(torch.expm1(log_ratio) - log_ratio, mask)
+
     def _moved_too_far(self, stats: Mapping[str, Tensor]) -> bool:
         policykl = self.accelerator.reduce(stats["policy/policykl"], "mean")
         return bool(policykl > 1.5 * self.config.target_kl)
+
+    def _is_past_limit(self, stats: Mapping[str, Tensor]) -> Tensor:
+        return stats["moved"] > (self.config.max_approx_kl or math.inf)
 
     def _warn_of_skips(self, ratios: Tensor) -> None:
         skipped = ratios[~(ratios <= self.config.ratio_threshold)]
