@@ -144,6 +144,10 @@ class RewardConfig(Section):
     """The score: the label's raw logit or its probability."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Texts a forward pass."""
+    score_every: Annotated[int, Field(ge=1)] | None = None
+    """Also score the unfinished text, before every so many response tokens: each token is credited
+    with the change that follows it, which learns from far fewer samples (potential-based shaping);
+    most with ppo.lam well below 1. null: the finished text alone."""
     probe: bool = True
     """Check the classifier on clearly positive and negative sentences before training."""
 

@@ -21,12 +21,13 @@ from ppo_cli.loading import check_trusted, load_policy, load_reward, load_tokeni
 from ppo_cli.model_card import run_card
 from ppo_cli.plots import plot_training
 from ppo_cli.policy_files import save_folder
+from ppo_cli.potentials import potentials
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.statistics import scalars
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.progress import Progress
 from ppo_cli.prompts import LengthSampler, Prompt, collate, load_prompts
-from ppo_cli.rollout import PURE_SAMPLING, context_length, decode
+from ppo_cli.rollout import PURE_SAMPLING, Rollout, context_length, decode
 from ppo_cli.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory
 from ppo_cli.runtime import accelerator_settings, resolve_device, set_seed
 from ppo_cli.sampling import draw_samples, judge
@@ -187,9 +188,10 @@ class Training:
         check_texts(rollout.response_texts, self.config.run.collapse_limit)
         with classifier_faults(self.reward.name):
             samples = judge(rollout, batch["query"], self.reward)
+            promised = self._potentials(rollout)
         scores = torch.tensor([sample.score for sample in samples])
         scored = time.perf_counter()
-        stats = self.trainer.step(batch["input_ids"], responses, list(scores))
+        stats = self.trainer.step(batch["input_ids"], responses, list(scores), potentials=promised)
         texts = {"query": batch["query"], "response": rollout.response_texts}
         self.trainer.log_stats(stats, texts, scores)
         seconds = time.perf_counter() - started
@@ -211,6 +213,10 @@ class Training:
         shown = samples[: max(self.config.run.samples_per_step, 1)]
         self._record(numbers, shown)
         return StepReport(self.step, self.config.run.steps, numbers, shown)
+
+    def _potentials(self, rollout: Rollout) -> list[torch.Tensor] | None:
+        every = self.config.reward.score_every
+        return None if every is None else potentials(rollout, self.tokenizer, self.reward, every)
 
     def _record(self, numbers: dict[str, float], samples: list[Sample]) -> None:
         self.progress.kl = numbers["objective/kl"]

@@ -30,7 +30,7 @@ ROWS = [
     ["policy"],
     ["decoding", "reward", "reference"],
     ["rollout"],
-    ["sampling", "loading", "checkpoint", "model_card", "ppo.experience"],
+    ["sampling", "potentials", "loading", "checkpoint", "model_card", "ppo.experience"],
     ["ppo.measurements", "likelihoods"],
     ["ppo.update", "ppo.setup"],
     ["ppo.trainer"],

@@ -56,6 +56,23 @@ def token_rewards(
     return non_score + at_end * scores.unsqueeze(1), non_score
 
 
+def shaping_rewards(potentials: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """`gamma * phi_{t+1} - phi_t` of each token, (B, R), with 0 after the last one.
+
+    Over a sequence that sums, with gamma 1, to minus its first potential, which no response can
+    change: the best policy stays what it was, but each token is told at once what it changed.
+
+    Args:
+        potentials: (B, R) phi of the state before each token, a guess at the score to come.
+        mask: (B, R).
+        gamma: discount per token.
+
+    Source: Ng, Harada and Russell 1999, "Policy invariance under reward transformations".
+    """
+    potentials = potentials * mask
+    return gamma * torch.nn.functional.pad(potentials[:, 1:], (0, 1)) - potentials
+
+
 def generalized_advantages(
     values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:

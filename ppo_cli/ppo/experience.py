@@ -124,21 +124,26 @@ def token_rewards(
     tokens: TokenBatch,
     probabilities: Probabilities,
     scores: Tensor,
+    potentials: Tensor | None,
     kl_coef: float,
     config: PPOSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Rewards (B, R), whitened where `config` says so, and their part without the score (B, R).
+    """Rewards (B, R), whitened where `config` says so, and their part by KL alone (B, R).
 
     Args:
         tokens: the sequences.
         probabilities: what `read_probabilities` gave.
         scores: (B,) scaled and clipped.
+        potentials: (B, R) guesses at them before each token, likewise; None for no shaping.
         kl_coef: the KL coefficient.
-        config: `whiten_rewards` is read, and `kl_in_loss`, with which rewards are scores alone.
+        config: `whiten_rewards` and `gamma` are read, and `kl_in_loss`, with which the rewards
+            hold no KL.
     """
     if config.kl_in_loss:
         kl_coef = 0.0
     rewards, non_score = adv.token_rewards(scores, probabilities.penalties, tokens.mask, kl_coef)
+    if potentials is not None:
+        rewards = rewards + adv.shaping_rewards(potentials, tokens.mask, config.gamma)
     if config.whiten_rewards:
         rewards = adv.masked_whiten(rewards, tokens.mask, shift_mean=False)
     return rewards, non_score

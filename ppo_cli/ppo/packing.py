@@ -169,6 +169,33 @@ class TokenBatch:
         empty = flat.new_zeros(self.targets.numel())
         return empty.index_copy(0, self.cells, flat).view(self.targets.shape)
 
+    def grid_of(
+        self,
+        name: str,
+        rows: Sequence[Tensor] | None,
+        responses: Sequence[Tensor],
+        response_masks: Sequence[Tensor] | None,
+    ) -> Tensor | None:
+        """B tensors of a number a response token -> (B, R), those of tokens that do not count out.
+
+        Raises:
+            ValueError: not as many numbers as tokens, or one that is not finite; it says `name`.
+        """
+        if rows is None:
+            return None
+        if len(rows) != len(self):
+            raise ValueError(f"{name} must be {len(self)} tensors - got {len(rows)}")
+        for i, (row, response) in enumerate(zip(rows, responses, strict=True)):
+            if row.shape != response.shape or not bool(row.isfinite().all()):
+                raise ValueError(
+                    f"{name}[{i}] must be {len(response)} finite numbers, one a response token - "
+                    f"got shape {tuple(row.shape)}"
+                )
+        flat = torch.cat([row.detach().float().cpu() for row in rows])
+        if response_masks is not None:
+            flat = flat[torch.cat([mask.bool().cpu() for mask in response_masks])]
+        return self.to_grid(flat.to(self.device))
+
     def flat(self, grid: Tensor) -> Tensor:
         """(B, R) -> (N,), what `to_grid` undoes."""
         return grid.flatten()[self.cells]

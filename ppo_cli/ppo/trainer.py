@@ -207,6 +207,7 @@ class PPOTrainer:
         responses: list[Tensor],
         scores: list[Tensor],
         response_masks: list[Tensor] | None = None,
+        potentials: list[Tensor] | None = None,
     ) -> dict[str, Any]:
         """One PPO step on a batch: `ppo_epochs` passes over it.
 
@@ -217,6 +218,10 @@ class PPOTrainer:
             response_masks: B tensors, (response_length,), 0 for response tokens that are read but
                 not learnt from, such as a tool's output. A response with no token that counts
                 takes part in nothing.
+            potentials: B tensors, (response_length,): what the score promised to become before
+                each response token was drawn, such as the score of the unfinished text. Each token
+                is then credited with the change that follows it (`advantages.shaping_rewards`),
+                which is far less noisy than the final score, most of all with a `lam` below 1.
 
         Returns:
             The statistics that `ppo_cli.ppo.statistics.STATISTICS` lists: floats and NumPy arrays.
@@ -227,7 +232,8 @@ class PPOTrainer:
         """
         clock = Stopwatch()
         tokens, score_tensor = self._checked(queries, responses, scores, response_masks)
-        score_tensor = self._scaled(score_tensor)
+        promised = tokens.grid_of("potentials", potentials, responses, response_masks)
+        score_tensor, promised = self._scaled(score_tensor, promised)
         self._push_if_best(score_tensor)
         kl_coef, config = self.kl_ctl.value, self.config
 
@@ -249,7 +255,9 @@ class PPOTrainer:
                 config=config,
             )
             clock.lap("forward_pass")
-            rewards, non_score = token_rewards(tokens, probabilities, score_tensor, kl_coef, config)
+            rewards, non_score = token_rewards(
+                tokens, probabilities, score_tensor, promised, kl_coef, config
+            )
             clock.lap("compute_rewards")
             experience = make_experience(tokens, probabilities, rewards, non_score, config)
             clock.lap("compute_advantages")
@@ -289,17 +297,22 @@ class PPOTrainer:
             torch.cuda.empty_cache()
         self.current_step += 1
 
-    def _scaled(self, scores: Tensor) -> Tensor:
+    def _scaled(self, scores: Tensor, potentials: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Scores, and potentials alike, as `use_score_scaling` and `score_clip` say."""
+        shift, scale, clip = 0.0, 1.0, self.config.score_clip
         if self.config.use_score_scaling:
             self.running.update(self.accelerator.gather(scores))
             if self.config.use_score_norm:
-                scores = scores - self.running.mean
+                shift = self.running.mean
             eps = torch.finfo(scores.dtype).eps
             if self.running.std > eps:  # equal scores have no scale
-                scores = scores / (self.running.std + eps)
-        if self.config.score_clip is not None:
-            scores = scores.clamp(-self.config.score_clip, self.config.score_clip)
-        return scores
+                scale = self.running.std + eps
+
+        def scaled(values: Tensor) -> Tensor:
+            values = (values - shift) / scale
+            return values if clip is None else values.clamp(-clip, clip)
+
+        return scaled(scores), None if potentials is None else scaled(potentials)
 
     def _numbers(self, stats: dict[str, Any]) -> dict[str, Any]:
         """Statistics as floats and arrays; in a distributed run scalars are the processes' mean."""
