@@ -72,10 +72,11 @@ class Training:
         self.device = resolve_device(config.run.device)
         self.tokenizer = load_tokenizer(config.policy.model, config.policy.revision, trusted)
         self.prompts = load_prompts(config.prompts, self.tokenizer, config.run.seed)
-        if len(self.prompts.train) < config.ppo.batch_size:
+        queries = config.ppo.batch_size // config.ppo.responses_per_query
+        if len(self.prompts.train) < queries:
             raise DataError(
                 f"{config.prompts.source} yields {len(self.prompts.train)} prompts to train on, "
-                f"fewer than ppo.batch_size ({config.ppo.batch_size}): lower it and "
+                f"fewer than a batch has queries ({queries}): lower ppo.batch_size and "
                 "ppo.mini_batch_size, or give more texts"
             )
         self.reward = load_reward(config.reward, self.device, trusted=trusted)
@@ -232,11 +233,12 @@ class Training:
 
     def _batch(self, step: int) -> dict[str, list[Any]]:
         """The prompts of a step: each pass over them in an order that seed and pass decide."""
-        size, prompts = self.config.ppo.batch_size, self.prompts.train
+        each = self.config.ppo.responses_per_query
+        size, prompts = self.config.ppo.batch_size // each, self.prompts.train
         epoch, position = divmod(step, len(prompts) // size)
         order = np.random.RandomState([self.config.run.seed, epoch]).permutation(len(prompts))
         chosen = order[position * size : (position + 1) * size]
-        return collate([vars(prompts[i]) for i in chosen])
+        return collate([vars(prompts[i]) for i in chosen for _ in range(each)])
 
     def _judge(self, *, reference: bool) -> list[Sample]:
         """Samples of the reference or the policy to the held-out prompts, with equal seeds."""

@@ -468,3 +468,59 @@ def test_a_temperature_is_part_of_the_policy_wherever_probabilities_are_taken(
                 np.testing.assert_allclose(one[key], other[key], rtol=1e-3, atol=1e-5, err_msg=key)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-5)
     assert torch.equal(results[0][2], results[1][2])
+
+
+# ---------------------------------------------------------------- baselines
+
+
+def test_each_score_is_compared_with_the_others_of_its_query() -> None:
+    queries, responses, _ = make_batch()
+    scores = [torch.tensor(s) for s in (1.0, 4.0, 2.0, 2.0, -3.0, 5.0, 7.0, 7.0)]
+    policy = make_policy()
+    policy.v_head.summary.weight.data.zero_()
+    policy.v_head.summary.bias.data.zero_()
+    settings: Stats = {"lam": 1.0, "advantage_norm": "none", "ppo_epochs": 1}
+    trainer = make_trainer(policy, responses_per_query=4, **settings)
+    stats = trainer.step(queries, responses, scores)
+    order = np.random.RandomState(0).permutation(8)
+    gains = [1 - 8 / 3, 4 - 5 / 3, 2 - 7 / 3, 2 - 7 / 3, -3 - 19 / 3, 5 - 11 / 3, 7 - 3, 7 - 3]
+    expected = [gains[i] for i in order for _ in responses[i]]
+    np.testing.assert_allclose(stats["ppo/policy/advantages"], expected, rtol=1e-5)
+    assert stats["ppo/mean_scores"] == pytest.approx(25 / 8)
+
+
+def test_what_a_query_promises_does_not_count_twice() -> None:
+    """A potential that is the same throughout a group's texts changes nothing but rewards' sums."""
+    queries, responses, scores = make_batch()
+    results = []
+    for phi in (None, [torch.full((len(r),), 3.0 + i // 4) for i, r in enumerate(responses)]):
+        policy = make_policy()
+        policy.v_head.summary.weight.data.zero_()
+        policy.v_head.summary.bias.data.zero_()
+        settings: Stats = {"lam": 1.0, "advantage_norm": "none", "ppo_epochs": 1}
+        trainer = make_trainer(policy, responses_per_query=4, **settings)
+        stats = trainer.step(queries, responses, scores, potentials=phi)
+        results.append(stats["ppo/policy/advantages"])
+    np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_holds_whole_groups() -> None:
+    with pytest.raises(ValueError, match="multiple of responses_per_query"):
+        make_trainer(responses_per_query=3)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_during_the_value_warm_up_the_head_alone_learns(checkpointing: bool) -> None:
+    policy = make_policy()
+    trainer = make_trainer(
+        policy, value_warmup_steps=2, learning_rate=1e-2, gradient_checkpointing=checkpointing
+    )
+    body, head = weights(policy.pretrained_model), weights(policy.v_head)
+    errors = []
+    for step in range(3):
+        stats = trainer.step(*make_batch())
+        errors.append(stats["ppo/val/error"])
+        assert torch.equal(weights(policy.pretrained_model), body) == (step < 2)
+        assert not torch.equal(weights(policy.v_head), head)
+    assert errors[1] < errors[0]
+    assert stats["objective/kl"] == pytest.approx(0, abs=1e-6)

@@ -56,6 +56,17 @@ def token_rewards(
     return non_score + at_end * scores.unsqueeze(1), non_score
 
 
+def mean_of_others(scores: Tensor, size: int) -> Tensor:
+    """For each score (B,) the mean of the others of its group of `size` in a row; 0 for size 1.
+
+    Source: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!".
+    """
+    if size == 1:
+        return torch.zeros_like(scores)
+    groups = scores.view(-1, size)
+    return ((groups.sum(1, keepdim=True) - groups) / (size - 1)).flatten()
+
+
 def shaping_rewards(potentials: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """`gamma * phi_{t+1} - phi_t` of each token, (B, R), with 0 after the last one.
 

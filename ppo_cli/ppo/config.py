@@ -77,6 +77,11 @@ class PPOSettings:
     """With `use_score_scaling`: subtract their running mean first."""
     score_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Clip scores to plus or minus this; null for no clipping."""
+    responses_per_query: Count = 1
+    """Samples in a row that answer the same query; with more than one, each score is compared with
+    the mean of the others' (leave-one-out baseline)."""
+    value_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the value head alone learns, before the policy moves."""
     advantage_norm: Literal["batch", "mini_batch", "none"] = "batch"
     """Where advantages are scaled to mean 0 and variance 1: over the batch, over each mini-batch,
     or not at all."""
@@ -114,6 +119,11 @@ class PPOSettings:
             raise ValueError(
                 f"kl_in_loss needs a kl_penalty of k2 or k3, not {self.kl_penalty}: as a loss the "
                 "others have no gradient, a wrong one, or need whole distributions"
+            )
+        if self.batch_size % self.responses_per_query:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of responses_per_query "
+                f"({self.responses_per_query})"
             )
 
     @property

@@ -136,9 +136,11 @@ def token_rewards(
         scores: (B,) scaled and clipped.
         potentials: (B, R) guesses at them before each token, likewise; None for no shaping.
         kl_coef: the KL coefficient.
-        config: `whiten_rewards` and `gamma` are read, and `kl_in_loss`, with which the rewards
-            hold no KL.
+        config: `whiten_rewards`, `gamma` and `responses_per_query` are read, and `kl_in_loss`, with
+            which the rewards hold no KL.
     """
+    gains = scores if potentials is None else scores - potentials[:, 0]
+    scores = scores - adv.mean_of_others(gains, config.responses_per_query)
     if config.kl_in_loss:
         kl_coef = 0.0
     rewards, non_score = adv.token_rewards(scores, probabilities.penalties, tokens.mask, kl_coef)

@@ -40,7 +40,7 @@ from ppo_cli.ppo.setup import (
     record_surroundings,
     require,
 )
-from ppo_cli.ppo.update import Update, dropout_off
+from ppo_cli.ppo.update import Update, dropout_off, head_alone
 from ppo_cli.reference import create_reference_model
 from ppo_cli.rollout import new_token_limits, sample_responses
 from ppo_cli.runtime import RandomStream, keep_freed_memory, numpy_state, set_numpy_state
@@ -241,7 +241,8 @@ class PPOTrainer:
             self.model, self.optimizer, self.accelerator, self._shuffle, config, kl_coef
         )
         dropout = dropout_off(self.model, keep_training_mode=config.gradient_checkpointing)
-        with dropout, fast_matmul():
+        warming_up = self.current_step < config.value_warmup_steps
+        with dropout, head_alone(self.model) if warming_up else nullcontext(), fast_matmul():
             # Where one forward covers the batch, the first epoch's gives the old probabilities too.
             first = None
             if update.is_one_pass:

@@ -289,6 +289,23 @@ def dropout_off(model: torch.nn.Module, *, keep_training_mode: bool) -> Iterator
                 setattr(module, name, value)
 
 
+@contextmanager
+def head_alone(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block only the value head learns."""
+    others = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "v_head." not in name
+    ]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
 def _dropout_probabilities(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, float]]:
     """Module, attribute and value of every dropout probability, functional ones included."""
     found = []
