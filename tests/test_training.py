@@ -61,3 +61,19 @@ def test_each_pass_takes_every_prompt_once_in_an_order_of_its_own(
     assert first != second
     assert first == order(0)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_several_responses_to_a_query_stand_in_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ["prompts.limit=8", "prompts.held_out=8", "run.device=cpu", "ppo.batch_size=16"]
+    settings += ["ppo.mini_batch_size=16", "ppo.responses_per_query=4"]
+    training = Training(load_config("tiny", assignments=settings))
+    seen: list[int] = []
+    for step in (0, 1):
+        ids = [id(query) for query in training._batch(step)["input_ids"]]
+        assert ids == [ids[i - i % 4] for i in range(16)]
+        seen += ids[::4]
+    assert len(set(seen)) == len(seen) == 8  # a pass over all prompts

@@ -1,10 +1,12 @@
 """Seconds until the mean score reaches a height: the tutorial's loop, by this project or TRL.
 
-python learning.py ours|ours-bf16|trl|trl-batched POLICY CLASSIFIER REVIEWS [--goal G] [--steps N]
+python learning.py ours|ours-bf16|ours-shaped|trl|trl-batched POLICY CLASSIFIER REVIEWS
+    [--goal G] [--steps N]
 
 POLICY and CLASSIFIER are folders, REVIEWS a CSV file with a column `review` or `text`. Batch 64,
-learning rate 3e-4, queries of 2 to 7 tokens, responses of 4 to 15, else 0.11.4's defaults. The
-height counts once the mean of five steps is there. Prints a JSON line a step, then one in all.
+learning rate 3e-4, queries of 2 to 7 tokens, responses of 4 to 15, else 0.11.4's defaults;
+`ours-shaped` also scores unfinished texts, with lambda 0.5 and one epoch. The height counts once
+the mean of five steps is there. Prints a JSON line a step, then one in all.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ BATCH = 64
 def main() -> None:
     """Train until the goal is reached or the steps are over."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("who", choices=["ours", "ours-bf16", "trl", "trl-batched"])
+    parser.add_argument("who", choices=["ours", "ours-bf16", "ours-shaped", "trl", "trl-batched"])
     parser.add_argument("policy")
     parser.add_argument("classifier")
     parser.add_argument("reviews", type=Path)
@@ -42,6 +44,8 @@ def main() -> None:
             PPOTrainer,
             SentimentReward,
         )
+        from ppo_cli.potentials import potentials
+        from ppo_cli.rollout import decode
 
         reward: Any = SentimentReward(arguments.classifier, "positive")
     else:
@@ -59,6 +63,8 @@ def main() -> None:
     settings = {"batch_size": BATCH, "mini_batch_size": BATCH, "seed": arguments.seed}
     if arguments.who == "ours-bf16":
         settings["accelerator_kwargs"] = {"mixed_precision": "bf16"}
+    if arguments.who == "ours-shaped":
+        settings |= {"lam": 0.5, "ppo_epochs": 1}
     trainer = PPOTrainer(
         PPOConfig(learning_rate=3e-4, **settings),
         AutoModelForCausalLMWithValueHead.from_pretrained(arguments.policy),
@@ -107,7 +113,11 @@ def main() -> None:
             skip_special_tokens=True,
         )
         scores = torch.tensor(list(map(float, reward(texts))))
-        stats = trainer.step(queries, responses, list(scores))
+        extra = {}
+        if arguments.who == "ours-shaped":
+            rollout = decode(tokenizer, queries, responses)
+            extra["potentials"] = potentials(rollout, tokenizer, reward, every=1)
+        stats = trainer.step(queries, responses, list(scores), **extra)
         scores_so_far.append(scores.mean().item())
         seconds = time.perf_counter() - started
         mean = sum(scores_so_far[-5:]) / len(scores_so_far[-5:])
