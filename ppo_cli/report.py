@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_cli.evaluation import Generated, Sample, mean_probability, mean_score
+from ppo_cli.quality import MEASURES
 from ppo_cli.text import escape_controls, markdown_text, spreadsheet_text
 
 if TYPE_CHECKING:
@@ -27,11 +28,10 @@ def summary_table(summary: TrainingSummary) -> Table:
     for heading in ("", "reference", summary.run, "change"):
         table.add_column(_cell(heading), justify="left" if heading == "" else "right")
     before, after = summary.before, summary.after
-    for name, low, high in (
-        ("mean score", before.score, after.score),
-        (f"mean P({summary.label})", before.probability, after.probability),
-    ):
-        table.add_row(_cell(name), f"{low:.3f}", f"{high:.3f}", f"{high - low:+.3f}")
+    for field, measure in MEASURES.items():
+        low, high, places = getattr(before, field), getattr(after, field), measure.places
+        numbers = f"{low:.{places}f}", f"{high:.{places}f}", f"{high - low:+.{places}f}"
+        table.add_row(_cell(measure.name.format(label=summary.label)), *numbers)
     return table
 
 

@@ -17,28 +17,46 @@ def draw_samples(
     queries: Sequence[Any],
     query_texts: Sequence[str],
     *,
-    max_new_tokens: int,
-    seed: int,
     reward: SentimentReward | None,
-    batch_size: int = 64,
-    **sampling: Any,
+    **settings: Any,
 ) -> list[Sample]:
-    """Sample a response to each of N queries, with random numbers that `seed` alone decides.
+    """Sample a response to each of N queries and judge it.
 
     Args:
         model: has `generate`; the policy or a plain causal model.
         tokenizer: the model's.
         queries: N tensors of token ids.
         query_texts: N strings, the same queries.
+        reward: judges query and response together; None leaves scores out.
+        settings: of `draw_rollout`.
+    """
+    return judge(draw_rollout(model, tokenizer, queries, **settings), query_texts, reward)
+
+
+def draw_rollout(
+    model: Any,
+    tokenizer: Any,
+    queries: Sequence[Any],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    batch_size: int = 64,
+    **sampling: Any,
+) -> Rollout:
+    """Sample a response to each of N queries, with random numbers that `seed` alone decides.
+
+    Args:
+        model: has `generate`; the policy or a plain causal model.
+        tokenizer: the model's.
+        queries: N tensors of token ids.
         max_new_tokens: limit on a response.
         seed: two models asked with one seed draw from the same random numbers.
-        reward: judges query and response together; None leaves scores out.
         batch_size: sequences a forward pass.
         sampling: temperature, top_k, top_p; pure sampling without.
     """
     stream = RandomStream(seed, model.device)
     with stream.active():
-        rollout = sample_texts(
+        return sample_texts(
             model,
             tokenizer,
             queries,
@@ -46,7 +64,6 @@ def draw_samples(
             batch_size=batch_size,
             **sampling,
         )
-    return judge(rollout, query_texts, reward)
 
 
 def judge(
