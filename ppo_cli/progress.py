@@ -139,10 +139,10 @@ class Progress:
         if self._settings.weights == "last":
             return Weights(last, "the last, by run.weights")
         if best is None:
-            newest = standing.newest
-            limit = newest and over_limit(newest, self._settings)
-            why = f"no evaluation was within {limit}" if limit else "there was no evaluation"
-            return Weights(last, f"the last: {why}")
+            if standing.newest is None:
+                return Weights(last, "the last: there was no evaluation")
+            limit = over_limit(standing.newest, self._settings) or "the limits of KL"
+            return Weights(last, f"the last: no evaluation was within {limit}")
         if best.step != last:
             try:
                 load_weights(checkpoint_of(self._directory.checkpoints, best.step), self._policy)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def summary_table(summary: TrainingSummary) -> Table:
     """Reference and tuned model on the held-out prompts."""
-    table = _table(f"{len(summary.after_samples)} held-out prompts")
+    table = _table(f"{len(summary.after_samples)} held-out prompts, weights of {summary.weights}")
     for heading in ("", "reference", summary.run, "change"):
         table.add_column(_cell(heading), justify="left" if heading == "" else "right")
     before, after = summary.before, summary.after
