@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from ppo_cli.evaluation import Sample
-from ppo_cli.reward import SentimentReward
+from ppo_cli.reward import RewardFunction, SentimentReward
 from ppo_cli.rollout import Rollout, sample_texts
 from ppo_cli.runtime import RandomStream
 
@@ -64,6 +66,42 @@ def draw_rollout(
             batch_size=batch_size,
             **sampling,
         )
+
+
+def draw_scores(
+    model: Any,
+    tokenizer: Any,
+    queries: Sequence[Any],
+    *,
+    count: int,
+    max_new_tokens: int,
+    seed: int,
+    reward: RewardFunction,
+    batch_size: int = 64,
+    progress: Callable[[int], None] = lambda _: None,
+    **sampling: Any,
+) -> np.ndarray:
+    """Scores of `count` responses to each of P queries, (P, count).
+
+    A batch of responses is there at once, however many are asked for.
+
+    Args:
+        model, tokenizer, queries, max_new_tokens, seed, batch_size, sampling: as `draw_rollout`.
+        count: responses to each query.
+        reward: judges query and response together.
+        progress: told after each batch how many responses there are.
+    """
+    rows = [query for query in queries for _ in range(count)]
+    scores = np.empty(len(rows))
+    stream = RandomStream(seed, model.device)
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        with stream.active():
+            limits = [max_new_tokens] * len(batch)
+            rollout = sample_texts(model, tokenizer, batch, limits, **sampling)
+        scores[start : start + len(batch)] = reward(rollout.texts).numpy()
+        progress(start + len(batch))
+    return scores.reshape(len(queries), count)
 
 
 def judge(

@@ -76,6 +76,8 @@ COMMAND_LINE: list[Case] = [
     ([C, "{run}", "--rows", "-1"], 2, ["--rows", "0"]),
     ([C, "{run}", "--min-gap", "nan"], 2, ["--min-gap", "number"]),
     ([C, "{run}", "--min-gap", "wide"], 2, ["--min-gap", "valid number"]),
+    ([C, "{run}", "--best-of-n", "0"], 2, ["--best-of-n '0'", "1,2,4,8,16"]),
+    ([C, "{run}", "--best-of-n", "1,x"], 2, ["--best-of-n '1,x'", "1,2,4,8,16"]),
     (["plot", "{run}", "--smooth", "0"], 2, ["--smooth", "1"]),
     (["stats", "{run}", "--step", "0"], 2, ["--step", "1"]),
     (["stats", "{run}", "--step", "last"], 2, ["--step", "valid integer"]),
@@ -235,6 +237,7 @@ MODELS: list[Case] = [
     ([C, "{policy}", "{policy}"], 2, ["no run directory", "--classifier"]),
     ([C, "{policy}", "--classifier", "embedded"], 2, ["two models"]),
     ([C, "{policy}", "{policy}", "--classifier", "embedded"], 2, ["--prompts FILE"]),
+    ([C, "{policy}", "{policy}", "--classifier", "embedded", "--best-of-n", "2"], 2, ["--best-of-n", "run directory"]),
 ]  # fmt: skip
 TEXTS: list[Case] = [
     setting("prompts.source=absent.csv", "absent.csv", "no such file"),
