@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from pydantic import ConfigDict
 
 from ppo_cli.errors import UsageError
 from ppo_cli.evaluation import INTERVAL, Interval, bootstrap_interval, resampled_means
@@ -38,6 +39,10 @@ class BestOfPoint:
 class BestOfN:
     """Best-of-n from the reference: a point for each n."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True
+    )
+
     label: str
     """Label that the score is of."""
     seed: int
@@ -50,6 +55,20 @@ class BestOfN:
     """The reference's mean score over all of these responses: best of one, at KL 0."""
     points: list[BestOfPoint]
     """By n, from 1 up."""
+
+    def score_at(self, kl: float) -> float | None:
+        """Its score at a KL, linear between the points; None beyond the last."""
+        bounds = [point.kl for point in self.points]
+        if not 0 <= kl <= bounds[-1]:
+            return None
+        return float(np.interp(kl, bounds, [point.score for point in self.points]))
+
+    def share_at(self, kl: float, score: float) -> float | None:
+        """`score` as a share of what best-of-n reaches at `kl`, as `Share` has it; or None."""
+        reached = self.score_at(kl)
+        if reached is None or reached <= self.reference_score:
+            return None
+        return (score - self.reference_score) / (reached - self.reference_score)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

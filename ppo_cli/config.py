@@ -30,6 +30,7 @@ def check_name(text: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(check_name)]
+BestOf = Annotated[int, Field(ge=1, le=65_536)]
 Length = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
@@ -188,6 +189,10 @@ class RunSettings(Section):
     collapse_limit: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     """Share of a batch's responses that are alike at which the text counts as collapsed; 1 for all
     of them, null for no limit. Batches of fewer than 8 do not count."""
+    best_of_n: Annotated[list[BestOf], Field(min_length=1, max_length=64)] | None = None
+    """At the end, score the best of n responses from the reference to each held-out prompt, for
+    each n of this list, into frontier.json: the curve that `plot --frontier` draws. It costs as
+    many responses a prompt as the largest n. Null for no such curve."""
     samples_per_step: Annotated[int, Field(ge=0)] = 4
     """Samples of each step that go into samples.jsonl."""
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from ppo_cli.best_of_n import BestOfN, best_of_n
 from ppo_cli.evaluation import Sample
 from ppo_cli.likelihoods import likelihoods
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.prompts import Prompt
 from ppo_cli.quality import Quality
 from ppo_cli.reward import SentimentReward
-from ppo_cli.sampling import draw_rollout, judge
+from ppo_cli.sampling import draw_rollout, draw_scores, judge
 from ppo_cli.standing import Evaluation
 
 COMPARED = ("score", "perplexity", "distinct_2")
@@ -97,6 +98,20 @@ class Examination:
         """The reference, likewise; its KL from itself is zero."""
         with self._trainer.adapter_off():  # peft would switch it on at the end of an inner block
             return self._of(self._reference, seed, nullcontext)
+
+    def best_of_n(self, counts: Sequence[int]) -> BestOfN:
+        """Best-of-n from the reference, for each n of `counts`."""
+        with self._trainer.adapter_off(), self._trainer.accelerator.autocast():
+            scores = draw_scores(
+                self._reference,
+                self._tokenizer,
+                self._queries,
+                count=max(counts),
+                seed=self._seed,
+                reward=self._reward,
+                **self._sampling,
+            )
+        return best_of_n(scores, counts, label=self._reward.label, seed=self._seed)
 
     def _of(
         self, model: Any, seed: int, as_reference: Callable[[], AbstractContextManager[None]]

@@ -51,8 +51,7 @@ def plot_training(
     Raises:
         UsageError: another ending, or a metric that a run does not have.
     """
-    if output.suffix.lower() not in ENDINGS:
-        raise UsageError(f"{output}: a picture ends in {', '.join(ENDINGS)}")
+    check_ending(output)
     curves = {metric: _curves(runs, metric) for metric in metrics}
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -65,7 +64,7 @@ def plot_training(
     longest = max(len(steps) for curve in curves.values() for steps, _ in curve.values())
     window = min(smooth or max(longest // 20, 1), longest)
     for panel, (metric, curve) in zip(panels, curves.items(), strict=False):
-        shown = _plain(metric)
+        shown = plain(metric)
         title, label = TITLES.get(metric, (f"{shown} over time", shown))
         panel.set_title(title, fontsize=12, loc="left")
         panel.set_xlabel("PPO step")
@@ -81,7 +80,7 @@ def plot_training(
                 moving_average(values, own_window),
                 color=colour,
                 linewidth=2,
-                label=_plain(name),
+                label=plain(name),
                 marker=marker,
             )
             _draw_companion(panel, metric, name, runs[name], colour)
@@ -117,9 +116,15 @@ def _draw_companion(
             linestyle="--",
             marker="o",
             markerfacecolor="white",
-            label=f"{_plain(name)}, {label}",
+            label=f"{plain(name)}, {label}",
             zorder=3,
         )
+
+
+def check_ending(output: Path) -> None:
+    """Raise `UsageError` unless `output` ends as a picture does."""
+    if output.suffix.lower() not in ENDINGS:
+        raise UsageError(f"{output}: a picture ends in {', '.join(ENDINGS)}")
 
 
 def moving_average(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
@@ -184,6 +189,6 @@ def _cycle(colours: Sequence[str]) -> Any:
         yield from colours
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A name without what matplotlib would read as mathematics or as `no label`."""
     return escape_controls(name).replace("$", r"\$").lstrip("_") or "run"

@@ -15,6 +15,8 @@ from ppo_cli.quality import MEASURES
 from ppo_cli.text import escape_controls
 
 if TYPE_CHECKING:
+    from ppo_cli.best_of_n import BestOfN
+    from ppo_cli.frontier import Trail
     from ppo_cli.summary import TrainingSummary
 
 
@@ -84,6 +86,32 @@ def generation_table(models: Sequence[Generated], scored: bool) -> Table:
                 cells += [f"{sample.score:.2f}", f"{sample.probability:.2f}"]
             last = n == len(models) - 1
             table.add_row(*cells, end_section=last and i < total - 1)
+    return table
+
+
+def frontier_table(trail: Trail, curve: BestOfN | None) -> Table:
+    """A run's evaluations: KL, score, and beside them best-of-n at the same KL."""
+    table = titled_table(f"{trail.name}: score against KL on held-out prompts")
+    for heading in ("step", "KL", "score", "best-of-n there", "share", ""):
+        table.add_column(heading, justify="right" if heading else "left")
+    start = "-" if curve is None else f"{curve.reference_score:.3f}"
+    table.add_row("reference", "0.00", f"{trail.reference_score:.3f}", start, "-", "")
+    for evaluation in trail.evaluations:
+        kl, score = evaluation.kl, evaluation.score
+        reached = None if curve is None else curve.score_at(kl)
+        share = None if curve is None else curve.share_at(kl, score)
+        marks = [
+            "best" if evaluation == trail.best else "",
+            "last" if evaluation is trail.evaluations[-1] else "",
+        ]
+        table.add_row(
+            str(evaluation.step),
+            f"{kl:.2f}",
+            f"{score:.3f}",
+            "-" if reached is None else f"{reached:.3f}",
+            "-" if share is None else f"{share:.2f}",
+            ", ".join(mark for mark in marks if mark),
+        )
     return table
 
 

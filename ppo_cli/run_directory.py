@@ -49,6 +49,7 @@ CHANGEABLE = (
     "run.on_divergence",
     "run.kl_limit",
     "run.collapse_limit",
+    "run.best_of_n",
     "run.samples_per_step",
     "rollout.batch_size",
     "reward.batch_size",

@@ -16,6 +16,7 @@ from ppo_cli.errors import DataError, DivergenceError, UsageError
 from ppo_cli.evaluation import Sample, mean_probability
 from ppo_cli.examination import Examination
 from ppo_cli.files import write_text
+from ppo_cli.frontier import write_curve
 from ppo_cli.loading import check_trusted, load_reward, load_tokenizer
 from ppo_cli.model_card import run_card
 from ppo_cli.plots import plot_training
@@ -176,6 +177,8 @@ class Training:
         )
         self._save_model()
         write_text(self.directory.path / CARD_FILE, run_card(summary, self.config))
+        if self.config.run.best_of_n and not self.stopping:  # who stops a run does not want to wait
+            write_curve(self.directory, self.examination.best_of_n(self.config.run.best_of_n))
         return summary
 
     def _diverged(self, what: str) -> None:

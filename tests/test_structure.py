@@ -27,7 +27,7 @@ ROWS = [
     ["config", "ppo.losses", "ppo.packing", "divergence", "quality", "best_of_n"],
     ["config_source", "runtime", "policy_files", "projection", "summary", "standing", "verdict"],
     ["prompts", "architecture", "run_directory"],
-    ["policy"],
+    ["policy", "frontier"],
     ["decoding", "reward", "reference"],
     ["rollout"],
     ["sampling", "loading", "checkpoint", "model_card", "ppo.experience"],
