@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 def summary_table(summary: TrainingSummary) -> Table:
     """Reference and tuned model on the held-out prompts."""
-    table = titled_table(f"{len(summary.after_samples)} held-out prompts, weights of {summary.weights}")
+    table = titled_table(
+        f"{len(summary.after_samples)} held-out prompts, weights of {summary.weights}"
+    )
     for heading in ("", "reference", summary.run, "change"):
         table.add_column(cell(heading), justify="left" if heading == "" else "right")
     before, after = summary.before, summary.after
