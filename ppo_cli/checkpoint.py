@@ -99,6 +99,20 @@ def whole_checkpoint(folder: Path) -> Path:
     raise PPOCliError(f"{found}: no checkpoint is left to go on from; train anew with --overwrite")
 
 
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a step, as it was written.
+
+    Raises:
+        PPOCliError: there is none, or it is damaged.
+    """
+    found = [path for path in _checkpoints(folder) if _order(path)[0] == step]
+    if not found:
+        raise PPOCliError(f"{folder} has no checkpoint of step {step}")
+    if damage := find_damage(found[-1]):
+        raise PPOCliError(f"{found[-1]} is damaged ({damage})")
+    return found[-1]
+
+
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, None if nothing is."""
     try:
@@ -130,6 +144,18 @@ def load_checkpoint(path: Path, model: torch.nn.Module) -> dict[str, Any]:
     """Put the saved weights into `model`; return the saved state.
 
     Raises:
+        PPOCliError: as of `load_weights`.
+    """
+    load_weights(path, model)
+    tree = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    state: dict[str, Any] = _from_json(tree, load_file(path / TENSORS_FILE))
+    return state
+
+
+def load_weights(path: Path, model: torch.nn.Module) -> None:
+    """Put the saved weights into `model`, and nothing else.
+
+    Raises:
         PPOCliError: the weights are those of another model.
     """
     weights = load_file(path / WEIGHTS_FILE)
@@ -143,9 +169,6 @@ def load_checkpoint(path: Path, model: torch.nn.Module) -> dict[str, Any]:
     with torch.no_grad():
         for name, value in weights.items():
             parameters[name].copy_(value)
-    tree = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    state: dict[str, Any] = _from_json(tree, load_file(path / TENSORS_FILE))
-    return state
 
 
 def _write(folder: Path, model: torch.nn.Module, state: Mapping[str, Any]) -> None:

@@ -1,81 +1,43 @@
-"""Models side by side: the same prompts and random numbers, paired differences."""
+"""Models side by side: the same prompts and random numbers, each model judged in turn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from ppo_cli.errors import UsageError
-from ppo_cli.evaluation import (
-    Generated,
-    Interval,
-    bootstrap_interval,
-    mean_probability,
-    mean_score,
-)
-from ppo_cli.generation import Request, generate, load_judge
+import numpy as np
+
+from ppo_cli.best_of_n import best_of_n, share
+from ppo_cli.errors import PPOCliError, UsageError
+from ppo_cli.generation import Loaded, Request, Source, encode, load_judge, load_model
+from ppo_cli.likelihoods import likelihoods
 from ppo_cli.loading import load_tokenizer
 from ppo_cli.prompts import EMBEDDED, load_prompts
+from ppo_cli.reward import SentimentReward
+from ppo_cli.rollout import context_length
+from ppo_cli.sampling import draw_rollout, draw_scores, judge
+from ppo_cli.verdict import (
+    Comparison,
+    Judged,
+    ModelVerdict,
+    most_changed,
+    paired_difference,
+    rows_of,
+)
+
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class PairedDifference:
-    """First model's score minus another's, prompt by prompt: mean, interval, share of wins."""
+class _Task:
+    """What every model has to answer, and who judges the answers."""
 
-    first: str
-    second: str
-    difference: Interval
-    win_rate: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Samples of each model to the same prompts, in one order, and what they come to."""
-
-    label: str
-    classifier: str
+    request: Request
+    texts: list[str]
+    max_new_tokens: int
     seed: int
-    models: list[Generated]
-    differences: list[PairedDifference]
-
-    @property
-    def queries(self) -> list[str]:
-        """The prompts, in order."""
-        return [sample.query for sample in self.models[0].samples]
-
-    @property
-    def gap(self) -> float:
-        """Mean score of the first model minus that of the second."""
-        return mean_score(self.models[0].samples) - mean_score(self.models[1].samples)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "label": self.label,
-            "classifier": self.classifier,
-            "seed": self.seed,
-            "models": [
-                {
-                    "model": model.model,
-                    "mean_score": mean_score(model.samples),
-                    "mean_probability": mean_probability(model.samples),
-                    "samples": len(model.samples),
-                }
-                for model in self.models
-            ],
-            "differences": [asdict(difference) for difference in self.differences],
-            "rows": [
-                {
-                    "query": query,
-                    "responses": [
-                        {"model": model.model, **model.samples[i].as_dict()}
-                        for model in self.models
-                    ],
-                }
-                for i, query in enumerate(self.queries)
-            ],
-        }
+    reward: SentimentReward
+    tell: Tell
 
 
 def compare(
@@ -85,9 +47,14 @@ def compare(
     count: int,
     max_new_tokens: int | None,
     seed: int,
-    progress: Callable[[str], None] = lambda _: None,
+    examples: int = 3,
+    best_of: Sequence[int] = (),
+    progress: Tell = lambda _: None,
 ) -> Comparison:
     """Sample every model of `request` on the same prompts, and judge.
+
+    KL and perplexity are measured from the reference of the first run directory, which is loaded
+    once and stays; of the other models one is there at a time.
 
     Args:
         request: at least two models, the reference among them, and a classifier.
@@ -95,46 +62,137 @@ def compare(
         count: prompts used; with fewer texts each is used several times.
         max_new_tokens: limit on a response; None for the run's own.
         seed: of the random numbers that all models share.
-        progress: told the name of each model before its turn.
+        examples: most-changed prompts to name, of each kind.
+        best_of: the n of best-of-n from the reference; empty leaves that out.
+        progress: told what is being done, and what had to be left out.
 
     Raises:
-        UsageError: fewer than two models, or no prompts and no run that has some.
+        UsageError: fewer than two models, no prompts and no run that has some, or `best_of` without
+            a reference.
     """
     if len(request.sources) < 2:
         raise UsageError("compare needs two models, or a run directory and its reference")
+    if best_of and request.reference is None:
+        raise UsageError(
+            "--best-of-n draws from a run's reference, and none of the models is a run directory: "
+            "give one that 'ppo-cli train' wrote, or leave --best-of-n out"
+        )
     texts = list(prompts) or _held_out(request, count)
     texts = [texts[i % len(texts)] for i in range(count)]
     if max_new_tokens is None:
         max_new_tokens = request.run.rollout.output_max_length - 1 if request.run else 30
-    judge = load_judge(request)
-    assert judge is not None
-    models = []
-    for source in request.sources:
-        progress(source.name)
-        models.append(
-            generate(
-                source,
-                texts,
-                samples_each=1,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                device=request.device,
-                reward=judge,
-                trusted=request.trusted,
-            )
-        )
-    differences = [_paired(models[0], other) for other in models[1:]]
-    assert request.reward is not None
-    return Comparison(judge.label, request.reward.model, seed, models, differences)
+    reward = load_judge(request)
+    assert reward is not None and request.reward is not None
+    task = _Task(request, texts, max_new_tokens, seed, reward, progress)
+    reference = _reference(task, needed=bool(best_of) or request.reference in request.sources)
+    models = [_judged(task, source, reference) for source in request.sources]
+    curve, shares = None, []
+    if best_of and reference is not None:
+        drawn = _drawn(task, reference, max(best_of))
+        curve = best_of_n(drawn, best_of, label=reward.label, seed=seed)
+        shares = [
+            share(model.model, model.scores, model.kl, drawn, best_of)
+            for source, model in zip(request.sources, models, strict=True)
+            if source != request.reference
+        ]
+    return Comparison(
+        label=reward.label,
+        output=reward.output,
+        classifier=request.reward.model,
+        seed=seed,
+        reference=request.reference.model if reference and request.reference else None,
+        max_new_tokens=max_new_tokens,
+        models=[ModelVerdict.of(model) for model in models],
+        differences=[paired_difference(models[0], other) for other in models[1:]],
+        changes=most_changed(models[0], models[-1], examples),
+        best_of_n=curve,
+        shares=shares,
+        rows=rows_of(models),
+    )
 
 
-def _paired(first: Generated, second: Generated) -> PairedDifference:
-    gaps = [
-        (a.score or 0.0) - (b.score or 0.0)
-        for a, b in zip(first.samples, second.samples, strict=True)
-    ]
-    wins = sum(gap > 0 for gap in gaps) + 0.5 * sum(gap == 0 for gap in gaps)
-    return PairedDifference(first.model, second.model, bootstrap_interval(gaps), wins / len(gaps))
+def _reference(task: _Task, *, needed: bool) -> Loaded | None:
+    """What KL is measured from; None, with a word about it, where there is no such model.
+
+    Args:
+        task: whose request names it.
+        needed: whether it is also sampled from, so that without it nothing can be done.
+    """
+    source = task.request.reference
+    if source is None:
+        task.tell("none of the models is a run directory, which names a reference: no KL from it")
+        return None
+    try:
+        return load_model(source, task.request.device, task.request.trusted)
+    except PPOCliError as error:
+        if needed:
+            raise
+        task.tell(f"no KL from the reference: {error}")
+        return None
+
+
+def _judged(task: _Task, source: Source, reference: Loaded | None) -> Judged:
+    """One model's samples and how they read; what is loaded here is gone afterwards."""
+    task.tell(f"sampling from {source.name}")
+    if reference is not None and source == task.request.reference:
+        loaded = reference
+    else:
+        loaded = load_model(source, task.request.device, task.request.trusted)
+    queries = encode(loaded, task.texts, task.max_new_tokens)
+    rollout = draw_rollout(
+        loaded.model,
+        loaded.tokenizer,
+        queries,
+        max_new_tokens=task.max_new_tokens,
+        seed=task.seed,
+    )
+    longest = max(len(q) + len(r) for q, r in zip(queries, rollout.responses, strict=True))
+    against, obstacle = loaded, None
+    if reference is not None:
+        obstacle = _obstacle(loaded, reference, longest)
+        against = loaded if obstacle else reference
+    if obstacle:
+        task.tell(f"no KL and no perplexity of {source.name}: {obstacle}")
+    read = likelihoods(loaded.model, against.model, queries, rollout.responses)
+    samples = judge(rollout, task.texts, task.reward)
+    return Judged(source.name, samples, read, reference is not None and obstacle is None)
+
+
+def _obstacle(loaded: Loaded, reference: Loaded, longest: int) -> str | None:
+    """Why the reference cannot read what a model wrote, token by token; None where it can."""
+    ours, theirs = loaded.tokenizer.get_vocab(), reference.tokenizer.get_vocab()
+    sizes = {one.model.config.get_text_config().vocab_size for one in (loaded, reference)}
+    if ours != theirs or len(sizes) > 1:
+        return "its vocabulary is not that of the reference"
+    context = context_length(reference.model.config)
+    if context is not None and longest > context:
+        return f"its longest text has {longest} tokens, and the reference reads {context}"
+    return None
+
+
+def _drawn(task: _Task, reference: Loaded, count: int) -> np.ndarray:
+    """Scores (P, count) of the reference's responses, the work told in quarters if it is long."""
+    total = len(task.texts) * count
+    task.tell(f"sampling {count} responses to each of {len(task.texts)} prompts from the reference")
+    told = 0
+
+    def progress(done: int) -> None:
+        nonlocal told
+        quarter = 4 * done // total
+        if told < quarter < 4 and total >= 4096:
+            told = quarter
+            task.tell(f"{done} of {total} responses")
+
+    return draw_scores(
+        reference.model,
+        reference.tokenizer,
+        encode(reference, task.texts, task.max_new_tokens),
+        count=count,
+        max_new_tokens=task.max_new_tokens,
+        seed=task.seed,
+        reward=task.reward,
+        progress=progress,
+    )
 
 
 def _held_out(request: Request, count: int) -> list[str]:

@@ -30,6 +30,7 @@ def check_name(text: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(check_name)]
+BestOf = Annotated[int, Field(ge=1, le=65_536)]
 Length = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
@@ -152,6 +153,9 @@ class RewardConfig(Section):
     """Check the classifier on clearly positive and negative sentences before training."""
 
 
+EARLY_STOPS = ("target_score", "stop_kl", "patience")
+
+
 class RunSettings(Section):
     """The run itself."""
 
@@ -166,18 +170,45 @@ class RunSettings(Section):
     checkpoint_every: Annotated[int, Field(ge=0)] = 50
     """Steps between checkpoints for --resume; 0 for one at the start and one at the end alone."""
     keep: Annotated[int, Field(ge=1)] = 2
-    """Newest checkpoints kept, beside the one whose batch scored best. With 2, one is left should
-    the newest turn out to be damaged."""
+    """Newest checkpoints kept, beside the one whose evaluation scored best. With 2, one is left
+    should the newest turn out to be damaged."""
+    eval_every: Annotated[int, Field(ge=0)] = 10
+    """Steps between evaluations on the held-out prompts; 0 for one at the end alone."""
+    weights: Literal["best", "last"] = "best"
+    """What the run directory's own weights are at the end: those of the evaluation that scored best
+    with a KL within kl_limit and stop_kl, or those of the last step."""
+    target_score: float | None = None
+    """End the run once an evaluation scores this much with a KL within kl_limit and stop_kl; null
+    for never."""
+    stop_kl: Annotated[float, Field(gt=0)] | None = None
+    """End the run once an evaluation's KL per response (nats) is over this; null for never."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """End the run after this many evaluations in a row without a new best; null for never."""
     on_divergence: Literal["stop", "rollback"] = "stop"
     """What to do when a step goes wrong: end with the last good checkpoint, or go on from it with
     half the learning rate and other random numbers (three times at most)."""
     kl_limit: Annotated[float, Field(gt=0)] | None = 1000.0
-    """KL per response (nats) at which a step counts as gone wrong; null for no limit."""
+    """KL per response (nats) at which a step counts as gone wrong, and over which an evaluation
+    cannot be the best; null for no limit."""
     collapse_limit: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     """Share of a batch's responses that are alike at which the text counts as collapsed; 1 for all
     of them, null for no limit. Batches of fewer than 8 do not count."""
+    best_of_n: Annotated[list[BestOf], Field(min_length=1, max_length=64)] | None = None
+    """At the end, score the best of n responses from the reference to each held-out prompt, for
+    each n of this list, into frontier.json: the curve that `plot --frontier` draws. It costs as
+    many responses a prompt as the largest n. Null for no such curve."""
     samples_per_step: Annotated[int, Field(ge=0)] = 4
     """Samples of each step that go into samples.jsonl."""
+
+    @model_validator(mode="after")
+    def _evaluated(self) -> RunSettings:
+        asked = [key for key in EARLY_STOPS if getattr(self, key) is not None]
+        if asked and not self.eval_every:
+            raise ValueError(
+                f"{asked[0]} ({getattr(self, asked[0]):g}) is looked at after each evaluation, and "
+                f"eval_every is 0: set run.eval_every to 1 or more, or run.{asked[0]} to null"
+            )
+        return self
 
 
 class RunConfig(Section):

@@ -10,6 +10,8 @@ import numpy as np
 
 from ppo_cli.errors import UsageError
 
+INTERVAL = (2.5, 97.5)  # percentiles
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -38,8 +40,11 @@ class Interval:
     """A mean and the bounds of its 95 % bootstrap interval."""
 
     mean: float
+    """The mean over the prompts."""
     low: float
+    """Lower bound."""
     high: float
+    """Upper bound."""
 
 
 def mean_score(samples: Sequence[Sample]) -> float:
@@ -57,11 +62,26 @@ def bootstrap_interval(values: Sequence[float], resamples: int = 2000, seed: int
 
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
     """
-    if not values:
-        raise UsageError("there is nothing to average: no samples")
     data = np.asarray(values, dtype=np.float64)
+    means = resampled_means(data[:, None], resamples, seed)[:, 0]
+    low, high = np.percentile(means, INTERVAL)
+    return Interval(float(data.mean()), float(low), float(high))
+
+
+def resampled_means(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Means of K columns over N rows drawn with replacement, whole rows together.
+
+    Args:
+        values: (N, K).
+        resamples: R, how often N rows are drawn.
+        seed: equal seeds draw equal rows.
+
+    Returns:
+        (R, K).
+    """
+    if not len(values):
+        raise UsageError("there is nothing to average: no samples")
     random = np.random.RandomState(seed)
     # A resample at a time: all of them at once are resamples x samples numbers.
-    means = [data[random.randint(len(data), size=len(data))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(data.mean()), float(low), float(high))
+    draws = (random.randint(len(values), size=len(values)) for _ in range(resamples))
+    return np.stack([values[rows].mean(axis=0) for rows in draws])

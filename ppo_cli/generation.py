@@ -37,13 +37,32 @@ class Source:
 
 @dataclass(frozen=True)
 class Request:
-    """Which models, judged how; worked out from run directories and options."""
+    """Which models, judged how; worked out from run directories and options.
+
+    Attributes:
+        sources: what to sample from, in order; the reference last, if it is wanted among them.
+        reward: the classifier, if one is wanted.
+        run: configuration of the first run directory.
+        device: where all of it runs.
+        trusted: models whose own code may run.
+        reference: that run's reference, whether it is among `sources` or not.
+    """
 
     sources: list[Source]
     reward: RewardConfig | None
     run: RunConfig | None
     device: torch.device
     trusted: Collection[str] = ()
+    reference: Source | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A source's model, on its device, with its tokenizer."""
+
+    name: str
+    model: Any
+    tokenizer: Any
 
 
 def resolve(
@@ -81,8 +100,9 @@ def resolve(
     run = runs[0] if runs else None
     names = [str(Path(model)) if RunDirectory(model).is_run() else model for model in models]
     sources = [Source(name, model) for name, model in zip(names, models, strict=True)]
-    if reference and run is not None:
-        sources.append(Source(REFERENCE, run.policy.model, run.policy.revision))
+    base = None if run is None else Source(REFERENCE, run.policy.model, run.policy.revision)
+    if reference and base is not None:
+        sources.append(base)
     reward = None
     if score:
         settings = run.reward if run is not None else RewardConfig()
@@ -100,7 +120,7 @@ def resolve(
     loaded += [reward.model] if reward else []
     loaded += [run.policy.model] if run else []
     check_trusted(trusted, loaded)
-    return Request(sources, reward, run, resolve_device(device), trusted)
+    return Request(sources, reward, run, resolve_device(device), trusted, base)
 
 
 def read_prompts(prompts: Sequence[str], file: str | None, column: str = "text") -> list[str]:
@@ -159,33 +179,50 @@ def generate(
         DataError: a prompt has no tokens, or exceeds the model's context.
         ModelError: the model cannot be loaded.
     """
-    tokenizer = load_tokenizer(source.model, source.revision, trusted)
-    settings = PolicyConfig(model=source.model, revision=source.revision)
-    policy = load_policy(settings, tokenizer, trusted)
-    model = policy.to(device).eval()
-    context = context_length(model.config)
-    ids = []
-    for text in prompts:
-        tokens = tokenizer(text).input_ids
-        if not tokens:
-            raise DataError(f"prompt {text!r} has no tokens for {source.name}")
-        if context is not None and len(tokens) + max_new_tokens > context:
-            raise DataError(
-                f"prompt '{shortened(text, 40)}' has {len(tokens)} tokens; with {max_new_tokens} "
-                f"new ones it exceeds the context of {source.name} ({context}): shorten it, or "
-                "lower --max-new-tokens"
-            )
-        ids.append(torch.tensor(tokens))
-    queries = [row for row in ids for _ in range(samples_each)]
-    texts = [text for text in prompts for _ in range(samples_each)]
+    loaded = load_model(source, device, trusted)
+    ids = encode(loaded, prompts, max_new_tokens)
     samples = draw_samples(
-        model,
-        tokenizer,
-        queries,
-        texts,
+        loaded.model,
+        loaded.tokenizer,
+        [row for row in ids for _ in range(samples_each)],
+        [text for text in prompts for _ in range(samples_each)],
         max_new_tokens=max_new_tokens,
         seed=seed,
         reward=reward,
         **sampling,
     )
     return Generated(source.name, samples)
+
+
+def load_model(source: Source, device: torch.device, trusted: Collection[str] = ()) -> Loaded:
+    """Load what a source names.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    tokenizer = load_tokenizer(source.model, source.revision, trusted)
+    settings = PolicyConfig(model=source.model, revision=source.revision)
+    policy = load_policy(settings, tokenizer, trusted)
+    return Loaded(source.name, policy.to(device).eval(), tokenizer)
+
+
+def encode(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> list[torch.Tensor]:
+    """Prompts as token ids, 1-D, each with room for a response.
+
+    Raises:
+        DataError: a prompt has no tokens, or exceeds the model's context.
+    """
+    context = context_length(loaded.model.config)
+    ids = []
+    for text in prompts:
+        tokens = loaded.tokenizer(text).input_ids
+        if not tokens:
+            raise DataError(f"prompt {text!r} has no tokens for {loaded.name}")
+        if context is not None and len(tokens) + max_new_tokens > context:
+            raise DataError(
+                f"prompt '{shortened(text, 40)}' has {len(tokens)} tokens; with {max_new_tokens} "
+                f"new ones it exceeds the context of {loaded.name} ({context}): shorten it, or "
+                "lower --max-new-tokens"
+            )
+        ids.append(torch.tensor(tokens))
+    return ids

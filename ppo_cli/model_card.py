@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ppo_cli.quality import MEASURES
 from ppo_cli.text import json_text, markdown_code, markdown_text
 
 HEADER = """---
@@ -52,17 +53,18 @@ def run_card(summary: Any, config: Any) -> str:
     """
     base = config.policy.model
     is_hub_id = not base.startswith((".", "/")) and "/" in base
+    made = f"{summary.steps} of {summary.planned_steps} steps"
     unfinished = (
-        ""
-        if summary.steps == summary.planned_steps
-        else f" The run was stopped after {summary.steps} of {summary.planned_steps} steps."
+        "" if summary.steps == summary.planned_steps else f" The run was stopped after {made}."
     )
+    if summary.stopped_early:
+        unfinished = f" The run ended early, after {made}: {markdown_text(summary.stopped_early)}."
     label, plain = markdown_code(summary.label), markdown_text(summary.label)
-    rows = [
-        ("mean score", summary.before.score, summary.after.score),
-        (f"mean P({plain})", summary.before.probability, summary.after.probability),
-    ]
-    table = "\n".join(f"| {name} | {low:.3f} | {high:.3f} |" for name, low, high in rows)
+    table = "\n".join(
+        f"| {m.name.format(label=plain)} | {getattr(summary.before, field):.{m.places}f} "
+        f"| {getattr(summary.after, field):.{m.places}f} | {m.meaning} |"
+        for field, m in MEASURES.items()
+    )
     examples = "\n".join(
         f"| {markdown_text(sample.query)} | {markdown_text(sample.response)} | {sample.score:.2f} |"
         for sample in summary.after_samples[:5]
@@ -82,15 +84,17 @@ A language model tuned with Proximal Policy Optimization towards the sentiment
 | classifier | {markdown_code(config.reward.model)}, label {label}, {config.reward.output} |
 | prompts | {markdown_code(config.prompts.source)} |
 | PPO | {ppo}, learning rate {config.ppo.learning_rate:g} |
+| weights | {markdown_text(str(summary.weights))} |
 | seed | {config.run.seed} |
 
-On {len(summary.after_samples)} held-out prompts, with the same random numbers:
+On {len(summary.after_samples)} held-out prompts, with the same random numbers for both, which are
+others than those of the evaluations that the weights were chosen by:
 
-| | reference | this model |
-|---|---|---|
+| | reference | this model | |
+|---|---:|---:|---|
 {table}
 
-KL from the reference in the last step: {summary.kl:.2f} nats per response.
+KL penalty in the last step: {summary.kl:.2f} nats per response.
 
 ![loss and mean reward](training.png)
 

@@ -20,9 +20,14 @@ DEFAULT_METRICS = ("ppo/loss/total", "ppo/mean_scores")
 TITLES = {
     "ppo/loss/total": ("PPO training loss over time", "total loss"),
     "ppo/mean_scores": ("PPO mean reward over time", "mean score"),
+    "eval/score": ("Mean score on held-out prompts", "mean score"),
+    "eval/kl": ("KL from the reference on held-out prompts", "KL per sequence (nats)"),
     "objective/kl": ("KL from the reference over time", "KL per sequence (nats)"),
     "objective/kl_coef": ("KL coefficient over time", "coefficient"),
 }
+# Drawn into another's panel, where a run has it: a label for its curve.
+COMPANIONS = {"ppo/mean_scores": ("eval/score", "held-out")}
+SPARSE = "eval/"  # of metrics that only some steps have: points, joined by lines
 ENDINGS = (".png", ".svg", ".pdf")
 # Okabe and Ito's colours, told apart with colour-blind eyes too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -46,8 +51,7 @@ def plot_training(
     Raises:
         UsageError: another ending, or a metric that a run does not have.
     """
-    if output.suffix.lower() not in ENDINGS:
-        raise UsageError(f"{output}: a picture ends in {', '.join(ENDINGS)}")
+    check_ending(output)
     curves = {metric: _curves(runs, metric) for metric in metrics}
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -60,27 +64,30 @@ def plot_training(
     longest = max(len(steps) for curve in curves.values() for steps, _ in curve.values())
     window = min(smooth or max(longest // 20, 1), longest)
     for panel, (metric, curve) in zip(panels, curves.items(), strict=False):
-        shown = _plain(metric)
+        shown = plain(metric)
         title, label = TITLES.get(metric, (f"{shown} over time", shown))
         panel.set_title(title, fontsize=12, loc="left")
         panel.set_xlabel("PPO step")
         panel.set_ylabel(label)
         for (name, (steps, values)), colour in zip(curve.items(), _cycle(COLOURS), strict=False):
-            marker = "o" if len(steps) == 1 else None
-            if window > 1:
+            is_sparse = metric.startswith(SPARSE)
+            own_window = (smooth or 1) if is_sparse else window
+            marker = "o" if is_sparse or len(steps) == 1 else None
+            if own_window > 1:
                 panel.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
             panel.plot(
                 steps,
-                moving_average(values, window),
+                moving_average(values, own_window),
                 color=colour,
                 linewidth=2,
-                label=_plain(name),
+                label=plain(name),
                 marker=marker,
             )
+            _draw_companion(panel, metric, name, runs[name], colour)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
         panel.margins(x=0.01)
-        if len(curve) > 1 or metric == metrics[-1]:
+        if len(panel.get_legend_handles_labels()[0]) > 1 or metric == metrics[-1]:
             panel.legend(frameon=False, fontsize=9)
     for panel in list(panels):
         panel.set_visible(False)
@@ -94,6 +101,30 @@ def plot_training(
         )
     with replacing(output) as unfinished:
         figure.savefig(unfinished, format=output.suffix[1:].lower())
+
+
+def _draw_companion(
+    panel: Any, metric: str, name: str, rows: Sequence[Mapping[str, Any]], colour: str
+) -> None:
+    """The metric that belongs into the same panel: hollow points, joined by a dashed line."""
+    key, label = COMPANIONS.get(metric, ("", ""))
+    if points := [(row["step"], row[key]) for row in rows if key in row]:
+        panel.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            linewidth=1.2,
+            linestyle="--",
+            marker="o",
+            markerfacecolor="white",
+            label=f"{plain(name)}, {label}",
+            zorder=3,
+        )
+
+
+def check_ending(output: Path) -> None:
+    """Raise `UsageError` unless `output` ends as a picture does."""
+    if output.suffix.lower() not in ENDINGS:
+        raise UsageError(f"{output}: a picture ends in {', '.join(ENDINGS)}")
 
 
 def moving_average(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
@@ -142,7 +173,7 @@ def _curves(runs: Runs, metric: str) -> dict[str, tuple[np.ndarray, np.ndarray]]
     for name, rows in runs.items():
         kept = [(row["step"], row[metric]) for row in rows if metric in row]
         if not kept:
-            keys = [key for key in rows[-1] if key != "step"]
+            keys = [key for key in {k: None for row in rows for k in row} if key != "step"]
             near = did_you_mean(metric, keys)
             raise UsageError(
                 f"{name} has no metric '{metric}'.{near}"
@@ -158,6 +189,6 @@ def _cycle(colours: Sequence[str]) -> Any:
         yield from colours
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A name without what matplotlib would read as mathematics or as `no label`."""
     return escape_controls(name).replace("$", r"\$").lstrip("_") or "run"

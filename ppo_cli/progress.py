@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ppo_cli.checkpoint import (
+    checkpoint_of,
     discard_newer,
     load_checkpoint,
+    load_weights,
     prune,
     save_checkpoint,
     whole_checkpoint,
 )
 from ppo_cli.config import RunSettings
+from ppo_cli.errors import PPOCliError
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.prompts import LengthSampler
 from ppo_cli.run_directory import RunDirectory
 from ppo_cli.runtime import RandomStream, random_state, set_random_state
+from ppo_cli.standing import Standing, over_limit
+from ppo_cli.summary import Weights
 
 
 class Progress:
@@ -34,8 +40,8 @@ class Progress:
 
     Attributes:
         seconds: time spent in steps.
-        kl, score: of the last step.
-        best: step and score of the checkpoint whose batch scored best, None before the first.
+        kl: of the last step.
+        standing: the run's evaluations so far.
         rollbacks: how often the run went back because a step went wrong.
         checkpoint: the newest, None before the first.
         saved_step: its step.
@@ -54,8 +60,7 @@ class Progress:
         self._settings = settings
         self.seconds = 0.0
         self.kl = 0.0
-        self.score: float | None = None
-        self.best: dict[str, Any] | None = None
+        self.standing = Standing()
         self.rollbacks = 0
         self.checkpoint: Path | None = None
         self.saved_step = -1
@@ -66,8 +71,6 @@ class Progress:
         step = self._trainer.current_step
         if step == self.saved_step:
             return
-        if self.score is not None and (self.best is None or self.score > self.best["score"]):
-            self.best = {"step": step, "score": self.score}
         state = {
             "trainer": self._trainer.state_dict(),
             "lengths": self._lengths.state_dict(),
@@ -75,7 +78,7 @@ class Progress:
             "records": self._directory.record_lengths(),
             "seconds": self.seconds,
             "kl": self.kl,
-            "best": self.best,
+            "standing": self.standing.as_dict(),
             "rollbacks": self.rollbacks,
         }
         folder, keep = self._directory.checkpoints, self._settings.keep
@@ -106,20 +109,61 @@ class Progress:
         self._trainer.optimizer.zero_grad()  # a step that broke off may have left some
         self._lengths.load_state_dict(state["lengths"])
         set_random_state(state["random"])
-        self.seconds, self.kl, self.best = state["seconds"], state["kl"], state["best"]
+        self.seconds, self.kl = state["seconds"], state["kl"]
+        self.standing = Standing.from_dict(state["standing"]).within(self._settings)
         self.rollbacks, self._record_lengths = state["rollbacks"], state["records"]
         self.checkpoint, self.saved_step = checkpoint, self._trainer.current_step
 
     def drop_what_followed(self) -> None:
-        """Cut the records where the checkpoint has their ends; damaged newer checkpoints go."""
+        """Cut the records where the checkpoint has their ends; damaged newer checkpoints go.
+
+        So does an evaluation that was made only because the run ended there.
+        """
         assert self.checkpoint is not None
         discard_newer(self._directory.checkpoints, self.checkpoint)
         prune(self._directory.checkpoints, self._settings.keep, self._best_step)
+        if not self.is_evaluated:
+            self._directory.put_evaluation(self.saved_step, {})
         self._directory.cut_records(self._record_lengths)
+
+    def take_weights(self, standing: Standing) -> Weights:
+        """Give the policy the weights that the run directory shall have, by `run.weights`.
+
+        The rest of the run's state stays that of its newest step; train no further.
+
+        Args:
+            standing: the run's evaluations, the closing one included.
+        """
+        last = self._trainer.current_step
+        best = standing.best
+        if self._settings.weights == "last":
+            return Weights(last, "the last, by run.weights")
+        if best is None:
+            if standing.newest is None:
+                return Weights(last, "the last: there was no evaluation")
+            limit = over_limit(standing.newest, self._settings) or "the limits of KL"
+            return Weights(last, f"the last: no evaluation was within {limit}")
+        if best.step != last:
+            try:
+                load_weights(checkpoint_of(self._directory.checkpoints, best.step), self._policy)
+            except PPOCliError as error:
+                warnings.warn(
+                    f"step {best.step} scored best in the evaluations, but {error}: taking the "
+                    f"weights of step {last}, the newest, instead",
+                    stacklevel=3,
+                )
+                return Weights(last, f"the last: the best, step {best.step}, cannot be read")
+        return Weights(best.step, "best evaluation")
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the newest step was evaluated, the closing evaluation apart."""
+        newest = self.standing.newest
+        return newest is not None and newest.step == self._trainer.current_step
 
     @property
     def _best_step(self) -> int | None:
-        return self.best["step"] if self.best else None
+        return self.standing.best.step if self.standing.best else None
 
     @property
     def _policy(self) -> Any:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -90,6 +91,29 @@ class Quality:
     def as_dict(self) -> dict[str, float]:
         """Plain values, for JSON."""
         return asdict(self)
+
+
+class Measure(NamedTuple):
+    """How one of `Quality`'s numbers is shown: name, meaning in a word, decimal places."""
+
+    name: str
+    meaning: str
+    places: int
+
+
+MEASURES: dict[str, Measure] = {
+    "score": Measure("mean score", "what the classifier says", 3),
+    "probability": Measure("mean P({label})", "the same as a probability", 3),
+    "on_target": Measure("on target", "share of responses with P over a half", 3),
+    "kl": Measure("KL", "distance from the reference, nats per response", 2),
+    "entropy": Measure("entropy", "openness, nats per token", 2),
+    "perplexity": Measure("perplexity", "how odd the reference finds the responses", 1),
+    "distinct_1": Measure("distinct-1", "different words among all", 3),
+    "distinct_2": Measure("distinct-2", "different pairs of words among all", 3),
+    "repetition": Measure("repetition", "pairs of words that a response has already", 3),
+    "most_common": Measure("most common", "share of the most frequent response", 3),
+    "length": Measure("length", "tokens per response", 1),
+}
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ppo_cli.config import RunConfig
 from ppo_cli.config_source import validate
 from ppo_cli.errors import UsageError, did_you_mean
-from ppo_cli.files import refuse_special, sync, write_text, writing
+from ppo_cli.files import refuse_special, replacing, sync, write_text, writing
 from ppo_cli.text import json_text, shortened
 from ppo_cli.yaml_io import dump_yaml, read_yaml
 
@@ -30,6 +30,7 @@ SAMPLES_FILE = "samples.jsonl"
 PLOT_FILE = "training.png"
 CARD_FILE = "README.md"
 CHECKPOINTS = "checkpoints"
+EVALUATION = ("eval/", "time/evaluating")  # how the keys of an evaluation begin
 LOCK_FILE = ".lock"
 HOLDER_FILE = ".lock.json"
 # What is there before run.yaml is.
@@ -40,9 +41,15 @@ CHANGEABLE = (
     "run.device",
     "run.checkpoint_every",
     "run.keep",
+    "run.eval_every",
+    "run.weights",
+    "run.target_score",
+    "run.stop_kl",
+    "run.patience",
     "run.on_divergence",
     "run.kl_limit",
     "run.collapse_limit",
+    "run.best_of_n",
     "run.samples_per_step",
     "rollout.batch_size",
     "reward.batch_size",
@@ -275,6 +282,28 @@ class RunDirectory:
                 length = path.read_bytes().rfind(b"\n") + 1 if size else 0
             if size > length:
                 os.truncate(path, length)
+
+    def put_evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Make `numbers` the evaluation in a step's line of the metrics, in place of what is there.
+
+        Args:
+            step: the newest whose line counts.
+            numbers: under `EVALUATION` keys; none take the evaluation away.
+        """
+        path = self.path / METRICS_FILE
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        for place in reversed(range(len(lines))):
+            try:
+                row = json.loads(lines[place])
+            except (ValueError, RecursionError):
+                continue  # half of a line, or what damaged it: left for `metrics` to tell of
+            if isinstance(row, dict) and row.get("step") == step:
+                kept = {k: v for k, v in row.items() if not k.startswith(EVALUATION)}
+                if (changed := {**kept, **numbers}) != row:
+                    lines[place] = json_text(changed).encode()
+                    with replacing(path) as unfinished:
+                        unfinished.write_bytes(b"\n".join(lines))
+                return
 
     def metrics(self) -> list[dict[str, Any]]:
         """A dictionary a step, oldest first.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from ppo_cli.evaluation import Sample
-from ppo_cli.reward import SentimentReward
+from ppo_cli.reward import RewardFunction, SentimentReward
 from ppo_cli.rollout import Rollout, sample_texts
 from ppo_cli.runtime import RandomStream
 
@@ -17,28 +19,46 @@ def draw_samples(
     queries: Sequence[Any],
     query_texts: Sequence[str],
     *,
-    max_new_tokens: int,
-    seed: int,
     reward: SentimentReward | None,
-    batch_size: int = 64,
-    **sampling: Any,
+    **settings: Any,
 ) -> list[Sample]:
-    """Sample a response to each of N queries, with random numbers that `seed` alone decides.
+    """Sample a response to each of N queries and judge it.
 
     Args:
         model: has `generate`; the policy or a plain causal model.
         tokenizer: the model's.
         queries: N tensors of token ids.
         query_texts: N strings, the same queries.
+        reward: judges query and response together; None leaves scores out.
+        settings: of `draw_rollout`.
+    """
+    return judge(draw_rollout(model, tokenizer, queries, **settings), query_texts, reward)
+
+
+def draw_rollout(
+    model: Any,
+    tokenizer: Any,
+    queries: Sequence[Any],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    batch_size: int = 64,
+    **sampling: Any,
+) -> Rollout:
+    """Sample a response to each of N queries, with random numbers that `seed` alone decides.
+
+    Args:
+        model: has `generate`; the policy or a plain causal model.
+        tokenizer: the model's.
+        queries: N tensors of token ids.
         max_new_tokens: limit on a response.
         seed: two models asked with one seed draw from the same random numbers.
-        reward: judges query and response together; None leaves scores out.
         batch_size: sequences a forward pass.
         sampling: temperature, top_k, top_p; pure sampling without.
     """
     stream = RandomStream(seed, model.device)
     with stream.active():
-        rollout = sample_texts(
+        return sample_texts(
             model,
             tokenizer,
             queries,
@@ -46,7 +66,42 @@ def draw_samples(
             batch_size=batch_size,
             **sampling,
         )
-    return judge(rollout, query_texts, reward)
+
+
+def draw_scores(
+    model: Any,
+    tokenizer: Any,
+    queries: Sequence[Any],
+    *,
+    count: int,
+    max_new_tokens: int,
+    seed: int,
+    reward: RewardFunction,
+    batch_size: int = 64,
+    progress: Callable[[int], None] = lambda _: None,
+    **sampling: Any,
+) -> np.ndarray:
+    """Scores of `count` responses to each of P queries, (P, count).
+
+    A batch of responses is there at once, however many are asked for.
+
+    Args:
+        model, tokenizer, queries, max_new_tokens, seed, batch_size, sampling: as `draw_rollout`.
+        count: responses to each query.
+        reward: judges query and response together.
+        progress: told after each batch how many responses there are.
+    """
+    rows = [query for query in queries for _ in range(count)]
+    scores = np.empty(len(rows))
+    stream = RandomStream(seed, model.device)
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        with stream.active():
+            limits = [max_new_tokens] * len(batch)
+            rollout = sample_texts(model, tokenizer, batch, limits, **sampling)
+        scores[start : start + len(batch)] = reward(rollout.texts).numpy()
+        progress(start + len(batch))
+    return scores.reshape(len(queries), count)
 
 
 def judge(

@@ -7,35 +7,44 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ppo_cli.evaluation import Sample, mean_probability, mean_score
+from ppo_cli.evaluation import Sample
+from ppo_cli.quality import Quality
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one PPO step did, for a display."""
+    """What one PPO step did, for a display.
+
+    Attributes:
+        step, steps: its number, and how many were asked for.
+        stats: its line of the metrics.
+        samples: some of its batch.
+        best: the step whose evaluation is best so far, if any.
+        stops: whether its evaluation ends the run.
+    """
 
     step: int
     steps: int
     stats: dict[str, float]
     samples: list[Sample]
+    best: int | None = None
+    stops: bool = False
 
     @property
     def is_last(self) -> bool:
         """Whether the run is over after this step."""
-        return self.step == self.steps
+        return self.stops or self.step == self.steps
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """Mean score and mean probability of the label, on held-out prompts."""
+class Weights:
+    """Which step's weights a run directory has, and why those."""
 
-    score: float
-    probability: float
+    step: int
+    why: str
 
-    @classmethod
-    def of(cls, samples: list[Sample]) -> Judgement:
-        """Of samples that were judged."""
-        return cls(mean_score(samples), mean_probability(samples))
+    def __str__(self) -> str:
+        return f"step {self.step} ({self.why})"
 
 
 @dataclass(frozen=True)
@@ -64,17 +73,35 @@ class Pace:
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """How a run ended: the reference and the policy on the same held-out prompts."""
+    """How a run ended: the reference and the policy on the same held-out prompts.
+
+    Attributes:
+        run: the run directory.
+        label: what the policy was steered towards.
+        steps, planned_steps: made, and asked for.
+        seconds: spent in steps.
+        before, after: the reference's samples, and those of the weights that the directory has,
+            with random numbers that no evaluation drew from: the choice of the best by evaluations
+            does not flatter them.
+        kl: of the last step's batch, as the penalty estimates it.
+        pace: of the steps.
+        weights: which step's are in the directory.
+        stopped_early: why the run ended before the steps that were asked for; None where it did not
+            or was interrupted.
+        before_samples, after_samples: what `before` and `after` are means of.
+    """
 
     run: str
     label: str
     steps: int
     planned_steps: int
     seconds: float
-    before: Judgement
-    after: Judgement
+    before: Quality
+    after: Quality
     kl: float
     pace: Pace
+    weights: Weights
+    stopped_early: str | None
     before_samples: list[Sample]
     after_samples: list[Sample]
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,22 +14,24 @@ from ppo_cli.config import RunConfig
 from ppo_cli.divergence import check_numbers, check_texts, check_weights, classifier_faults
 from ppo_cli.errors import DataError, DivergenceError, UsageError
 from ppo_cli.evaluation import Sample, mean_probability
+from ppo_cli.examination import Examination
 from ppo_cli.files import write_text
-from ppo_cli.loading import check_trusted, load_policy, load_reward, load_tokenizer
+from ppo_cli.frontier import write_curve
+from ppo_cli.loading import check_trusted, load_reward, load_tokenizer
 from ppo_cli.model_card import run_card
 from ppo_cli.plots import plot_training
 from ppo_cli.policy_files import save_folder
 from ppo_cli.potentials import potentials
-from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.statistics import scalars
-from ppo_cli.ppo.trainer import PPOTrainer
+from ppo_cli.preparation import check_context, make_trainer
 from ppo_cli.progress import Progress
-from ppo_cli.prompts import LengthSampler, Prompt, collate, load_prompts
-from ppo_cli.rollout import PURE_SAMPLING, Rollout, context_length, decode
+from ppo_cli.prompts import LengthSampler, collate, load_prompts
+from ppo_cli.rollout import PURE_SAMPLING, Rollout, decode
 from ppo_cli.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory
-from ppo_cli.runtime import accelerator_settings, resolve_device, set_seed
-from ppo_cli.sampling import draw_samples, judge
-from ppo_cli.summary import Judgement, Pace, StepReport, TrainingSummary
+from ppo_cli.runtime import resolve_device, set_seed
+from ppo_cli.sampling import judge
+from ppo_cli.standing import Standing
+from ppo_cli.summary import Pace, StepReport, TrainingSummary
 
 MAX_ROLLBACKS = 3
 
@@ -87,9 +87,18 @@ class Training:
             config.rollout.output_max_length,
             seed=(config.run.seed + 1) % 2**32,  # not the seed of the queries' lengths
         )
-        self.trainer = self._trainer()
-        self._check_context()
+        self.trainer = make_trainer(config, self.device, self.tokenizer, trusted)
+        check_context(config, self._policy.config, self.prompts.train)
         self._warn_if_not_pure()
+        self.examination = Examination(
+            self.trainer,
+            self.tokenizer,
+            self.reward,
+            self.prompts.held_out,
+            config.run.seed,
+            max_new_tokens=config.rollout.output_max_length - 1,
+            **self._sampling,
+        )
         self.progress = Progress(self.directory, self.trainer, self.lengths, config.run)
         if resume:
             self.progress.go_back()
@@ -104,10 +113,21 @@ class Training:
         """Steps done so far, those of earlier sessions of this run included."""
         return self.trainer.current_step
 
+    @property
+    def stopped_early(self) -> str | None:
+        """Why the run ends here, before its last step, by its newest evaluation; None to go on.
+
+        It follows from the evaluations and the settings alone: resumed with the same settings the
+        run has ended as before, with others it may go on.
+        """
+        if self.step >= self.config.run.steps or not self.progress.is_evaluated:
+            return None
+        return self.progress.standing.reason_to_stop(self.config.run)
+
     def steps(self) -> Iterator[StepReport]:
         """Create the run directory, then make the PPO steps that remain, one at a time.
 
-        Ends early, after a whole step, once `stopping` is set.
+        Ends early, after a whole step, once `stopping` is set or `stopped_early` has a reason.
 
         Raises:
             DivergenceError: a step went wrong, and `run.on_divergence` or the number of rollbacks
@@ -119,38 +139,48 @@ class Training:
         else:
             self.progress.drop_what_followed()
             self.directory.record(self.config)
-        self._before = self._judge(reference=True)
-        settings = self.config.run
-        while self.step < settings.steps and not self.stopping:
+        self.examination.begin()
+        while self.step < self.config.run.steps and not (self.stopping or self.stopped_early):
             number = self.step + 1
             try:
                 report = self._one_step()
             except DivergenceError as error:
                 self._diverged(f"step {number}: {error}")
                 continue
-            if settings.checkpoint_every and self.step % settings.checkpoint_every == 0:
+            if self._is_checkpoint_due():
                 self.progress.save()
             yield report
 
     def finish(self) -> TrainingSummary:
-        """Judge the policy, then write model, plot and card. Works after any number of steps."""
+        """Choose the weights, examine them, write model, plot and card.
+
+        Works after any number of steps. The policy then has the weights of the run directory,
+        which may be those of an earlier step. What the summary says of them comes from random
+        numbers that no evaluation drew from, so that the choice does not flatter them.
+        """
         self.progress.save()
-        before, after = self._before, self._judge(reference=False)
+        stopped_early = self.stopped_early
+        weights = self.progress.take_weights(self._closing_evaluation())
+        before, after = self.examination.close()
         summary = TrainingSummary(
             run=str(self.directory.path),
             label=self.reward.label,
             steps=self.step,
             planned_steps=self.config.run.steps,
             seconds=self.progress.seconds,
-            before=Judgement.of(before),
-            after=Judgement.of(after),
+            before=before.quality,
+            after=after.quality,
             kl=self.progress.kl,
             pace=Pace.of(self.directory.metrics()) if self.step else Pace.of([]),
-            before_samples=before,
-            after_samples=after,
+            weights=weights,
+            stopped_early=stopped_early,
+            before_samples=before.samples,
+            after_samples=after.samples,
         )
         self._save_model()
         write_text(self.directory.path / CARD_FILE, run_card(summary, self.config))
+        if self.config.run.best_of_n and not self.stopping:  # who stops a run does not want to wait
+            write_curve(self.directory, self.examination.best_of_n(self.config.run.best_of_n))
         return summary
 
     def _diverged(self, what: str) -> None:
@@ -167,12 +197,13 @@ class Training:
             )
             return
         self.progress.go_back()
+        weights = self.progress.take_weights(self.progress.standing)
         self._save_model()
         tried = f" after {rollbacks - 1} rollbacks" if rollbacks > 1 else ""
-        raise DivergenceError(
-            f"{what}. Stopped{tried}; {self.directory.path} holds the checkpoint and the model of "
-            f"step {self.step}"
-        )
+        held = f"the checkpoint and the model of step {self.step}"
+        if weights.step != self.step:
+            held = f"the checkpoint of step {self.step} and the model of {weights}"
+        raise DivergenceError(f"{what}. Stopped{tried}; {self.directory.path} holds {held}")
 
     def _one_step(self) -> StepReport:
         started = time.perf_counter()
@@ -211,9 +242,41 @@ class Training:
         }
         check_weights(self._policy)
         check_numbers(numbers, self.config.run.kl_limit)
+        numbers |= self._evaluation_if_due()
         shown = samples[: max(self.config.run.samples_per_step, 1)]
         self._record(numbers, shown)
-        return StepReport(self.step, self.config.run.steps, numbers, shown)
+        best, stops = self.progress.standing.best, self.stopped_early is not None
+        return StepReport(
+            self.step, self.config.run.steps, numbers, shown, best.step if best else None, stops
+        )
+
+    def _evaluation_if_due(self) -> dict[str, float]:
+        """The evaluation of a step for its metrics; nothing where none is due."""
+        settings = self.config.run
+        if not settings.eval_every or self.step % settings.eval_every:
+            return {}
+        with classifier_faults(self.reward.name):
+            evaluation, numbers = self.examination.evaluate(self.step)
+        self.progress.standing = self.progress.standing.after(evaluation, settings)
+        self.trainer.accelerator.log(numbers, step=self.step)
+        return numbers
+
+    def _closing_evaluation(self) -> Standing:
+        """The standing at the end of the run, whose newest step is evaluated if it was not yet.
+
+        That evaluation does not belong to the run's state: a run that goes on from here later is
+        to be the one that never paused.
+        """
+        if self.progress.is_evaluated or not self.step:
+            return self.progress.standing
+        evaluation, numbers = self.examination.evaluate(self.step)
+        self.directory.put_evaluation(self.step, numbers)
+        return self.progress.standing.after(evaluation, self.config.run)
+
+    def _is_checkpoint_due(self) -> bool:
+        every, best = self.config.run.checkpoint_every, self.progress.standing.best
+        is_best = best is not None and best.step == self.step
+        return is_best or (every > 0 and self.step % every == 0)
 
     def _potentials(self, rollout: Rollout) -> list[torch.Tensor] | None:
         every = self.config.reward.score_every
@@ -221,7 +284,6 @@ class Training:
 
     def _record(self, numbers: dict[str, float], samples: list[Sample]) -> None:
         self.progress.kl = numbers["objective/kl"]
-        self.progress.score = numbers["env/reward_mean"]
         self.directory.append(METRICS_FILE, [{"step": self.step, **numbers}])
         self.directory.append(
             SAMPLES_FILE,
@@ -240,26 +302,6 @@ class Training:
         chosen = order[position * size : (position + 1) * size]
         return collate([vars(prompts[i]) for i in chosen for _ in range(each)])
 
-    def _judge(self, *, reference: bool) -> list[Sample]:
-        """Samples of the reference or the policy to the held-out prompts, with equal seeds."""
-        held_out: list[Prompt] = self.prompts.held_out
-        trainer = self.trainer
-        model: Any = self._policy
-        if reference and trainer.ref_model is not None:
-            model = trainer.accelerator.unwrap_model(trainer.ref_model)
-        adapter = trainer.adapter_off() if reference else nullcontext()
-        with adapter, trainer.accelerator.autocast():
-            return draw_samples(
-                model,
-                self.tokenizer,
-                [prompt.input_ids for prompt in held_out],
-                [prompt.query for prompt in held_out],
-                max_new_tokens=self.config.rollout.output_max_length - 1,
-                seed=self.config.run.seed,
-                reward=self.reward,
-                **self._sampling,
-            )
-
     @property
     def _sampling(self) -> dict[str, Any]:
         rollout = self.config.rollout
@@ -272,42 +314,6 @@ class Training:
     @property
     def _policy(self) -> Any:
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
-
-    def _trainer(self) -> PPOTrainer:
-        config = self.config
-        settings = dataclasses.asdict(config.ppo)
-        settings["accelerator_kwargs"] = {
-            **accelerator_settings(self.device),
-            "mixed_precision": config.policy.precision,
-            **config.ppo.accelerator_kwargs,
-        }
-        return PPOTrainer(
-            PPOConfig(
-                **settings,
-                seed=config.run.seed,
-                temperature=config.rollout.temperature,
-                model_name=config.policy.model,
-                query_dataset=config.prompts.source,
-                reward_model=config.reward.model,
-                steps=config.run.steps * config.ppo.batch_size,
-            ),
-            load_policy(config.policy, self.tokenizer, self.trusted),
-            None,
-            self.tokenizer,
-            num_shared_layers=config.policy.num_shared_layers,
-        )
-
-    def _check_context(self) -> None:
-        """Refuse, before anything is written, lengths that the model cannot read."""
-        context = context_length(self._policy.config)
-        longest = max(len(prompt.input_ids) for prompt in self.prompts.train)
-        new = self.config.rollout.output_max_length - 1
-        if context is not None and longest + new > context:
-            raise DataError(
-                f"queries of up to {longest} tokens and responses of up to {new} exceed the "
-                f"model's context of {context}: lower prompts.input_max_text_length or "
-                "rollout.output_max_length"
-            )
 
     def _warn_if_not_pure(self) -> None:
         changed = [

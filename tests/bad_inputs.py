@@ -76,6 +76,9 @@ COMMAND_LINE: list[Case] = [
     ([C, "{run}", "--rows", "-1"], 2, ["--rows", "0"]),
     ([C, "{run}", "--min-gap", "nan"], 2, ["--min-gap", "number"]),
     ([C, "{run}", "--min-gap", "wide"], 2, ["--min-gap", "valid number"]),
+    (["plot", "{run}", "--frontier", "--smooth", "3"], 2, ["--frontier", "--smooth"]),
+    ([C, "{run}", "--best-of-n", "0"], 2, ["--best-of-n '0'", "1,2,4,8,16"]),
+    ([C, "{run}", "--best-of-n", "1,x"], 2, ["--best-of-n '1,x'", "1,2,4,8,16"]),
     (["plot", "{run}", "--smooth", "0"], 2, ["--smooth", "1"]),
     (["stats", "{run}", "--step", "0"], 2, ["--step", "1"]),
     (["stats", "{run}", "--step", "last"], 2, ["--step", "valid integer"]),
@@ -122,6 +125,8 @@ CONFIGURATIONS: list[Case] = [
     setting("ppo.gamma=" + "[" * 2000, "nested too deeply"),
     setting("run.steps=" + "9" * 5000, "run.steps", "4300 digits"),
     setting("run.steps=999999999999999999999x", "run.steps", "integer"),
+    setting("run.best_of_n=[1,0]", "run.best_of_n", "greater than or equal to 1"),
+    setting("run.best_of_n=[]", "run.best_of_n", "at least 1"),
     setting("run.steps.x=1", "'steps' is a value"),
     setting("prompts.input_max_text_length=2", "input_max_text_length (2)", "exceed"),
     setting("rollout.output_max_length=12", "output_max_length (12)", "exceed"),
@@ -235,6 +240,7 @@ MODELS: list[Case] = [
     ([C, "{policy}", "{policy}"], 2, ["no run directory", "--classifier"]),
     ([C, "{policy}", "--classifier", "embedded"], 2, ["two models"]),
     ([C, "{policy}", "{policy}", "--classifier", "embedded"], 2, ["--prompts FILE"]),
+    ([C, "{policy}", "{policy}", "--classifier", "embedded", "--best-of-n", "2"], 2, ["--best-of-n", "run directory"]),
 ]  # fmt: skip
 TEXTS: list[Case] = [
     setting("prompts.source=absent.csv", "absent.csv", "no such file"),

@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
+
+from ppo_cli.verdict import Comparison
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 QUICK = [
@@ -129,8 +132,16 @@ def test_compare_as_json(home: Path) -> None:
     expected = result["models"][0]["mean_score"] - result["models"][1]["mean_score"]
     assert gap["mean"] == pytest.approx(expected, abs=1e-5)
     assert gap["low"] <= gap["mean"] <= gap["high"]
+    assert result["models"][0]["kl"] > result["models"][-1]["kl"] == 0
+    TypeAdapter(Comparison).validate_json(done.stdout, strict=True)
     again = ppo_cli("compare", "ppo-good", "ppo-bad", "--samples", 6, "--format", "json", cwd=home)
     assert again.stdout == done.stdout
+
+
+def test_compare_prints_its_schema(home: Path) -> None:
+    done = ppo_cli("compare", "--schema", cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert {"label", "models", "differences", "rows"} < json.loads(done.stdout)["properties"].keys()
 
 
 def test_compare_min_gap_and_files(home: Path) -> None:
@@ -176,6 +187,7 @@ def test_tables_without_a_terminal_hold_no_control_codes(home: Path) -> None:
     for arguments in (
         ("stats", "ppo-good", "--objective"),
         ("generate", "ppo-good"),
+        ("compare", "ppo-good", "ppo-bad", "--samples", 4, "--best-of-n", "1,2"),
         ("plot", "ppo-good", "--terminal"),
     ):
         done = ppo_cli(*arguments, cwd=home)

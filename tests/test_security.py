@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_gpt2, make_tokenizer
@@ -20,8 +21,9 @@ from rich.console import Console
 from test_cli import QUICK, environment
 from test_structure import modules
 
-from ppo_cli import report
-from ppo_cli.comparison import Comparison
+from ppo_cli import comparison_report, report
+from ppo_cli.best_of_n import best_of_n, share
+from ppo_cli.comparison_page import comparison_html
 from ppo_cli.config import PolicyConfig
 from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.evaluation import Generated, Sample
@@ -30,8 +32,17 @@ from ppo_cli.loading import load_policy, load_tokenizer
 from ppo_cli.model_card import trainer_card
 from ppo_cli.plots import plot_training, terminal_chart
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.quality import Likelihoods
 from ppo_cli.reward import SentimentReward
 from ppo_cli.text import escape_controls, json_text, markdown_code, markdown_text, spreadsheet_text
+from ppo_cli.verdict import (
+    Comparison,
+    Judged,
+    ModelVerdict,
+    most_changed,
+    paired_difference,
+    rows_of,
+)
 
 EVIL = (
     "[red]\x1b[31m\x9b1m\u202e\u200b<script>alert(1)</script>|`x`**b** =1+1 \ud800 $a$ "
@@ -137,10 +148,28 @@ def test_code_of_a_model_runs_only_where_it_is_named(
     assert Path("executed").exists()
 
 
+SAMPLES = [Sample(EVIL, EVIL, 1.0, 0.5), Sample("=1", "+2", 1.0, 0.5)]
+
+
 def evil_comparison() -> Comparison:
-    samples = [Sample(EVIL, EVIL, 1.0, 0.5), Sample("=1", "+2", 1.0, 0.5)]
-    models = [Generated(EVIL, samples), Generated("b", samples)]
-    return Comparison(EVIL, EVIL, 0, models, [])
+    read = Likelihoods(*np.ones((4, 2)))
+    worse = [Sample(EVIL, EVIL, score, 0.5) for score in (0.0, 2.0)]
+    models = [Judged(EVIL, SAMPLES, read, True), Judged(EVIL, worse, read, True)]
+    drawn = np.arange(4.0).reshape(2, 2)
+    return Comparison(
+        label=EVIL,
+        output="logit",
+        classifier=EVIL,
+        seed=0,
+        reference=EVIL,
+        max_new_tokens=2,
+        models=[ModelVerdict.of(model) for model in models],
+        differences=[paired_difference(*models)],
+        changes=most_changed(*models, 2),
+        best_of_n=best_of_n(drawn, [2], label=EVIL, seed=0),
+        shares=[share(EVIL, models[0].scores, models[0].kl, drawn, [2])],
+        rows=rows_of(models),
+    )
 
 
 def shown(renderables: list[object]) -> str:
@@ -158,11 +187,11 @@ def test_tables_show_text_as_it_is() -> None:
         label=EVIL,
         before=judged,
         after=judged,
-        after_samples=comparison.models[0].samples,
+        after_samples=SAMPLES,
     )
     for text in (
-        shown(list(report.comparison_tables(comparison, 2))),
-        shown([report.generation_table(comparison.models, True)]),
+        shown(list(comparison_report.comparison_tables(comparison, 2))),
+        shown([report.generation_table([Generated(EVIL, SAMPLES)], True)]),
         shown([report.summary_table(summary)]),  # type: ignore[arg-type]
         shown(report.statistics_tables({"h": [(EVIL, 1.0, "m")]}, EVIL)),
         "\n".join(terminal_chart({EVIL: [{"step": 1, EVIL: 1.0}]}, EVIL)),
@@ -174,15 +203,15 @@ def test_tables_show_text_as_it_is() -> None:
 
 def test_html_markdown_and_csv_show_text_as_it_is() -> None:
     comparison = evil_comparison()
-    page = report.comparison_html(comparison)
+    page = comparison_html(comparison)
     assert not SEEN.search(page)
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "default-src 'none'" in page
-    table = report.comparison_markdown(comparison)
+    table = comparison_report.comparison_markdown(comparison)
     assert not SEEN.search(table)
     assert not re.search(r"<|(?<!\\)[`*\[$]|://|^# ", table, re.MULTILINE)
-    for row in csv.reader(io.StringIO(report.comparison_csv(comparison))):
+    for row in csv.reader(io.StringIO(comparison_report.comparison_csv(comparison))):
         assert not SEEN.search("".join(row))
         assert not [cell for cell in row if cell.startswith(tuple("=+-@\t\r"))]
 

@@ -23,9 +23,9 @@ class Format(str, Enum):
 
 def compare(
     models: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="MODEL MODEL...", help="Run directories, model folders or hub ids."),
-    ],
+    ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -36,7 +36,14 @@ def compare(
     samples: Annotated[
         int, typer.Option("--samples", min=1, max=1_000_000, help="Prompts to compare on.")
     ] = 32,
-    rows: Annotated[int, typer.Option("--rows", min=0, help="Prompts shown in the table.")] = 10,
+    rows: Annotated[
+        int,
+        typer.Option(
+            "--rows",
+            min=0,
+            help="Examples: of the first prompts, of those that gained most, that lost most.",
+        ),
+    ] = 3,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -45,8 +52,20 @@ def compare(
     ] = None,
     seed: options.Seed = 0,
     reference: Annotated[
-        bool, typer.Option("--reference/--no-reference", help="Compare with the reference too.")
+        bool,
+        typer.Option(
+            "--reference/--no-reference",
+            help="Compare with the run's reference too. KL is measured from it either way.",
+        ),
     ] = True,
+    best_of_n: Annotated[
+        str | None,
+        typer.Option(
+            "--best-of-n",
+            metavar="N,N...",
+            help="Put the models beside the best of n responses from the reference: 1,2,4,8,16.",
+        ),
+    ] = None,
     sentiment: options.Sentiment = None,
     classifier: options.Classifier = None,
     device: options.Device = "auto",
@@ -65,20 +84,34 @@ def compare(
             help="Exit 3 unless the first mean score exceeds the second by X.",
         ),
     ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of --format json.")
+    ] = False,
 ) -> int:
-    """Put models' responses and scores side by side."""
+    """Judge models: the same prompts through each; scores, KL, variety and fluency side by side."""
     import math
 
+    from ppo_cli.best_of_n import parse_counts
     from ppo_cli.cli.console import check_output, hush, note, print_tables, write_result
     from ppo_cli.errors import UsageError
     from ppo_cli.text import json_text
+    from ppo_cli.verdict import json_schema
 
+    if schema:
+        write_result(json_schema(), output)
+        return 0
+    if not models:
+        raise UsageError(
+            "no MODEL is named: give two, or a run directory, which is compared with its reference"
+        )
     if min_gap is not None and not math.isfinite(min_gap):
         raise UsageError(f"--min-gap is {min_gap}: a number is needed, such as 0.5")
+    counts = [] if best_of_n is None else parse_counts(best_of_n)
     check_output(output)
     check_output(html)
 
-    from ppo_cli import comparison, generation, report
+    from ppo_cli import comparison, comparison_report, generation
+    from ppo_cli.comparison_page import comparison_html
 
     hush()
     request = generation.resolve(
@@ -97,19 +130,21 @@ def compare(
         count=samples,
         max_new_tokens=max_new_tokens,
         seed=seed,
-        progress=lambda name: note(f"sampling from {name}"),
+        examples=rows,
+        best_of=counts,
+        progress=note,
     )
     if format is Format.table:
-        print_tables(report.comparison_tables(result, rows), output)
+        print_tables(comparison_report.comparison_tables(result, rows), output)
     else:
         written = {
             Format.json: lambda: json_text(result.as_dict(), indent=2),
-            Format.csv: lambda: report.comparison_csv(result),
-            Format.markdown: lambda: report.comparison_markdown(result),
+            Format.csv: lambda: comparison_report.comparison_csv(result),
+            Format.markdown: lambda: comparison_report.comparison_markdown(result),
         }[format]()
         write_result(written, output)
     if html is not None:
-        write_result(report.comparison_html(result), html)
+        write_result(comparison_html(result), html)
     if min_gap is not None and not result.gap >= min_gap:
         names = [model.model for model in result.models[:2]]
         note(f"{names[0]} exceeds {names[1]} by {result.gap:.3f}, less than --min-gap {min_gap:g}")

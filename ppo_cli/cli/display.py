@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
@@ -65,14 +67,16 @@ class PlainDisplay(QuietDisplay):
     def __init__(self) -> None:
         self._console = console(stderr=True)
         self._pace = _Pace()
+        self._evaluated: _Evaluated | None = None
 
     def status(self, message: str) -> None:
         """A line."""
         self._console.print(message, soft_wrap=True)
 
     def show(self, report: StepReport) -> None:
-        """A line every so many steps, and for the first and the last."""
+        """A line every so many steps, for the first and the last; another for an evaluation."""
         left = self._pace.left(report)
+        self._evaluated = _Evaluated.of(report) or self._evaluated
         every = max(report.steps // PLAIN_LINES, 1)
         if report.step % every and not report.is_last and report.step != 1:
             return
@@ -84,6 +88,14 @@ class PlainDisplay(QuietDisplay):
             f"{s['perf/tokens_per_second']:.0f} tok/s  {left} left",
             soft_wrap=True,
         )
+        if (found := self._evaluated) is not None:
+            best = "  best" if found.is_best else ""
+            self._console.print(
+                f"held-out {found.step}: score {found.score}  P {found.probability}  "
+                f"kl {found.kl}  distinct-2 {found.distinct}  ppl {found.perplexity}{best}",
+                soft_wrap=True,
+            )
+            self._evaluated = None
 
 
 class LiveDisplay:
@@ -95,6 +107,7 @@ class LiveDisplay:
         self._pace = _Pace()
         self._status = ""
         self._report: StepReport | None = None
+        self._evaluated: _Evaluated | None = None
         self._left = "-:--"
 
     def __enter__(self) -> Display:
@@ -114,6 +127,7 @@ class LiveDisplay:
     def show(self, report: StepReport) -> None:
         """Draw the step."""
         self._report, self._status = report, ""
+        self._evaluated = _Evaluated.of(report) or self._evaluated
         self._left = self._pace.left(report)
         self._live.update(self._view())
 
@@ -127,6 +141,17 @@ class LiveDisplay:
                 Text(f"{self._left} left", style="dim"),
             )
             parts += [head, self._figures(report)]
+            if (found := self._evaluated) is not None:
+                best = " (best)" if found.is_best else ""
+                figures = {
+                    "held-out": f"{found.step}{best}",
+                    "score": found.score,
+                    "P": found.probability,
+                    "KL": found.kl,
+                    "distinct-2": found.distinct,
+                    "perplexity": found.perplexity,
+                }
+                parts.append(_figures_table(figures))
             for line in sample_lines(report.samples, SHOWN_SAMPLES):
                 line.truncate(self._console.width - 1, overflow="ellipsis")
                 parts.append(line)
@@ -137,7 +162,6 @@ class LiveDisplay:
     def _figures(self, report: StepReport) -> Table:
         s = report.stats
         pace = Pace.of([s])
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         figures = {
             "mean score": f"{s['env/reward_mean']:+.3f}",
             "KL": f"{s['objective/kl']:.2f}",
@@ -146,10 +170,50 @@ class LiveDisplay:
             "tokens/s": f"{pace.tokens_per_second:,.0f}",
             "sample/score/ppo": f"{pace.sampling:.0%}/{pace.scoring:.0%}/{pace.optimising:.0%}",
         }
-        for name in figures:
-            table.add_column(name, justify="right", min_width=9)
-        table.add_row(*figures.values())
-        return table
+        return _figures_table(figures)
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """An evaluation as it is shown; variety and oddness as multiples of the reference's."""
+
+    step: int
+    score: str
+    probability: str
+    kl: str
+    distinct: str
+    perplexity: str
+    is_best: bool
+
+    @classmethod
+    def of(cls, report: StepReport) -> _Evaluated | None:
+        """That of a step, None where it had none."""
+        s = report.stats
+        if "eval/score" not in s:
+            return None
+
+        def multiple(name: str) -> str:
+            of_reference = s[f"eval/reference_{name}"]
+            return f"{s[f'eval/{name}'] / of_reference:.2f}x" if of_reference else "-"
+
+        return cls(
+            report.step,
+            f"{s['eval/score']:+.2f}",
+            f"{s['eval/probability']:.2f}",
+            f"{s['eval/kl']:.2f}",
+            multiple("distinct_2"),
+            multiple("perplexity"),
+            report.best == report.step,
+        )
+
+
+def _figures_table(figures: Mapping[str, str]) -> Table:
+    """Figures in one row, below their names."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in figures:
+        table.add_column(name, justify="right", min_width=9)
+    table.add_row(*figures.values())
+    return table
 
 
 class _Pace:
@@ -162,11 +226,12 @@ class _Pace:
     def left(self, report: StepReport) -> str:
         now = time.monotonic()
         if self._started is None:
-            self._started = now - report.stats["time/step"]
+            stats = report.stats
+            self._started = now - stats["time/step"] - stats.get("time/evaluating", 0.0)
             self._first = report.step - 1
         # A rollback may lead to before the first step that was seen.
         seconds = (now - self._started) / max(report.step - self._first, 1)
-        return clock(seconds * (report.steps - report.step))
+        return clock(0 if report.is_last else seconds * (report.steps - report.step))
 
 
 def clock(seconds: float) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ppo_cli.run_directory import RunDirectory
 
 
 def plot(
@@ -24,21 +27,40 @@ def plot(
     output: Annotated[
         str | None,
         typer.Option(
-            "--output", help=".png, .svg or .pdf. Default: training.png in the first run."
+            "--output",
+            help=".png, .svg or .pdf. Default: training.png, with --frontier frontier.png, in the "
+            "first run.",
         ),
     ] = None,
     terminal: Annotated[
         bool, typer.Option("--terminal", help="Draw in the terminal instead.")
+    ] = False,
+    frontier: Annotated[
+        bool,
+        typer.Option(
+            "--frontier",
+            help="Draw score against KL, a point an evaluation, beside best-of-n from the "
+            "reference where run.best_of_n measured it.",
+        ),
     ] = False,
 ) -> None:
     """Draw loss and mean reward, or any other metric, of one or several runs."""
     from pathlib import Path
 
     from ppo_cli.cli.console import check_output, console, write_result
+    from ppo_cli.errors import UsageError
     from ppo_cli.plots import DEFAULT_METRICS, plot_training, terminal_chart
     from ppo_cli.run_directory import RunDirectory
 
     directories = [RunDirectory.existing(run) for run in dict.fromkeys(runs)]
+    if frontier:
+        if metric or smooth:
+            raise UsageError(
+                "--frontier draws eval/score against eval/kl, each evaluation as it is: leave "
+                "--metric and --smooth out"
+            )
+        _plot_frontier(directories, output, terminal)
+        return
     metrics = tuple(metric or DEFAULT_METRICS)
     records = {str(directory.path): directory.metrics() for directory in directories}
     if terminal:
@@ -50,3 +72,24 @@ def plot(
     check_output(str(target))
     plot_training(records, target, metrics, smooth)
     write_result(str(target), None)
+
+
+def _plot_frontier(directories: list[RunDirectory], output: str | None, terminal: bool) -> None:
+    from pathlib import Path
+
+    from ppo_cli import frontier
+    from ppo_cli.cli.console import check_output, note, print_tables, write_result
+    from ppo_cli.report import frontier_table
+
+    target = Path(output) if output else directories[0].path / frontier.PICTURE
+    if not terminal:
+        check_output(str(target))
+    trails = [frontier.trail(run) for run in directories]
+    curve = frontier.read_curve(directories)
+    if terminal:
+        print_tables([frontier_table(trail, curve) for trail in trails])
+    else:
+        frontier.plot_frontier(trails, curve, target)
+        write_result(str(target), None)
+    if curve is None:
+        note(f"without best-of-n, the curve to beat: {frontier.HOW_TO_GET_IT}")

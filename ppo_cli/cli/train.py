@@ -16,6 +16,7 @@ from ppo_cli.cli import options
 from ppo_cli.errors import DivergenceError, Interrupted, UsageError
 
 if TYPE_CHECKING:
+    from ppo_cli.summary import TrainingSummary
     from ppo_cli.training import Training
 
 
@@ -63,7 +64,6 @@ def train(
     ] = False,
 ) -> int:
     """Tune a language model with PPO towards a sentiment."""
-    import shlex
 
     from ppo_cli.cli.console import hush, note, print_tables, write_result
     from ppo_cli.config_source import DEFAULT_CONFIG, change_config, load_config
@@ -126,6 +126,11 @@ def train(
             return 0
         if resume and not quiet:
             note(f"going on from step {training.step}")
+            if training.stopped_early:
+                note(
+                    f"the run ended there, early: {training.stopped_early}; to make more steps "
+                    "change that setting with --set, or set it to null"
+                )
         stop.training = training
         with display, _how_to_go_on(training):
             display.status("judging the reference on held-out prompts")
@@ -137,16 +142,32 @@ def train(
         write_result(json_text({**summary.as_dict(), "interrupted": stop.signal is not None}), None)
     else:
         print_tables([summary_table(summary)])
-    run = shlex.quote(summary.run)
     if stop.signal is not None:
-        note(f"stopped after step {summary.steps}; go on with:\n  {_resume_command(run)}")
+        note(f"stopped after step {summary.steps}; go on with:\n  {_resume_command(summary.run)}")
         return 128 + stop.signal
     if not quiet:
-        note(f"saved {run} in {summary.seconds:.0f} s of training ({summary.pace}); next:")
-        note(f'  ppo-cli generate {run} --reference --prompt "This movie" -n 3')
-        note(f"  ppo-cli compare {run}")
-        note(f"  ppo-cli plot {run} --terminal")
+        _closing_notes(summary)
     return 0
+
+
+def _closing_notes(summary: TrainingSummary) -> None:
+    """How the run ended, what it left, what to do next."""
+    from ppo_cli.cli.console import note
+
+    run = shlex.quote(summary.run)
+    if summary.stopped_early:
+        made = f"{summary.steps} of {summary.planned_steps} steps"
+        note(f"ended early, after {made}: {summary.stopped_early}")
+    if summary.after.score <= summary.before.score:
+        note(
+            "the model scores no higher than the reference: give it more steps, or another "
+            "ppo.learning_rate or ppo.init_kl_coef"
+        )
+    note(f"saved {run} with the weights of {summary.weights}")
+    note(f"{summary.seconds:.0f} s of training ({summary.pace}); next:")
+    note(f'  ppo-cli generate {run} --reference --prompt "This movie" -n 3')
+    note(f"  ppo-cli compare {run}")
+    note(f"  ppo-cli plot {run} --terminal")
 
 
 def _resume_command(run: str) -> str:

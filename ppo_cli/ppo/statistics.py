@@ -74,6 +74,22 @@ RUN_STATISTICS: dict[str, Statistic] = {
     "time/step": Statistic("seconds: all of the step"),
     "perf/tokens_per_second": Statistic("query and response tokens a second, all phases"),
     "run/rollbacks": Statistic("times that training went back to a checkpoint"),
+    # In the steps after which the policy was evaluated on the held-out prompts.
+    "eval/score": Statistic("mean score on held-out prompts"),
+    "eval/probability": Statistic("mean probability of the wanted label there"),
+    "eval/on_target": Statistic("share of responses with a probability over a half"),
+    "eval/kl": Statistic("exact KL from the reference, nats per response"),
+    "eval/entropy": Statistic("entropy of the policy, nats per token"),
+    "eval/perplexity": Statistic("perplexity of the responses under the reference"),
+    "eval/distinct_1": Statistic("different words among all"),
+    "eval/distinct_2": Statistic("different pairs of words among all"),
+    "eval/repetition": Statistic("share of a response's word pairs that it has already"),
+    "eval/most_common": Statistic("share that the most frequent response makes up"),
+    "eval/length": Statistic("tokens per response"),
+    "eval/reference_score": Statistic("the reference's mean score, same random numbers"),
+    "eval/reference_perplexity": Statistic("perplexity of the reference's own responses"),
+    "eval/reference_distinct_2": Statistic("different pairs of words in them"),
+    "time/evaluating": Statistic("seconds: the evaluation, not part of the step"),
 }
 
 
@@ -96,6 +112,7 @@ GROUPS: dict[bool, dict[str, tuple[str, ...]]] = {
             "ppo/returns/",
             "ppo/val/",
         ),
+        "Evaluation on Held-out Prompts": ("eval/",),
         "Optimizer": ("ppo/learning_rate",),
         "Token Lengths": ("tokens/",),
         "Time Statistics": ("time/", "perf/"),

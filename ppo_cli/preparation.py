@@ -1,0 +1,58 @@
+"""What a run needs before its first step: the trainer, and lengths that its model can read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from ppo_cli.config import RunConfig
+from ppo_cli.errors import DataError
+from ppo_cli.loading import load_policy
+from ppo_cli.ppo.config import PPOConfig
+from ppo_cli.ppo.trainer import PPOTrainer
+from ppo_cli.prompts import Prompt
+from ppo_cli.rollout import context_length
+from ppo_cli.runtime import accelerator_settings
+
+
+def make_trainer(
+    config: RunConfig, device: torch.device, tokenizer: Any, trusted: Collection[str]
+) -> PPOTrainer:
+    """The trainer that a configuration describes, its policy loaded."""
+    settings = dataclasses.asdict(config.ppo)
+    settings["accelerator_kwargs"] = {
+        **accelerator_settings(device),
+        "mixed_precision": config.policy.precision,
+        **config.ppo.accelerator_kwargs,
+    }
+    return PPOTrainer(
+        PPOConfig(
+            **settings,
+            seed=config.run.seed,
+            temperature=config.rollout.temperature,
+            model_name=config.policy.model,
+            query_dataset=config.prompts.source,
+            reward_model=config.reward.model,
+            steps=config.run.steps * config.ppo.batch_size,
+        ),
+        load_policy(config.policy, tokenizer, trusted),
+        None,
+        tokenizer,
+        num_shared_layers=config.policy.num_shared_layers,
+    )
+
+
+def check_context(config: RunConfig, model_config: Any, prompts: Sequence[Prompt]) -> None:
+    """Raise `DataError` where queries and responses are longer than the model can read."""
+    context = context_length(model_config)
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    new = config.rollout.output_max_length - 1
+    if context is not None and longest + new > context:
+        raise DataError(
+            f"queries of up to {longest} tokens and responses of up to {new} exceed the "
+            f"model's context of {context}: lower prompts.input_max_text_length or "
+            "rollout.output_max_length"
+        )
