@@ -20,6 +20,7 @@ from ppo_cli.rollout import context_length
 from ppo_cli.run_directory import RunDirectory
 from ppo_cli.runtime import resolve_device
 from ppo_cli.sampling import draw_samples
+from ppo_cli.stopping import end_tokens
 from ppo_cli.text import shortened
 
 REFERENCE = "reference"
@@ -28,11 +29,12 @@ DEFAULT_NEW_TOKENS = 30
 
 @dataclass(frozen=True)
 class Source:
-    """A model to sample from: its name on the screen, and what loads it."""
+    """A model to sample from: its name on the screen, what loads it, and what ends a response."""
 
     name: str
     model: str
     revision: str | None = None
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def resolve(
     """Find out what `models` are.
 
     A run directory names its reference and its classifier; for other models `classifier` does.
+    What ends a response, `rollout.stop` of the first run directory, does for all of them.
 
     Args:
         models: run directories, model folders or hub ids.
@@ -80,9 +83,10 @@ def resolve(
     runs = [RunDirectory(model).config() for model in models if RunDirectory(model).is_run()]
     run = runs[0] if runs else None
     names = [str(Path(model)) if RunDirectory(model).is_run() else model for model in models]
-    sources = [Source(name, model) for name, model in zip(names, models, strict=True)]
+    stop = tuple(run.rollout.stop) if run is not None else ()
+    sources = [Source(name, model, None, stop) for name, model in zip(names, models, strict=True)]
     if reference and run is not None:
-        sources.append(Source(REFERENCE, run.policy.model, run.policy.revision))
+        sources.append(Source(REFERENCE, run.policy.model, run.policy.revision, stop))
     reward = None
     if score:
         settings = run.reward if run is not None else RewardConfig()
@@ -186,6 +190,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         seed=seed,
         reward=reward,
+        eos_token_id=end_tokens(tokenizer, source.stop) or None,
         **sampling,
     )
     return Generated(source.name, samples)

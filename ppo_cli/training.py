@@ -31,6 +31,8 @@ from ppo_cli.rollout import PURE_SAMPLING, Rollout, context_length, decode
 from ppo_cli.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory
 from ppo_cli.runtime import accelerator_settings, resolve_device, set_seed
 from ppo_cli.sampling import draw_samples, judge
+from ppo_cli.shaping import check_terms, penalties, shaped, shaping_statistics
+from ppo_cli.stopping import end_tokens
 from ppo_cli.summary import Judgement, Pace, StepReport, TrainingSummary
 
 MAX_ROLLBACKS = 3
@@ -71,6 +73,8 @@ class Training:
         set_seed(config.run.seed)
         self.device = resolve_device(config.run.device)
         self.tokenizer = load_tokenizer(config.policy.model, config.policy.revision, trusted)
+        self.ends = end_tokens(self.tokenizer, config.rollout.stop)
+        check_terms(config.reward, self.ends)
         self.prompts = load_prompts(config.prompts, self.tokenizer, config.run.seed)
         queries = config.ppo.batch_size // config.ppo.responses_per_query
         if len(self.prompts.train) < queries:
@@ -191,8 +195,11 @@ class Training:
             samples = judge(rollout, batch["query"], self.reward)
             promised = self._potentials(rollout)
         scores = torch.tensor([sample.score for sample in samples])
+        taken = penalties(responses, rollout.response_texts, self.ends, self.config.reward)
         scored = time.perf_counter()
-        stats = self.trainer.step(batch["input_ids"], responses, list(scores), potentials=promised)
+        stats = self.trainer.step(
+            batch["input_ids"], responses, list(shaped(scores, taken)), potentials=promised
+        )
         texts = {"query": batch["query"], "response": rollout.response_texts}
         self.trainer.log_stats(stats, texts, scores)
         seconds = time.perf_counter() - started
@@ -202,6 +209,7 @@ class Training:
             "env/reward_mean": scores.mean().item(),
             "env/reward_std": scores.std().item() if len(scores) > 1 else 0.0,
             "env/probability_mean": mean_probability(samples),
+            **shaping_statistics(scores, taken),
             "time/sampling": sampled - started,
             "time/scoring": scored - sampled,
             "time/optimising": stats["time/ppo/total"],
@@ -267,6 +275,7 @@ class Training:
             "temperature": rollout.temperature,
             "top_k": rollout.top_k,
             "top_p": rollout.top_p,
+            "eos_token_id": self.ends or None,
         }
 
     @property
@@ -313,7 +322,7 @@ class Training:
         changed = [
             f"rollout.{name}={value}"
             for name, value in self._sampling.items()
-            if name != "temperature" and value != PURE_SAMPLING[name]
+            if name in ("top_k", "top_p") and value != PURE_SAMPLING[name]
         ]
         if changed:
             warnings.warn(

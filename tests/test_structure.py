@@ -21,11 +21,11 @@ PACKAGE = Path(ppo_cli.__file__).parent
 # Data flows down: a module imports only from rows above its own.
 ROWS = [
     ["errors", "text", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
-    ["files"],
+    ["files", "stopping"],
     ["yaml_io", "hub", "matmul", "ppo.config", "ppo.kl_controller", "ppo.advantages"],
     ["evaluation", "plots"],
     ["config", "ppo.losses", "ppo.packing", "divergence", "summary", "quality"],
-    ["config_source", "runtime", "policy_files", "projection"],
+    ["config_source", "runtime", "policy_files", "projection", "shaping"],
     ["prompts", "architecture", "run_directory"],
     ["policy"],
     ["decoding", "reward", "reference"],
