@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
+from ppo_cli.advice import Adviser, sampling_advice
 from ppo_cli.config import RunConfig
 from ppo_cli.divergence import check_numbers, check_texts, check_weights, classifier_faults
 from ppo_cli.errors import DataError, DivergenceError, UsageError
@@ -27,7 +28,7 @@ from ppo_cli.ppo.statistics import scalars
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.progress import Progress
 from ppo_cli.prompts import LengthSampler, Prompt, collate, load_prompts
-from ppo_cli.rollout import PURE_SAMPLING, Rollout, context_length, decode
+from ppo_cli.rollout import Rollout, context_length, decode
 from ppo_cli.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory
 from ppo_cli.runtime import accelerator_settings, resolve_device, set_seed
 from ppo_cli.sampling import draw_samples, judge
@@ -93,7 +94,9 @@ class Training:
         )
         self.trainer = self._trainer()
         self._check_context()
-        self._warn_if_not_pure()
+        self._say(filter(None, [sampling_advice(config)]))
+        self.adviser = Adviser(config)
+        self.trainer.advises = False  # the adviser does, and knows more
         self.progress = Progress(self.directory, self.trainer, self.lengths, config.run)
         if resume:
             self.progress.go_back()
@@ -123,6 +126,7 @@ class Training:
         else:
             self.progress.drop_what_followed()
             self.directory.record(self.config)
+            self.adviser.recall(self.directory.metrics() if self.step else [])
         self._before = self._judge(reference=True)
         settings = self.config.run
         while self.step < settings.steps and not self.stopping:
@@ -155,6 +159,8 @@ class Training:
         )
         self._save_model()
         write_text(self.directory.path / CARD_FILE, run_card(summary, self.config))
+        if self.step == self.config.run.steps:
+            self._say(self.adviser.closing())
         return summary
 
     def _diverged(self, what: str) -> None:
@@ -163,6 +169,7 @@ class Training:
         if self.config.run.on_divergence == "rollback" and rollbacks <= MAX_ROLLBACKS:
             self.progress.go_back(rollbacks)
             self.progress.drop_what_followed()
+            self.adviser.recall(self.directory.metrics() if self.step else [])
             rate = self.trainer.optimizer.param_groups[0]["lr"]
             warnings.warn(
                 f"{what}. Back to step {self.step}, with a learning rate of {rate:g} and other "
@@ -221,6 +228,7 @@ class Training:
         check_numbers(numbers, self.config.run.kl_limit)
         shown = samples[: max(self.config.run.samples_per_step, 1)]
         self._record(numbers, shown)
+        self._say(self.adviser.take(numbers))
         return StepReport(self.step, self.config.run.steps, numbers, shown)
 
     def _potentials(self, rollout: Rollout) -> list[torch.Tensor] | None:
@@ -318,18 +326,9 @@ class Training:
                 "rollout.output_max_length"
             )
 
-    def _warn_if_not_pure(self) -> None:
-        changed = [
-            f"rollout.{name}={value}"
-            for name, value in self._sampling.items()
-            if name in ("top_k", "top_p") and value != PURE_SAMPLING[name]
-        ]
-        if changed:
-            warnings.warn(
-                f"with {', '.join(changed)} responses are not samples of the policy itself: KL is "
-                "biased and may become negative",
-                stacklevel=2,
-            )
+    def _say(self, advice: Iterable[str]) -> None:
+        for text in advice:
+            warnings.warn(text, stacklevel=2)
 
     def _save_model(self) -> None:
         """Write the policy as a plain folder, and the plot."""

@@ -25,7 +25,7 @@ ROWS = [
     ["yaml_io", "hub", "matmul", "ppo.config", "ppo.kl_controller", "ppo.advantages"],
     ["evaluation", "plots"],
     ["config", "ppo.losses", "ppo.packing", "divergence", "summary", "quality"],
-    ["config_source", "runtime", "policy_files", "projection", "shaping"],
+    ["config_source", "runtime", "policy_files", "projection", "shaping", "advice"],
     ["prompts", "architecture", "run_directory"],
     ["policy"],
     ["decoding", "reward", "reference"],

@@ -33,6 +33,9 @@ STATISTICS: dict[str, Statistic] = {
     "ppo/policy/approxkl": Statistic("half the squared log-ratio per token, averaged", True),
     "ppo/policy/policykl": Statistic("old minus new log-probability per token, averaged", True),
     "ppo/policy/clipfrac": Statistic("fraction of tokens with a clipped ratio, averaged", True),
+    "ppo/policy/skipped": Statistic(
+        "fraction of mini-batches over ratio_threshold, not learnt", True
+    ),
     "ppo/policy/advantages_mean": Statistic("mean whitened advantage, averaged", True),
     "ppo/policy/advantages": Statistic("advantage of each token in training order", True, True),
     "ppo/policy/ratio": Statistic("probability ratio of each token in training order", True, True),
