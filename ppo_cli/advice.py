@@ -1,72 +1,16 @@
 """What a run's statistics say that its user should know: what was seen, what it means, what to do.
 
-A rule looks at the series of steps and returns its advice, or None. Each speaks once a run. The
-limits are those that runs of the embedded model, healthy ones and spoilt ones, lie well apart by.
+Each rule speaks once a run.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from statistics import fmean, median
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
+from ppo_cli import symptoms
 from ppo_cli.config import RunConfig
-
-BEGINNING = 3
-"""Steps that later ones are measured by."""
-MEMORY = 20
-"""Newest steps that are remembered."""
-FEWEST_AT_END = 2 * MEMORY
-"""A shorter run is not judged by how it ended."""
-PURE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-NEGATIVE_KL = -1.0  # nats per response
-CLIPPED = 0.3
-LEAP = 0.2  # half the squared log-ratio, per token
-KL_PER_TOKEN = 2.0  # nats
-ENTROPY_LEFT = 0.3  # of the beginning's
-LENGTH_LEFT = 0.4  # of the beginning's
-NO_SPREAD = 0.01  # of the beginning's
-UNLIKELY = (0.85, 1.2)  # surprise per token, as a share of the entropy
-ENOUGH_TOKENS = 2000
-CLIMB, STANDSTILL = 1.2, 0.1
-GAIN = 0.25  # of the scores' standard deviation at the beginning
-FAR = 10.0  # nats per response
-
-Row = Mapping[str, float]
-
-
-@dataclass
-class History:
-    """The steps seen so far: their number, the first and the newest ones.
-
-    Attributes:
-        step: number of the newest.
-        first: the first `BEGINNING` steps.
-        recent: the newest `MEMORY` steps.
-        skipping: steps in which a mini-batch was skipped.
-    """
-
-    step: int = 0
-    first: list[Row] = field(default_factory=list)
-    recent: deque[Row] = field(default_factory=lambda: deque(maxlen=MEMORY))
-    skipping: int = 0
-
-    def add(self, row: Row) -> None:
-        """Take in the next step."""
-        self.step += 1
-        if len(self.first) < BEGINNING:
-            self.first.append(row)
-        self.recent.append(row)
-        self.skipping += row.get("ppo/policy/skipped", 0.0) > 0
-
-    def beginning(self, key: str) -> float:
-        """Mean of a statistic over the first steps."""
-        return fmean(row[key] for row in self.first)
-
-    def newest(self, key: str, count: int) -> list[float]:
-        """A statistic in the newest `count` steps, oldest first; fewer where there are none."""
-        return [row[key] for row in self.recent][-count:]
+from ppo_cli.symptoms import BEGINNING, FEWEST_AT_END, MEMORY, History, Row
 
 
 @dataclass(frozen=True)
@@ -82,6 +26,25 @@ class Rule:
     name: str
     needs: int
     find: Callable[[History, RunConfig], str | None]
+
+
+RULES = (
+    Rule("negative KL", 3, symptoms.negative_kl),
+    Rule("foreign samples", MEMORY, symptoms.foreign_samples),
+    Rule("skips", 1, symptoms.skips),
+    Rule("large updates", 3, symptoms.large_updates),
+    Rule("far away", 3, symptoms.far_away),
+    Rule("value head", 2 * MEMORY, symptoms.value_head),
+    Rule("entropy", 2 * BEGINNING, symptoms.entropy),
+    Rule("equal scores", 5, symptoms.equal_scores),
+    Rule("short", 2 * BEGINNING, symptoms.short),
+    Rule("no end", 5, symptoms.no_end),
+)
+CLOSING_RULES = (
+    Rule("count of skips", 2, symptoms.count_skips),
+    Rule("climbing", FEWEST_AT_END, symptoms.climbing),
+    Rule("no gain", FEWEST_AT_END, symptoms.no_gain),
+)
 
 
 class Adviser:
@@ -122,239 +85,3 @@ class Adviser:
                 self._said.add(rule.name)
                 found.append(advice)
         return found
-
-
-def sampling_advice(config: RunConfig) -> str | None:
-    """Said before the first step where responses will not be samples of the policy itself."""
-    changed = _impure(config)
-    if not changed:
-        return None
-    pure = ", ".join(f"{name}={PURE[name]:g}" for name in changed)
-    return (
-        f"with {_settings(changed)} responses are not samples of the policy itself: KL is biased "
-        f"and may become negative. Train with {pure}; `generate` samples as you like afterwards"
-    )
-
-
-def _impure(config: RunConfig) -> dict[str, float]:
-    """Those settings of sampling that change the distribution."""
-    values = {name: getattr(config.rollout, name) for name in PURE}
-    return {name: value for name, value in values.items() if value != PURE[name]}
-
-
-def _settings(values: Mapping[str, float]) -> str:
-    return ", ".join(f"rollout.{name}={value:g}" for name, value in values.items())
-
-
-def _negative_kl(history: History, config: RunConfig) -> str | None:
-    kl = history.newest("objective/kl", 1)[0]
-    if kl >= NEGATIVE_KL:
-        return None
-    remedy = "Sampling is pure, so precision is the likely cause: set policy.precision=fp32"
-    if changed := _impure(config):
-        pure = ", ".join(f"{name}={PURE[name]:g}" for name in changed)
-        remedy = f"{_settings(changed)} is the cause: train with {pure}"
-    return (
-        f"KL is {kl:.2f} nats per response. Over samples of the policy itself it would not be "
-        f"below 0, and PPO is rewarded for driving it further down. {remedy}"
-    )
-
-
-def _foreign_samples(history: History, config: RunConfig) -> str | None:
-    """Only where sampling is pure by its settings; for the others there is a warning at the start.
-
-    Of samples of the policy the mean of minus log-probability is the entropy.
-    """
-    leap = max(history.newest("ppo/policy/approxkl", MEMORY))
-    lengths = history.newest("tokens/responses_len_mean", MEMORY)
-    entropies = history.newest("ppo/policy/entropy", MEMORY)
-    expected = sum(length * each for length, each in zip(lengths, entropies, strict=True))
-    is_known = sum(lengths) * config.ppo.batch_size >= ENOUGH_TOKENS and min(entropies) > 0.1
-    if _impure(config) or leap > LEAP / 2 or not is_known:
-        return None
-    share = sum(history.newest("objective/entropy", MEMORY)) / expected
-    if UNLIKELY[0] <= share <= UNLIKELY[1]:
-        return None
-    return (
-        f"responses hold {share:.0%} of the surprise that samples of the policy would: "
-        "they are drawn from another distribution than PPO computes with, and KL is biased. "
-        "Precision is the likely cause: set policy.precision=fp32"
-    )
-
-
-def _large_updates(history: History, config: RunConfig) -> str | None:
-    clipped = median(history.newest("ppo/policy/clipfrac", 3))
-    leap = median(history.newest("ppo/policy/approxkl", 3))
-    if clipped <= CLIPPED and leap <= LEAP:
-        return None
-    return (
-        f"updates are too large: {clipped:.0%} of the tokens are clipped, and half the squared "
-        f"log-ratio per token is {leap:.2g} (ppo/policy/clipfrac and approxkl; usual are under "
-        f"{CLIPPED:.0%} and {LEAP:g}). PPO trusts small steps alone: {_smaller_steps(config)}"
-    )
-
-
-def _skips(history: History, config: RunConfig) -> str | None:
-    skipped = history.recent[-1].get("ppo/policy/skipped", 0.0)
-    if not skipped:
-        return None
-    return (
-        f"{skipped:.0%} of the mini-batches were skipped: their mean probability ratio is over "
-        f"ppo.ratio_threshold ({config.ppo.ratio_threshold:g}), so what they hold is not learnt. "
-        f"The policy moves too far in a step: {_smaller_steps(config)}"
-    )
-
-
-def _value_head(history: History, config: RunConfig) -> str | None:
-    """After the first `MEMORY` steps, which an untrained head needs.
-
-    On the embedded model, at the score that the default reaches with KL 8.5: 15 with vf_coef 0, 9.5
-    with 0.01, whether lambda is 1 or 0.95; but 15 again with 5, which leaves the policy little.
-    """
-    explained = median(history.newest("ppo/val/var_explained", MEMORY))
-    variance = median(history.newest("ppo/returns/var", MEMORY))
-    if explained > 0 or variance < NO_SPREAD * history.beginning("ppo/returns/var"):
-        return None
-    coefficient = config.ppo.vf_coef
-    remedy = (
-        f"Raise ppo.vf_coef ({coefficient:g}), to 1 at most, or" if coefficient < 1 else "Raise"
-    )
-    return (
-        f"the value head explains nothing of the returns ({explained:.2f} of their variance over "
-        f"{MEMORY} steps): advantages are noisier than they need be, and the score costs more KL. "
-        f"{remedy} ppo.batch_size ({config.ppo.batch_size})"
-    )
-
-
-def _entropy(history: History, config: RunConfig) -> str | None:
-    start = history.beginning("ppo/policy/entropy")
-    now = fmean(history.newest("ppo/policy/entropy", 3))
-    if now >= ENTROPY_LEFT * start:
-        return None
-    return (
-        f"entropy fell from {start:.2f} to {now:.2f} nats per token: the policy writes less and "
-        f"less that differs, and finds nothing new. {_hold_back(config)}"
-    )
-
-
-def _far_away(history: History, config: RunConfig) -> str | None:
-    kl = fmean(history.newest("objective/kl", 3))
-    each = kl / max(fmean(history.newest("tokens/responses_len_mean", 3)), 1)
-    if each <= KL_PER_TOKEN:
-        return None
-    return (
-        f"KL is {kl:.0f} nats per response, {each:.1f} per token: the policy writes what the "
-        f"reference would hardly ever, so the text may be broken whatever its score. Read "
-        f"samples.jsonl. {_hold_back(config)}"
-    )
-
-
-def _equal_scores(history: History, config: RunConfig) -> str | None:
-    start = history.beginning("ppo/std_scores")
-    largest = max(history.newest("ppo/std_scores", 5))
-    if config.ppo.batch_size == 1 or largest > max(NO_SPREAD * start, 1e-6):
-        return None
-    if largest >= start:
-        return (
-            "every response gets the same score, so there is nothing to learn from: choose "
-            "another reward.model, or check what reward.sentiment and score_clip make of it"
-        )
-    return (
-        f"scores hardly differ any more (standard deviation {largest:.2g}, {start:.2g} at first): "
-        "there is nothing left to learn, and what still moves the policy is noise. Stop here, or "
-        "fewer run.steps"
-    )
-
-
-def _short(history: History, config: RunConfig) -> str | None:
-    start = history.beginning("tokens/responses_len_mean")
-    now = fmean(history.newest("tokens/responses_len_mean", 3))
-    if now >= LENGTH_LEFT * start:
-        return None
-    return (
-        f"responses shrank from {start:.1f} to {now:.1f} tokens: ending early pays. "
-        f"reward.length_cost with reward.target_length={round(start)} takes the gain out of it. "
-        f"{_hold_back(config)}"
-    )
-
-
-def _no_end(history: History, config: RunConfig) -> str | None:
-    full = config.reward.missing_eos_penalty
-    if not full or min(history.newest("env/missing_eos_penalty", 5)) < 0.99 * full:
-        return None
-    return (
-        "all responses end at their limit alone, so reward.missing_eos_penalty is the same for "
-        "each and teaches nothing: raise rollout.output_max_length, or say with rollout.stop what "
-        "ends a response"
-    )
-
-
-def _count_skips(history: History, config: RunConfig) -> str | None:
-    if not history.skipping:
-        return None
-    return f"in {history.skipping} of {history.step} steps mini-batches were skipped"
-
-
-def _climbing(history: History, config: RunConfig) -> str | None:
-    half = MEMORY // 2
-    kl = history.newest("objective/kl", MEMORY)
-    scores = history.newest("env/reward_mean", MEMORY)
-    before, after = fmean(kl[:half]), fmean(kl[half:])
-    if after < max(CLIMB * before, before + 1):
-        return None
-    gain = fmean(scores[half:]) - fmean(scores[:half])
-    spread = history.beginning("env/reward_std")
-    seen = f"KL was still climbing at the end ({before:.1f} to {after:.1f} over {MEMORY} steps)"
-    if gain > STANDSTILL * spread:
-        return f"{seen}, and so was the score: more run.steps will gain more (--resume --steps)"
-    return f"{seen}, the score was not: distance that buys nothing. {_hold_back(config)}"
-
-
-def _no_gain(history: History, config: RunConfig) -> str | None:
-    kl = fmean(history.newest("objective/kl", MEMORY))
-    gain = fmean(history.newest("env/reward_mean", MEMORY)) - history.beginning("env/reward_mean")
-    if gain > GAIN * history.beginning("env/reward_std"):
-        return None
-    if abs(kl) <= STANDSTILL:
-        return (
-            f"the policy hardly moved: KL is {kl:.2g} nats per response after {history.step} "
-            f"steps. Raise ppo.learning_rate ({config.ppo.learning_rate:g}), or give more run.steps"
-        )
-    if kl > FAR:
-        return (
-            f"the score did not rise ({gain:+.2f}), yet the policy is {kl:.0f} nats per response "
-            f"from its reference: it got lost. Train anew: {_smaller_steps(config)}, or raise "
-            f"ppo.init_kl_coef ({config.ppo.init_kl_coef:g})"
-        )
-    return None
-
-
-def _smaller_steps(config: RunConfig) -> str:
-    epochs = f" or ppo.ppo_epochs ({config.ppo.ppo_epochs})" if config.ppo.ppo_epochs > 1 else ""
-    return f"lower ppo.learning_rate ({config.ppo.learning_rate:g}){epochs}"
-
-
-def _hold_back(config: RunConfig) -> str:
-    return (
-        f"Raise ppo.init_kl_coef ({config.ppo.init_kl_coef:g}) or lower ppo.learning_rate "
-        f"({config.ppo.learning_rate:g})"
-    )
-
-
-RULES = (
-    Rule("negative KL", 1, _negative_kl),
-    Rule("foreign samples", MEMORY, _foreign_samples),
-    Rule("skips", 1, _skips),
-    Rule("large updates", 3, _large_updates),
-    Rule("far away", 3, _far_away),
-    Rule("value head", 2 * MEMORY, _value_head),
-    Rule("entropy", 2 * BEGINNING, _entropy),
-    Rule("equal scores", 5, _equal_scores),
-    Rule("short", 2 * BEGINNING, _short),
-    Rule("no end", 5, _no_end),
-)
-CLOSING_RULES = (
-    Rule("count of skips", 2, _count_skips),
-    Rule("climbing", FEWEST_AT_END, _climbing),
-    Rule("no gain", FEWEST_AT_END, _no_gain),
-)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ppo_cli.advice import Adviser, sampling_advice
+from ppo_cli.advice import Adviser
 from ppo_cli.config import RunConfig
 from ppo_cli.divergence import check_numbers, check_texts, check_weights, classifier_faults
 from ppo_cli.errors import DataError, DivergenceError, UsageError
@@ -35,6 +35,7 @@ from ppo_cli.sampling import draw_samples, judge
 from ppo_cli.shaping import check_terms, penalties, shaped, shaping_statistics
 from ppo_cli.stopping import end_tokens
 from ppo_cli.summary import Judgement, Pace, StepReport, TrainingSummary
+from ppo_cli.symptoms import sampling_advice
 
 MAX_ROLLBACKS = 3
 
