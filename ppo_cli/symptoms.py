@@ -19,7 +19,7 @@ MEMORY = 20
 """Newest steps that are remembered."""
 FEWEST_AT_END = 2 * MEMORY
 """A shorter run is not judged by how it ended."""
-PURE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+PURE = {"top_k": 0, "top_p": 1.0}
 NEGATIVE_KL = -1.0  # nats per response
 CLIPPED = 0.3
 LEAP = 0.2  # half the squared log-ratio, per token
@@ -182,7 +182,8 @@ def entropy(history: History, config: RunConfig) -> str | None:
         return None
     return (
         f"entropy fell from {start:.2f} to {now:.2f} nats per token: the policy writes less and "
-        f"less that differs, and finds nothing new. {_hold_back(config)}"
+        f"less that differs, and finds nothing new. {_hold_back(config)}; an entropy bonus "
+        f"(ppo.ent_coef, {config.ppo.ent_coef:g}) works against it, too"
     )
 
 

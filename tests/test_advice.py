@@ -73,10 +73,10 @@ AFTER = range(31, STEPS + 1)
 # Name, settings, change that is noticed, change that is not, what the message must hold.
 SPOILT: dict[str, tuple[list[str], Change, Change, list[str]]] = {
     "negative KL by sampling": (
-        ["rollout.temperature=1.5", "rollout.top_k=5"],
+        ["rollout.top_p=0.9", "rollout.top_k=5"],
         only_in("objective/kl", range(7, 12), -1.5),
         only_in("objective/kl", ALWAYS, -0.9),
-        ["step 9:", "KL is -1.50", "rollout.temperature=1.5, rollout.top_k=5", "temperature=1, "],
+        ["step 9:", "KL is -1.50", "rollout.top_k=5, rollout.top_p=0.9", "top_k=0, top_p=1"],
     ),
     "negative KL with pure sampling": (
         [],

@@ -72,9 +72,9 @@ class Update:
             first = None
             if is_last:
                 break
-        for stats in collected:
-            too_far = ~(stats.pop("mean_ratio") <= self.config.ratio_threshold)
-            stats["policy/skipped"] = too_far.float()
+        for each in collected:
+            too_far = ~(each.pop("mean_ratio") <= self.config.ratio_threshold)
+            each["policy/skipped"] = too_far.float()
         join: dict[str, Callable] = dict.fromkeys(ARRAYS, torch.cat)
         keys = [key for key in collected[0] if key != "moved"]
         return {key: join.get(key, torch.stack)([s[key] for s in collected]) for key in keys}
