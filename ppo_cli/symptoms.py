@@ -137,7 +137,8 @@ def large_updates(history: History, config: RunConfig) -> str | None:
     return (
         f"updates are too large: {clipped:.0%} of the tokens are clipped, and half the squared "
         f"log-ratio per token is {leap:.2g} (ppo/policy/clipfrac and approxkl; usual are under "
-        f"{CLIPPED:.0%} and {LEAP:g}). PPO trusts small steps alone: {_smaller_steps(config)}"
+        f"{CLIPPED:.0%} and {LEAP:g}). PPO trusts small steps alone: {_smaller_steps(config)}, or "
+        "end a step's updates in time with ppo.max_approx_kl=0.1"
     )
 
 
@@ -161,7 +162,11 @@ def value_head(history: History, config: RunConfig) -> str | None:
     """
     explained = median(history.newest("ppo/val/var_explained", MEMORY))
     variance = median(history.newest("ppo/returns/var", MEMORY))
+    moves = abs(fmean(history.newest("objective/kl", MEMORY))) > STANDSTILL
+    has_other = config.ppo.responses_per_query > 1  # the mean of a query's other scores
     if explained > 0 or variance < NO_SPREAD * history.beginning("ppo/returns/var"):
+        return None
+    if has_other or not moves:  # a policy that stands still has another fault
         return None
     coefficient = config.ppo.vf_coef
     remedy = (

@@ -223,6 +223,16 @@ def test_going_back_takes_the_dropped_steps_out_of_the_series() -> None:
     assert adviser.take(rows[11]) == []
 
 
+def test_a_value_head_that_is_not_the_fault_is_not_blamed() -> None:
+    nothing = only_in("ppo/val/var_explained", ALWAYS, -0.3)
+    others = configuration("ppo.responses_per_query=2")
+    assert advice(others, nothing)[0] == []
+    still = {"objective/kl": 0.01, "env/reward_mean": 0.2}
+    said, closing = advice(configuration(), lambda step: nothing(step) | still)
+    assert said == []
+    assert ["hardly moved" in text for text in closing] == [True]
+
+
 def test_a_single_sample_a_step_has_no_spread_to_speak_of() -> None:
     config = configuration("ppo.batch_size=1", "ppo.mini_batch_size=1")
     assert advice(config, only_in("ppo/std_scores", ALWAYS, 0.0))[0] == []
