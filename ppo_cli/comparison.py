@@ -145,6 +145,7 @@ def _judged(task: _Task, source: Source, reference: Loaded | None) -> Judged:
         queries,
         max_new_tokens=task.max_new_tokens,
         seed=task.seed,
+        eos_token_id=loaded.ends or None,
     )
     longest = max(len(q) + len(r) for q, r in zip(queries, rollout.responses, strict=True))
     against, obstacle = loaded, None
@@ -192,6 +193,7 @@ def _drawn(task: _Task, reference: Loaded, count: int) -> np.ndarray:
         seed=task.seed,
         reward=task.reward,
         progress=progress,
+        eos_token_id=reference.ends or None,
     )
 
 

@@ -125,6 +125,10 @@ class RolloutConfig(Section):
     """Leave at 0 (off): otherwise samples are not the policy's and KL is biased."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Leave at 1 (off), for the same reason."""
+    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] = []
+    """Texts that end a response, such as "." or "\\n": every token whose text holds one of them
+    does, as the end-of-text token always does, and is the response's last. Holds for the run's
+    models in `generate` and `compare` too."""
 
     @model_validator(mode="after")
     def _ordered(self) -> RolloutConfig:
@@ -151,6 +155,17 @@ class RewardConfig(Section):
     most with ppo.lam well below 1. null: the finished text alone."""
     probe: bool = True
     """Check the classifier on clearly positive and negative sentences before training."""
+    missing_eos_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Taken from the score of a response that reaches its limit without ending by an end-of-text
+    token or `rollout.stop`; 0 for off."""
+    length_cost: Annotated[float, Field(ge=0)] = 0.0
+    """Taken from the score for each token by which the response's length differs from
+    `target_length`; 0 for off."""
+    target_length: Annotated[int, Field(ge=0)] = 0
+    """Length, tokens, that costs nothing; 0 makes `length_cost` a plain price per token."""
+    repetition_cost: Annotated[float, Field(ge=0)] = 0.0
+    """Times the share of the response's word pairs that it contained already: taken from the
+    score; 0 for off."""
 
 
 EARLY_STOPS = ("target_score", "stop_kl", "patience")

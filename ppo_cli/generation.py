@@ -20,6 +20,7 @@ from ppo_cli.rollout import context_length
 from ppo_cli.run_directory import RunDirectory
 from ppo_cli.runtime import resolve_device
 from ppo_cli.sampling import draw_samples
+from ppo_cli.stopping import end_tokens
 from ppo_cli.text import shortened
 
 REFERENCE = "reference"
@@ -28,11 +29,12 @@ DEFAULT_NEW_TOKENS = 30
 
 @dataclass(frozen=True)
 class Source:
-    """A model to sample from: its name on the screen, and what loads it."""
+    """A model to sample from: its name on the screen, what loads it, and what ends a response."""
 
     name: str
     model: str
     revision: str | None = None
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A source's model, on its device, with its tokenizer."""
+    """A source's model, on its device, with its tokenizer and the tokens that end a response."""
 
     name: str
     model: Any
     tokenizer: Any
+    ends: list[int]
 
 
 def resolve(
@@ -78,6 +81,7 @@ def resolve(
     """Find out what `models` are.
 
     A run directory names its reference and its classifier; for other models `classifier` does.
+    What ends a response, `rollout.stop` of the first run directory, does for all of them.
 
     Args:
         models: run directories, model folders or hub ids.
@@ -99,8 +103,11 @@ def resolve(
     runs = [RunDirectory(model).config() for model in models if RunDirectory(model).is_run()]
     run = runs[0] if runs else None
     names = [str(Path(model)) if RunDirectory(model).is_run() else model for model in models]
-    sources = [Source(name, model) for name, model in zip(names, models, strict=True)]
-    base = None if run is None else Source(REFERENCE, run.policy.model, run.policy.revision)
+    stop = tuple(run.rollout.stop) if run is not None else ()
+    sources = [Source(name, model, None, stop) for name, model in zip(names, models, strict=True)]
+    base = None
+    if run is not None:
+        base = Source(REFERENCE, run.policy.model, run.policy.revision, stop)
     if reference and base is not None:
         sources.append(base)
     reward = None
@@ -189,6 +196,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         seed=seed,
         reward=reward,
+        eos_token_id=loaded.ends or None,
         **sampling,
     )
     return Generated(source.name, samples)
@@ -203,7 +211,8 @@ def load_model(source: Source, device: torch.device, trusted: Collection[str] = 
     tokenizer = load_tokenizer(source.model, source.revision, trusted)
     settings = PolicyConfig(model=source.model, revision=source.revision)
     policy = load_policy(settings, tokenizer, trusted)
-    return Loaded(source.name, policy.to(device).eval(), tokenizer)
+    ends = end_tokens(tokenizer, source.stop)
+    return Loaded(source.name, policy.to(device).eval(), tokenizer, ends)
 
 
 def encode(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> list[torch.Tensor]:

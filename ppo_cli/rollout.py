@@ -66,15 +66,9 @@ def sample_texts(
     max_new_tokens: Sequence[int],
     **kwargs: Any,
 ) -> Rollout:
-    """`sample_responses`, decoded."""
-    responses = sample_responses(
-        model,
-        queries,
-        max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **kwargs,
-    )
+    """`sample_responses`, decoded; pad and end-of-text tokens are the tokenizer's unless given."""
+    tokens = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id")}
+    responses = sample_responses(model, queries, max_new_tokens, **{**tokens, **kwargs})
     return decode(tokenizer, queries, responses)
 
 

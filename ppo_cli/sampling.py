@@ -54,7 +54,8 @@ def draw_rollout(
         max_new_tokens: limit on a response.
         seed: two models asked with one seed draw from the same random numbers.
         batch_size: sequences a forward pass.
-        sampling: temperature, top_k, top_p; pure sampling without.
+        sampling: temperature, top_k, top_p, eos_token_id; pure sampling, to the tokenizer's own
+            end-of-text token, without.
     """
     stream = RandomStream(seed, model.device)
     with stream.active():

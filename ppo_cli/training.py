@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from ppo_cli.advice import Adviser
 from ppo_cli.config import RunConfig
 from ppo_cli.divergence import check_numbers, check_texts, check_weights, classifier_faults
 from ppo_cli.errors import DataError, DivergenceError, UsageError
@@ -26,12 +27,15 @@ from ppo_cli.ppo.statistics import scalars
 from ppo_cli.preparation import check_context, make_trainer
 from ppo_cli.progress import Progress
 from ppo_cli.prompts import LengthSampler, collate, load_prompts
-from ppo_cli.rollout import PURE_SAMPLING, Rollout, decode
+from ppo_cli.rollout import Rollout, decode
 from ppo_cli.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory
 from ppo_cli.runtime import resolve_device, set_seed
 from ppo_cli.sampling import judge
+from ppo_cli.shaping import check_terms, penalties, shaped, shaping_statistics
 from ppo_cli.standing import Standing
+from ppo_cli.stopping import end_tokens
 from ppo_cli.summary import Pace, StepReport, TrainingSummary
+from ppo_cli.symptoms import sampling_advice
 
 MAX_ROLLBACKS = 3
 
@@ -71,6 +75,8 @@ class Training:
         set_seed(config.run.seed)
         self.device = resolve_device(config.run.device)
         self.tokenizer = load_tokenizer(config.policy.model, config.policy.revision, trusted)
+        self.ends = end_tokens(self.tokenizer, config.rollout.stop)
+        check_terms(config.reward, self.ends)
         self.prompts = load_prompts(config.prompts, self.tokenizer, config.run.seed)
         queries = config.ppo.batch_size // config.ppo.responses_per_query
         if len(self.prompts.train) < queries:
@@ -89,7 +95,9 @@ class Training:
         )
         self.trainer = make_trainer(config, self.device, self.tokenizer, trusted)
         check_context(config, self._policy.config, self.prompts.train)
-        self._warn_if_not_pure()
+        self._say(filter(None, [sampling_advice(config)]))
+        self.adviser = Adviser(config)
+        self.trainer.advises = False  # the adviser does, and knows more
         self.examination = Examination(
             self.trainer,
             self.tokenizer,
@@ -139,6 +147,7 @@ class Training:
         else:
             self.progress.drop_what_followed()
             self.directory.record(self.config)
+            self.adviser.recall(self.directory.metrics() if self.step else [])
         self.examination.begin()
         while self.step < self.config.run.steps and not (self.stopping or self.stopped_early):
             number = self.step + 1
@@ -181,6 +190,8 @@ class Training:
         write_text(self.directory.path / CARD_FILE, run_card(summary, self.config))
         if self.config.run.best_of_n and not self.stopping:  # who stops a run does not want to wait
             write_curve(self.directory, self.examination.best_of_n(self.config.run.best_of_n))
+        if self.step == self.config.run.steps:
+            self._say(self.adviser.closing())
         return summary
 
     def _diverged(self, what: str) -> None:
@@ -189,6 +200,7 @@ class Training:
         if self.config.run.on_divergence == "rollback" and rollbacks <= MAX_ROLLBACKS:
             self.progress.go_back(rollbacks)
             self.progress.drop_what_followed()
+            self.adviser.recall(self.directory.metrics() if self.step else [])
             rate = self.trainer.optimizer.param_groups[0]["lr"]
             warnings.warn(
                 f"{what}. Back to step {self.step}, with a learning rate of {rate:g} and other "
@@ -222,8 +234,11 @@ class Training:
             samples = judge(rollout, batch["query"], self.reward)
             promised = self._potentials(rollout)
         scores = torch.tensor([sample.score for sample in samples])
+        taken = penalties(responses, rollout.response_texts, self.ends, self.config.reward)
         scored = time.perf_counter()
-        stats = self.trainer.step(batch["input_ids"], responses, list(scores), potentials=promised)
+        stats = self.trainer.step(
+            batch["input_ids"], responses, list(shaped(scores, taken)), potentials=promised
+        )
         texts = {"query": batch["query"], "response": rollout.response_texts}
         self.trainer.log_stats(stats, texts, scores)
         seconds = time.perf_counter() - started
@@ -233,6 +248,7 @@ class Training:
             "env/reward_mean": scores.mean().item(),
             "env/reward_std": scores.std().item() if len(scores) > 1 else 0.0,
             "env/probability_mean": mean_probability(samples),
+            **shaping_statistics(scores, taken),
             "time/sampling": sampled - started,
             "time/scoring": scored - sampled,
             "time/optimising": stats["time/ppo/total"],
@@ -245,6 +261,7 @@ class Training:
         numbers |= self._evaluation_if_due()
         shown = samples[: max(self.config.run.samples_per_step, 1)]
         self._record(numbers, shown)
+        self._say(self.adviser.take(numbers))
         best, stops = self.progress.standing.best, self.stopped_early is not None
         return StepReport(
             self.step, self.config.run.steps, numbers, shown, best.step if best else None, stops
@@ -309,24 +326,16 @@ class Training:
             "temperature": rollout.temperature,
             "top_k": rollout.top_k,
             "top_p": rollout.top_p,
+            "eos_token_id": self.ends or None,
         }
 
     @property
     def _policy(self) -> Any:
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
-    def _warn_if_not_pure(self) -> None:
-        changed = [
-            f"rollout.{name}={value}"
-            for name, value in self._sampling.items()
-            if name != "temperature" and value != PURE_SAMPLING[name]
-        ]
-        if changed:
-            warnings.warn(
-                f"with {', '.join(changed)} responses are not samples of the policy itself: KL is "
-                "biased and may become negative",
-                stacklevel=2,
-            )
+    def _say(self, advice: Iterable[str]) -> None:
+        for text in advice:
+            warnings.warn(text, stacklevel=2)
 
     def _save_model(self) -> None:
         """Write the policy as a plain folder, and the plot."""

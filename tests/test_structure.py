@@ -21,12 +21,13 @@ PACKAGE = Path(ppo_cli.__file__).parent
 # Data flows down: a module imports only from rows above its own.
 ROWS = [
     ["errors", "text", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
-    ["files"],
+    ["files", "stopping"],
     ["yaml_io", "hub", "matmul", "ppo.config", "ppo.kl_controller", "ppo.advantages"],
     ["evaluation", "plots"],
     ["config", "ppo.losses", "ppo.packing", "divergence", "quality", "best_of_n"],
-    ["config_source", "runtime", "policy_files", "projection", "summary", "standing", "verdict"],
-    ["prompts", "architecture", "run_directory"],
+    ["config_source", "runtime", "policy_files", "projection", "summary", "standing", "shaping"],
+    ["verdict", "symptoms"],
+    ["prompts", "architecture", "run_directory", "advice"],
     ["policy", "frontier"],
     ["decoding", "reward", "reference"],
     ["rollout"],

@@ -33,6 +33,9 @@ STATISTICS: dict[str, Statistic] = {
     "ppo/policy/approxkl": Statistic("half the squared log-ratio per token, averaged", True),
     "ppo/policy/policykl": Statistic("old minus new log-probability per token, averaged", True),
     "ppo/policy/clipfrac": Statistic("fraction of tokens with a clipped ratio, averaged", True),
+    "ppo/policy/skipped": Statistic(
+        "fraction of mini-batches over ratio_threshold, not learnt", True
+    ),
     "ppo/policy/advantages_mean": Statistic("mean whitened advantage, averaged", True),
     "ppo/policy/advantages": Statistic("advantage of each token in training order", True, True),
     "ppo/policy/ratio": Statistic("probability ratio of each token in training order", True, True),
@@ -68,6 +71,10 @@ RUN_STATISTICS: dict[str, Statistic] = {
     "env/reward_mean": Statistic("mean score as the classifier gave it"),
     "env/reward_std": Statistic("its standard deviation"),
     "env/probability_mean": Statistic("mean probability of the wanted label"),
+    "env/missing_eos_penalty": Statistic("taken from the score for no end before the limit, mean"),
+    "env/length_cost": Statistic("taken from the score for the length, mean"),
+    "env/repetition_cost": Statistic("taken from the score for repeated word pairs, mean"),
+    "env/shaped_reward_mean": Statistic("mean score less what was taken from it"),
     "time/sampling": Statistic("seconds: sampling the responses"),
     "time/scoring": Statistic("seconds: the classifier"),
     "time/optimising": Statistic("seconds: the PPO step itself"),

@@ -68,6 +68,7 @@ class PPOTrainer:
         model, ref_model, optimizer, lr_scheduler, dataloader: prepared by it.
         kl_ctl: the KL controller; `kl_ctl.value` is the coefficient.
         current_step: `step()` calls so far.
+        advises: whether `step()` warns, once each, of negative KL and of skipped mini-batches.
 
     Raises:
         ValueError: an argument is not what it should be.
@@ -129,6 +130,8 @@ class PPOTrainer:
         self.running = adv.RunningMoments()
         self.current_step = 0
         self._best_mean_score = -float("inf")
+        self.advises = True
+        self._warned: set[str] = set()
         # Random numbers of its own: the caller's random state stays as it is.
         self._shuffle = np.random.RandomState(config.seed)
         self._sampling = RandomStream(
@@ -324,12 +327,24 @@ class PPOTrainer:
         numbers = to_numbers(stats)
         numbers["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         if numbers["objective/kl"] < -1.0:
-            warnings.warn(
+            self._warn_once(
+                "KL",
                 f"KL is negative ({numbers['objective/kl']:.2f} per sequence): the responses are "
                 "not samples of this policy. Sample with temperature 1, without top-k or top-p",
-                stacklevel=3,
+            )
+        if numbers["ppo/policy/skipped"] > 0:
+            self._warn_once(
+                "skipped",
+                "the mean ratio of a mini-batch exceeds ratio_threshold "
+                f"({self.config.ratio_threshold:g}): its optimizer step is skipped. A lower "
+                "learning_rate or fewer ppo_epochs keep the policy closer",
             )
         return numbers
+
+    def _warn_once(self, about: str, message: str) -> None:
+        if self.advises and about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(message, stacklevel=4)
 
     def log_stats(
         self,

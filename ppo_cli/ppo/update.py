@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -73,7 +72,9 @@ class Update:
             first = None
             if is_last:
                 break
-        self._warn_of_skips(torch.stack([stats.pop("mean_ratio") for stats in collected]))
+        for each in collected:
+            too_far = ~(each.pop("mean_ratio") <= self.config.ratio_threshold)
+            each["policy/skipped"] = too_far.float()
         join: dict[str, Callable] = dict.fromkeys(ARRAYS, torch.cat)
         keys = [key for key in collected[0] if key != "moved"]
         return {key: join.get(key, torch.stack)([s[key] for s in collected]) for key in keys}
@@ -257,16 +258,6 @@ class Update:
 
     def _is_past_limit(self, stats: Mapping[str, Tensor]) -> Tensor:
         return stats["moved"] > (self.config.max_approx_kl or math.inf)
-
-    def _warn_of_skips(self, ratios: Tensor) -> None:
-        skipped = ratios[~(ratios <= self.config.ratio_threshold)]
-        if len(skipped):
-            warnings.warn(
-                f"the mean ratio of a mini-batch ({float(skipped[0]):.2f}) exceeds ratio_threshold "
-                f"({self.config.ratio_threshold:g}): its optimizer step is skipped. A lower "
-                "learning_rate or fewer ppo_epochs keep the policy closer",
-                stacklevel=2,
-            )
 
 
 @contextmanager
