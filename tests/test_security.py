@@ -32,7 +32,7 @@ from ppo_cli.loading import load_policy, load_tokenizer
 from ppo_cli.model_card import trainer_card
 from ppo_cli.plots import plot_training, terminal_chart
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.quality import Likelihoods
+from ppo_cli.quality import Likelihoods, Quality
 from ppo_cli.reward import SentimentReward
 from ppo_cli.text import escape_controls, json_text, markdown_code, markdown_text, spreadsheet_text
 from ppo_cli.verdict import (
@@ -181,10 +181,11 @@ def shown(renderables: list[object]) -> str:
 
 def test_tables_show_text_as_it_is() -> None:
     comparison = evil_comparison()
-    judged = SimpleNamespace(score=1.0, probability=0.5)
+    judged = Quality.of(SAMPLES, Likelihoods(*np.ones((4, 2))))
     summary = SimpleNamespace(
         run=EVIL,
         label=EVIL,
+        weights=EVIL,
         before=judged,
         after=judged,
         after_samples=SAMPLES,
