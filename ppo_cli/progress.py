@@ -99,8 +99,7 @@ class Progress:
         checkpoint = whole_checkpoint(self._directory.checkpoints)
         state = load_checkpoint(checkpoint, self._policy)
         if rollbacks is not None:
-            for group in state["trainer"]["optimizer"]["param_groups"]:
-                group["lr"] *= 0.5 ** (rollbacks - state["rollbacks"])
+            _slow_down(state["trainer"], 0.5 ** (rollbacks - state["rollbacks"]))
             seed = np.random.SeedSequence([self._settings.seed, rollbacks]).generate_state(1)[0]
             stream = RandomStream(int(seed), self._trainer.accelerator.device)
             state["trainer"]["sampling"] = stream.state_dict()
@@ -168,3 +167,11 @@ class Progress:
     @property
     def _policy(self) -> Any:
         return self._trainer.accelerator.unwrap_model(self._trainer.model)
+
+
+def _slow_down(trainer_state: dict[str, Any], factor: float) -> None:
+    """Scale the learning rate, and the one that a schedule works out later ones from."""
+    for group in trainer_state["optimizer"]["param_groups"]:
+        group["lr"] *= factor
+    if (schedule := trainer_state["lr_scheduler"]) is not None:
+        schedule["base_lrs"] = [rate * factor for rate in schedule["base_lrs"]]

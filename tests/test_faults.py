@@ -211,6 +211,16 @@ def test_after_a_rollback_training_goes_on_another_way(
     assert [row["query"] for row in before] == [row["query"] for row in after]
 
 
+def test_after_a_rollback_a_schedule_goes_on_from_half_the_learning_rate(tmp_path: Path) -> None:
+    options = ["--set", "run.on_divergence=rollback", "--set", "ppo.lr_scheduler_type=linear"]
+    fault = partial(faults.failing_classifier, 3)
+    done = ppo_cli(*TRAIN, *options, cwd=tmp_path, fault=fault)
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    rates = [row["ppo/learning_rate"] for row in rows]
+    assert rates == pytest.approx([1e-3, 0.8e-3, 0.3e-3, 0.2e-3, 0.1e-3])
+
+
 def test_less_memory_is_asked_for_on_resuming_and_the_rest_stays(tmp_path: Path) -> None:
     assert ppo_cli(*TRAIN, "--steps", 1, cwd=tmp_path).code == 0
     smaller = ["--set", "ppo.mini_batch_size=2", "--set", "ppo.gradient_accumulation_steps=8"]
