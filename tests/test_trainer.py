@@ -6,6 +6,7 @@ The numbers in comments are those of the list of quirks in CONTRIBUTING.md.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import random
 import subprocess
@@ -615,3 +616,21 @@ def test_a_schedule_goes_on_where_a_checkpoint_left_it() -> None:
     other.load_state_dict(trainer.state_dict())
     again = [t.step(*make_batch())["ppo/learning_rate"] for t in (trainer, other)]
     assert again == pytest.approx([0.75e-3, 0.75e-3])
+
+
+def test_an_adaptive_learning_rate_finds_the_size_of_its_steps() -> None:
+    """From a rate far too low and one far too high to about the same movement a step."""
+    moved = []
+    for rate in (1e-6, 1e-1):
+        trainer = make_trainer(
+            learning_rate=rate, lr_scheduler_type="adaptive", desired_kl=0.01, ratio_threshold=1e9
+        )
+        stats = [trainer.step(*make_batch(seed=i)) for i in range(30)]
+        rates = [s["ppo/learning_rate"] for s in stats]
+        assert rates[0] == rate
+        assert all(
+            min(abs(b / a - f) for f in (1, 1.5, 1 / 1.5)) < 1e-6
+            for a, b in itertools.pairwise(rates)
+        )
+        moved.append(np.median([s["ppo/policy/approxkl"] for s in stats[-8:]]))
+    assert all(0.003 < m < 0.03 for m in moved), moved

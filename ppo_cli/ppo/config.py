@@ -90,10 +90,14 @@ class PPOSettings:
     max_approx_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """A step's updates end before the mini-batch whose policy has moved further than this (`k3`,
     nats per token); null for no limit."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls over the run, where no scheduler is passed."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "adaptive"] = "constant"
+    """The learning rate over the run, where no scheduler is passed: as it is, falling, or
+    `adaptive`: raised or lowered after each step so that a step moves the policy by
+    `desired_kl`, whatever the model's size."""
+    desired_kl: Positive = 0.03
+    """`ppo/policy/approxkl`, nats per token, that the adaptive learning rate aims at."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate rises from 0 first."""
+    """Steps over which the learning rate rises from 0 first; not if it is adaptive."""
     min_lr_ratio: UnitInterval = 0.0
     """Share of the learning rate that `linear` and `cosine` end at."""
     whiten_rewards: bool = False

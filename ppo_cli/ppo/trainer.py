@@ -34,6 +34,7 @@ from ppo_cli.ppo.kl_controller import AdaptiveKLController, FixedKLController
 from ppo_cli.ppo.measurements import Stopwatch, length_statistics, step_statistics, to_numbers
 from ppo_cli.ppo.packing import TokenBatch, checked_batch
 from ppo_cli.ppo.setup import (
+    adapt_learning_rate,
     make_accelerator,
     make_scheduler,
     prepare_reference,
@@ -272,7 +273,7 @@ class PPOTrainer:
         stats |= length_statistics("queries", [len(query) for query in queries])
         stats |= length_statistics("responses", [len(response) for response in responses])
         clock.lap("calc_stats")
-        self._after_step(stats["objective/kl"])
+        self._after_step(stats)
         return {**stats, **clock.times, "time/ppo/total": clock.total}
 
     def _checked(
@@ -292,11 +293,15 @@ class PPOTrainer:
             raise ValueError("no response token counts: responses are empty or masked throughout")
         return tokens, score_tensor.to(self.accelerator.device)
 
-    def _after_step(self, kl: float) -> None:
+    def _after_step(self, stats: Mapping[str, Any]) -> None:
         """Everything that changes once a step, but the weights."""
-        self.kl_ctl.update(kl, self.config.batch_size * self.accelerator.num_processes)
+        seen = self.config.batch_size * self.accelerator.num_processes
+        self.kl_ctl.update(stats["objective/kl"], seen)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
+        elif self.config.lr_scheduler_type == "adaptive":
+            moved = stats["ppo/policy/approxkl"]
+            adapt_learning_rate(self.optimizer, moved, self.config.desired_kl)
         if self.config.optimize_device_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.current_step += 1
