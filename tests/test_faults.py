@@ -78,7 +78,12 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
 
 @pytest.mark.parametrize(
     "place",
-    ["run/.metrics.jsonl.tmp", "run/metrics.jsonl", "run/.model.tmp", "run/checkpoints/step-000004"],
+    [
+        "run/.metrics.jsonl.tmp",
+        "run/metrics.jsonl",
+        "run/.model.tmp",
+        "run/checkpoints/.step-000004.tmp",
+    ],
 )
 def test_a_kill_does_not_change_evaluations_and_what_was_best(
     place: str, evaluated: tuple[dict[str, Any], list[str]], tmp_path: Path
