@@ -127,6 +127,13 @@ CONFIGURATIONS: list[Case] = [
     setting("run.steps=999999999999999999999x", "run.steps", "integer"),
     setting("run.best_of_n=[1,0]", "run.best_of_n", "greater than or equal to 1"),
     setting("run.best_of_n=[]", "run.best_of_n", "at least 1"),
+    *(
+        ([T, "--set", "run.eval_every=0", "--set", f"run.{stop}"], 2, ["run.eval_every to 1", stop[:6]])
+        for stop in ("target_score=1", "stop_kl=5", "patience=3")
+    ),
+    setting("run.patience=0", "run.patience", "greater than or equal to 1"),
+    setting("run.stop_kl=0", "run.stop_kl", "greater than 0"),
+    setting("run.weights=newest", "run.weights", "'best' or 'last'"),
     setting("run.steps.x=1", "'steps' is a value"),
     setting("prompts.input_max_text_length=2", "input_max_text_length (2)", "exceed"),
     setting("rollout.output_max_length=12", "output_max_length (12)", "exceed"),

@@ -46,6 +46,12 @@ def kill_at_write(number: int) -> None:
     before_writes(count)
 
 
+def list_writes(file: str) -> None:
+    """Write the path of each change of a file or folder into `file`, which lies elsewhere."""
+    out = open(file, "w", buffering=1)  # noqa: SIM115
+    before_writes(lambda _, path: print(path, file=out))
+
+
 def full_at(name: str) -> None:
     """No space on the disk from the first file or folder on whose path holds `name`."""
     full = False

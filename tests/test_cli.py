@@ -223,7 +223,10 @@ def test_json_summary_and_dry_run(tmp_path: Path) -> None:
     summary = json.loads(done.stdout)
     assert done.stderr == ""
     assert summary["steps"] == 1
-    assert summary["before"].keys() == summary["after"].keys() == {"score", "probability"}
+    assert summary["before"].keys() == summary["after"].keys()
+    assert summary["before"].keys() >= {"score", "probability", "kl", "perplexity", "distinct_2"}
+    assert summary["weights"] == {"step": 1, "why": "best evaluation"}
+    assert summary["stopped_early"] is None
     assert (tmp_path / "out" / "run" / "model.safetensors").is_file()
 
 

@@ -40,6 +40,9 @@ def only_message(done: Done) -> str:
     return " ".join(line.strip() for line in lines)
 
 
+EVALUATED = [*TRAIN, "--set", "run.eval_every=2"]  # of these steps 2 and 4, and 5 at the end
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("uninterrupted")
@@ -62,6 +65,38 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
     assert differences(uninterrupted, contents(tmp_path / "run")) == []
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").open()]
     assert steps == [1, 2, 3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[str]]:
+    """What a run with evaluations leaves, and the files and folders that it changed, in turn."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    done = ppo_cli(*EVALUATED, cwd=folder, fault=partial(faults.list_writes, "../writes"))
+    assert done.code == 0, done.err
+    return contents(folder / "run"), (folder / "../writes").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "run/.metrics.jsonl.tmp",
+        "run/metrics.jsonl",
+        "run/.model.tmp",
+        "run/checkpoints/.step-000004.tmp",
+    ],
+)
+def test_a_kill_does_not_change_evaluations_and_what_was_best(
+    place: str, evaluated: tuple[dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    expected, writes = evaluated
+    last = max(i for i, path in enumerate(writes, start=1) if path.startswith(place))
+    killed = ppo_cli(*EVALUATED, cwd=tmp_path, fault=partial(faults.kill_at_write, last))
+    assert killed.code == -signal.SIGKILL
+    done = ppo_cli(*EVALUATED, "--resume", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert differences(expected, contents(tmp_path / "run")) == []
+    found = ["eval/score" in row for row in expected["metrics.jsonl"]]
+    assert found == [False, True, False, True, True]
 
 
 def test_from_a_damaged_checkpoint_the_one_before_is_taken(
@@ -147,13 +182,13 @@ ENDS: dict[str, Row] = {
         partial(faults.full_at, ".model.tmp"),
         [],
         ["run", "No space left", "free some space", "go on from the checkpoint of step 5"],
-        [2, 4, 5],
+        [4, 5],
     ),
     "disk full at the plot": (
         partial(faults.full_at, "training.png"),
         [],
         ["run/training.png", "No space left", "free some space", "checkpoint of step 5"],
-        [2, 4, 5],
+        [4, 5],
     ),
     "disk full in the records": (
         partial(faults.full_at, "samples.jsonl"),

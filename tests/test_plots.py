@@ -164,3 +164,53 @@ def test_a_terminal_chart_names_metric_and_run_and_has_one_a_run() -> None:
     assert "ppo-good" in text
     assert "ppo-bad" in text
     assert text.count(SCORE) == 2
+
+
+def sparse(steps: int = 40, every: int = 10) -> list[dict[str, Any]]:
+    rows = run(steps)
+    for row in rows[every - 1 :: every]:
+        row |= {"eval/score": row[SCORE] + 1, "eval/kl": 3.0}
+    return rows
+
+
+def drawn(path: Path, *args: Any, **kwargs: Any) -> list[dict[str, tuple[list[float], str]]]:
+    """Of each panel the labelled curves: their steps and their markers."""
+    from matplotlib.figure import Figure
+
+    seen: list[Any] = []
+    original = Figure.savefig
+
+    def savefig(self: Figure, *a: Any, **k: Any) -> None:
+        seen.append(self)
+        original(self, *a, **k)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", savefig)
+        plot_training(*args, output=path, **kwargs)
+    return [
+        {
+            line.get_label(): (list(line.get_xdata()), line.get_marker())
+            for line in panel.get_lines()
+            if not line.get_label().startswith("_")
+        }
+        for panel in seen[0].axes
+    ]
+
+
+def test_evaluations_are_points_beside_the_mean_reward(tmp_path: Path) -> None:
+    loss, reward = drawn(tmp_path / "p.png", {"good": sparse(), "old": run()})
+    assert set(loss) == {"good", "old"}
+    assert set(reward) == {"good", "good, held-out", "old"}
+    assert reward["good, held-out"] == ([10, 20, 30, 40], "o")
+    assert reward["good"] == (list(range(1, 41)), "None")
+
+
+def test_a_metric_that_some_steps_have_is_drawn_at_those(tmp_path: Path) -> None:
+    (panel,) = drawn(tmp_path / "p.png", {"good": sparse()}, metrics=["eval/kl"])
+    assert panel == {"good": ([10, 20, 30, 40], "o")}
+    lines = terminal_chart({"good": sparse()}, "eval/score")
+    assert "step 10 to 40" in lines[-1]
+    assert {len(line.partition("│")[2]) for line in lines if "│" in line} == {4}  # a bar each
+    rows = sparse(45)  # the last step has none: the metric is known all the same
+    with pytest.raises(UsageError, match=r"no metric 'eval/k'.*eval/kl"):
+        plot_training({"good": rows}, tmp_path / "q.png", ["eval/k"])
