@@ -17,6 +17,9 @@ from ppo_cli.ppo.config import PPOConfig, PPOSettings
 from ppo_cli.ppo.packing import TokenBatch
 from ppo_cli.projection import token_logprobs
 
+READ_AT_ONCE = 4
+"""Mini-batches that are read together before the update."""
+
 
 @dataclass(frozen=True)
 class Experience:
@@ -71,7 +74,7 @@ def read_probabilities(
     as_reference: Callable[[], AbstractContextManager[None]],
     config: PPOConfig,
 ) -> Probabilities:
-    """Policy and reference over the batch, `mini_batch_size` sequences at a time.
+    """Policy and reference over the batch, a few mini-batches of sequences at a time.
 
     Args:
         tokens: the sequences.
@@ -83,9 +86,12 @@ def read_probabilities(
     """
     temperature = config.temperature
     parts: list[tuple[Tensor, ...]] = []
-    for indices in torch.arange(len(tokens)).split(config.mini_batch_size):
+    full = config.kl_penalty == "full"
+    # Without gradients, and with the logits in pieces, far more fit into the memory.
+    size = config.mini_batch_size if full else READ_AT_ONCE * config.mini_batch_size
+    for indices in torch.arange(len(tokens)).split(size):
         chunk = tokens.select(indices)
-        if config.kl_penalty == "full":
+        if full:
             parts.append(_with_full_kl(chunk, policy, reference, as_reference, temperature))
             continue
         known = token_forward(policy, chunk, temperature) if outputs is None else outputs
