@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_batch, make_policy, make_trainer
+from conftest import SMALL_RUN, make_batch, make_policy, make_trainer
 
 from ppo_cli.advice import CLOSING_RULES, RULES, Adviser
 from ppo_cli.config import RunConfig
@@ -52,7 +52,7 @@ def advice(config: RunConfig, change: Change, steps: int = STEPS) -> tuple[list[
 
 
 def configuration(*assignments: str) -> RunConfig:
-    return load_config("tiny", assignments=assignments)
+    return load_config(SMALL_RUN, assignments=assignments)
 
 
 def only_in(key: str, steps: range, value: float) -> Change:
@@ -163,20 +163,27 @@ def test_a_spoilt_series_is_noticed_once(name: str) -> None:
     assert advice(configuration(*settings), spare)[0] == []
 
 
+def end(kl: Callable[[int], float], score: Callable[[int], float]) -> Change:
+    """KL and score in each step of a run that ends badly."""
+    return lambda step: {"objective/kl": kl(step), "env/reward_mean": score(step)}
+
+
+BOTH = end(lambda step: 0.15 * step, lambda step: 0.04 * step)
+ALONE = end(lambda step: 0.15 * step, lambda step: 1.5)
+STILL = end(lambda step: 0.01, lambda step: 0.2)
+LOST = end(lambda step: 20.0, lambda step: 0.2)
+
+
 def test_the_end_is_judged_in_runs_of_some_length() -> None:
     config = configuration()
     assert advice(config, lambda step: {}) == ([], [])
-    both = lambda step: {"objective/kl": 0.15 * step, "env/reward_mean": 0.04 * step}  # noqa: E731
-    alone = lambda step: {"objective/kl": 0.15 * step, "env/reward_mean": 1.5}  # noqa: E731
-    still = lambda step: {"objective/kl": 0.01, "env/reward_mean": 0.2}  # noqa: E731
-    lost = lambda step: {"objective/kl": 20.0, "env/reward_mean": 0.2}  # noqa: E731
-    assert [t[:28] for t in advice(config, both)[1]] == ["KL was still climbing at the"]
-    assert "and so was the score: more run.steps" in advice(config, both)[1][0]
-    assert "buys nothing. Raise ppo.init_kl_coef (0.07)" in advice(config, alone)[1][0]
-    assert "hardly moved" in advice(config, still)[1][0]
-    assert "ppo.learning_rate (0.001)" in advice(config, still)[1][0]
-    assert "20 nats" in advice(config, lost)[1][0]
-    for change in (both, alone, still, lost):
+    assert [t[:28] for t in advice(config, BOTH)[1]] == ["KL was still climbing at the"]
+    assert "and so was the score: more run.steps" in advice(config, BOTH)[1][0]
+    assert "buys nothing. Raise ppo.init_kl_coef (0.07)" in advice(config, ALONE)[1][0]
+    assert "hardly moved" in advice(config, STILL)[1][0]
+    assert "ppo.learning_rate (0.001)" in advice(config, STILL)[1][0]
+    assert "20 nats" in advice(config, LOST)[1][0]
+    for change in (BOTH, ALONE, STILL, LOST):
         assert len(advice(config, change)[1]) == 1
         assert advice(config, change, steps=30)[1] == []
 
@@ -274,15 +281,16 @@ def test_the_trainer_says_it_once_unless_told_that_another_does() -> None:
     assert 0 < stats["ppo/policy/skipped"] <= 1
 
 
-SMALL = ["prompts.limit=64", "prompts.held_out=8", "run.device=cpu", "run.checkpoint_every=0"]
-SMALL += ["ppo.batch_size=32", "ppo.mini_batch_size=16"]
+SMALL = ["run.device=cpu", "run.checkpoint_every=0", "ppo.batch_size=32"]
 
 
 def run(*assignments: str, resume: bool = False) -> list[str]:
     """The warnings of a small run of the embedded model."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        training = Training(load_config("tiny", assignments=[*SMALL, *assignments]), resume=resume)
+        training = Training(
+            load_config(SMALL_RUN, assignments=[*SMALL, *assignments]), resume=resume
+        )
         for _ in training.steps():
             pass
         training.finish()
@@ -309,7 +317,7 @@ def _about(text: str) -> str:
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_small_steps_of_the_embedded_default_are_nothing_to_speak_of(
+def test_small_steps_of_the_embedded_model_are_nothing_to_speak_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

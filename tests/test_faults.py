@@ -12,16 +12,14 @@ from typing import Any
 import faults
 import pytest
 import torch
+from conftest import SMALL_RUN
 from forked import Done, Fault, ppo_cli, start
 from safetensors.torch import load_file
 from stress.kill import contents, differences, go_on
 
 from ppo_cli.checkpoint import find_damage
 
-QUICK = [
-    "--set", "prompts.limit=64", "--set", "prompts.held_out=8", "--set", "ppo.batch_size=16",
-    "--set", "ppo.mini_batch_size=16", "--set", "run.checkpoint_every=2",
-]  # fmt: skip
+QUICK = ["--config", SMALL_RUN, "--set", "run.checkpoint_every=2"]
 TRAIN = ["train", "--quiet", "--seed", 5, "--steps", 5, "--output", "run", *QUICK]
 
 
@@ -40,7 +38,10 @@ def only_message(done: Done) -> str:
     return " ".join(line.strip() for line in lines)
 
 
-EVALUATED = [*TRAIN, "--set", "run.eval_every=2"]  # of these steps 2 and 4, and 5 at the end
+EVALUATED = [
+    *TRAIN, "--set", "run.eval_every=2",  # steps 2 and 4 are evaluated, and 5 at the end
+    "--set", "ppo.lr_scheduler_type=adaptive", "--set", "reward.score_every=4",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
