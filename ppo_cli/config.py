@@ -247,6 +247,12 @@ class RunConfig(Section):
         label = re.sub(r"[^\w.-]+", "-", sentiment).strip("-.") or "label"
         return Path(f"ppo-{short.get(sentiment, label)}")
 
+    @property
+    def step_size(self) -> str:
+        """The setting that decides how far a step moves the policy, and its value, for advice."""
+        key = self.ppo.step_size_key
+        return f"ppo.{key} ({getattr(self.ppo, key):g})"
+
     def to_yaml(self) -> str:
         """The whole configuration as YAML, every key with its value."""
         return dump_yaml(self.model_dump(mode="json"))

@@ -13,6 +13,8 @@ from conftest import SMALL_RUN, make_batch, make_policy, make_trainer
 from ppo_cli.advice import CLOSING_RULES, RULES, Adviser
 from ppo_cli.config import RunConfig
 from ppo_cli.config_source import load_config
+from ppo_cli.divergence import check_numbers, check_texts, check_weights
+from ppo_cli.errors import DivergenceError
 from ppo_cli.ppo.statistics import RUN_STATISTICS, STATISTICS
 from ppo_cli.symptoms import MEMORY, sampling_advice
 from ppo_cli.training import Training
@@ -188,6 +190,52 @@ def test_the_end_is_judged_in_runs_of_some_length() -> None:
         assert advice(config, change, steps=30)[1] == []
 
 
+ADAPTIVE = ("ppo.lr_scheduler_type=adaptive", "ppo.desired_kl=0.05")
+# Settings of the schedule, what the remedy is, what it is not.
+STEP_SIZES = [
+    ((), "ppo.learning_rate (0.001)", "desired_kl"),
+    (ADAPTIVE, "ppo.desired_kl (0.05)", "learning_rate"),
+]
+
+
+@pytest.mark.parametrize(("schedule", "remedy", "other"), STEP_SIZES)
+def test_the_remedy_is_what_decides_the_size_of_the_steps(
+    schedule: tuple[str, ...], remedy: str, other: str
+) -> None:
+    for name in ("skips", "clipped", "leaps", "far away", "entropy", "short"):
+        settings, spoil, *_ = SPOILT[name]
+        said, _ = advice(configuration(*settings, *schedule), spoil)
+        assert len(said) == 1
+        assert remedy in said[0] and other not in said[0], said
+    for change in (ALONE, STILL, LOST):
+        _, closing = advice(configuration(*schedule), change)
+        assert remedy in closing[0] and other not in closing[0], closing
+
+
+@pytest.mark.parametrize(("schedule", "remedy", "other"), STEP_SIZES)
+def test_so_is_the_remedy_for_a_step_gone_wrong(
+    schedule: tuple[str, ...], remedy: str, other: str
+) -> None:
+    config = configuration(*schedule, "run.kl_limit=9")
+    with pytest.raises(DivergenceError) as collapsed:
+        check_texts(["the same"] * 8, config)
+    with pytest.raises(DivergenceError) as far:
+        check_numbers({"objective/kl": 9.5}, config)
+    for error in (collapsed, far):
+        assert f"lower {remedy}" in str(error.value)
+        assert other not in str(error.value)
+    with pytest.raises(DivergenceError) as infinite:
+        check_numbers({"objective/kl": 1.0, "ppo/loss/total": float("nan")}, config)
+    weights = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(weights.bias, float("inf"))
+    with pytest.raises(DivergenceError) as broken:
+        check_weights(weights, config)
+    for error in (infinite, broken):  # where an adaptive one begins may be too high, too
+        assert "ppo.learning_rate (0.001)" in str(error.value)
+        assert remedy in str(error.value)
+        assert "ppo.max_grad_norm" in str(error.value)
+
+
 def test_skips_are_counted_at_the_end() -> None:
     _, closing = advice(configuration(), only_in("ppo/policy/skipped", range(9, 12), 0.5))
     assert closing == ["in 3 of 60 steps mini-batches were skipped"]
@@ -279,6 +327,13 @@ def test_the_trainer_says_it_once_unless_told_that_another_does() -> None:
         assert all(part in text for part, text in zip(expected, said, strict=True))
         assert all(w.filename == __file__ for w in caught if w.category is UserWarning)
     assert 0 < stats["ppo/policy/skipped"] <= 1
+
+
+def test_the_trainer_names_what_decides_the_size_of_its_steps() -> None:
+    for settings, key in (({}, "learning_rate"), ({"lr_scheduler_type": "adaptive"}, "desired_kl")):
+        trainer = make_trainer(learning_rate=0.1, ratio_threshold=0.9, **settings)
+        with pytest.warns(UserWarning, match=f"skipped. A lower {key} or fewer ppo_epochs"):
+            trainer.step(*make_batch())
 
 
 SMALL = ["run.device=cpu", "run.checkpoint_every=0", "ppo.batch_size=32"]

@@ -342,7 +342,7 @@ class PPOTrainer:
                 "skipped",
                 "the mean ratio of a mini-batch exceeds ratio_threshold "
                 f"({self.config.ratio_threshold:g}): its optimizer step is skipped. A lower "
-                "learning_rate or fewer ppo_epochs keep the policy closer",
+                f"{self.config.step_size_key} or fewer ppo_epochs keep the policy closer",
             )
         return numbers
 
