@@ -201,7 +201,8 @@ class RunSettings(Section):
     """End the run after this many evaluations in a row without a new best; null for never."""
     on_divergence: Literal["stop", "rollback"] = "stop"
     """What to do when a step goes wrong: end with the last good checkpoint, or go on from it with
-    half the learning rate and other random numbers (three times at most)."""
+    half the learning rate (where it is adaptive, a quarter of the KL that it aims at, too) and
+    other random numbers (three times at most)."""
     kl_limit: Annotated[float, Field(gt=0)] | None = 1000.0
     """KL per response (nats) at which a step counts as gone wrong, and over which an evaluation
     cannot be the best; null for no limit."""

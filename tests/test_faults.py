@@ -257,6 +257,26 @@ def test_after_a_rollback_a_schedule_goes_on_from_half_the_learning_rate(tmp_pat
     assert rates == pytest.approx([1e-3, 0.8e-3, 0.3e-3, 0.2e-3, 0.1e-3])
 
 
+def test_an_adaptive_learning_rate_is_resumed_after_a_rollback_as_it_was(tmp_path: Path) -> None:
+    options = ["--set", "run.on_divergence=rollback", "--set", "ppo.lr_scheduler_type=adaptive"]
+    train = [*TRAIN, *options, "--set", "run.checkpoint_every=1"]
+    fault = partial(faults.failing_classifier, 2)
+    found = []
+    for name, steps in (("straight", 4), ("resumed", 3)):
+        folder = tmp_path / name
+        folder.mkdir()
+        done = ppo_cli(*train, "--steps", steps, cwd=folder, fault=fault)
+        assert done.code == 0, done.err
+        if steps < 4:
+            done = ppo_cli(*train, "--steps", 4, "--resume", cwd=folder)
+            assert done.code == 0, done.err
+        found.append(contents(folder / "run"))
+    assert differences(*found) == []
+    assert found[1]["checkpoints/step-000004/state.json"]["trainer"]["desired_kl_share"] == 0.25
+    first, second, *_ = [row["ppo/learning_rate"] for row in found[1]["metrics.jsonl"]]
+    assert any(second / first == pytest.approx(f / 2) for f in (1.5, 1, 1 / 1.5))
+
+
 def test_less_memory_is_asked_for_on_resuming_and_the_rest_stays(tmp_path: Path) -> None:
     assert ppo_cli(*TRAIN, "--steps", 1, cwd=tmp_path).code == 0
     smaller = ["--set", "ppo.mini_batch_size=2", "--set", "ppo.gradient_accumulation_steps=8"]
