@@ -201,7 +201,8 @@ class RunSettings(Section):
     """End the run after this many evaluations in a row without a new best; null for never."""
     on_divergence: Literal["stop", "rollback"] = "stop"
     """What to do when a step goes wrong: end with the last good checkpoint, or go on from it with
-    half the learning rate and other random numbers (three times at most)."""
+    half the learning rate (where it is adaptive, a quarter of the KL that it aims at, too) and
+    other random numbers (three times at most)."""
     kl_limit: Annotated[float, Field(gt=0)] | None = 1000.0
     """KL per response (nats) at which a step counts as gone wrong, and over which an evaluation
     cannot be the best; null for no limit."""
@@ -246,6 +247,12 @@ class RunConfig(Section):
         sentiment = self.reward.sentiment.lower()
         label = re.sub(r"[^\w.-]+", "-", sentiment).strip("-.") or "label"
         return Path(f"ppo-{short.get(sentiment, label)}")
+
+    @property
+    def step_size(self) -> str:
+        """The setting that decides how far a step moves the policy, and its value, for advice."""
+        key = self.ppo.step_size_key
+        return f"ppo.{key} ({getattr(self.ppo, key):g})"
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML, every key with its value."""

@@ -170,7 +170,11 @@ class Progress:
 
 
 def _slow_down(trainer_state: dict[str, Any], factor: float) -> None:
-    """Scale the learning rate, and the one that a schedule works out later ones from."""
+    """Scale the learning rate, and what a schedule or the adaptation makes later ones from.
+
+    The KL of a step, which the adaptation goes by, grows with the square of the learning rate.
+    """
+    trainer_state["desired_kl_share"] *= factor**2
     for group in trainer_state["optimizer"]["param_groups"]:
         group["lr"] *= factor
     if (schedule := trainer_state["lr_scheduler"]) is not None:

@@ -281,7 +281,7 @@ def no_gain(history: History, config: RunConfig) -> str | None:
     if abs(kl) <= STANDSTILL:
         return (
             f"the policy hardly moved: KL is {kl:.2g} nats per response after {history.step} "
-            f"steps. Raise ppo.learning_rate ({config.ppo.learning_rate:g}), or give more run.steps"
+            f"steps. Raise {config.step_size}, or give more run.steps"
         )
     if kl > FAR:
         return (
@@ -294,11 +294,8 @@ def no_gain(history: History, config: RunConfig) -> str | None:
 
 def _smaller_steps(config: RunConfig) -> str:
     epochs = f" or ppo.ppo_epochs ({config.ppo.ppo_epochs})" if config.ppo.ppo_epochs > 1 else ""
-    return f"lower ppo.learning_rate ({config.ppo.learning_rate:g}){epochs}"
+    return f"lower {config.step_size}{epochs}"
 
 
 def _hold_back(config: RunConfig) -> str:
-    return (
-        f"Raise ppo.init_kl_coef ({config.ppo.init_kl_coef:g}) or lower ppo.learning_rate "
-        f"({config.ppo.learning_rate:g})"
-    )
+    return f"Raise ppo.init_kl_coef ({config.ppo.init_kl_coef:g}) or lower {config.step_size}"

@@ -229,7 +229,7 @@ class Training:
         )
         sampled = time.perf_counter()
         rollout = decode(self.tokenizer, batch["input_ids"], responses)
-        check_texts(rollout.response_texts, self.config.run.collapse_limit)
+        check_texts(rollout.response_texts, self.config)
         with classifier_faults(self.reward.name):
             samples = judge(rollout, batch["query"], self.reward)
             promised = self._potentials(rollout)
@@ -256,8 +256,8 @@ class Training:
             "perf/tokens_per_second": tokens / seconds,
             "run/rollbacks": self.progress.rollbacks,
         }
-        check_weights(self._policy)
-        check_numbers(numbers, self.config.run.kl_limit)
+        check_weights(self._policy, self.config)
+        check_numbers(numbers, self.config)
         numbers |= self._evaluation_if_due()
         shown = samples[: max(self.config.run.samples_per_step, 1)]
         self._record(numbers, shown)

@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 torch.set_num_threads(1)
+
+SMALL_RUN = str(Path(__file__).parent / "data" / "small.yaml")
+"""A configuration of the embedded models: small, and the same whatever the default is tuned to."""
 
 VOCABULARY = 80
 EOS = VOCABULARY - 1

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_batch, make_policy, make_trainer
+from conftest import SMALL_RUN, make_batch, make_policy, make_trainer
 
 from ppo_cli.advice import CLOSING_RULES, RULES, Adviser
 from ppo_cli.config import RunConfig
 from ppo_cli.config_source import load_config
+from ppo_cli.divergence import check_numbers, check_texts, check_weights
+from ppo_cli.errors import DivergenceError
 from ppo_cli.ppo.statistics import RUN_STATISTICS, STATISTICS
 from ppo_cli.symptoms import MEMORY, sampling_advice
 from ppo_cli.training import Training
@@ -52,7 +54,7 @@ def advice(config: RunConfig, change: Change, steps: int = STEPS) -> tuple[list[
 
 
 def configuration(*assignments: str) -> RunConfig:
-    return load_config("tiny", assignments=assignments)
+    return load_config(SMALL_RUN, assignments=assignments)
 
 
 def only_in(key: str, steps: range, value: float) -> Change:
@@ -163,22 +165,75 @@ def test_a_spoilt_series_is_noticed_once(name: str) -> None:
     assert advice(configuration(*settings), spare)[0] == []
 
 
+def end(kl: Callable[[int], float], score: Callable[[int], float]) -> Change:
+    """KL and score in each step of a run that ends badly."""
+    return lambda step: {"objective/kl": kl(step), "env/reward_mean": score(step)}
+
+
+BOTH = end(lambda step: 0.15 * step, lambda step: 0.04 * step)
+ALONE = end(lambda step: 0.15 * step, lambda step: 1.5)
+STILL = end(lambda step: 0.01, lambda step: 0.2)
+LOST = end(lambda step: 20.0, lambda step: 0.2)
+
+
 def test_the_end_is_judged_in_runs_of_some_length() -> None:
     config = configuration()
     assert advice(config, lambda step: {}) == ([], [])
-    both = lambda step: {"objective/kl": 0.15 * step, "env/reward_mean": 0.04 * step}  # noqa: E731
-    alone = lambda step: {"objective/kl": 0.15 * step, "env/reward_mean": 1.5}  # noqa: E731
-    still = lambda step: {"objective/kl": 0.01, "env/reward_mean": 0.2}  # noqa: E731
-    lost = lambda step: {"objective/kl": 20.0, "env/reward_mean": 0.2}  # noqa: E731
-    assert [t[:28] for t in advice(config, both)[1]] == ["KL was still climbing at the"]
-    assert "and so was the score: more run.steps" in advice(config, both)[1][0]
-    assert "buys nothing. Raise ppo.init_kl_coef (0.07)" in advice(config, alone)[1][0]
-    assert "hardly moved" in advice(config, still)[1][0]
-    assert "ppo.learning_rate (0.001)" in advice(config, still)[1][0]
-    assert "20 nats" in advice(config, lost)[1][0]
-    for change in (both, alone, still, lost):
+    assert [t[:28] for t in advice(config, BOTH)[1]] == ["KL was still climbing at the"]
+    assert "and so was the score: more run.steps" in advice(config, BOTH)[1][0]
+    assert "buys nothing. Raise ppo.init_kl_coef (0.07)" in advice(config, ALONE)[1][0]
+    assert "hardly moved" in advice(config, STILL)[1][0]
+    assert "ppo.learning_rate (0.001)" in advice(config, STILL)[1][0]
+    assert "20 nats" in advice(config, LOST)[1][0]
+    for change in (BOTH, ALONE, STILL, LOST):
         assert len(advice(config, change)[1]) == 1
         assert advice(config, change, steps=30)[1] == []
+
+
+ADAPTIVE = ("ppo.lr_scheduler_type=adaptive", "ppo.desired_kl=0.05")
+# Settings of the schedule, what the remedy is, what it is not.
+STEP_SIZES = [
+    ((), "ppo.learning_rate (0.001)", "desired_kl"),
+    (ADAPTIVE, "ppo.desired_kl (0.05)", "learning_rate"),
+]
+
+
+@pytest.mark.parametrize(("schedule", "remedy", "other"), STEP_SIZES)
+def test_the_remedy_is_what_decides_the_size_of_the_steps(
+    schedule: tuple[str, ...], remedy: str, other: str
+) -> None:
+    for name in ("skips", "clipped", "leaps", "far away", "entropy", "short"):
+        settings, spoil, *_ = SPOILT[name]
+        said, _ = advice(configuration(*settings, *schedule), spoil)
+        assert len(said) == 1
+        assert remedy in said[0] and other not in said[0], said
+    for change in (ALONE, STILL, LOST):
+        _, closing = advice(configuration(*schedule), change)
+        assert remedy in closing[0] and other not in closing[0], closing
+
+
+@pytest.mark.parametrize(("schedule", "remedy", "other"), STEP_SIZES)
+def test_so_is_the_remedy_for_a_step_gone_wrong(
+    schedule: tuple[str, ...], remedy: str, other: str
+) -> None:
+    config = configuration(*schedule, "run.kl_limit=9")
+    with pytest.raises(DivergenceError) as collapsed:
+        check_texts(["the same"] * 8, config)
+    with pytest.raises(DivergenceError) as far:
+        check_numbers({"objective/kl": 9.5}, config)
+    for error in (collapsed, far):
+        assert f"lower {remedy}" in str(error.value)
+        assert other not in str(error.value)
+    with pytest.raises(DivergenceError) as infinite:
+        check_numbers({"objective/kl": 1.0, "ppo/loss/total": float("nan")}, config)
+    weights = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(weights.bias, float("inf"))
+    with pytest.raises(DivergenceError) as broken:
+        check_weights(weights, config)
+    for error in (infinite, broken):  # where an adaptive one begins may be too high, too
+        assert "ppo.learning_rate (0.001)" in str(error.value)
+        assert remedy in str(error.value)
+        assert "ppo.max_grad_norm" in str(error.value)
 
 
 def test_skips_are_counted_at_the_end() -> None:
@@ -274,15 +329,23 @@ def test_the_trainer_says_it_once_unless_told_that_another_does() -> None:
     assert 0 < stats["ppo/policy/skipped"] <= 1
 
 
-SMALL = ["prompts.limit=64", "prompts.held_out=8", "run.device=cpu", "run.checkpoint_every=0"]
-SMALL += ["ppo.batch_size=32", "ppo.mini_batch_size=16"]
+def test_the_trainer_names_what_decides_the_size_of_its_steps() -> None:
+    for settings, key in (({}, "learning_rate"), ({"lr_scheduler_type": "adaptive"}, "desired_kl")):
+        trainer = make_trainer(learning_rate=0.1, ratio_threshold=0.9, **settings)
+        with pytest.warns(UserWarning, match=f"skipped. A lower {key} or fewer ppo_epochs"):
+            trainer.step(*make_batch())
+
+
+SMALL = ["run.device=cpu", "run.checkpoint_every=0", "ppo.batch_size=32"]
 
 
 def run(*assignments: str, resume: bool = False) -> list[str]:
     """The warnings of a small run of the embedded model."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        training = Training(load_config("tiny", assignments=[*SMALL, *assignments]), resume=resume)
+        training = Training(
+            load_config(SMALL_RUN, assignments=[*SMALL, *assignments]), resume=resume
+        )
         for _ in training.steps():
             pass
         training.finish()
@@ -309,7 +372,7 @@ def _about(text: str) -> str:
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_small_steps_of_the_embedded_default_are_nothing_to_speak_of(
+def test_small_steps_of_the_embedded_model_are_nothing_to_speak_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

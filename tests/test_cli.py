@@ -14,16 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SMALL_RUN
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
 from ppo_cli.verdict import Comparison
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
-QUICK = [
-    "--set", "prompts.limit=64", "--set", "prompts.held_out=8", "--set", "ppo.batch_size=16",
-    "--set", "ppo.mini_batch_size=16",
-]  # fmt: skip
+QUICK = ["--config", SMALL_RUN]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -214,7 +212,7 @@ def test_plot_of_two_runs(home: Path) -> None:
 
 
 def test_json_summary_and_dry_run(tmp_path: Path) -> None:
-    dry = ppo_cli("train", "--dry-run", *QUICK, cwd=tmp_path)
+    dry = ppo_cli("train", "--dry-run", cwd=tmp_path)  # of the default configuration
     assert dry.returncode == 0, dry.stderr
     assert list(tmp_path.iterdir()) == []
     done = ppo_cli(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SMALL_RUN
 from safetensors.torch import load_file
 
 from ppo_cli.config_source import load_config
@@ -21,15 +22,12 @@ from ppo_cli.training import Training
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-QUICK = [
-    "prompts.limit=64", "prompts.held_out=8", "run.device=cpu", "ppo.batch_size=16",
-    "ppo.mini_batch_size=16", "run.seed=5", "run.eval_every=2",
-]  # fmt: skip
+QUICK = ["run.device=cpu", "run.seed=5", "run.eval_every=2"]
 
 
 def make(folder: Path, *changes: str, resume: bool = False) -> Training:
     settings = [*QUICK, f"run.output={json.dumps(str(folder))}", *changes]
-    return Training(load_config("tiny", assignments=settings), resume=resume)
+    return Training(load_config(SMALL_RUN, assignments=settings), resume=resume)
 
 
 def train(folder: Path, *changes: str, resume: bool = False) -> TrainingSummary:

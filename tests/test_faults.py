@@ -12,16 +12,14 @@ from typing import Any
 import faults
 import pytest
 import torch
+from conftest import SMALL_RUN
 from forked import Done, Fault, ppo_cli, start
 from safetensors.torch import load_file
 from stress.kill import contents, differences, go_on
 
 from ppo_cli.checkpoint import find_damage
 
-QUICK = [
-    "--set", "prompts.limit=64", "--set", "prompts.held_out=8", "--set", "ppo.batch_size=16",
-    "--set", "ppo.mini_batch_size=16", "--set", "run.checkpoint_every=2",
-]  # fmt: skip
+QUICK = ["--config", SMALL_RUN, "--set", "run.checkpoint_every=2"]
 TRAIN = ["train", "--quiet", "--seed", 5, "--steps", 5, "--output", "run", *QUICK]
 
 
@@ -40,7 +38,10 @@ def only_message(done: Done) -> str:
     return " ".join(line.strip() for line in lines)
 
 
-EVALUATED = [*TRAIN, "--set", "run.eval_every=2"]  # of these steps 2 and 4, and 5 at the end
+EVALUATED = [
+    *TRAIN, "--set", "run.eval_every=2",  # steps 2 and 4 are evaluated, and 5 at the end
+    "--set", "ppo.lr_scheduler_type=adaptive", "--set", "reward.score_every=4",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +255,26 @@ def test_after_a_rollback_a_schedule_goes_on_from_half_the_learning_rate(tmp_pat
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     rates = [row["ppo/learning_rate"] for row in rows]
     assert rates == pytest.approx([1e-3, 0.8e-3, 0.3e-3, 0.2e-3, 0.1e-3])
+
+
+def test_an_adaptive_learning_rate_is_resumed_after_a_rollback_as_it_was(tmp_path: Path) -> None:
+    options = ["--set", "run.on_divergence=rollback", "--set", "ppo.lr_scheduler_type=adaptive"]
+    train = [*TRAIN, *options, "--set", "run.checkpoint_every=1"]
+    fault = partial(faults.failing_classifier, 2)
+    found = []
+    for name, steps in (("straight", 4), ("resumed", 3)):
+        folder = tmp_path / name
+        folder.mkdir()
+        done = ppo_cli(*train, "--steps", steps, cwd=folder, fault=fault)
+        assert done.code == 0, done.err
+        if steps < 4:
+            done = ppo_cli(*train, "--steps", 4, "--resume", cwd=folder)
+            assert done.code == 0, done.err
+        found.append(contents(folder / "run"))
+    assert differences(*found) == []
+    assert found[1]["checkpoints/step-000004/state.json"]["trainer"]["desired_kl_share"] == 0.25
+    first, second, *_ = [row["ppo/learning_rate"] for row in found[1]["metrics.jsonl"]]
+    assert any(second / first == pytest.approx(f / 2) for f in (1.5, 1, 1 / 1.5))
 
 
 def test_less_memory_is_asked_for_on_resuming_and_the_rest_stays(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SMALL_RUN
 from test_security import SEEN, shown
 
 from ppo_cli.best_of_n import BestOfN, BestOfPoint, kl_bound
@@ -30,7 +31,7 @@ def make_run(
     """A run directory with a line every five steps and these evaluations."""
     run = RunDirectory(folder)
     run.path.mkdir(parents=True)
-    run.record(load_config("tiny", assignments=["run.kl_limit=20"]))
+    run.record(load_config(SMALL_RUN, assignments=["run.kl_limit=20"]))
     rows: list[dict[str, Any]] = []
     for step in range(5, 45, 5):
         rows.append({"step": step, "ppo/loss/total": 0.5})
@@ -152,9 +153,8 @@ def test_a_run_measures_best_of_n_at_its_end_unless_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = ["prompts.limit=32", "prompts.held_out=6", "run.device=cpu", "run.steps=1"]
-    settings += ["ppo.batch_size=8", "ppo.mini_batch_size=8", "run.best_of_n=[8, 2]"]
-    training = Training(load_config("tiny", assignments=settings))
+    settings = ["prompts.held_out=6", "run.device=cpu", "run.steps=1", "run.best_of_n=[8, 2]"]
+    training = Training(load_config(SMALL_RUN, assignments=settings))
     list(training.steps())
     training.stopping = True
     training.finish()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import make_batch, make_gpt2, make_policy, make_trainer, weights
+from conftest import SMALL_RUN, make_batch, make_gpt2, make_policy, make_trainer, weights
 
 from ppo_cli import runtime
 from ppo_cli.config_source import load_config
@@ -176,9 +176,8 @@ def test_the_configurations_precision_reaches_the_trainer_and_accelerates_own_wi
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runtime, "computes_bfloat16", lambda _: True)
-    sizes = ["prompts.limit=32", "prompts.held_out=8", "ppo.batch_size=16", "run.device=cpu"]
-    settings = [*sizes, "ppo.mini_batch_size=16", "reward.probe=false", *assignments]
-    config = load_config("tiny", assignments=settings)
+    settings = ["run.device=cpu", "reward.probe=false", *assignments]
+    config = load_config(SMALL_RUN, assignments=settings)
     if expected is UsageError:
         with pytest.raises(UsageError, match="precision fp16 needs a CUDA GPU, not cpu"):
             Training(config)

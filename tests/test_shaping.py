@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, make_policy, make_tokenizer
+from conftest import EOS, SMALL_RUN, make_policy, make_tokenizer
 
 from ppo_cli.config import RewardConfig
 from ppo_cli.config_source import load_config
@@ -142,8 +142,7 @@ def test_samples_end_at_a_stop_token_which_they_hold(bpe: Any) -> None:
     assert ended > 30
 
 
-SMALL = ["prompts.limit=64", "prompts.held_out=8", "run.device=cpu", "run.steps=2"]
-SMALL += ["ppo.batch_size=16", "ppo.mini_batch_size=16", "run.checkpoint_every=0"]
+SMALL = ["run.device=cpu", "run.steps=2", "run.checkpoint_every=0"]
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -152,7 +151,7 @@ def test_a_run_learns_from_the_shaped_score_and_ends_where_it_is_told(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     terms = ["reward.missing_eos_penalty=1.5", "reward.length_cost=0.25"]
-    config = load_config("tiny", assignments=[*SMALL, *terms, 'rollout.stop=[".", "\\n"]'])
+    config = load_config(SMALL_RUN, assignments=[*SMALL, *terms, 'rollout.stop=[".", "\\n"]'])
     training = Training(config)
     for report in training.steps():
         stats = report.stats
@@ -190,7 +189,7 @@ def test_a_stop_text_that_no_token_holds_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = load_config("tiny", assignments=[*SMALL, 'rollout.stop=[".", "the very end"]'])
+    config = load_config(SMALL_RUN, assignments=[*SMALL, 'rollout.stop=[".", "the very end"]'])
     with pytest.raises(UsageError, match=r"rollout\.stop.*'the very end'"):
         Training(config)
     assert list(tmp_path.iterdir()) == []

@@ -23,6 +23,7 @@ from datasets import Dataset
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_cli.ppo.statistics import STATISTICS
+from ppo_cli.progress import _slow_down
 
 Policy = AutoModelForCausalLMWithValueHead
 
@@ -634,3 +635,19 @@ def test_an_adaptive_learning_rate_finds_the_size_of_its_steps() -> None:
         )
         moved.append(np.median([s["ppo/policy/approxkl"] for s in stats[-8:]]))
     assert all(0.003 < m < 0.03 for m in moved), moved
+
+
+def test_a_rollback_slows_an_adaptive_learning_rate_down_for_good() -> None:
+    """Half the rate alone would be made up for within two steps."""
+    later = {}
+    for factor in (1.0, 0.5):
+        trainer = make_trainer(learning_rate=1e-3, lr_scheduler_type="adaptive", desired_kl=0.01)
+        for i in range(20):
+            trainer.step(*make_batch(seed=i))
+        state = trainer.state_dict()
+        _slow_down(state, factor)
+        trainer.load_state_dict(state)
+        stats = [trainer.step(*make_batch(seed=i)) for i in range(20, 40)]
+        later[factor] = [s["ppo/learning_rate"] for s in stats]
+    assert later[0.5][0] == pytest.approx(0.5 * later[1.0][0])
+    assert np.mean(later[0.5][-10:]) < 0.7 * np.mean(later[1.0][-10:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import SMALL_RUN
 
 from ppo_cli.config_source import load_config
 from ppo_cli.summary import Pace
@@ -47,9 +48,7 @@ def test_each_pass_takes_every_prompt_once_in_an_order_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = ["prompts.limit=64", "prompts.held_out=8", "run.device=cpu"]
-    sizes = ["ppo.batch_size=16", "ppo.mini_batch_size=16"]
-    training = Training(load_config("tiny", assignments=[*settings, *sizes]))
+    training = Training(load_config(SMALL_RUN, assignments=["run.device=cpu"]))
     prompts = {id(prompt.input_ids): i for i, prompt in enumerate(training.prompts.train)}
 
     def order(number: int) -> list[int]:
@@ -68,9 +67,8 @@ def test_several_responses_to_a_query_stand_in_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = ["prompts.limit=8", "prompts.held_out=8", "run.device=cpu", "ppo.batch_size=16"]
-    settings += ["ppo.mini_batch_size=16", "ppo.responses_per_query=4"]
-    training = Training(load_config("tiny", assignments=settings))
+    settings = ["prompts.limit=8", "run.device=cpu", "ppo.responses_per_query=4"]
+    training = Training(load_config(SMALL_RUN, assignments=settings))
     seen: list[int] = []
     for step in (0, 1):
         ids = [id(query) for query in training._batch(step)["input_ids"]]

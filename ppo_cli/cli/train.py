@@ -16,6 +16,7 @@ from ppo_cli.cli import options
 from ppo_cli.errors import DivergenceError, Interrupted, UsageError
 
 if TYPE_CHECKING:
+    from ppo_cli.config import RunConfig
     from ppo_cli.summary import TrainingSummary
     from ppo_cli.training import Training
 
@@ -146,11 +147,11 @@ def train(
         note(f"stopped after step {summary.steps}; go on with:\n  {_resume_command(summary.run)}")
         return 128 + stop.signal
     if not quiet:
-        _closing_notes(summary)
+        _closing_notes(summary, settings)
     return 0
 
 
-def _closing_notes(summary: TrainingSummary) -> None:
+def _closing_notes(summary: TrainingSummary, settings: RunConfig) -> None:
     """How the run ended, what it left, what to do next."""
     from ppo_cli.cli.console import note
 
@@ -161,7 +162,7 @@ def _closing_notes(summary: TrainingSummary) -> None:
     if summary.after.score <= summary.before.score:
         note(
             "the model scores no higher than the reference: give it more steps, or another "
-            "ppo.learning_rate or ppo.init_kl_coef"
+            f"ppo.{settings.ppo.step_size_key} or ppo.init_kl_coef"
         )
     note(f"saved {run} with the weights of {summary.weights}")
     note(f"{summary.seconds:.0f} s of training ({summary.pace}); next:")

@@ -135,6 +135,11 @@ class PPOSettings:
         """Samples per optimizer step; follows the fields that it is made of."""
         return self.mini_batch_size * self.gradient_accumulation_steps
 
+    @property
+    def step_size_key(self) -> str:
+        """The field that decides how far a step moves the policy, to be named in advice."""
+        return "desired_kl" if self.lr_scheduler_type == "adaptive" else "learning_rate"
+
     def check_batch_arithmetic(self) -> None:
         """Raise `ValueError` unless whole optimizer steps fit into a batch."""
         if self.batch_size % self.backward_batch_size:

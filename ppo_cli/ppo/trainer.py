@@ -130,6 +130,7 @@ class PPOTrainer:
         )
         self.running = adv.RunningMoments()
         self.current_step = 0
+        self._desired_kl_share = 1.0  # of the configuration's; less once a run had to slow down
         self._best_mean_score = -float("inf")
         self.advises = True
         self._warned: set[str] = set()
@@ -301,7 +302,8 @@ class PPOTrainer:
             self.lr_scheduler.step()
         elif self.config.lr_scheduler_type == "adaptive":
             moved = stats["ppo/policy/approxkl"]
-            adapt_learning_rate(self.optimizer, moved, self.config.desired_kl)
+            desired = self.config.desired_kl * self._desired_kl_share
+            adapt_learning_rate(self.optimizer, moved, desired)
         if self.config.optimize_device_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.current_step += 1
@@ -342,7 +344,7 @@ class PPOTrainer:
                 "skipped",
                 "the mean ratio of a mini-batch exceeds ratio_threshold "
                 f"({self.config.ratio_threshold:g}): its optimizer step is skipped. A lower "
-                "learning_rate or fewer ppo_epochs keep the policy closer",
+                f"{self.config.step_size_key} or fewer ppo_epochs keep the policy closer",
             )
         return numbers
 
@@ -451,6 +453,7 @@ class PPOTrainer:
             "shuffle": numpy_state(self._shuffle),
             "sampling": self._sampling.state_dict(),
             "current_step": self.current_step,
+            "desired_kl_share": self._desired_kl_share,
             "best_mean_score": self._best_mean_score,
         }
 
@@ -464,6 +467,7 @@ class PPOTrainer:
         set_numpy_state(self._shuffle, state["shuffle"])
         self._sampling.load_state_dict(state["sampling"])
         self.current_step = state["current_step"]
+        self._desired_kl_share = state["desired_kl_share"]
         self._best_mean_score = state["best_mean_score"]
 
     def _push_if_best(self, scores: Tensor) -> None:
