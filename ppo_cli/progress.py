@@ -174,8 +174,10 @@ def _slow_down(trainer_state: dict[str, Any], factor: float) -> None:
 
     The KL of a step, which the adaptation goes by, grows with the square of the learning rate.
     """
-    trainer_state["desired_kl_share"] *= factor**2
     for group in trainer_state["optimizer"]["param_groups"]:
         group["lr"] *= factor
     if (schedule := trainer_state["lr_scheduler"]) is not None:
         schedule["base_lrs"] = [rate * factor for rate in schedule["base_lrs"]]
+    if (adaptation := trainer_state["adaptation"]) is not None:
+        adaptation["rates"] = [rate * factor for rate in adaptation["rates"]]
+        adaptation["desired_kl"] *= factor**2

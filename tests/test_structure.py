@@ -24,7 +24,7 @@ ROWS = [
     ["files", "stopping"],
     ["yaml_io", "hub", "matmul", "ppo.config", "ppo.kl_controller", "ppo.advantages"],
     ["evaluation", "plots"],
-    ["config", "ppo.losses", "ppo.packing", "quality", "best_of_n"],
+    ["config", "ppo.losses", "ppo.learning_rate", "ppo.packing", "quality", "best_of_n"],
     ["config_source", "runtime", "policy_files", "projection", "summary", "standing", "shaping"],
     ["verdict", "symptoms", "divergence"],
     ["prompts", "architecture", "run_directory", "advice"],

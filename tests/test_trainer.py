@@ -624,7 +624,11 @@ def test_an_adaptive_learning_rate_finds_the_size_of_its_steps() -> None:
     moved = []
     for rate in (1e-6, 1e-1):
         trainer = make_trainer(
-            learning_rate=rate, lr_scheduler_type="adaptive", desired_kl=0.01, ratio_threshold=1e9
+            learning_rate=rate,
+            lr_scheduler_type="adaptive",
+            desired_kl=0.01,
+            min_lr_ratio=1.0,
+            ratio_threshold=1e9,
         )
         stats = [trainer.step(*make_batch(seed=i)) for i in range(30)]
         rates = [s["ppo/learning_rate"] for s in stats]
@@ -641,7 +645,9 @@ def test_a_rollback_slows_an_adaptive_learning_rate_down_for_good() -> None:
     """Half the rate alone would be made up for within two steps."""
     later = {}
     for factor in (1.0, 0.5):
-        trainer = make_trainer(learning_rate=1e-3, lr_scheduler_type="adaptive", desired_kl=0.01)
+        trainer = make_trainer(
+            learning_rate=1e-3, lr_scheduler_type="adaptive", desired_kl=0.01, min_lr_ratio=1.0
+        )
         for i in range(20):
             trainer.step(*make_batch(seed=i))
         state = trainer.state_dict()
@@ -651,3 +657,18 @@ def test_a_rollback_slows_an_adaptive_learning_rate_down_for_good() -> None:
         later[factor] = [s["ppo/learning_rate"] for s in stats]
     assert later[0.5][0] == pytest.approx(0.5 * later[1.0][0])
     assert np.mean(later[0.5][-10:]) < 0.7 * np.mean(later[1.0][-10:])
+
+
+def test_an_adaptive_learning_rate_falls_and_steps_with_it() -> None:
+    """It may rise by the adaptation, but ends near zero, and so does what steps move."""
+    trainer = make_trainer(
+        learning_rate=1e-3, lr_scheduler_type="adaptive", desired_kl=0.01, steps=40 * 8
+    )
+    stats = [trainer.step(*make_batch(seed=i)) for i in range(40)]
+    rates = [s["ppo/learning_rate"] for s in stats]
+    moved = [s["ppo/policy/approxkl"] for s in stats]
+    assert max(rates[-4:]) < 0.2 * max(rates)
+    assert np.median(moved[-8:]) < 0.1 * np.median(moved[8:16])
+    # Without a correction between them, two rates differ by the fall alone: (40 - n) / 40.
+    steady = [b / a * (40 - n) / (39 - n) for n, (a, b) in enumerate(itertools.pairwise(rates))]
+    assert all(min(abs(f - g) for g in (1, 1.5, 1 / 1.5)) < 1e-6 for f in steady)

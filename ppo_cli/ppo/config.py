@@ -92,14 +92,15 @@ class PPOSettings:
     nats per token); null for no limit."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "adaptive"] = "constant"
     """The learning rate over the run, where no scheduler is passed: as it is, falling, or
-    `adaptive`: raised or lowered after each step so that a step moves the policy by
-    `desired_kl`, whatever the model's size."""
-    desired_kl: Positive = 0.03
-    """`ppo/policy/approxkl`, nats per token, that the adaptive learning rate aims at."""
+    `adaptive`: raised or lowered after each step so that steps move the policy by `desired_kl`,
+    whatever the model's size, and falling as `linear` does meanwhile."""
+    desired_kl: Positive = 0.015
+    """`ppo/policy/approxkl`, nats per token, that the adaptive learning rate aims at in the first
+    step; in later ones at less, by the square of what the rate has fallen by."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate rises from 0 first; not if it is adaptive."""
+    """Steps over which the learning rate rises from 0 first."""
     min_lr_ratio: UnitInterval = 0.0
-    """Share of the learning rate that `linear` and `cosine` end at."""
+    """Share of the learning rate that `linear`, `cosine` and `adaptive` end at."""
     whiten_rewards: bool = False
     """Scale rewards to unit variance over the response tokens before estimating advantages."""
     gradient_checkpointing: bool = False

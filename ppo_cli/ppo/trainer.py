@@ -31,12 +31,11 @@ from ppo_cli.ppo.experience import (
     token_rewards,
 )
 from ppo_cli.ppo.kl_controller import AdaptiveKLController, FixedKLController
+from ppo_cli.ppo.learning_rate import AdaptiveLearningRate, make_scheduler
 from ppo_cli.ppo.measurements import Stopwatch, length_statistics, step_statistics, to_numbers
 from ppo_cli.ppo.packing import TokenBatch, checked_batch
 from ppo_cli.ppo.setup import (
-    adapt_learning_rate,
     make_accelerator,
-    make_scheduler,
     prepare_reference,
     record_surroundings,
     require,
@@ -114,6 +113,9 @@ class PPOTrainer:
             optimizer = torch.optim.Adam(trainable, lr=config.learning_rate, fused=fused)
         if lr_scheduler is None:
             lr_scheduler = make_scheduler(config, optimizer, self.accelerator.num_processes)
+        self._adaptation: AdaptiveLearningRate | None = None
+        if lr_scheduler is None and config.lr_scheduler_type == "adaptive":
+            self._adaptation = AdaptiveLearningRate(optimizer, config)
         self.dataset = dataset
         dataloader = None
         if dataset is not None:
@@ -130,7 +132,6 @@ class PPOTrainer:
         )
         self.running = adv.RunningMoments()
         self.current_step = 0
-        self._desired_kl_share = 1.0  # of the configuration's; less once a run had to slow down
         self._best_mean_score = -float("inf")
         self.advises = True
         self._warned: set[str] = set()
@@ -300,10 +301,8 @@ class PPOTrainer:
         self.kl_ctl.update(stats["objective/kl"], seen)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        elif self.config.lr_scheduler_type == "adaptive":
-            moved = stats["ppo/policy/approxkl"]
-            desired = self.config.desired_kl * self._desired_kl_share
-            adapt_learning_rate(self.optimizer, moved, desired)
+        if self._adaptation is not None:
+            self._adaptation.update(stats["ppo/policy/approxkl"], self.current_step)
         if self.config.optimize_device_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.current_step += 1
@@ -453,7 +452,7 @@ class PPOTrainer:
             "shuffle": numpy_state(self._shuffle),
             "sampling": self._sampling.state_dict(),
             "current_step": self.current_step,
-            "desired_kl_share": self._desired_kl_share,
+            "adaptation": self._adaptation and self._adaptation.state_dict(),
             "best_mean_score": self._best_mean_score,
         }
 
@@ -467,7 +466,8 @@ class PPOTrainer:
         set_numpy_state(self._shuffle, state["shuffle"])
         self._sampling.load_state_dict(state["sampling"])
         self.current_step = state["current_step"]
-        self._desired_kl_share = state["desired_kl_share"]
+        if self._adaptation is not None:
+            self._adaptation.load_state_dict(state["adaptation"], state["current_step"])
         self._best_mean_score = state["best_mean_score"]
 
     def _push_if_best(self, scores: Tensor) -> None:
