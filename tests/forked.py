@@ -37,8 +37,11 @@ class Done(NamedTuple):
 class Running:
     """A process that runs a command."""
 
-    def __init__(self, arguments: tuple[Any, ...], cwd: Path, fault: Fault | None) -> None:
+    def __init__(
+        self, arguments: tuple[Any, ...], cwd: Path, fault: Fault | None, stdin: str
+    ) -> None:
         folder = Path(tempfile.mkdtemp(prefix="ppo-cli-streams-"))
+        (folder / "in").write_text(stdin)
         self._streams = folder / "out", folder / "err"
         context = multiprocessing.get_context("forkserver")
         os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # the server inherits these
@@ -57,21 +60,23 @@ class Running:
         return Done(self.process.exitcode, *texts)
 
 
-def start(*arguments: Any, cwd: Path, fault: Fault | None = None) -> Running:
+def start(*arguments: Any, cwd: Path, fault: Fault | None = None, stdin: str = "") -> Running:
     """Start `ppo-cli ARGUMENTS` in `cwd`; `fault` is called in the process first."""
-    return Running(arguments, cwd, fault)
+    return Running(arguments, cwd, fault, stdin)
 
 
-def ppo_cli(*arguments: Any, cwd: Path, fault: Fault | None = None) -> Done:
+def ppo_cli(*arguments: Any, cwd: Path, fault: Fault | None = None, stdin: str = "") -> Done:
     """Run `ppo-cli ARGUMENTS` in `cwd`."""
-    return start(*arguments, cwd=cwd, fault=fault).wait()
+    return start(*arguments, cwd=cwd, fault=fault, stdin=stdin).wait()
 
 
 def _run(arguments: list[str], cwd: Path, streams: tuple[Path, Path], fault: Fault | None) -> None:
     os.chdir(cwd)
+    for name in ("CI", "NO_COLOR", "PPO_CLI_DEBUG"):
+        os.environ.pop(name, None)
     for number, path in zip((1, 2), streams, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
-    sys.stdin = open(os.devnull)  # noqa: SIM115
+    sys.stdin = open(streams[0].with_name("in"))  # noqa: SIM115
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", 1, closefd=False)  # noqa: SIM115
     sys.argv = ["ppo-cli", *arguments]
     if fault is not None:

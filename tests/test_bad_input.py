@@ -13,7 +13,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bad_inputs import HEAVY, LIGHT, Case, make_endless_model, make_world
@@ -73,12 +75,22 @@ def test_bad_input(case: Case, world: dict[str, str], tmp_path: Path) -> None:
     check(case, world, tmp_path, run_bad)
 
 
+@cache
+def _built() -> Any:
+    from ppo_cli.cli import app
+
+    return app.typer.main.get_command(app.app)
+
+
 @pytest.fixture
 def run_here(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[[list[str], Path], tuple[int, str, str]]:
-    """The command, called in this process."""
+    """The command, called in this process; typer builds it once for all."""
     from ppo_cli.cli import app
+
+    command = _built()
+    monkeypatch.setattr(app.typer.main, "get_command", lambda _: command)
 
     def run(arguments: list[str], cwd: Path) -> tuple[int, str, str]:
         monkeypatch.chdir(cwd)

@@ -13,11 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stress.kill import contents, differences
-from test_evaluating import make, rows, train
+from test_evaluating import make as make_any
+from test_evaluating import rows
+from test_evaluating import train as train_any
 
 from ppo_cli.config import RunSettings
 from ppo_cli.errors import DivergenceError
 from ppo_cli.standing import Evaluation, Standing
+from ppo_cli.summary import TrainingSummary
 from ppo_cli.training import Training
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -103,6 +106,16 @@ def test_reasons_to_stop(
 
 
 # ---------------------------------------------------------------- runs
+
+SHORT = ("rollout.output_min_length=4", "rollout.output_max_length=8")
+
+
+def make(folder: Path, *changes: str, resume: bool = False) -> Training:
+    return make_any(folder, *SHORT, *changes, resume=resume)
+
+
+def train(folder: Path, *changes: str, resume: bool = False) -> TrainingSummary:
+    return train_any(folder, *SHORT, *changes, resume=resume)
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""The command line as its users meet it: real processes, their streams and exit codes."""
+"""The command line as its users meet it: real processes, their streams and exit codes.
+
+Most are forked from one that has imported everything; some begin with an interpreter.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL_RUN
+from forked import Done, ppo_cli
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
@@ -29,31 +33,31 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | extra
 
 
-def ppo_cli(
-    *arguments: Any, cwd: Path, stdin: str | None = None, **extra: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def anew(*arguments: Any, cwd: Path) -> Done:
+    """Run `ppo-cli ARGUMENTS` in an interpreter of its own, which takes seconds of imports."""
+    done = subprocess.run(
         [sys.executable, "-m", "ppo_cli", *map(str, arguments)],
         cwd=cwd,
-        env=environment(**extra),
-        input=stdin,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,  # far more than it takes, however busy the machine
         check=False,
     )
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two short runs in it."""
     folder = tmp_path_factory.mktemp("home")
-    for sentiment, steps in (("positive", 3), ("negative", 2)):
-        done = ppo_cli(
+    for run, sentiment, steps in ((anew, "positive", 3), (ppo_cli, "negative", 2)):
+        done = run(
             "train", "--sentiment", sentiment, "--steps", steps, "--seed", 1, *QUICK, cwd=folder
         )
-        assert done.returncode == 0, done.stderr
-        assert "mean P(" in done.stdout
+        assert done.code == 0, done.err
+        assert "mean P(" in done.out
     return folder
 
 
@@ -114,8 +118,8 @@ assert not [r for r in records if "warn" in r.lower() or "UNEXPECTED" in r], rec
 
 def test_compare_as_json(home: Path) -> None:
     done = ppo_cli("compare", "ppo-good", "ppo-bad", "--samples", 6, "--format", "json", cwd=home)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
     assert [m["model"] for m in result["models"]] == ["ppo-good", "ppo-bad", "reference"]
     assert len(result["rows"]) == 6
     for m in result["models"]:
@@ -131,15 +135,15 @@ def test_compare_as_json(home: Path) -> None:
     assert gap["mean"] == pytest.approx(expected, abs=1e-5)
     assert gap["low"] <= gap["mean"] <= gap["high"]
     assert result["models"][0]["kl"] > result["models"][-1]["kl"] == 0
-    TypeAdapter(Comparison).validate_json(done.stdout, strict=True)
+    TypeAdapter(Comparison).validate_json(done.out, strict=True)
     again = ppo_cli("compare", "ppo-good", "ppo-bad", "--samples", 6, "--format", "json", cwd=home)
-    assert again.stdout == done.stdout
+    assert again.out == done.out
 
 
 def test_compare_prints_its_schema(home: Path) -> None:
     done = ppo_cli("compare", "--schema", cwd=home)
-    assert done.returncode == 0, done.stderr
-    assert {"label", "models", "differences", "rows"} < json.loads(done.stdout)["properties"].keys()
+    assert done.code == 0, done.err
+    assert {"label", "models", "differences", "rows"} < json.loads(done.out)["properties"].keys()
 
 
 def test_compare_min_gap_and_files(home: Path) -> None:
@@ -147,9 +151,9 @@ def test_compare_min_gap_and_files(home: Path) -> None:
         "compare", "ppo-good", "ppo-bad", "--samples", 2, "--min-gap", 99, "--html", "page.html",
         "--format", "markdown", "--output", "table.md", cwd=home,
     )  # fmt: skip
-    assert done.returncode == 3, done.stderr
-    assert "less than --min-gap 99" in done.stderr
-    assert done.stdout == ""
+    assert done.code == 3, done.err
+    assert "less than --min-gap 99" in done.err
+    assert done.out == ""
     page = (home / "page.html").read_text()
     assert page.startswith("<!doctype html>")
     assert "://" not in page
@@ -161,8 +165,8 @@ def test_generate_jsonl_from_both_and_standard_input(home: Path) -> None:
         "generate", "ppo-good", "ppo-bad", "--prompt", "This movie", "-n", 2, "--format", "jsonl",
         cwd=home,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in done.out.splitlines()]
     assert [row["model"] for row in rows] == ["ppo-good"] * 2 + ["ppo-bad"] * 2
     assert set(rows[0]) == {"model", "query", "response", "score", "probability"}
     assert len({row["response"] for row in rows}) > 1
@@ -170,15 +174,15 @@ def test_generate_jsonl_from_both_and_standard_input(home: Path) -> None:
         "generate", "ppo-good", "--prompts", "-", "--no-score", "--format", "text",
         cwd=home, stdin="This film\n\nThe acting\n",
     )  # fmt: skip
-    assert [line[:5] for line in piped.stdout.splitlines()] == ["This ", "The a"]
+    assert [line[:5] for line in piped.out.splitlines()] == ["This ", "The a"]
 
 
 def test_generate_from_a_plain_folder_without_a_classifier(home: Path) -> None:
     from ppo_cli.embedded import policy_folder
 
-    done = ppo_cli("generate", policy_folder(), "--format", "text", cwd=home)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("This movie")
+    done = anew("generate", policy_folder(), "--format", "text", cwd=home)
+    assert done.code == 0, done.err
+    assert done.out.startswith("This movie")
 
 
 def test_tables_without_a_terminal_hold_no_control_codes(home: Path) -> None:
@@ -189,37 +193,37 @@ def test_tables_without_a_terminal_hold_no_control_codes(home: Path) -> None:
         ("plot", "ppo-good", "--terminal"),
     ):
         done = ppo_cli(*arguments, cwd=home)
-        assert done.returncode == 0, done.stderr
-        assert not CONTROL.search(done.stdout + done.stderr)
-        assert max(map(len, done.stdout.splitlines())) <= 80
+        assert done.code == 0, done.err
+        assert not CONTROL.search(done.out + done.err)
+        assert max(map(len, done.out.splitlines())) <= 80
 
 
 def test_stats_shows_either_half(home: Path) -> None:
-    objective = ppo_cli("stats", "ppo-good", "--objective", cwd=home).stdout
-    other = ppo_cli("stats", "ppo-good", "--no-objective", cwd=home).stdout
+    objective = ppo_cli("stats", "ppo-good", "--objective", cwd=home).out
+    other = ppo_cli("stats", "ppo-good", "--no-objective", cwd=home).out
     assert "ppo/loss/total" in objective
     assert "ppo/loss/total" not in other
     assert "ppo/mean_scores" in other
     assert "ppo/mean_scores" not in objective
-    first = json.loads(ppo_cli("stats", "ppo-good", "--step", 1, "--json", cwd=home).stdout)
+    first = json.loads(ppo_cli("stats", "ppo-good", "--step", 1, "--json", cwd=home).out)
     assert first["step"] == 1
 
 
 def test_plot_of_two_runs(home: Path) -> None:
     done = ppo_cli("plot", "ppo-good", "ppo-bad", "--output", "both.svg", cwd=home)
-    assert done.stdout.strip() == "both.svg"
+    assert done.out.strip() == "both.svg"
     assert "<svg" in (home / "both.svg").read_text()
 
 
 def test_json_summary_and_dry_run(tmp_path: Path) -> None:
     dry = ppo_cli("train", "--dry-run", cwd=tmp_path)  # of the default configuration
-    assert dry.returncode == 0, dry.stderr
+    assert dry.code == 0, dry.err
     assert list(tmp_path.iterdir()) == []
     done = ppo_cli(
         "train", "--steps", 1, "--json", "--quiet", "--output", "out/run", *QUICK, cwd=tmp_path
     )
-    summary = json.loads(done.stdout)
-    assert done.stderr == ""
+    summary = json.loads(done.out)
+    assert done.err == ""
     assert summary["steps"] == 1
     assert summary["before"].keys() == summary["after"].keys()
     assert summary["before"].keys() >= {"score", "probability", "kl", "perplexity", "distinct_2"}
@@ -234,10 +238,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     common = [*QUICK, "--seed", 3, "--quiet"]
-    assert ppo_cli("train", "--steps", 4, "--output", "a", *common, cwd=tmp_path).returncode == 0
-    assert ppo_cli("train", "--steps", 2, "--output", "b", *common, cwd=tmp_path).returncode == 0
+    assert ppo_cli("train", "--steps", 4, "--output", "a", *common, cwd=tmp_path).code == 0
+    assert ppo_cli("train", "--steps", 2, "--output", "b", *common, cwd=tmp_path).code == 0
     resumed = ppo_cli("train", "--steps", 4, "--output", "b", "--resume", *common, cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.code == 0, resumed.err
     straight, continued = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(straight[key], continued[key]) for key in straight)
 
@@ -252,8 +256,8 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     other = ppo_cli(
         "train", "--output", "b", "--resume", "--set", "ppo.gamma=0.5", *common, cwd=tmp_path
     )
-    assert other.returncode == 2
-    assert "ppo.gamma" in other.stderr
+    assert other.code == 2
+    assert "ppo.gamma" in other.err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -276,15 +280,15 @@ def test_a_signal_leaves_a_usable_run_directory(tmp_path: Path, number: int, cod
     assert "Traceback" not in stderr
     assert "--resume" in stderr
     assert (tmp_path / "ppo-good" / "model.safetensors").is_file()
-    assert ppo_cli("stats", "ppo-good", cwd=tmp_path).returncode == 0
+    assert anew("stats", "ppo-good", cwd=tmp_path).code == 0
 
 
 def test_output_that_exists_is_kept_and_overwrite_replaces_it(home: Path) -> None:
     before = (home / "ppo-bad" / "metrics.jsonl").read_bytes()
     refused = ppo_cli("train", "--sentiment", "negative", *QUICK, cwd=home)
-    assert refused.returncode == 2
-    assert "--resume" in refused.stderr
-    assert "--overwrite" in refused.stderr
+    assert refused.code == 2
+    assert "--resume" in refused.err
+    assert "--overwrite" in refused.err
     assert (home / "ppo-bad" / "metrics.jsonl").read_bytes() == before
 
 
@@ -303,22 +307,22 @@ def test_a_reader_that_leaves_early_is_no_error(home: Path) -> None:
 
 
 def test_config_prints_what_it_reads(tmp_path: Path) -> None:
-    listed = ppo_cli("config", cwd=tmp_path).stdout
+    listed = ppo_cli("config", cwd=tmp_path).out
     assert "tiny (default)" in listed
     assert "gpt2-imdb" in listed
-    resolved = ppo_cli("config", "gpt2-imdb", cwd=tmp_path).stdout
+    resolved = ppo_cli("config", "gpt2-imdb", cwd=tmp_path).out
     (tmp_path / "copy.yaml").write_text(resolved)
-    assert ppo_cli("config", "copy.yaml", cwd=tmp_path).stdout == resolved
-    schema = json.loads(ppo_cli("config", "--schema", cwd=tmp_path).stdout)
+    assert ppo_cli("config", "copy.yaml", cwd=tmp_path).out == resolved
+    schema = json.loads(ppo_cli("config", "--schema", cwd=tmp_path).out)
     assert schema["properties"].keys() >= {"policy", "prompts", "rollout", "reward", "ppo", "run"}
 
 
 def test_untrusted_text_is_shown_not_interpreted(home: Path) -> None:
     done = ppo_cli("generate", "ppo-good", "--prompt", "[red]\x1b[31mThis\u202e movie", cwd=home)
-    assert done.returncode == 0, done.stderr
-    assert "\x1b" not in done.stdout
-    assert "\u202e" not in done.stdout
-    assert "[red]" in done.stdout.replace("\n", "")
+    assert done.code == 0, done.err
+    assert "\x1b" not in done.out
+    assert "\u202e" not in done.out
+    assert "[red]" in done.out.replace("\n", "")
 
 
 def test_an_adapter_trains_and_the_run_directory_holds_a_plain_model(tmp_path: Path) -> None:
@@ -326,12 +330,12 @@ def test_an_adapter_trains_and_the_run_directory_holds_a_plain_model(tmp_path: P
         "train", "--steps", 2, "--quiet", "--set", "policy.adapter.r=4",
         "--set", "ppo.learning_rate=0.01", *QUICK, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     names = set(load_file(tmp_path / "ppo-good" / "model.safetensors"))
     assert "transformer.wte.weight" in names
     assert not [name for name in names if "lora" in name]
     scored = ppo_cli("generate", "ppo-good", "--format", "jsonl", cwd=tmp_path)
-    assert scored.returncode == 0, scored.stderr
+    assert scored.code == 0, scored.err
 
 
 def test_numbers_that_stop_being_finite_end_the_run_with_advice(tmp_path: Path) -> None:
@@ -339,23 +343,23 @@ def test_numbers_that_stop_being_finite_end_the_run_with_advice(tmp_path: Path) 
         "train", "--steps", 3, "--quiet", "--set", "ppo.learning_rate=1e8",
         "--set", "ppo.max_grad_norm=null", *QUICK, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 1
-    assert "finite" in done.stderr
-    assert "ppo.learning_rate" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.code == 1
+    assert "finite" in done.err
+    assert "ppo.learning_rate" in done.err
+    assert "Traceback" not in done.err
 
 
 def test_sampling_that_is_not_pure_is_warned_of(tmp_path: Path) -> None:
     done = ppo_cli("train", "--dry-run", "--set", "rollout.top_k=5", *QUICK, cwd=tmp_path)
-    assert done.returncode == 0
-    assert "warning: with rollout.top_k=5" in done.stderr
+    assert done.code == 0
+    assert "warning: with rollout.top_k=5" in done.err
 
 
 def test_resume_needs_nothing_but_the_run_directory(home: Path) -> None:
     done = ppo_cli("train", "--output", "ppo-bad", "--resume", "--steps", 3, cwd=home)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     steps = [json.loads(line)["step"] for line in (home / "ppo-bad" / "metrics.jsonl").open()]
     assert steps == [1, 2, 3]
     fewer = ppo_cli("train", "--output", "ppo-bad", "--resume", "--steps", 1, cwd=home)
-    assert fewer.returncode == 2
-    assert "3 steps already" in fewer.stderr
+    assert fewer.code == 2
+    assert "3 steps already" in fewer.err

@@ -19,7 +19,11 @@ from stress.kill import contents, differences, go_on
 
 from ppo_cli.checkpoint import find_damage
 
-QUICK = ["--config", SMALL_RUN, "--set", "run.checkpoint_every=2"]
+QUICK = [
+    "--config", SMALL_RUN, "--set", "run.checkpoint_every=2",
+    "--set", "rollout.output_min_length=4", "--set", "rollout.output_max_length=8",
+]  # fmt: skip
+LONG = ["--set", "rollout.output_max_length=24", "--set", "rollout.output_min_length=12"]
 TRAIN = ["train", "--quiet", "--seed", 5, "--steps", 5, "--output", "run", *QUICK]
 
 
@@ -127,7 +131,7 @@ ENDS: dict[str, Row] = {
     ),
     "KL over its limit": (
         None,
-        ["--set", "run.kl_limit=0.02"],
+        ["--set", "run.kl_limit=0.02", *LONG],
         ["step 2:", "objective/kl is 0.0", "run.kl_limit (0.02)", "ppo.init_kl_coef", "rollback"],
         [0],
     ),
@@ -319,8 +323,9 @@ def test_a_second_process_is_refused_and_a_dead_one_s_lock_is_taken_over(tmp_pat
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_stops_at_once(number: signal.Signals, tmp_path: Path) -> None:
     running = start(
-        "train", "--output", "run", *QUICK, cwd=tmp_path, fault=partial(faults.slow_step, 4)
-    )
+        "train", "--output", "run", "--steps", 5, *QUICK, cwd=tmp_path,
+        fault=partial(faults.slow_step, 4),
+    )  # fmt: skip
     wait_for(tmp_path / "run/checkpoints/step-000002")
     time.sleep(0.5)
     pid = running.process.pid or 0

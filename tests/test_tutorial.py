@@ -34,7 +34,7 @@ from ppo_cli.embedded.grammar import reviews
 def test_the_notebook_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     set_seed(0)
     config = PPOConfig(
-        model_name=str(policy_folder()), learning_rate=5e-4, batch_size=32, mini_batch_size=32
+        model_name=str(policy_folder()), learning_rate=5e-4, batch_size=16, mini_batch_size=16
     )
     sent_kwargs = {"top_k": None, "function_to_apply": "none", "batch_size": 2}
 
@@ -46,7 +46,7 @@ def test_the_notebook_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     def build_dataset(
         tokenizer: Any, input_min_text_length: int = 2, input_max_text_length: int = 8
     ) -> Any:
-        ds = Dataset.from_dict({"text": [r.text for r in reviews(200, TRAIN_SEED)]})
+        ds = Dataset.from_dict({"text": [r.text for r in reviews(104, TRAIN_SEED)]})
         ds = ds.rename_columns({"text": "review"})
         ds = ds.filter(lambda x: len(x["review"]) > 40, batched=False)
         input_size = LengthSampler(input_min_text_length, input_max_text_length)
