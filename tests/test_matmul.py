@@ -198,18 +198,24 @@ def test_where_torchs_own_choice_is_right_nothing_is_taken_over(
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "mkl", "onednn", "expected"),
+    ("cpuinfo", "capability", "mkl", "onednn", "expected"),
     [
-        ("vendor_id : AuthenticAMD", True, True, True),
-        ("vendor_id : GenuineIntel", True, True, False),
-        ("vendor_id : AuthenticAMD", False, True, False),
-        ("vendor_id : AuthenticAMD", True, False, False),
-        ("CPU implementer : 0x41", False, True, False),
-        (None, True, True, False),  # no such file: not Linux
+        ("vendor_id : AuthenticAMD", "AVX512", True, True, True),
+        ("vendor_id : AuthenticAMD", "AVX2", True, True, False),
+        ("vendor_id : GenuineIntel", "AVX512", True, True, False),
+        ("vendor_id : AuthenticAMD", "AVX512", False, True, False),
+        ("vendor_id : AuthenticAMD", "AVX512", True, False, False),
+        ("CPU implementer : 0x41", "SVE256", False, True, False),
+        (None, "AVX512", True, True, False),  # no such file: not Linux
     ],
 )
-def test_onednn_is_preferred_where_torch_has_mkl_on_a_processor_it_is_not_made_for(
-    cpuinfo: str | None, mkl: bool, onednn: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+def test_onednn_is_preferred_where_mkl_leaves_the_processors_widest_registers_unused(
+    cpuinfo: str | None,
+    capability: str,
+    mkl: bool,
+    onednn: bool,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def read_text(self: Path, **kwargs: Any) -> str:
         if cpuinfo is None:
@@ -218,6 +224,7 @@ def test_onednn_is_preferred_where_torch_has_mkl_on_a_processor_it_is_not_made_f
 
     monkeypatch.setattr(Path, "read_text", read_text)
     monkeypatch.setattr(matmul.platform, "processor", lambda: "arm")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     assert prefers_onednn.__wrapped__() is expected
