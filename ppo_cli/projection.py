@@ -81,7 +81,8 @@ class _TokenLogprobs(torch.autograd.Function):
             if keep:
                 kept.append(logits)
         ctx.compute_dtype = _compute_dtype(hidden)
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies, *kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
+        ctx.kept = kept  # the backward pass writes over them
         ctx.set_materialize_grads(False)
         return chosen - normalisers, entropies
 
@@ -90,16 +91,16 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalisers, entropies, *kept = ctx.saved_tensors
+        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
         low = ctx.compute_dtype
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = grad_bias = None
         worthwhile = is_worthwhile(weight)
         low_weight, low_hidden = weight.to(low), hidden.to(low)
-        for i, piece in enumerate(_slices(len(targets), len(weight), PIECE_BYTES)):
-            logits = kept[i] if kept else project(hidden[piece], weight, bias)
-            grad = torch.empty_like(logits, dtype=low)
+        for piece in _slices(len(targets), len(weight), PIECE_BYTES):
+            logits = ctx.kept.pop(0) if ctx.kept else project(hidden[piece], weight, bias)
+            grad = logits if logits.dtype == low else torch.empty_like(logits, dtype=low)
             for block in _slices(len(logits), len(weight), BLOCK_BYTES):
                 rows = slice(piece.start + block.start, piece.start + block.stop)
                 grad[block] = _logit_gradient(
