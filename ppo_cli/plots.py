@@ -63,7 +63,7 @@ def plot_training(
     panels = figure.subplots(rows, columns, squeeze=False).flat
     longest = max(len(steps) for curve in curves.values() for steps, _ in curve.values())
     window = min(smooth or max(longest // 20, 1), longest)
-    for panel, (metric, curve) in zip(panels, curves.items(), strict=False):
+    for (metric, curve), panel in zip(curves.items(), panels, strict=False):
         shown = plain(metric)
         title, label = TITLES.get(metric, (f"{shown} over time", shown))
         panel.set_title(title, fontsize=12, loc="left")
@@ -89,7 +89,7 @@ def plot_training(
         panel.margins(x=0.01)
         if len(panel.get_legend_handles_labels()[0]) > 1 or metric == metrics[-1]:
             panel.legend(frameon=False, fontsize=9)
-    for panel in list(panels):
+    for panel in panels:  # what is left where metrics are odd in number
         panel.set_visible(False)
     if window > 1:
         figure.supxlabel(

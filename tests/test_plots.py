@@ -67,6 +67,12 @@ def test_the_png_is_not_blank_and_has_a_panel_a_metric(tmp_path: Path) -> None:
     assert sizes[2][0] == 2 * sizes[1][0]
 
 
+def test_no_empty_frame_where_metrics_are_odd_in_number(tmp_path: Path) -> None:
+    metrics = (LOSS, SCORE, "objective/kl")
+    picture = svg_texts(tmp_path / "p.svg", {"good": run()}, metrics=metrics)
+    assert picture.count('id="axes_') == 3
+
+
 def svg_texts(path: Path, *args: Any, **kwargs: Any) -> str:
     import matplotlib
 
