@@ -498,6 +498,7 @@ def test_what_a_query_promises_does_not_count_twice() -> None:
         policy.v_head.summary.weight.data.zero_()
         policy.v_head.summary.bias.data.zero_()
         settings: Stats = {"lam": 1.0, "advantage_norm": "none", "ppo_epochs": 1}
+        settings["calibrate_potentials"] = False
         trainer = make_trainer(policy, responses_per_query=4, **settings)
         stats = trainer.step(queries, responses, scores, potentials=phi)
         results.append(stats["ppo/policy/advantages"])

@@ -77,6 +77,9 @@ class PPOSettings:
     """With `use_score_scaling`: subtract their running mean first."""
     score_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Clip scores to plus or minus this; null for no clipping."""
+    calibrate_potentials: bool = True
+    """Where potentials are given (`reward.score_every`): make of each the final score that may be
+    expected after it, by running least-squares lines; otherwise they count as they are."""
     responses_per_query: Count = 1
     """Samples in a row that answer the same query; with more than one, each score is compared with
     the mean of the others' (leave-one-out baseline)."""

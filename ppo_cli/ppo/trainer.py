@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_cli.matmul import fast_matmul
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.ppo import advantages as adv
+from ppo_cli.ppo.calibration import PotentialCalibration
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import (
     make_experience,
@@ -131,6 +132,7 @@ class PPOTrainer:
             else FixedKLController(config.init_kl_coef)
         )
         self.running = adv.RunningMoments()
+        self._calibration = PotentialCalibration()
         self.current_step = 0
         self._best_mean_score = -float("inf")
         self.advises = True
@@ -240,6 +242,7 @@ class PPOTrainer:
         tokens, score_tensor = self._checked(queries, responses, scores, response_masks)
         promised = tokens.grid_of("potentials", potentials, responses, response_masks)
         score_tensor, promised = self._scaled(score_tensor, promised)
+        promised = self._calibrated(promised, score_tensor, tokens.mask)
         self._push_if_best(score_tensor)
         kl_coef, config = self.kl_ctl.value, self.config
 
@@ -323,6 +326,18 @@ class PPOTrainer:
             return values if clip is None else values.clamp(-clip, clip)
 
         return scaled(scores), None if potentials is None else scaled(potentials)
+
+    def _calibrated(self, potentials: Tensor | None, scores: Tensor, mask: Tensor) -> Tensor | None:
+        """Potentials as the scores to be expected from them, if that is configured."""
+        if potentials is None or not self.config.calibrate_potentials:
+            return potentials
+        accelerator = self.accelerator
+
+        def total(sums: Tensor) -> Tensor:
+            return accelerator.reduce(accelerator.pad_across_processes(sums), "sum")
+
+        self._calibration.update(potentials, scores, mask, total)
+        return self._calibration(potentials, mask)
 
     def _numbers(self, stats: dict[str, Any]) -> dict[str, Any]:
         """Statistics as floats and arrays; in a distributed run scalars are the processes' mean."""
@@ -449,6 +464,7 @@ class PPOTrainer:
             "lr_scheduler": self.lr_scheduler and self.lr_scheduler.state_dict(),
             "kl_coef": self.kl_ctl.value,
             "running": self.running.state_dict(),
+            "calibration": self._calibration.state_dict(),
             "shuffle": numpy_state(self._shuffle),
             "sampling": self._sampling.state_dict(),
             "current_step": self.current_step,
@@ -463,6 +479,7 @@ class PPOTrainer:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.kl_ctl.value = state["kl_coef"]
         self.running.load_state_dict(state["running"])
+        self._calibration.load_state_dict(state["calibration"])
         set_numpy_state(self._shuffle, state["shuffle"])
         self._sampling.load_state_dict(state["sampling"])
         self.current_step = state["current_step"]
