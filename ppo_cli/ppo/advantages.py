@@ -131,7 +131,7 @@ class RunningMoments:
 
     def update(self, values: Tensor) -> tuple[float, float]:
         """Take in `values` (N,); return their own mean and unbiased standard deviation."""
-        values = values.double()
+        values = values.cpu().double()  # not every device has float64
         count = values.numel()
         mean = values.mean().item()
         var = values.var(unbiased=False).item()

@@ -41,10 +41,13 @@ class PotentialCalibration:
             potentials: (B, R), 0 outside the mask.
             scores: (B,).
             mask: (B, R).
-            total: adds up (R, 5) over the processes of a distributed run, each with its own R.
+            total: adds up (R, 5), on the CPU, over the processes of a distributed run, each with
+                its own R.
         """
-        counts = mask.double()
-        x, y = potentials.double() * counts, scores.double().unsqueeze(1) * counts
+        # On the CPU, as not every device has float64.
+        counts = mask.cpu().double()
+        x = potentials.cpu().double() * counts
+        y = scores.cpu().double().unsqueeze(1) * counts
         terms = torch.stack([counts, x, y, x * x, x * y], dim=-1)
         batch = total(terms.sum(0)).cpu()
         sums = DECAY * self._sums

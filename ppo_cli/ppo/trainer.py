@@ -331,10 +331,12 @@ class PPOTrainer:
         """Potentials as the scores to be expected from them, if that is configured."""
         if potentials is None or not self.config.calibrate_potentials:
             return potentials
-        accelerator = self.accelerator
 
         def total(sums: Tensor) -> Tensor:
-            return accelerator.reduce(accelerator.pad_across_processes(sums), "sum")
+            if not self.is_distributed:
+                return sums
+            padded = self.accelerator.pad_across_processes(sums.to(self.accelerator.device))
+            return self.accelerator.reduce(padded, "sum")
 
         self._calibration.update(potentials, scores, mask, total)
         return self._calibration(potentials, mask)
