@@ -105,6 +105,14 @@ def make_policy(seed: int = 0, **changes: Any) -> AutoModelForCausalLMWithValueH
     return AutoModelForCausalLMWithValueHead(model, summary_dropout_prob=0.0)
 
 
+def make_silent_policy() -> AutoModelForCausalLMWithValueHead:
+    """`make_policy`, but its value head says 0 of everything."""
+    policy = make_policy()
+    policy.v_head.summary.weight.data.zero_()
+    policy.v_head.summary.bias.data.zero_()
+    return policy
+
+
 def make_trainer(
     policy: AutoModelForCausalLMWithValueHead | None = None, reference: Any = None, **settings: Any
 ) -> PPOTrainer:

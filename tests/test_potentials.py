@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_batch, make_policy, make_trainer
+from conftest import make_batch, make_policy, make_silent_policy, make_trainer
 from torch import Tensor
 
 from ppo_cli.potentials import potentials
@@ -86,9 +86,7 @@ def test_shaping_does_what_adding_the_potentials_to_the_values_would(
 
 def test_a_step_credits_each_token_with_the_change_of_its_potential() -> None:
     """With lambda 0, no KL and a value head of zeros nothing else is left."""
-    policy = make_policy()
-    policy.v_head.summary.weight.data.zero_()
-    policy.v_head.summary.bias.data.zero_()
+    policy = make_silent_policy()
     settings = {"calibrate_potentials": False, "advantage_norm": "none", "ppo_epochs": 1}
     trainer = make_trainer(policy, lam=0.0, **settings)
     queries, responses, scores = make_batch()
@@ -106,9 +104,7 @@ def test_potentials_are_scaled_and_clipped_as_the_scores_are() -> None:
     queries, responses, scores = make_batch()
     constant = [torch.full((len(r),), float(s)) for r, s in zip(responses, scores, strict=True)]
     settings = {"use_score_scaling": True, "use_score_norm": True, "score_clip": 0.5}
-    policy = make_policy()
-    policy.v_head.summary.weight.data.zero_()
-    policy.v_head.summary.bias.data.zero_()
+    policy = make_silent_policy()
     trainer = make_trainer(policy, advantage_norm="none", ppo_epochs=1, **settings)
     stats = trainer.step(queries, responses, scores, potentials=constant)
     # The text promised just what it came to: no token changed anything.
@@ -170,15 +166,12 @@ def test_calibrated_potentials_are_the_expected_scores() -> None:
 
 def test_few_observations_move_little_and_old_ones_fade() -> None:
     phi, scores, mask = promises(1)
-    few, many, first_other = (PotentialCalibration() for _ in range(3))
+    few, many, before = (PotentialCalibration() for _ in range(3))
     few.update(phi[:3], scores[:3], mask[:3])
     assert few.lines()[2] == pytest.approx((0, 1), abs=0.2)
-    for _ in range(60):
-        many.update(phi[:50], scores[:50], mask[:50])
-        first_other.update(phi[:50], scores[:50], mask[:50])
-    before = PotentialCalibration()
     before.update(-3 * phi[:50], scores[:50], mask[:50])
     for _ in range(60):
+        many.update(phi[:50], scores[:50], mask[:50])
         before.update(phi[:50], scores[:50], mask[:50])
     np.testing.assert_allclose(many.lines(), before.lines(), atol=0.02)
     slope = np.polyfit(phi[:50, 2].numpy(), scores[:50].numpy(), 1)[0]
@@ -228,9 +221,7 @@ def test_a_step_calibrates_unless_told_otherwise() -> None:
     phi = [3 * s + torch.zeros(len(r)) for r, s in zip(responses, scores, strict=True)]
     largest = []
     for calibrate in (False, True):
-        policy = make_policy()
-        policy.v_head.summary.weight.data.zero_()
-        policy.v_head.summary.bias.data.zero_()
+        policy = make_silent_policy()
         settings = {"init_kl_coef": 0.0, "learning_rate": 0.0, "advantage_norm": "none"}
         trainer = make_trainer(policy, calibrate_potentials=calibrate, **settings)
         for _ in range(20):

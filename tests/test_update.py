@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_batch, make_gpt2, make_policy, make_trainer, weights
+from conftest import make_batch, make_gpt2, make_policy, make_silent_policy, make_trainer, weights
 from torch import Tensor
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOTrainer
@@ -476,9 +476,7 @@ def test_a_temperature_is_part_of_the_policy_wherever_probabilities_are_taken(
 def test_each_score_is_compared_with_the_others_of_its_query() -> None:
     queries, responses, _ = make_batch()
     scores = [torch.tensor(s) for s in (1.0, 4.0, 2.0, 2.0, -3.0, 5.0, 7.0, 7.0)]
-    policy = make_policy()
-    policy.v_head.summary.weight.data.zero_()
-    policy.v_head.summary.bias.data.zero_()
+    policy = make_silent_policy()
     settings: Stats = {"lam": 1.0, "advantage_norm": "none", "ppo_epochs": 1}
     trainer = make_trainer(policy, responses_per_query=4, **settings)
     stats = trainer.step(queries, responses, scores)
@@ -494,9 +492,7 @@ def test_what_a_query_promises_does_not_count_twice() -> None:
     queries, responses, scores = make_batch()
     results = []
     for phi in (None, [torch.full((len(r),), 3.0 + i // 4) for i, r in enumerate(responses)]):
-        policy = make_policy()
-        policy.v_head.summary.weight.data.zero_()
-        policy.v_head.summary.bias.data.zero_()
+        policy = make_silent_policy()
         settings: Stats = {"lam": 1.0, "advantage_norm": "none", "ppo_epochs": 1}
         settings["calibrate_potentials"] = False
         trainer = make_trainer(policy, responses_per_query=4, **settings)
