@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 # oneDNN compiles a kernel for each shape and keeps about a thousand of them: some 400 MB in a run
 # whose batches differ in length. Small models, whose whole process is smaller, do without.
 SMALLEST_WEIGHT = 2**19
+TILE_BYTES = 2**22  # of a wide matrix that MKL multiplies by at a time
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, worthwhile: bool = True) -> Tensor:
@@ -34,6 +35,24 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, worthwhile: boo
         result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
         return result
     return torch.nn.functional.linear(a, b, bias)
+
+
+def wide_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`product` for a b (N, K) that is far larger than the processor's cache.
+
+    MKL multiplies by a piece of b that the cache holds a fifth to a third faster than by the whole
+    (measured with AVX2).
+    """
+    worthwhile = is_worthwhile(b)
+    rows = TILE_BYTES // (b.shape[1] * b.element_size())
+    by_mkl = a.device.type == "cpu" and not (worthwhile and prefers_onednn())
+    if not by_mkl or rows == 0 or len(b) <= 2 * rows:
+        return product(a, b, bias, worthwhile=worthwhile)
+    result = a.new_empty(len(a), len(b))
+    for start in range(0, len(b), rows):
+        piece = slice(start, start + rows)
+        torch.mm(a, b[piece].t(), out=result[:, piece])
+    return result if bias is None else result.add_(bias)
 
 
 def is_worthwhile(weight: Tensor) -> bool:

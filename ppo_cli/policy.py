@@ -25,6 +25,7 @@ from ppo_cli.policy_files import (
     refuse_if_not_causal,
 )
 from ppo_cli.projection import entropy, project, token_logprobs, token_logprobs_and_entropies
+from ppo_cli.tying import tied_gradient
 
 
 class ValueHead(nn.Module):
@@ -232,9 +233,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             never there whole.
         """
         if positions is not None and self.projects_plainly:
-            hidden = self._base_model.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
-            ).last_hidden_state
+            with tied_gradient(self._base_model) as tied:
+                hidden = self._base_model.base_model(
+                    input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
+                ).last_hidden_state
             hidden = hidden.flatten(0, 1)[positions]
             values = self._values(hidden)
             head = self._base_model.get_output_embeddings()
@@ -243,7 +245,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             bias = getattr(head, "bias", None)
             if temperature != 1:  # cheaper here than on the logits
                 hidden, bias = hidden / temperature, None if bias is None else bias / temperature
-            return (*token_logprobs_and_entropies(hidden, head.weight, bias, targets), values)
+            outputs = token_logprobs_and_entropies(hidden, head.weight, bias, targets, tied)
+            return (*outputs, values)
 
         if positions is not None:
             kwargs.setdefault("use_cache", False)  # with a cache no model keeps packed rows apart

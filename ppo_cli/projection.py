@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ppo_cli.matmul import is_worthwhile, product
+from ppo_cli.matmul import is_worthwhile, product, wide_product
+from ppo_cli.tying import TiedGradient
 
 PIECE_BYTES = 2**27  # of logits that one matrix product makes
 BLOCK_BYTES = 2**22  # of logits that are reduced at a time, while the cache holds them
@@ -28,12 +29,15 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
             logits = torch.mm(hidden.to(low), weight.to(low).t(), out_dtype=torch.float32)
             return logits if bias is None else logits + bias.float()
         offset = None if bias is None else bias.float()
-        worthwhile = is_worthwhile(weight)
-        return product(hidden.float(), weight.float(), offset, worthwhile=worthwhile)
+        return wide_product(hidden.float(), weight.float(), offset)
 
 
 def token_logprobs_and_entropies(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    tied: TiedGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N,) of `targets` (N,) and entropies (N,) in nats, float32, differentiable.
 
@@ -42,12 +46,13 @@ def token_logprobs_and_entropies(
         weight: (V, H) output embeddings.
         bias: (V,) or None.
         targets: (N,) token ids.
+        tied: takes the weight's gradient where another use of the weight returns it.
 
     Logits (N, V) are never held whole where they exceed `KEPT_BYTES`. Gradients, with p the
     probabilities and H the entropy: `d logprob[t] / d logit[v] = [v = t] - p[v]`,
     `d H / d logit[v] = -p[v] (log p[v] + H)`.
     """
-    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, bias, targets)
+    logprobs, entropies = _TokenLogprobs.apply(hidden, weight, bias, targets, tied)
     return logprobs, entropies
 
 
@@ -65,7 +70,12 @@ def entropy(logits: Tensor) -> Tensor:
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        tied: TiedGradient | None,
     ) -> tuple[Tensor, Tensor]:
         normalisers = torch.empty(len(targets), device=hidden.device)
         chosen, entropies = torch.empty_like(normalisers), torch.empty_like(normalisers)
@@ -80,7 +90,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 normalisers[rows], entropies[rows] = lse, entropy
             if keep:
                 kept.append(logits)
-        ctx.compute_dtype = _compute_dtype(hidden)
+        ctx.tied, ctx.compute_dtype = tied, _compute_dtype(hidden)
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
         ctx.kept = kept  # the backward pass writes over them
         ctx.set_materialize_grads(False)
@@ -92,7 +102,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         low = ctx.compute_dtype
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = grad_bias = None
@@ -112,14 +122,16 @@ class _TokenLogprobs(torch.autograd.Function):
                 )
             if grad_hidden is not None:
                 grad_hidden[piece] = product(grad, low_weight.t(), worthwhile=worthwhile)
-            if needs_weight:
+            if needs_weight and ctx.tied is not None:
+                ctx.tied.leave(grad, low_hidden[piece])
+            elif needs_weight:
                 part = product(grad.t(), low_hidden[piece].t(), worthwhile=worthwhile)
                 part = part.to(weight.dtype)
                 grad_weight = part if grad_weight is None else grad_weight.add_(part)
             if needs_bias:
                 total = grad.sum(0, dtype=bias.dtype)
                 grad_bias = total if grad_bias is None else grad_bias.add_(total)
-        return grad_hidden, grad_weight, grad_bias, None
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def _reduce(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ppo_cli import matmul
-from ppo_cli.matmul import fast_matmul, prefers_onednn, product
+from ppo_cli.matmul import fast_matmul, prefers_onednn, product, wide_product
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="torch without oneDNN"
@@ -228,3 +228,25 @@ def test_onednn_is_preferred_where_mkl_leaves_the_processors_widest_registers_un
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     assert prefers_onednn.__wrapped__() is expected
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 7, 20, 64])
+def test_a_wide_product_in_tiles_is_the_whole_one(
+    rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matmul, "prefers_onednn", lambda: False)
+    monkeypatch.setattr(matmul, "TILE_BYTES", 4 * 12 * rows)
+    a, b, shift = normal(5, 12), normal(61, 12, seed=1), normal(61, seed=2)
+    tiles: list[int] = []
+    whole = torch.mm
+
+    def spy(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+        tiles.append(b.shape[1])
+        return whole(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    found = wide_product(a, b, shift if bias else None)
+    expected = torch.nn.functional.linear(a.double(), b.double(), shift.double() if bias else None)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    assert tiles == {1: [1] * 61, 7: [7] * 8 + [5], 20: [20, 20, 20, 1]}.get(rows, [])

@@ -105,7 +105,7 @@ def test_frozen_tensors_get_no_gradient_and_cost_no_product(
         assert a is not None and b is not None
         assert (a.grad is None) == (index in frozen)
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
-    assert len(products) == 1 + (0 not in frozen) + (1 not in frozen)
+    assert len(products) == (0 not in frozen) + (1 not in frozen)  # in the backward pass
 
 
 def test_without_a_bias_and_without_gradients() -> None:

@@ -23,7 +23,7 @@ ROWS = [
     ["errors", "text", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
     ["files", "stopping"],
     ["yaml_io", "hub", "matmul", "ppo.config", "ppo.kl_controller", "ppo.advantages"],
-    ["evaluation", "plots", "ppo.calibration"],
+    ["evaluation", "plots", "ppo.calibration", "tying"],
     ["config", "ppo.losses", "ppo.learning_rate", "ppo.packing", "quality", "best_of_n"],
     ["config_source", "runtime", "policy_files", "projection", "summary", "standing", "shaping"],
     ["verdict", "symptoms", "divergence"],

@@ -67,7 +67,6 @@ class TokenOutputs(NamedTuple):
 @torch.no_grad()
 def read_probabilities(
     tokens: TokenBatch,
-    outputs: TokenOutputs | None,
     *,
     policy: Any,
     reference: Any,
@@ -78,7 +77,6 @@ def read_probabilities(
 
     Args:
         tokens: the sequences.
-        outputs: the policy's over the whole batch where they are known already, else None.
         policy: the model with a value head, as accelerate prepared it.
         reference: model that is compared with; the policy itself if its adapter can be off.
         as_reference: entered around the reference's forward: turns the adapter off.
@@ -93,14 +91,41 @@ def read_probabilities(
         chunk = tokens.select(indices)
         if full:
             parts.append(_with_full_kl(chunk, policy, reference, as_reference, temperature))
-            continue
-        known = token_forward(policy, chunk, temperature) if outputs is None else outputs
-        with as_reference():
-            ref_logprobs = token_forward(reference, chunk, temperature).logprobs
-        penalties = losses.kl_penalty(known.logprobs, ref_logprobs, config.kl_penalty)
-        parts.append((known.logprobs, ref_logprobs, known.values, penalties))
+        else:
+            ref_logprobs = read_reference(chunk, reference, as_reference, temperature)
+            outputs = token_forward(policy, chunk, temperature)
+            parts.append(_with_sampled_kl(outputs, ref_logprobs, config))
     flat = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     return Probabilities(*(tokens.to_grid(tensor) for tensor in flat))
+
+
+@torch.no_grad()
+def read_reference(
+    tokens: TokenBatch,
+    reference: Any,
+    as_reference: Callable[[], AbstractContextManager[None]],
+    temperature: float,
+) -> Tensor:
+    """Log-probabilities (N,) under the reference; arguments as in `read_probabilities`."""
+    with as_reference():
+        return token_forward(reference, tokens, temperature).logprobs
+
+
+@torch.no_grad()
+def known_probabilities(
+    tokens: TokenBatch, outputs: TokenOutputs, ref_logprobs: Tensor, config: PPOConfig
+) -> Probabilities:
+    """What `read_probabilities` returns, of a policy's and the reference's (N,) outputs."""
+    flat = _with_sampled_kl(outputs, ref_logprobs, config)
+    return Probabilities(*(tokens.to_grid(tensor) for tensor in flat))
+
+
+def _with_sampled_kl(
+    outputs: TokenOutputs, ref_logprobs: Tensor, config: PPOConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities of policy and reference, values, and sampled KL, (N,) each."""
+    penalties = losses.kl_penalty(outputs.logprobs, ref_logprobs, config.kl_penalty)
+    return outputs.logprobs, ref_logprobs, outputs.values, penalties
 
 
 def _with_full_kl(

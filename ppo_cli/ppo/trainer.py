@@ -26,8 +26,12 @@ from ppo_cli.ppo import advantages as adv
 from ppo_cli.ppo.calibration import PotentialCalibration
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import (
+    Probabilities,
+    TokenOutputs,
+    known_probabilities,
     make_experience,
     read_probabilities,
+    read_reference,
     token_forward,
     token_rewards,
 )
@@ -252,18 +256,7 @@ class PPOTrainer:
         dropout = dropout_off(self.model, keep_training_mode=config.gradient_checkpointing)
         warming_up = self.current_step < config.value_warmup_steps
         with dropout, head_alone(self.model) if warming_up else nullcontext(), fast_matmul():
-            # Where one forward covers the batch, the first epoch's gives the old probabilities too.
-            first = None
-            if update.is_one_pass:
-                first = token_forward(self.model, tokens, config.temperature)
-            probabilities = read_probabilities(
-                tokens,
-                first,
-                policy=self.model,
-                reference=self.model if self.ref_model is None else self.ref_model,
-                as_reference=self.adapter_off,
-                config=config,
-            )
+            probabilities, first = self._read(tokens, update)
             clock.lap("forward_pass")
             rewards, non_score = token_rewards(
                 tokens, probabilities, score_tensor, promised, kl_coef, config
@@ -280,6 +273,29 @@ class PPOTrainer:
         clock.lap("calc_stats")
         self._after_step(stats)
         return {**stats, **clock.times, "time/ppo/total": clock.total}
+
+    def _read(
+        self, tokens: TokenBatch, update: Update
+    ) -> tuple[Probabilities, TokenOutputs | None]:
+        """What the models say of the batch, and the first epoch's forward where it is made already.
+
+        Where one forward covers the batch, the first epoch's gives the old probabilities too. The
+        reference comes before it, whose logits are let go before the policy's are kept.
+        """
+        reference = self.model if self.ref_model is None else self.ref_model
+        if update.is_one_pass:
+            temperature = self.config.temperature
+            ref_logprobs = read_reference(tokens, reference, self.adapter_off, temperature)
+            first = token_forward(self.model, tokens, temperature)
+            return known_probabilities(tokens, first, ref_logprobs, self.config), first
+        probabilities = read_probabilities(
+            tokens,
+            policy=self.model,
+            reference=reference,
+            as_reference=self.adapter_off,
+            config=self.config,
+        )
+        return probabilities, None
 
     def _checked(
         self, queries: Any, responses: Any, scores: Any, response_masks: Any

@@ -5,8 +5,9 @@ python learning.py ours|ours-bf16|ours-shaped|trl|trl-batched POLICY CLASSIFIER 
 
 POLICY and CLASSIFIER are folders, REVIEWS a CSV file with a column `review` or `text`. Batch 64,
 learning rate 3e-4, queries of 2 to 7 tokens, responses of 4 to 15, else 0.11.4's defaults;
-`ours-shaped` also scores unfinished texts, with lambda 0.5 and one epoch. The height counts once
-the mean of five steps is there. Prints a JSON line a step, then one in all.
+`ours-shaped` also scores unfinished texts, calibrated, with lambda 0.7, one epoch and a value head
+that starts at nothing. The height counts once the mean of five steps is there. Prints a JSON line
+a step, then one in all.
 """
 
 from __future__ import annotations
@@ -61,13 +62,15 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.policy)
     tokenizer.pad_token = tokenizer.eos_token
     settings = {"batch_size": BATCH, "mini_batch_size": BATCH, "seed": arguments.seed}
+    head: dict[str, Any] = {}
     if arguments.who == "ours-bf16":
         settings["accelerator_kwargs"] = {"mixed_precision": "bf16"}
     if arguments.who == "ours-shaped":
-        settings |= {"lam": 0.5, "ppo_epochs": 1}
+        settings |= {"lam": 0.7, "ppo_epochs": 1, "calibrate_potentials": True}
+        head |= {"v_head_init_strategy": "normal", "v_head_initializer_range": 0.0}
     trainer = PPOTrainer(
         PPOConfig(learning_rate=3e-4, **settings),
-        AutoModelForCausalLMWithValueHead.from_pretrained(arguments.policy),
+        AutoModelForCausalLMWithValueHead.from_pretrained(arguments.policy, **head),
         AutoModelForCausalLMWithValueHead.from_pretrained(arguments.policy),
         tokenizer,
     )
