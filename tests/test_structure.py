@@ -161,3 +161,16 @@ def test_light_modules_do_not_import_torch(module: str) -> None:
         f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [["train", "--sed", "1"], ["trian"], ["--help"]])
+def test_what_is_answered_before_a_command_runs_costs_no_validation_library(
+    arguments: list[str],
+) -> None:
+    check = (
+        f"import sys; sys.argv = ['ppo-cli', *{arguments}]\n"
+        "from ppo_cli.cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit: sys.exit('pydantic' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True).returncode == 0

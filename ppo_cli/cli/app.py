@@ -23,8 +23,27 @@ from ppo_cli.cli.train import train
 from ppo_cli.errors import Interrupted, PPOCliError, did_you_mean, is_out_of_memory
 from ppo_cli.text import escape_controls
 
+
+class _Group(TyperGroup):
+    """Does not look at its own options where a command comes first.
+
+    Typer would have pydantic check even those that are not given, and importing pydantic takes as
+    long as typer itself: twice the time until a mistyped option is answered.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = self.params, self.add_help_option
+        if args and not args[0].startswith("-"):
+            self.params, self.add_help_option = [], False
+        try:
+            return super().parse_args(ctx, args)
+        finally:
+            self.params, self.add_help_option = options
+
+
 app = typer.Typer(
     name="ppo-cli",
+    cls=_Group,
     help="Steer a language model's sentiment with Proximal Policy Optimization.",
     no_args_is_help=True,
     add_completion=True,

@@ -93,6 +93,11 @@ def workload(
     return {"model": model, "batch": batch, "medians": medians, "ratios": ratios}
 
 
+def native(goals: list[Goal], peaks: dict[str, float]) -> list[Goal]:
+    """The goals in precisions that the processor has units for: emulated ones take minutes."""
+    return [goal for goal in goals if goal[0] in peaks and goal[2][1] in peaks]
+
+
 def start_up(arguments: list[str], base: str, rounds: int) -> tuple[float, float]:
     """Median seconds of a command and of the imports that it is held against."""
 
@@ -109,8 +114,9 @@ def start_up(arguments: list[str], base: str, rounds: int) -> tuple[float, float
 def markdown(results: dict[str, Any]) -> str:
     """The results as tables."""
     peaks = results["peak"]
+    bf16 = f"{peaks['bf16']:.0f} bfloat16" if "bf16" in peaks else "no bfloat16 units"
     lines = [
-        f"Matrix products: {peaks['fp32']:.0f} GFLOP/s float32, {peaks['bf16']:.0f} bfloat16.",
+        f"Matrix products: {peaks['fp32']:.0f} GFLOP/s float32, {bf16}.",
         "",
         "| model | batch | who | sampling s | step s | whole s | peak MiB | of the peak |",
         "|---|---:|---|---:|---:|---:|---:|---:|",
@@ -156,7 +162,7 @@ def main() -> None:
     results = {
         "peak": {key: max(peak[key] for peak in peaks) for key in peaks[0]},
         "workloads": [
-            workload(model, batch, goals, arguments.peer, rounds, **environment)
+            workload(model, batch, native(goals, peaks[0]), arguments.peer, rounds, **environment)
             for (model, batch), goals in chosen.items()
         ],
         "start_ups": {name: start_up(*pair, rounds) for name, pair in START_UPS.items()},

@@ -26,10 +26,15 @@ REPETITIONS = int(os.environ.get("REPETITIONS", "3"))
 
 
 def peak() -> dict[str, float]:
-    """GFLOP/s of the best product that torch offers, in each precision."""
+    """GFLOP/s of the best product that torch offers, in each precision that is native here."""
+    from ppo_cli.runtime import computes_bfloat16
+
+    dtypes = {"fp32": torch.float32}
+    if computes_bfloat16(torch.device("cpu")):
+        dtypes["bf16"] = torch.bfloat16
     size = 2048
     best = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for name, dtype in dtypes.items():
         a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
         ways = [lambda: a @ b]  # noqa: B023
         if torch.backends.mkldnn.is_available():
