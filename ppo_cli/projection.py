@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ppo_cli.matmul import is_worthwhile, product, wide_product
-from ppo_cli.tying import TiedGradient
+from ppo_cli.tying import TiedGradient, add_gradient
 
 PIECE_BYTES = 2**27  # of logits that one matrix product makes
 BLOCK_BYTES = 2**22  # of logits that are reduced at a time, while the cache holds them
@@ -125,9 +125,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if needs_weight and ctx.tied is not None:
                 ctx.tied.leave(grad, low_hidden[piece])
             elif needs_weight:
-                part = product(grad.t(), low_hidden[piece].t(), worthwhile=worthwhile)
-                part = part.to(weight.dtype)
-                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+                grad_weight = add_gradient(grad_weight, grad, low_hidden[piece], weight)
             if needs_bias:
                 total = grad.sum(0, dtype=bias.dtype)
                 grad_bias = total if grad_bias is None else grad_bias.add_(total)

@@ -17,6 +17,17 @@ from torch.autograd.function import once_differentiable
 from ppo_cli.matmul import is_worthwhile, product
 
 
+def add_gradient(
+    total: Tensor | None, grad_logits: Tensor, hidden: Tensor, weight: Tensor
+) -> Tensor:
+    """Gradient (V, H) of a projection by `weight`, added in place to `total`.
+
+    It is the product of (N, V) `grad_logits` and (N, H) `hidden`.
+    """
+    part = product(grad_logits.t(), hidden.t(), worthwhile=is_worthwhile(weight)).to(weight.dtype)
+    return part if total is None else total.add_(part)
+
+
 class TiedGradient:
     """What the projection's backward pass, which comes first, leaves to the lookup's.
 
@@ -47,11 +58,8 @@ class TiedGradient:
         return torch.zeros_like(self._weight) if dense is None else dense
 
     def _multiply(self) -> None:
-        worthwhile = is_worthwhile(self._weight)
         while self._factors:
-            grad, hidden = self._factors.pop()
-            part = product(grad.t(), hidden.t(), worthwhile=worthwhile).to(self._weight.dtype)
-            self._dense = part if self._dense is None else self._dense.add_(part)
+            self._dense = add_gradient(self._dense, *self._factors.pop(), self._weight)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_gpt2
+from conftest import SMALL, VOCABULARY, make_gpt2
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,10 +20,8 @@ PAD = 3
 def make_llama(tied: bool = True) -> LlamaForCausalLM:
     """Its lookup leaves the padding token's row alone."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": VOCABULARY}
-    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config = LlamaConfig(**sizes, **layers, pad_token_id=PAD, tie_word_embeddings=tied)
-    return LlamaForCausalLM(config)
+    changes = {"pad_token_id": PAD, "tie_word_embeddings": tied}
+    return LlamaForCausalLM(LlamaConfig(**{**SMALL, **changes}))
 
 
 MODELS: dict[str, Callable[[], Any]] = {"gpt2": make_gpt2, "llama": make_llama}

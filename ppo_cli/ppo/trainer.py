@@ -279,11 +279,12 @@ class PPOTrainer:
     ) -> tuple[Probabilities, TokenOutputs | None]:
         """What the models say of the batch, and the first epoch's forward where it is made already.
 
-        Where one forward covers the batch, the first epoch's gives the old probabilities too. The
-        reference comes before it, whose logits are let go before the policy's are kept.
+        Where one forward covers the batch, the first epoch's gives the old probabilities too, but
+        not the whole distributions that the exact KL needs. The reference comes before it, whose
+        logits are let go before the policy's are kept.
         """
         reference = self.model if self.ref_model is None else self.ref_model
-        if update.is_one_pass:
+        if update.is_one_pass and self.config.kl_penalty != "full":
             temperature = self.config.temperature
             ref_logprobs = read_reference(tokens, reference, self.adapter_off, temperature)
             first = token_forward(self.model, tokens, temperature)

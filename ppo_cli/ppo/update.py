@@ -50,11 +50,9 @@ class Update:
     def is_one_pass(self) -> bool:
         """Whether an epoch is one forward over the whole batch.
 
-        Then the first of them may be made before the advantages are known, unless these need whole
-        distributions.
+        Then the first of them may be made before the advantages are known.
         """
-        config = self.config
-        return config.mini_batch_size == config.batch_size and config.kl_penalty != "full"
+        return self.config.mini_batch_size == self.config.batch_size
 
     def run(self, experience: Experience, first: TokenOutputs | None = None) -> dict[str, Tensor]:
         """All epochs over the batch.
