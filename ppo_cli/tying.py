@@ -6,8 +6,9 @@ waits for the whole backward pass, and the lookup's, nearly all zeros, which is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ppo_cli.matmul import is_worthwhile, product
+
+PIECE_BYTES = 2**23  # of a gradient that is handed out in pieces
+
+GradientPieces = Iterator[tuple[slice, Tensor]]
+"""Rows of a weight (V, H), and the gradient (n, H) of these n, which is the taker's."""
+
+_taker: ContextVar[Callable[[Tensor, GradientPieces], None] | None] = ContextVar(
+    "taker", default=None
+)
 
 
 def add_gradient(
@@ -36,7 +46,8 @@ class TiedGradient:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
+        self.weight = weight
+        self.lookups = 0
         self._dense: Tensor | None = None
         self._factors: list[tuple[Tensor, Tensor]] = []
 
@@ -46,20 +57,55 @@ class TiedGradient:
         While they take less memory than their product it is left to `take`.
         """
         self._factors.append((grad_logits, hidden))
-        weight = self._weight
         held = sum(grad.nbytes for grad, _ in self._factors)
-        if held >= weight.nbytes:
+        if held >= self.weight.nbytes:
             self._multiply()
 
     def take(self) -> Tensor:
         """The projection's gradient, (V, H), zeros if it had none; it is the caller's."""
         self._multiply()
         dense, self._dense = self._dense, None
-        return torch.zeros_like(self._weight) if dense is None else dense
+        return torch.zeros_like(self.weight) if dense is None else dense
+
+    def take_pieces(self, ids: Tensor, rows: Tensor) -> GradientPieces:
+        """The same in pieces, with (N, H) `rows`, the lookups' of (N,) `ids`, added to it."""
+        order = ids.argsort(stable=True)
+        ids, rows = ids[order], rows[order]
+        count, width = self.weight.shape
+        size = max(PIECE_BYTES // (width * self.weight.element_size()), 1)
+        bounds = [*range(0, count, size), count]
+        places = torch.searchsorted(ids, torch.tensor(bounds, device=ids.device)).tolist()
+        for i, start in enumerate(bounds[:-1]):
+            piece = slice(start, bounds[i + 1])
+            gradient = self._multiplied(piece)
+            here = slice(places[i], places[i + 1])
+            yield piece, gradient.index_add_(0, ids[here] - start, rows[here])
+        self._factors, self._dense = [], None
+
+    def _multiplied(self, piece: slice) -> Tensor:
+        gradient = None if self._dense is None else self._dense[piece]
+        for grad_logits, hidden in self._factors:
+            gradient = add_gradient(gradient, grad_logits[:, piece], hidden, self.weight)
+        return torch.zeros_like(self.weight[piece]) if gradient is None else gradient
 
     def _multiply(self) -> None:
         while self._factors:
-            self._dense = add_gradient(self._dense, *self._factors.pop(), self._weight)
+            self._dense = add_gradient(self._dense, *self._factors.pop(), self.weight)
+
+
+@contextmanager
+def gradient_in_pieces(
+    take: Callable[[Tensor, GradientPieces], None] | None,
+) -> Iterator[None]:
+    """A backward pass inside gives the gradient of tied embeddings to `take(weight, pieces)`.
+
+    It is never there whole then, and `grad` stays as it is. None for as it would be outside.
+    """
+    token = _taker.set(take)
+    try:
+        yield
+    finally:
+        _taker.reset(token)
 
 
 @contextmanager
@@ -76,6 +122,7 @@ def tied_gradient(model: Any) -> Iterator[TiedGradient | None]:
     gradient = TiedGradient(embedding.weight)
 
     def look_up(module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        gradient.lookups += 1
         looked_up: Tensor = _Lookup.apply(module.weight, *args, module.padding_idx, gradient)
         return looked_up
 
@@ -113,4 +160,9 @@ class _Lookup(torch.autograd.Function):
         if ctx.padding_idx is not None:  # is not learnt by looking it up
             counts = ids != ctx.padding_idx
             ids, rows = ids[counts], rows[counts]
-        return ctx.gradient.take().index_add_(0, ids, rows), None, None, None
+        gradient, take = ctx.gradient, _taker.get()
+        weight = gradient.weight
+        if take is not None and gradient.lookups == 1 and not weight._backward_hooks:
+            take(weight, gradient.take_pieces(ids, rows))
+            return None, None, None, None
+        return gradient.take().index_add_(0, ids, rows), None, None, None

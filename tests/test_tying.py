@@ -112,6 +112,29 @@ def test_factors_are_multiplied_once_they_hold_more_than_their_product() -> None
     torch.testing.assert_close(gradient.take(), weight)  # it was taken
 
 
+@pytest.mark.parametrize("rows", [0, 3, 30], ids=["lookups alone", "factors", "multiplied"])
+@pytest.mark.parametrize("at_once", [1, 7, 50, 1000])
+def test_pieces_make_up_the_whole(at_once: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tying, "PIECE_BYTES", 4 * 8 * at_once)
+    g = torch.Generator().manual_seed(0)
+    grad_logits, hidden = torch.randn(rows, 50, generator=g), torch.randn(rows, 8, generator=g)
+    ids, of_lookups = torch.tensor([49, 3, 0, 3, 49]), torch.randn(5, 8, generator=g)
+    gradient = TiedGradient(torch.zeros(50, 8))
+    if rows:
+        gradient.leave(grad_logits, hidden)
+    whole, at = torch.full((50, 8), torch.nan), []
+    for where, piece in gradient.take_pieces(ids, of_lookups):
+        whole[where] = piece
+        at.append(where.start)
+    assert at == list(range(0, 50, at_once))
+    torch.testing.assert_close(whole, grad_logits.t() @ hidden + _one_hot(ids).t() @ of_lookups)
+    assert not gradient.take().any()  # all was taken
+
+
+def _one_hot(ids: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(ids, 50).float()
+
+
 def untied() -> Any:
     return make_llama(tied=False)
 

@@ -10,14 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_batch, make_gpt2, make_policy, make_silent_policy, make_trainer, weights
+from conftest import (
+    VOCABULARY,
+    make_batch,
+    make_gpt2,
+    make_policy,
+    make_silent_policy,
+    make_trainer,
+    weights,
+)
 from torch import Tensor
 
-from ppo_cli import AutoModelForCausalLMWithValueHead, PPOTrainer
-from ppo_cli.ppo import update as update_module
+from ppo_cli import AutoModelForCausalLMWithValueHead, PPOTrainer, tying
+from ppo_cli.ppo import optimizer_step
 from ppo_cli.ppo.update import Update
+from ppo_cli.tying import TiedGradient
 
 Stats = dict[str, Any]
+WIDTH = make_gpt2().config.n_embd
+ROWS_AT_ONCE = 7  # of the embeddings, where Adam takes them in pieces
 
 
 def descent(policy: torch.nn.Module) -> torch.optim.Optimizer:
@@ -119,7 +130,7 @@ def test_the_forward_is_shared_where_one_covers_the_batch(
 
 
 def in_backward(monkeypatch: pytest.MonkeyPatch, yes: bool) -> None:
-    monkeypatch.setattr(update_module, "LARGE_GRADIENTS", 0 if yes else 2**60)
+    monkeypatch.setattr(optimizer_step, "LARGE_GRADIENTS", 0 if yes else 2**60)
 
 
 def adam_state(trainer: PPOTrainer) -> list[Tensor]:
@@ -135,23 +146,127 @@ def adam_state(trainer: PPOTrainer) -> list[Tensor]:
         {"mini_batch_size": 2, "ppo_epochs": 2},
         {"gradient_checkpointing": True},
         {"num_shared_layers": 1},
+        {"ratio_threshold": 1.0001},  # cancels some
+        {"optimizer": "fused AdamW"},
+        {"optimizer": "AMSGrad in groups"},
+        {"optimizer": "fused SGD"},
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:.*ratio_threshold")
 def test_weights_that_move_as_their_gradients_come_end_where_they_would(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tying, "PIECE_BYTES", ROWS_AT_ONCE * 4 * WIDTH)
+    optimizer = settings.pop("optimizer", "our own")
     finals, losses = [], []
     for yes in (False, True):
         in_backward(monkeypatch, yes)
-        trainer = make_trainer(**settings)
-        assert of(trainer).moves_in_backward is yes
+        trainer = trainer_with(optimizer, **settings)
+        assert of(trainer).optimizer_step.is_within_backward is yes
         losses.append([trainer.step(*make_batch(seed=s))["ppo/loss/total"] for s in range(2)])
         finals.append([weights(trainer.model), *adam_state(trainer)])
     assert losses[0] == losses[1]
     assert len(finals[0]) == len(finals[1]) > 3
     for plain, fused in zip(*finals, strict=True):
         torch.testing.assert_close(fused, plain, rtol=0, atol=1e-7)
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each piece of a gradient that was taken."""
+    rows: list[int] = []
+    take_pieces = TiedGradient.take_pieces
+
+    def spy(self: TiedGradient, *args: Any) -> tying.GradientPieces:
+        for where, gradient in take_pieces(self, *args):
+            rows.append(len(gradient))
+            yield where, gradient
+
+    monkeypatch.setattr(TiedGradient, "take_pieces", spy)
+    monkeypatch.setattr(tying, "PIECE_BYTES", ROWS_AT_ONCE * 4 * WIDTH)
+    return rows
+
+
+def test_adam_takes_the_embeddings_in_pieces(
+    pieces: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_backward(monkeypatch, True)
+    make_trainer(ppo_epochs=2).step(*make_batch())
+    once = [ROWS_AT_ONCE] * (VOCABULARY // ROWS_AT_ONCE) + [VOCABULARY % ROWS_AT_ONCE]
+    assert pieces == 2 * once
+
+
+def with_a_hook(policy: Any) -> None:
+    """Only the first five tokens' embeddings learn."""
+    rows = torch.arange(VOCABULARY).unsqueeze(1) < 5
+    policy.pretrained_model.get_input_embeddings().weight.register_hook(lambda g: g * rows)
+
+
+def with_two_lookups(policy: Any) -> None:
+    """The base model's embeddings are looked up a second time, to no effect."""
+    embed = policy.pretrained_model.get_input_embeddings()
+    body = policy.pretrained_model.transformer
+    forward = body.forward
+
+    def twice(input_ids: Tensor, **kwargs: Any) -> Any:
+        output = forward(input_ids, **kwargs)
+        output.last_hidden_state = output.last_hidden_state + 0.1 * embed(input_ids)
+        return output
+
+    body.forward = twice
+
+
+@pytest.mark.parametrize("change", [with_a_hook, with_two_lookups])
+def test_embeddings_with_more_to_their_gradient_move_whole(
+    change: Callable[[Any], None], pieces: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finals = []
+    for yes in (False, True):
+        in_backward(monkeypatch, yes)
+        policy = make_policy()
+        change(policy)
+        trainer = make_trainer(policy, make_policy())
+        trainer.step(*make_batch())
+        finals.append(weights(trainer.model))
+    assert not pieces
+    torch.testing.assert_close(*finals, rtol=0, atol=1e-7)
+    assert not torch.equal(finals[0], weights(make_policy()))
+
+
+def test_an_optimizer_of_other_weights_leaves_the_embeddings_alone(
+    pieces: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_backward(monkeypatch, True)
+    policy = make_policy()
+    embeddings = policy.pretrained_model.get_input_embeddings().weight
+    before = embeddings.detach().clone()
+    others = [p for p in policy.parameters() if p is not embeddings]
+    trainer = make_trainer(policy, optimizer=torch.optim.Adam(others, lr=1e-3, fused=True))
+    trainer.step(*make_batch())
+    assert torch.equal(before, embeddings)
+    assert not torch.equal(weights(policy), weights(make_policy()))
+
+
+def test_moments_are_made_before_the_first_forward_and_move_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_backward(monkeypatch, True)
+    trainer, seen = make_trainer(), []
+    read = PPOTrainer._read
+
+    def look(self: PPOTrainer, *args: Any) -> Any:
+        seen.append((weights(self.model), adam_state(self)))
+        return read(self, *args)
+
+    monkeypatch.setattr(PPOTrainer, "_read", look)
+    trainer.step(*make_batch())
+    trainer.step(*make_batch())
+    (first, moments), (_, later) = seen
+    assert torch.equal(first, weights(make_policy()))
+    assert len(moments) == 3 * len(list(trainer.model.parameters()))
+    assert not any(moment.any() for moment in moments)
+    assert all(number.any() for number in later)
 
 
 @pytest.mark.parametrize("yes", [False, True])
@@ -169,7 +284,8 @@ def test_gradients_are_let_go(yes: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(trainer.optimizer, "step", spy)
     trainer.step(*make_batch())
     count = len(list(trainer.model.parameters()))
-    assert held == ([1] * (2 * count) if yes else [count] * 2)
+    # The embeddings' gradient never is there.
+    assert held == ([1] * (2 * (count - 1)) if yes else [count] * 2)
     assert all(p.grad is None for p in trainer.model.parameters())
     assert all(not p._post_accumulate_grad_hooks for p in trainer.model.parameters())
     assert not hasattr(trainer.optimizer.optimizer, "found_inf")
@@ -195,6 +311,13 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer] | None] = 
     "foreach Adam": lambda ps: torch.optim.Adam(ps, lr=1e-3, foreach=True),
     "SGD": lambda ps: torch.optim.SGD(ps, lr=0.01, momentum=0.9),
     "fused SGD": lambda ps: torch.optim.SGD(ps, lr=0.01, momentum=0.9, fused=True),
+    "AMSGrad in groups": lambda ps: torch.optim.AdamW(
+        [{"params": ps[1::2], "lr": 2e-3}, {"params": ps[::2]}],
+        lr=1e-3,
+        fused=True,
+        amsgrad=True,
+        weight_decay=0.1,
+    ),
 }
 
 
@@ -212,8 +335,8 @@ def test_over_the_ratio_threshold_nothing_moves_momentum_included(
 ) -> None:
     in_backward(monkeypatch, yes)
     trainer = trainer_with(optimizer)
-    assert of(trainer).moves_in_backward is (
-        yes and optimizer in ("our own", "fused AdamW", "fused SGD")
+    assert of(trainer).optimizer_step.is_within_backward is (
+        yes and optimizer in ("our own", "fused AdamW", "fused SGD", "AMSGrad in groups")
     )
     trainer.step(*make_batch())  # gives the optimizer its momentum
     assert not torch.equal(weights(trainer.model), weights(make_policy()))
@@ -254,7 +377,7 @@ def test_one_bad_mini_batch_cancels_its_whole_accumulated_step(
 ) -> None:
     in_backward(monkeypatch, True)
     trainer = make_trainer(mini_batch_size=2, gradient_accumulation_steps=2, ppo_epochs=1)
-    assert not of(trainer).moves_in_backward
+    assert not of(trainer).optimizer_step.is_within_backward
     minibatch, made = Update._minibatch, []
 
     def second_is_bad(self: Update, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -280,15 +403,15 @@ def test_one_bad_mini_batch_cancels_its_whole_accumulated_step(
         ({"mini_batch_size": 2, "gradient_accumulation_steps": 2}, 0, False),
         ({}, 4 * len(weights(make_policy())), True),
         ({}, 4 * len(weights(make_policy())) + 1, False),
-        ({}, update_module.LARGE_GRADIENTS, False),
+        ({}, optimizer_step.LARGE_GRADIENTS, False),
     ],
     ids=str,
 )
 def test_weights_move_in_backward_where_no_other_gradient_has_a_say_and_there_are_many(
     settings: dict[str, Any], large: int, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(update_module, "LARGE_GRADIENTS", large)
-    assert of(make_trainer(**settings)).moves_in_backward is expected
+    monkeypatch.setattr(optimizer_step, "LARGE_GRADIENTS", large)
+    assert of(make_trainer(**settings)).optimizer_step.is_within_backward is expected
 
 
 # ---------------------------------------------------------------- optimizers, references

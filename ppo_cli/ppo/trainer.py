@@ -256,6 +256,7 @@ class PPOTrainer:
         dropout = dropout_off(self.model, keep_training_mode=config.gradient_checkpointing)
         warming_up = self.current_step < config.value_warmup_steps
         with dropout, head_alone(self.model) if warming_up else nullcontext(), fast_matmul():
+            update.optimizer_step.make_state()
             probabilities, first = self._read(tokens, update)
             clock.lap("forward_pass")
             rewards, non_score = token_rewards(

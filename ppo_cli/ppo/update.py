@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor
 
 from ppo_cli.ppo import losses
@@ -20,10 +19,10 @@ from ppo_cli.ppo.advantages import masked_mean, masked_whiten
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import Experience, TokenOutputs, token_forward
 from ppo_cli.ppo.measurements import minibatch_statistics
+from ppo_cli.ppo.optimizer_step import OptimizerStep
 from ppo_cli.runtime import modes_kept
 
 ARRAYS = ("policy/ratio", "policy/advantages")
-LARGE_GRADIENTS = 2**27  # bytes
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,11 @@ class Update:
     shuffle: np.random.RandomState
     config: PPOConfig
     kl_coef: float = 0.0
+
+    @cached_property
+    def optimizer_step(self) -> OptimizerStep:
+        """How the weights move."""
+        return OptimizerStep(self.policy, self.optimizer, self.accelerator, self.config)
 
     @property
     def is_one_pass(self) -> bool:
@@ -102,6 +106,7 @@ class Update:
         A mini-batch whose mean ratio exceeds `ratio_threshold`, or whose KL from the old policy
         exceeds `max_approx_kl`, cancels the step. Nothing here waits for a GPU.
         """
+        step = self.optimizer_step
         collected: list[dict[str, Tensor]] = []
         cancelled = torch.zeros((), dtype=torch.bool, device=experience.tokens.device)
         parts = indices.split(self.config.mini_batch_size)
@@ -117,77 +122,13 @@ class Update:
                 cancelled = cancelled | too_far
                 if self.config.max_approx_kl is not None:
                     cancelled = cancelled | self._is_past_limit(stats)
-                at_once = self.moves_in_backward and last
-                with self._moving(unless=cancelled) if at_once else nullcontext():
+                moves = step.is_within_backward and last
+                with step.within_backward(unless=cancelled) if moves else nullcontext():
                     self.accelerator.backward(loss / len(parts))
-        if not self.moves_in_backward:
-            if self.config.max_grad_norm is not None:
-                parameters = self.policy.parameters()
-                self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
-            self._move(unless=cancelled)
+        if not step.is_within_backward:
+            step.after_backward(unless=cancelled)
         self.optimizer.zero_grad(set_to_none=True)
         return collected
-
-    @property
-    def moves_in_backward(self) -> bool:
-        """Whether each weight moves as soon as its gradient is there, which is then let go.
-
-        That saves the memory of all gradients. It needs a step that no other gradient has a say in
-        (no clipping, no accumulation, one process), and costs a little time a tensor, so it is for
-        models of some size alone.
-        """
-        return (
-            self.config.max_grad_norm is None
-            and self.config.gradient_accumulation_steps == 1
-            and self.accelerator.distributed_type == DistributedType.NO
-            and self._reads_condition
-            and self._gradient_bytes >= LARGE_GRADIENTS
-        )
-
-    @cached_property
-    def _gradient_bytes(self) -> int:
-        parameters = self.policy.parameters()
-        return sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-
-    @property
-    def _reads_condition(self) -> bool:
-        """Whether the optimizer can be told on its device not to move."""
-        return self.accelerator.scaler is None and bool(self._inner.defaults.get("fused"))
-
-    @property
-    def _inner(self) -> Any:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
-    @contextmanager
-    def _moving(self, *, unless: Tensor) -> Iterator[None]:
-        """Step within the backward pass; only one weight has a gradient at a time."""
-
-        def move(parameter: Tensor) -> None:
-            self._move(unless=unless)
-            parameter.grad = None
-
-        hooks = [
-            parameter.register_post_accumulate_grad_hook(move)
-            for parameter in self.policy.parameters()
-            if parameter.requires_grad
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _move(self, *, unless: Tensor) -> None:
-        """Let the optimizer step, but for the condition `unless`, a scalar tensor.
-
-        A fused optimizer reads the condition on its device, as it does for a gradient scaler.
-        """
-        if self._reads_condition:
-            self._inner.found_inf = unless.float()
-            self.optimizer.step()
-            del self._inner.found_inf
-        elif not unless:
-            self.optimizer.step()
 
     def _minibatch(
         self, experience: Experience, indices: Tensor, outputs: TokenOutputs | None
