@@ -6,18 +6,20 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW
 
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.tying import GradientPieces, gradient_in_pieces
 
 LARGE_GRADIENTS = 2**27  # bytes
+BYTES_AT_ONCE = 2**22  # of gradients that are waited for, as each step costs some time
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class OptimizerStep:
             and self.config.gradient_accumulation_steps == 1
             and self.accelerator.distributed_type == DistributedType.NO
             and self._reads_condition
+            and type(self._inner) in (Adam, AdamW, SGD, Adagrad)  # others may hold more than a copy
             and self._gradient_bytes >= LARGE_GRADIENTS
         )
 
@@ -60,13 +63,16 @@ class OptimizerStep:
         """
         if not (self.is_within_backward and self._is_adam):
             return
+        new = [
+            parameter
+            for group in self._inner.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad and not self._inner.state.get(parameter)
+        ]
+        for parameter in new:
+            parameter.grad = parameter.new_zeros(()).expand_as(parameter)
         nothing_moves = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
-        for group in self._inner.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad and not self._inner.state.get(parameter):
-                    parameter.grad = parameter.new_zeros(()).expand_as(parameter)
-                    self._move(self._inner, unless=nothing_moves)
-                    parameter.grad = None
+        _PartialStep(self._inner, nothing_moves).move(new)
 
     def after_backward(self, *, unless: Tensor) -> None:
         """Clip the gradients, if that is configured, and step.
@@ -77,69 +83,55 @@ class OptimizerStep:
         if self.config.max_grad_norm is not None:
             parameters = self.policy.parameters()
             self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        self._move(self.optimizer, unless=unless)
+        self._move(unless=unless)
 
     @contextmanager
     def within_backward(self, *, unless: Tensor) -> Iterator[None]:
-        """A backward pass inside steps; one weight at a time has a gradient.
+        """A backward pass inside steps; few weights at a time have a gradient.
 
         Arguments as in `after_backward`. Adam takes the gradient of tied embeddings, by far the
         largest, in pieces.
         """
+        part = _PartialStep(self._inner, unless)
+        waiting: list[Tensor] = []
 
-        def move(parameter: Tensor) -> None:
-            if parameter.grad is not None:  # else it moved in pieces
-                self._move(self.optimizer, unless=unless)
-                parameter.grad = None
+        def gradient_is_there(parameter: Tensor) -> None:
+            if parameter.grad is None:  # it was taken in pieces
+                return
+            waiting.append(parameter)
+            if sum(p.grad.nbytes for p in waiting if p.grad is not None) >= BYTES_AT_ONCE:
+                part.move(waiting)
+                waiting.clear()
 
         hooks = [
-            parameter.register_post_accumulate_grad_hook(move)
+            parameter.register_post_accumulate_grad_hook(gradient_is_there)
             for parameter in self.policy.parameters()
             if parameter.requires_grad
         ]
-        by_rows = partial(self._move_rows, unless=unless) if self._is_adam else None
         try:
-            with gradient_in_pieces(by_rows):
+            with gradient_in_pieces(part.move_rows if self._is_adam else None):
                 yield
         finally:
             for hook in hooks:
                 hook.remove()
+        self._move(unless=unless)  # the rest, and hooks and counts of steps
 
-    def _move(self, optimizer: Any, *, unless: Tensor) -> None:
-        """Let an optimizer step.
+    def _move(self, *, unless: Tensor) -> None:
+        """Let the optimizer step.
 
         A fused one reads the condition on its device, as it does for a gradient scaler.
         """
         if self._reads_condition:
             self._inner.found_inf = unless.float()
-            optimizer.step()
+            self.optimizer.step()
             del self._inner.found_inf
         elif not unless:
-            optimizer.step()
-
-    def _move_rows(self, weight: Tensor, pieces: GradientPieces, *, unless: Tensor) -> None:
-        """Let Adam step on one weight whose gradient comes in pieces of rows."""
-        groups = self._inner.param_groups
-        group = next((g for g in groups if any(p is weight for p in g["params"])), None)
-        if group is None:  # it is none of those that the optimizer moves
-            return
-        state = self._inner.state[weight]
-        of_rows = copy.copy(self._inner)
-        of_rows.found_inf = unless.float()
-        count = state["step"]
-        for rows, gradient in pieces:
-            part = weight.detach()[rows]
-            part.grad = gradient
-            moments = {k: value[rows] for k, value in state.items() if k != "step"}
-            of_rows.param_groups = [{**group, "params": [part]}]
-            of_rows.state = {part: {"step": count.clone(), **moments}}
-            of_rows.step()
-            state["step"] = of_rows.state[part]["step"]
+            self.optimizer.step()
 
     @property
     def _is_adam(self) -> bool:
         """Whether each number moves by its own gradient and moments, which begin at nothing."""
-        return self._reads_condition and type(self._inner) in (torch.optim.Adam, torch.optim.AdamW)
+        return self._reads_condition and type(self._inner) in (Adam, AdamW)
 
     @property
     def _reads_condition(self) -> bool:
@@ -154,3 +146,51 @@ class OptimizerStep:
     def _gradient_bytes(self) -> int:
         parameters = self.policy.parameters()
         return sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+
+
+class _PartialStep:
+    """A fused optimizer's step on some of its weights.
+
+    Args:
+        optimizer: its state is shared.
+        unless: as in `OptimizerStep.after_backward`.
+    """
+
+    def __init__(self, optimizer: Any, unless: Tensor) -> None:
+        self._groups = optimizer.param_groups
+        self._group_of = {p: i for i, group in enumerate(self._groups) for p in group["params"]}
+        self._state = optimizer.state
+        # Going through all weights for the few with a gradient would take longer than the step.
+        self._optimizer = copy.copy(optimizer)
+        self._optimizer.found_inf = unless.float()
+
+    def move(self, weights: list[Tensor]) -> None:
+        """Step on those with their gradients, which are let go."""
+        members: dict[int, list[Tensor]] = {}
+        for weight in weights:
+            if weight in self._group_of:
+                members.setdefault(self._group_of[weight], []).append(weight)
+        self._step(members, self._state)
+        for weight in weights:
+            weight.grad = None
+
+    def move_rows(self, weight: Tensor, pieces: GradientPieces) -> None:
+        """Let Adam step on one weight whose gradient comes in pieces of rows."""
+        if weight not in self._group_of:
+            return
+        state = self._state[weight]
+        count = state["step"]
+        for rows, gradient in pieces:
+            part = weight.detach()[rows]
+            part.grad = gradient
+            moments = {key: value[rows] for key, value in state.items() if key != "step"}
+            of_part = {"step": count.clone(), **moments}
+            self._step({self._group_of[weight]: [part]}, {part: of_part})
+            state["step"] = of_part["step"]
+
+    def _step(self, members: dict[int, list[Tensor]], state: Any) -> None:
+        self._optimizer.param_groups = [
+            {**self._groups[i], "params": weights} for i, weights in members.items()
+        ]
+        self._optimizer.state = state
+        self._optimizer.step()
