@@ -79,20 +79,20 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         normalisers = torch.empty(len(targets), device=hidden.device)
         chosen, entropies = torch.empty_like(normalisers), torch.empty_like(normalisers)
+        totals = torch.empty_like(normalisers)
         keep = any(ctx.needs_input_grad) and 4 * len(targets) * len(weight) <= KEPT_BYTES
         kept: list[Tensor] = []
         for piece in _slices(len(targets), len(weight), PIECE_BYTES):
             logits = project(hidden[piece], weight, bias)
             chosen[piece] = logits.gather(1, targets[piece].unsqueeze(1)).squeeze(1)
             for block in _slices(len(logits), len(weight), BLOCK_BYTES):
-                lse, entropy = _reduce(logits[block])
                 rows = slice(piece.start + block.start, piece.start + block.stop)
-                normalisers[rows], entropies[rows] = lse, entropy
+                normalisers[rows], entropies[rows], totals[rows] = _reduce(logits[block])
             if keep:
                 kept.append(logits)
         ctx.tied, ctx.compute_dtype = tied, _compute_dtype(hidden)
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
-        ctx.kept = kept  # the backward pass writes over them
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies, totals)
+        ctx.kept = kept  # exponentials now; the backward pass writes over them
         ctx.set_materialize_grads(False)
         return chosen - normalisers, entropies
 
@@ -101,7 +101,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
+        hidden, weight, bias, targets, normalisers, entropies, totals = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         low = ctx.compute_dtype
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -109,17 +109,24 @@ class _TokenLogprobs(torch.autograd.Function):
         worthwhile = is_worthwhile(weight)
         low_weight, low_hidden = weight.to(low), hidden.to(low)
         for piece in _slices(len(targets), len(weight), PIECE_BYTES):
-            logits = ctx.kept.pop(0) if ctx.kept else project(hidden[piece], weight, bias)
-            grad = logits if logits.dtype == low else torch.empty_like(logits, dtype=low)
-            for block in _slices(len(logits), len(weight), BLOCK_BYTES):
+            kept = bool(ctx.kept)
+            numbers = ctx.kept.pop(0) if kept else project(hidden[piece], weight, bias)
+            grad = numbers if numbers.dtype == low else torch.empty_like(numbers, dtype=low)
+            for block in _slices(len(numbers), len(weight), BLOCK_BYTES):
                 rows = slice(piece.start + block.start, piece.start + block.stop)
-                grad[block] = _logit_gradient(
-                    logits[block] - normalisers[rows].unsqueeze(1),
+                exponentials = numbers[block]
+                if not kept:
+                    exponentials.sub_(normalisers[rows].unsqueeze(1)).exp_()
+                _to_logit_gradient(
+                    exponentials,
+                    totals[rows] if kept else torch.ones_like(totals[rows]),
                     targets[rows],
                     entropies[rows],
                     None if grad_logprobs is None else grad_logprobs[rows],
                     None if grad_entropies is None else grad_entropies[rows],
                 )
+                if grad is not numbers:
+                    grad[block] = exponentials
             if grad_hidden is not None:
                 grad_hidden[piece] = product(grad, low_weight.t(), worthwhile=worthwhile)
             if needs_weight and ctx.tied is not None:
@@ -132,34 +139,41 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
-def _reduce(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log of the summed exponentials (n,) and entropy (n,) of logits (n, V)."""
+def _reduce(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log of the summed exponentials (n,), entropy (n,) and the sum (n,) of logits (n, V).
+
+    They become their exponentials, which are taken after the largest was subtracted.
+    """
     largest = logits.amax(1)
     shifted = logits - largest.unsqueeze(1)
-    exponentials = shifted.exp()
+    exponentials = torch.exp(shifted, out=logits)
     total = exponentials.sum(1)
     log_total = total.log()
     with torch.autocast(logits.device.type, enabled=False):  # it would round what is summed
         mean_shifted = torch.linalg.vecdot(exponentials, shifted) / total
-    return largest + log_total, log_total - mean_shifted
+    return largest + log_total, log_total - mean_shifted, total
 
 
-def _logit_gradient(
-    log_p: Tensor,
+def _to_logit_gradient(
+    exponentials: Tensor,
+    totals: Tensor,
     targets: Tensor,
     entropies: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropies: Tensor | None,
-) -> Tensor:
-    """(n, V); the formulas stand in `token_logprobs_and_entropies`."""
-    p = log_p.exp()
-    slope = p.new_zeros(len(p)) if grad_logprobs is None else grad_logprobs
+) -> None:
+    """Turn exponentials (n, V), which sum to `totals` (n,), into the gradient of the logits.
+
+    The formulas stand in `token_logprobs_and_entropies`.
+    """
+    slope = torch.zeros_like(totals) if grad_logprobs is None else grad_logprobs
     if grad_entropies is None:
-        grad = p.mul_(-slope.unsqueeze(1))
+        exponentials.mul_(-(slope / totals).unsqueeze(1))
     else:
-        by_entropy = (log_p + entropies.unsqueeze(1)) * grad_entropies.unsqueeze(1)
-        grad = p * -(by_entropy + slope.unsqueeze(1))
-    return grad.scatter_add_(1, targets.unsqueeze(1), slope.unsqueeze(1))
+        p = exponentials.div_(totals.unsqueeze(1))
+        by_surprise = torch.special.entr(p).mul_(grad_entropies.unsqueeze(1))
+        p.mul_(-(entropies * grad_entropies + slope).unsqueeze(1)).add_(by_surprise)
+    exponentials.scatter_add_(1, targets.unsqueeze(1), slope.unsqueeze(1))
 
 
 def _slices(count: int, width: int, limit: int) -> list[slice]:
