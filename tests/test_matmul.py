@@ -237,6 +237,7 @@ def test_a_wide_product_in_tiles_is_the_whole_one(
 ) -> None:
     monkeypatch.setattr(matmul, "prefers_onednn", lambda: False)
     monkeypatch.setattr(matmul, "TILE_BYTES", 4 * 12 * rows)
+    monkeypatch.setattr(matmul, "FEW_ROWS", 4)
     a, b, shift = normal(5, 12), normal(61, 12, seed=1), normal(61, seed=2)
     tiles: list[int] = []
     whole = torch.mm
@@ -250,3 +251,7 @@ def test_a_wide_product_in_tiles_is_the_whole_one(
     expected = torch.nn.functional.linear(a.double(), b.double(), shift.double() if bias else None)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
     assert tiles == {1: [1] * 61, 7: [7] * 8 + [5], 20: [20, 20, 20, 1]}.get(rows, [])
+    tiles.clear()
+    few = wide_product(a[:4], b, shift if bias else None)
+    torch.testing.assert_close(few.double(), expected[:4], atol=1e-5, rtol=1e-5)
+    assert not tiles
