@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from ppo_cli.runtime import modes_kept
 
@@ -74,14 +73,6 @@ def reads_packed(model: Any) -> bool:
     together = torch.cat([packed[0, 3:], packed[1, 2:6]])
     tolerance = 10 * torch.finfo(alone.dtype).eps ** 0.75 * alone.abs().max()
     return not leaks and bool((alone - together).abs().max() <= tolerance)
-
-
-def fuse_activations(model: nn.Module) -> None:
-    """Replace GELU formulas written out in Python by torch's one kernel for the same function."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if type(child) in (NewGELUActivation, FastGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def _tokens(model: Any, rows: list[list[int]], wrap: bool = True) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
-from ppo_cli.architecture import fuse_activations, projects_plainly, reads_packed
+from ppo_cli.activations import fuse_activations
+from ppo_cli.architecture import projects_plainly, reads_packed
 from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.hub import first_line, loading_errors
 from ppo_cli.policy_files import (

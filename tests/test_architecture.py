@@ -9,10 +9,9 @@ import pytest
 import torch
 import transformers
 from conftest import SMALL, VOCABULARY, make_gpt2
-from torch import Tensor, nn
-from transformers.activations import FastGELUActivation, NewGELUActivation
+from torch import Tensor
 
-from ppo_cli.architecture import fuse_activations, projects_plainly, reads_packed
+from ppo_cli.architecture import projects_plainly, reads_packed
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.ppo.experience import token_forward
 from ppo_cli.ppo.packing import TokenBatch
@@ -229,44 +228,3 @@ def test_a_model_is_asked_once_and_left_in_its_mode_without_gradients() -> None:
     assert not any(calls)
     assert [module.training for module in model.modules()] == modes
     assert reads_packed(make_gpt2().bfloat16())
-
-
-# ---------------------------------------------------------------- activations
-
-
-@pytest.mark.parametrize("kind", [NewGELUActivation, FastGELUActivation])
-def test_a_fused_activation_is_the_same_function(kind: type[nn.Module]) -> None:
-    model = nn.Sequential(kind())
-    x = torch.linspace(-12, 12, 4001, requires_grad=True)
-    expected = model(x)
-    (slope,) = torch.autograd.grad(expected.sum(), x)
-    fuse_activations(model)
-    actual = model(x)
-    (fused_slope,) = torch.autograd.grad(actual.sum(), x)
-    assert not isinstance(model[0], kind)
-    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(fused_slope, slope, rtol=1e-5, atol=1e-5)
-
-
-def test_a_policy_has_no_slow_activation_left_and_its_model_is_otherwise_unchanged() -> None:
-    model = make_gpt2()
-    ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
-    config, names = model.config.to_dict(), list(model.state_dict())
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits
-        AutoModelForCausalLMWithValueHead(model)
-        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
-    kinds = [type(module) for module in model.modules()]
-    assert NewGELUActivation not in kinds
-    assert kinds.count(nn.GELU) == 2  # a layer each
-    assert model.config.to_dict() == config
-    assert model.config.activation_function == "gelu_new"
-    assert list(model.state_dict()) == names
-
-
-def test_other_activations_stay_as_they_are() -> None:
-    for name in ("gelu", "relu", "silu", "quick_gelu"):
-        model = make_gpt2(activation_function=name)
-        before = [type(module) for module in model.modules()]
-        fuse_activations(model)
-        assert [type(module) for module in model.modules()] == before

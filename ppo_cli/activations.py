@@ -1,0 +1,55 @@
+"""GELU as most language models compute it, in one kernel or by a faster formula."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
+
+SAME_FUNCTION = (NewGELUActivation, FastGELUActivation, GELUTanh)
+CUBE, SCALE = 0.044715, 2 * math.sqrt(2 / math.pi)
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Replace a model's activations that are GELU's tanh approximation by `TanhGELU`."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) in SAME_FUNCTION:
+                setattr(module, name, TanhGELU())
+
+
+class TanhGELU(nn.GELU):
+    """`x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`.
+
+    Source: Hendrycks and Gimpel 2016 (https://arxiv.org/abs/1606.08415), section 2. In float32 on
+    the CPU by way of `1 + tanh(u) = 2 sigmoid(2 u)`: torch's sigmoid takes a quarter of the time of
+    its tanh there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` and the result have the same shape."""
+        if input.device.type != "cpu" or input.dtype != torch.float32:
+            return super().forward(input)
+        output: Tensor = _TanhGELU.apply(input)
+        return output
+
+
+class _TanhGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.addcmul(x, x * x, x, value=CUBE).mul_(SCALE).sigmoid_().mul_(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gradient: Tensor = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+        return gradient
