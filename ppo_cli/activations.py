@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 
 SAME_FUNCTION = (NewGELUActivation, FastGELUActivation, GELUTanh)
+AT_ONCE = 2**20  # numbers that the cache holds
 CUBE, SCALE = 0.044715, 2 * math.sqrt(2 / math.pi)
 
 
@@ -45,7 +46,14 @@ class _TanhGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return torch.addcmul(x, x * x, x, value=CUBE).mul_(SCALE).sigmoid_().mul_(x)
+        x = x.contiguous()
+        output = torch.empty_like(x)
+        parts = zip(x.view(-1).split(AT_ONCE), output.view(-1).split(AT_ONCE), strict=True)
+        for part, result in parts:
+            torch.mul(part, part, out=result)
+            torch.addcmul(part, result, part, value=CUBE, out=result)
+            result.mul_(SCALE).sigmoid_().mul_(part)
+        return output
 
     @staticmethod
     @once_differentiable

@@ -10,6 +10,7 @@ from conftest import make_gpt2
 from torch import nn
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 
+from ppo_cli import activations
 from ppo_cli.activations import TanhGELU, fuse_activations
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 
@@ -30,6 +31,21 @@ def test_a_fused_activation_is_the_same_function(kind: type[nn.Module], dtype: t
     tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-6
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(fused_slope.double(), slope, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (7,), (3, 5, 2)])
+def test_any_shape_and_layout_in_pieces(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "AT_ONCE", 4)
+    x = torch.randn(shape)
+    x = x.transpose(0, -1) if shape else x  # not contiguous
+    expected = nn.functional.gelu(x, approximate="tanh")
+    torch.testing.assert_close(TanhGELU()(x), expected)
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(TanhGELU()(x).sum(), x)
+    (right,) = torch.autograd.grad(nn.functional.gelu(x, approximate="tanh").sum(), x)
+    torch.testing.assert_close(slope, right)
 
 
 def test_at_its_ends_it_is_zero_and_its_input() -> None:
