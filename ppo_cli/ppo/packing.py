@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -208,21 +208,42 @@ class TokenBatch:
 
 
 def balanced_rows(lengths: Sequence[int], target: int) -> tuple[list[int], list[int]]:
-    """Spread sequences over rows of about `target` tokens, filled as evenly as can be.
+    """Spread sequences over rows of about `target` tokens, as short as their number allows.
 
-    The longest goes first, always into the row that holds least (Graham 1969, "Bounds on
-    multiprocessing timing anomalies"). Sequences without tokens are put at the start of row 0.
+    Rows are given the length that they must have at least, then one more at a time, until the
+    sequences fit: each, the longest first, into the row with the least room that is enough
+    (Coffman, Garey and Johnson 1978, "An application of bin-packing to multiprocessor
+    scheduling"). Sequences without tokens are put at the start of row 0.
 
     Returns:
         row and first column of each sequence.
     """
     count = max(round(sum(lengths) / target), 1)
+    return min((_rows(lengths, count), _rows(lengths, count + 1)), key=lambda rows: rows[2])[:2]
+
+
+def _rows(lengths: Sequence[int], count: int) -> tuple[list[int], list[int], int]:
+    """Row and first column of each sequence in `count` rows, and the places that these have."""
+    order = sorted((i for i in range(len(lengths)) if lengths[i]), key=lambda i: -lengths[i])
+    width = max(-(-sum(lengths) // count), max(lengths))
+    while (found := _fitted(lengths, order, count, width)) is None:
+        width += 1
+    return *found, count * width
+
+
+def _fitted(
+    lengths: Sequence[int], order: list[int], count: int, width: int
+) -> tuple[list[int], list[int]] | None:
+    """Row and first column of each sequence in `count` rows of `width`, if it fits."""
     rows, columns = [0] * len(lengths), [0] * len(lengths)
-    fill = [(0, row) for row in range(count)]
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if lengths[i]:
-            columns[i], rows[i] = fill[0]
-            heapq.heapreplace(fill, (columns[i] + lengths[i], rows[i]))
+    room = [(width, row) for row in range(count)]  # sorted
+    for i in order:
+        place = bisect.bisect_left(room, (lengths[i], 0))
+        if place == len(room):
+            return None
+        left, rows[i] = room.pop(place)
+        columns[i] = width - left
+        bisect.insort(room, (left - lengths[i], rows[i]))
     return rows, columns
 
 
