@@ -2,6 +2,7 @@
 
 Left to itself, autograd makes two dense (V, H) tensors, one for each use: the projection's, which
 waits for the whole backward pass, and the lookup's, nearly all zeros, which is then added to it.
+Here there is one, and none where somebody takes it in pieces.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ class TiedGradient:
 
     Args:
         weight: (V, H) embeddings.
+
+    Attributes:
+        lookups: how often tokens were looked up; each may ask for what is left.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -162,6 +166,7 @@ class _Lookup(torch.autograd.Function):
             ids, rows = ids[counts], rows[counts]
         gradient, take = ctx.gradient, _taker.get()
         weight = gradient.weight
+        # Another lookup's part, or a hook, would need the whole.
         if take is not None and gradient.lookups == 1 and not weight._backward_hooks:
             take(weight, gradient.take_pieces(ids, rows))
             return None, None, None, None

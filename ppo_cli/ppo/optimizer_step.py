@@ -59,9 +59,10 @@ class OptimizerStep:
         """Make Adam's moments now, side by side, before there are activations.
 
         Made in the first backward pass, as the optimizer would, they lie among activations that
-        are let go one by one, and the holes fit little else.
+        are let go one by one, and the C library finds little else that fits the holes.
         """
-        if not (self.is_within_backward and self._is_adam):
+        on_cpu = self.accelerator.device.type == "cpu"
+        if not (on_cpu and self.is_within_backward and self._is_adam):
             return
         new = [
             parameter
