@@ -44,22 +44,27 @@ def wide_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     faster than by the whole, and oneDNN multiplies a few rows of a a sixth faster still.
     """
     worthwhile = is_worthwhile(b)
-    rows = TILE_BYTES // (b.shape[1] * b.element_size())
+    tiles = row_slices(len(b), b.shape[1], TILE_BYTES)
     by_mkl = a.device.type == "cpu" and not (worthwhile and prefers_onednn())
-    if not by_mkl or rows == 0 or len(b) <= 2 * rows:
+    if not by_mkl or 4 * b.shape[1] > TILE_BYTES or len(tiles) <= 2:
         return product(a, b, bias, worthwhile=worthwhile)
     if len(a) <= FEW_ROWS and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return _by_onednn(a, b, bias)
     result = a.new_empty(len(a), len(b))
-    for start in range(0, len(b), rows):
-        piece = slice(start, start + rows)
-        torch.mm(a, b[piece].t(), out=result[:, piece])
+    for tile in tiles:
+        torch.mm(a, b[tile].t(), out=result[:, tile])
     return result if bias is None else result.add_(bias)
 
 
 def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return result
+
+
+def row_slices(count: int, width: int, limit: int) -> list[slice]:
+    """Rows 0..count in slices of at most `limit` bytes of float32 at `width` numbers a row."""
+    step = max(limit // (4 * width), 1)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def is_worthwhile(weight: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ppo_cli.matmul import is_worthwhile, product, wide_product
+from ppo_cli.matmul import is_worthwhile, product, row_slices, wide_product
 from ppo_cli.tying import TiedGradient, add_gradient
 
 PIECE_BYTES = 2**27  # of logits that one matrix product makes
@@ -82,10 +82,10 @@ class _TokenLogprobs(torch.autograd.Function):
         totals = torch.empty_like(normalisers)
         keep = any(ctx.needs_input_grad) and 4 * len(targets) * len(weight) <= KEPT_BYTES
         kept: list[Tensor] = []
-        for piece in _slices(len(targets), len(weight), PIECE_BYTES):
+        for piece in row_slices(len(targets), len(weight), PIECE_BYTES):
             logits = project(hidden[piece], weight, bias)
             chosen[piece] = logits.gather(1, targets[piece].unsqueeze(1)).squeeze(1)
-            for block in _slices(len(logits), len(weight), BLOCK_BYTES):
+            for block in row_slices(len(logits), len(weight), BLOCK_BYTES):
                 rows = slice(piece.start + block.start, piece.start + block.stop)
                 normalisers[rows], entropies[rows], totals[rows] = _reduce(logits[block])
             if keep:
@@ -108,11 +108,11 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = grad_bias = None
         worthwhile = is_worthwhile(weight)
         low_weight, low_hidden = weight.to(low), hidden.to(low)
-        for piece in _slices(len(targets), len(weight), PIECE_BYTES):
+        for piece in row_slices(len(targets), len(weight), PIECE_BYTES):
             kept = bool(ctx.kept)
             numbers = ctx.kept.pop(0) if kept else project(hidden[piece], weight, bias)
             grad = numbers if numbers.dtype == low else torch.empty_like(numbers, dtype=low)
-            for block in _slices(len(numbers), len(weight), BLOCK_BYTES):
+            for block in row_slices(len(numbers), len(weight), BLOCK_BYTES):
                 rows = slice(piece.start + block.start, piece.start + block.stop)
                 exponentials = numbers[block]
                 if not kept:
@@ -174,12 +174,6 @@ def _to_logit_gradient(
         by_surprise = torch.special.entr(p).mul_(grad_entropies.unsqueeze(1))
         p.mul_(-(entropies * grad_entropies + slope).unsqueeze(1)).add_(by_surprise)
     exponentials.scatter_add_(1, targets.unsqueeze(1), slope.unsqueeze(1))
-
-
-def _slices(count: int, width: int, limit: int) -> list[slice]:
-    """Rows 0..count in slices of at most `limit` bytes of float32 at `width` numbers a row."""
-    step = max(limit // (4 * width), 1)
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ppo_cli.matmul import is_worthwhile, product
+from ppo_cli.matmul import is_worthwhile, product, row_slices
 
 PIECE_BYTES = 2**23  # of a gradient that is handed out in pieces
 
@@ -63,38 +63,34 @@ class TiedGradient:
         self._factors.append((grad_logits, hidden))
         held = sum(grad.nbytes for grad, _ in self._factors)
         if held >= self.weight.nbytes:
-            self._multiply()
+            self._dense, self._factors = self._multiplied(slice(None)), []
 
     def take(self) -> Tensor:
         """The projection's gradient, (V, H), zeros if it had none; it is the caller's."""
-        self._multiply()
-        dense, self._dense = self._dense, None
-        return torch.zeros_like(self.weight) if dense is None else dense
+        gradient = self._multiplied(slice(None))
+        self._factors, self._dense = [], None
+        return gradient
 
     def take_pieces(self, ids: Tensor, rows: Tensor) -> GradientPieces:
         """The same in pieces, with (N, H) `rows`, the lookups' of (N,) `ids`, added to it."""
         order = ids.argsort(stable=True)
         ids, rows = ids[order], rows[order]
-        count, width = self.weight.shape
-        size = max(PIECE_BYTES // (width * self.weight.element_size()), 1)
-        bounds = [*range(0, count, size), count]
-        places = torch.searchsorted(ids, torch.tensor(bounds, device=ids.device)).tolist()
-        for i, start in enumerate(bounds[:-1]):
-            piece = slice(start, bounds[i + 1])
+        pieces = row_slices(len(self.weight), self.weight.shape[1], PIECE_BYTES)
+        ends = torch.tensor([piece.stop for piece in pieces], device=ids.device)
+        first = 0
+        for piece, end in zip(pieces, torch.searchsorted(ids, ends).tolist(), strict=True):
             gradient = self._multiplied(piece)
-            here = slice(places[i], places[i + 1])
-            yield piece, gradient.index_add_(0, ids[here] - start, rows[here])
+            gradient.index_add_(0, ids[first:end] - piece.start, rows[first:end])
+            yield piece, gradient
+            first = end
         self._factors, self._dense = [], None
 
     def _multiplied(self, piece: slice) -> Tensor:
+        """Rows of the projection's gradient; it works them into what is multiplied already."""
         gradient = None if self._dense is None else self._dense[piece]
         for grad_logits, hidden in self._factors:
             gradient = add_gradient(gradient, grad_logits[:, piece], hidden, self.weight)
         return torch.zeros_like(self.weight[piece]) if gradient is None else gradient
-
-    def _multiply(self) -> None:
-        while self._factors:
-            self._dense = add_gradient(self._dense, *self._factors.pop(), self.weight)
 
 
 @contextmanager
