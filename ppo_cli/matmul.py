@@ -20,6 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from ppo_cli import attention
+from ppo_cli.runtime import computes_bfloat16
+
 # oneDNN compiles a kernel for each shape and keeps about a thousand of them: some 400 MB in a run
 # whose batches differ in length. Small models, whose whole process is smaller, do without.
 SMALLEST_WEIGHT = 2**19
@@ -73,61 +76,119 @@ def is_worthwhile(weight: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """`x @ weight.T + bias`; with `transposed` the weight is (K, N), as in GPT-2's Conv1D."""
+    """`x @ weight.T + bias` in `dtype`; with `transposed` the weight is (K, N), as in Conv1D.
+
+    A weight of another type is converted twice, forward and backward, which takes little time:
+    autocast would keep a copy of all of them in between. Gradients have the types of the inputs.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transposed: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
+        ctx.x_dtype, ctx.transposed, ctx.dtype = x.dtype, transposed, dtype
+        x = x.to(dtype)
         ctx.save_for_backward(x, weight)
-        ctx.transposed = transposed
-        return product(x, weight.t() if transposed else weight, bias)
+        right = (weight.t() if transposed else weight).to(dtype)
+        return product(x, right, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = None
         if needs_x:
-            grad_x = product(grad, weight if ctx.transposed else weight.t())
+            right = (weight if ctx.transposed else weight.t()).to(ctx.dtype)
+            grad_x = product(grad, right).to(ctx.x_dtype)
         if needs_weight and ctx.transposed:
-            grad_weight = product(x.t(), grad.t())
+            grad_weight = product(x.t(), grad.t()).to(weight.dtype)
         elif needs_weight:
-            grad_weight = product(grad.t(), x.t())
-        return grad_x, grad_weight, grad.sum(0) if needs_bias else None, None
+            grad_weight = product(grad.t(), x.t()).to(weight.dtype)
+        grad_bias = grad.sum(0, dtype=weight.dtype) if needs_bias else None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
-class _OneDNN(TorchFunctionMode):
-    """Replaces the calls that linear layers and GPT-2's Conv1D make."""
+class _FastCalls(TorchFunctionMode):
+    """Replaces the calls that linear layers, GPT-2's Conv1D and attention make."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
-            return self._linear(func, *args, **(kwargs or {}))
-        if func is torch.addmm and not kwargs and args[0].dim() == 1 and _suits(*args):
+            return self._linear(func, *args, **kwargs)
+        if func is torch.addmm and not kwargs and args[0].dim() == 1:
             bias, x, weight = args
-            if not is_worthwhile(weight):
-                return func(*args)
-            return _Linear.apply(x, weight, bias, True)
-        return func(*args, **(kwargs or {}))
+            dtype = _taken_over(x, weight, bias)
+            return func(*args) if dtype is None else _Linear.apply(x, weight, bias, True, dtype)
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return self._attention(func, *args, **kwargs)
+        return func(*args, **kwargs)
 
     @staticmethod
     def _linear(func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        given = [input, weight] if bias is None else [input, weight, bias]
-        if input.dim() < 2 or not is_worthwhile(weight) or not _suits(*given):
+        dtype = None if input.dim() < 2 else _taken_over(input, weight, bias)
+        if dtype is None:
             return func(input, weight, bias)
-        flat = _Linear.apply(input.flatten(0, -2), weight, bias, False)
+        flat = _Linear.apply(input.flatten(0, -2), weight, bias, False, dtype)
         return flat.view(*input.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def _attention(
+        func: Callable,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        if attention.suits(query, key, value, attn_mask, dropout_p):
+            return attention.short_attention(query, key, value, attn_mask, is_causal, scale)
+        return func(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
 
 
 def fast_matmul() -> AbstractContextManager[Any]:
-    """Inside, float32 linear layers on the CPU run on oneDNN where that is the faster library.
+    """Inside, linear layers and attention on the CPU take the fastest way known.
 
-    Results differ from torch's in rounding alone, and are the same from run to run.
+    Float32 layers run on oneDNN where that is the faster library; under bfloat16 autocast layers
+    that learn hold less memory and attention over short rows takes less time. Results differ from
+    torch's in rounding alone, and are the same from run to run.
     """
-    return _OneDNN() if prefers_onednn() else nullcontext()
+    useful = prefers_onednn() or computes_bfloat16(torch.device("cpu"))
+    return _FastCalls() if useful else nullcontext()
+
+
+def _taken_over(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """In what type `_Linear` computes a layer; None for a layer that is left to torch."""
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    if any(tensor.device.type != "cpu" or tensor.numel() == 0 for tensor in tensors):
+        return None
+    dtypes = {tensor.dtype for tensor in tensors}
+    if not torch.is_autocast_enabled("cpu"):
+        suits = dtypes == {torch.float32} and prefers_onednn() and is_worthwhile(weight)
+        return torch.float32 if suits else None
+    low = torch.get_autocast_dtype("cpu")
+    # Without gradients autocast converts a weight once for all its uses inside it.
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return low if learns and dtypes <= {torch.float32, low} else None
 
 
 @functools.cache
@@ -146,10 +207,3 @@ def _processor() -> str:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")[:4000]
     except OSError:
         return platform.processor()
-
-
-def _suits(*tensors: Tensor) -> bool:
-    return all(
-        tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.numel() > 0
-        for tensor in tensors
-    ) and not torch.is_autocast_enabled("cpu")

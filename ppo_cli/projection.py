@@ -13,6 +13,7 @@ from ppo_cli.tying import TiedGradient, add_gradient
 
 PIECE_BYTES = 2**27  # of logits that one matrix product makes
 BLOCK_BYTES = 2**22  # of logits that are reduced at a time, while the cache holds them
+CONVERTED_BYTES = 2**23  # of a weight that is converted to another type at a time
 KEPT_BYTES = 2**28  # of logits kept for the backward pass; more are computed again there
 
 
@@ -106,12 +107,12 @@ class _TokenLogprobs(torch.autograd.Function):
         low = ctx.compute_dtype
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = grad_bias = None
-        worthwhile = is_worthwhile(weight)
-        low_weight, low_hidden = weight.to(low), hidden.to(low)
+        low_hidden = hidden.to(low)
         for piece in row_slices(len(targets), len(weight), PIECE_BYTES):
             kept = bool(ctx.kept)
             numbers = ctx.kept.pop(0) if kept else project(hidden[piece], weight, bias)
-            grad = numbers if numbers.dtype == low else torch.empty_like(numbers, dtype=low)
+            # In low precision each row goes to the front half of its place.
+            grad = numbers if numbers.dtype == low else numbers.view(low)[:, : len(weight)]
             for block in row_slices(len(numbers), len(weight), BLOCK_BYTES):
                 rows = slice(piece.start + block.start, piece.start + block.stop)
                 exponentials = numbers[block]
@@ -126,9 +127,9 @@ class _TokenLogprobs(torch.autograd.Function):
                     None if grad_entropies is None else grad_entropies[rows],
                 )
                 if grad is not numbers:
-                    grad[block] = exponentials
+                    grad[block] = exponentials.to(low)
             if grad_hidden is not None:
-                grad_hidden[piece] = product(grad, low_weight.t(), worthwhile=worthwhile)
+                grad_hidden[piece] = _times_weight(grad, weight)
             if needs_weight and ctx.tied is not None:
                 ctx.tied.leave(grad, low_hidden[piece])
             elif needs_weight:
@@ -137,6 +138,21 @@ class _TokenLogprobs(torch.autograd.Function):
                 total = grad.sum(0, dtype=bias.dtype)
                 grad_bias = total if grad_bias is None else grad_bias.add_(total)
         return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _times_weight(grad: Tensor, weight: Tensor) -> Tensor:
+    """Product (n, H) of (n, V) `grad` and (V, H) `weight`, in the type of `grad`.
+
+    Where the weight has another it is converted a piece at a time, on the CPU, and the pieces'
+    products are summed in its own.
+    """
+    if weight.dtype == grad.dtype or weight.device.type != "cpu":
+        right = weight.to(grad.dtype)
+        return product(grad, right.t(), worthwhile=is_worthwhile(weight))
+    total = weight.new_zeros(len(grad), weight.shape[1])
+    for tile in row_slices(*weight.shape, CONVERTED_BYTES):
+        total += grad[:, tile] @ weight[tile].to(grad.dtype)
+    return total
 
 
 def _reduce(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -165,16 +165,46 @@ def test_other_calls_pass_through_untouched(name: str, taken: list[tuple[int, ..
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LAYERS)
-def test_autocast_keeps_its_own_way(name: str, taken: list[tuple[int, ...]]) -> None:
+def test_under_autocast_layers_that_learn_have_its_numbers(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], taken: list[tuple[int, ...]]
+) -> None:
     layer = LAYERS[name]()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = results(layer, normal(7, 12), layer)
+        expected = results(layer, normal(*shape, dtype=dtype), layer)
         with fast_matmul():
-            actual = results(layer, normal(7, 12), layer)
-    assert not taken
+            actual = results(layer, normal(*shape, dtype=dtype), layer)
+    assert len(taken) == 3
     assert actual[0].dtype == torch.bfloat16
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs, rtol=2**-7, atol=2**-7)
+
+
+def test_under_autocast_no_copy_of_a_weight_is_held(taken: list[tuple[int, ...]]) -> None:
+    layer = nn.Linear(12, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16), fast_matmul():
+        output = layer(normal(7, 12))
+    held = {t.data_ptr(): t for t in output.grad_fn.next_functions[0][0].saved_tensors}
+    weights = [t for t in held.values() if t.shape == layer.weight.shape]
+    assert [t.data_ptr() for t in weights] == [layer.weight.data_ptr()]
+    assert taken == [(7, 12, 20)]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_under_autocast_what_does_not_learn_is_left_to_it(
+    name: str, taken: list[tuple[int, ...]]
+) -> None:
+    """It converts each weight once for all the tokens of a sample."""
+    layer = LAYERS[name]()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = layer(normal(7, 12))
+        with fast_matmul():
+            actual = layer(normal(7, 12))
+    assert not taken
+    assert torch.equal(actual, expected)
 
 
 def test_keywords_reach_the_layer(taken: list[tuple[int, ...]]) -> None:
@@ -185,10 +215,12 @@ def test_keywords_reach_the_layer(taken: list[tuple[int, ...]]) -> None:
     assert len(taken) == 1
 
 
+@pytest.mark.parametrize("native", [True, False])
 def test_where_torchs_own_choice_is_right_nothing_is_taken_over(
-    taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+    native: bool, taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(matmul, "prefers_onednn", lambda: False)
+    monkeypatch.setattr(matmul, "computes_bfloat16", lambda device: native)
     layer = nn.Linear(12, 20)
     expected = layer(normal(7, 12))
     with fast_matmul():

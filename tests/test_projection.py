@@ -153,6 +153,7 @@ def test_under_bfloat16_autocast_logits_stay_float32_and_gradients_come_close(
     monkeypatch.setattr(matmul, "prefers_onednn", lambda: onednn)
     monkeypatch.setattr(matmul, "SMALLEST_WEIGHT", 0)
     monkeypatch.setattr(projection, "PIECE_BYTES", 10 * ROW)
+    monkeypatch.setattr(projection, "CONVERTED_BYTES", 4 * H * 5)  # so the weight is in pieces
     hidden, weight, bias, targets = inputs()
     hidden = hidden.to(dtype)
     low, exact = leaves(hidden, weight, bias), leaves(hidden.float(), weight, bias)

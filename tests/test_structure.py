@@ -21,7 +21,7 @@ PACKAGE = Path(ppo_cli.__file__).parent
 # Data flows down: a module imports only from rows above its own.
 ROWS = [
     ["errors", "text", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
-    ["files", "stopping"],
+    ["files", "stopping", "runtime", "attention"],
     [
         "yaml_io",
         "hub",
@@ -33,7 +33,7 @@ ROWS = [
     ],
     ["evaluation", "plots", "ppo.calibration", "tying"],
     ["config", "ppo.losses", "ppo.learning_rate", "ppo.packing", "quality", "best_of_n"],
-    ["config_source", "runtime", "policy_files", "projection", "summary", "standing", "shaping"],
+    ["config_source", "policy_files", "projection", "summary", "standing", "shaping"],
     ["verdict", "symptoms", "divergence"],
     ["prompts", "architecture", "run_directory", "advice"],
     ["policy", "frontier"],
