@@ -120,49 +120,47 @@ class _FastCalls(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.linear:
-            return self._linear(func, *args, **kwargs)
-        if func is torch.addmm and not kwargs and args[0].dim() == 1:
-            bias, x, weight = args
-            dtype = _taken_over(x, weight, bias)
-            return func(*args) if dtype is None else _Linear.apply(x, weight, bias, True, dtype)
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return self._attention(func, *args, **kwargs)
-        return func(*args, **kwargs)
+        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
-    @staticmethod
-    def _linear(func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        dtype = None if input.dim() < 2 else _taken_over(input, weight, bias)
-        if dtype is None:
-            return func(input, weight, bias)
-        flat = _Linear.apply(input.flatten(0, -2), weight, bias, False, dtype)
-        return flat.view(*input.shape[:-1], weight.shape[0])
 
-    @staticmethod
-    def _attention(
-        func: Callable,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Any:
-        if attention.suits(query, key, value, attn_mask, dropout_p):
-            return attention.short_attention(query, key, value, attn_mask, is_causal, scale)
-        return func(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    dtype = None if input.dim() < 2 else _taken_over(input, weight, bias)
+    if dtype is None:
+        return torch.nn.functional.linear(input, weight, bias)
+    flat: Tensor = _Linear.apply(input.flatten(0, -2), weight, bias, False, dtype)
+    return flat.view(*input.shape[:-1], weight.shape[0])
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Tensor:
+    dtype = None if kwargs or input.dim() != 1 else _taken_over(mat1, mat2, input)
+    if dtype is None:
+        return torch.addmm(input, mat1, mat2, **kwargs)
+    result: Tensor = _Linear.apply(mat1, mat2, input, True, dtype)
+    return result
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    if attention.suits(query, key, value, attn_mask, dropout_p):
+        scale = kwargs.get("scale")
+        return attention.short_attention(query, key, value, attn_mask, is_causal, scale)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, **kwargs
+    )
+
+
+_REPLACED: dict[Callable, Callable] = {
+    torch.nn.functional.linear: _linear,
+    torch.addmm: _addmm,
+    torch.nn.functional.scaled_dot_product_attention: _attention,
+}
 
 
 def fast_matmul() -> AbstractContextManager[Any]:
@@ -178,17 +176,20 @@ def fast_matmul() -> AbstractContextManager[Any]:
 
 def _taken_over(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
     """In what type `_Linear` computes a layer; None for a layer that is left to torch."""
-    tensors = [x, weight] if bias is None else [x, weight, bias]
-    if any(tensor.device.type != "cpu" or tensor.numel() == 0 for tensor in tensors):
-        return None
-    dtypes = {tensor.dtype for tensor in tensors}
-    if not torch.is_autocast_enabled("cpu"):
-        suits = dtypes == {torch.float32} and prefers_onednn() and is_worthwhile(weight)
-        return torch.float32 if suits else None
-    low = torch.get_autocast_dtype("cpu")
-    # Without gradients autocast converts a weight once for all its uses inside it.
-    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return low if learns and dtypes <= {torch.float32, low} else None
+    if torch.is_autocast_enabled("cpu"):
+        # Without gradients autocast converts a weight once for all its uses inside it.
+        learns = x.requires_grad or weight.requires_grad
+        useful, dtype = learns and torch.is_grad_enabled(), torch.get_autocast_dtype("cpu")
+    else:
+        useful, dtype = is_worthwhile(weight) and prefers_onednn(), torch.float32
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    suits = useful and all(
+        tensor.dtype in (torch.float32, dtype)
+        and tensor.device.type == "cpu"
+        and tensor.numel() > 0
+        for tensor in tensors
+    )
+    return dtype if suits else None
 
 
 @functools.cache

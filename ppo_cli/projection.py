@@ -150,7 +150,7 @@ def _times_weight(grad: Tensor, weight: Tensor) -> Tensor:
         right = weight.to(grad.dtype)
         return product(grad, right.t(), worthwhile=is_worthwhile(weight))
     total = weight.new_zeros(len(grad), weight.shape[1])
-    for tile in row_slices(*weight.shape, CONVERTED_BYTES):
+    for tile in row_slices(len(weight), weight.shape[1], CONVERTED_BYTES):
         total += grad[:, tile] @ weight[tile].to(grad.dtype)
     return total
 
