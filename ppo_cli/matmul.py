@@ -1,9 +1,12 @@
-"""Float32 matrix products by oneDNN where that is faster than torch's own choice.
+"""Matrix products on the CPU, taken over from torch where another way is faster or holds less.
 
 On x86 torch multiplies float32 matrices with MKL, which uses AVX-512 on Intel's processors alone:
 on an AMD EPYC (Zen 5) it makes 220 GFLOP/s on two cores, where oneDNN, which torch brings along,
 reaches 470 in the same precision. `fast_matmul` sends linear layers there. Where a processor has
 AVX2 at most, MKL is the faster of the two (Zen 3: by a fifth to a half), and stays.
+
+Under bfloat16 autocast it is oneDNN anyway. There layers that learn keep no copy of their weight,
+and attention over short rows goes another way (`attention.py`).
 """
 
 from __future__ import annotations
