@@ -26,8 +26,7 @@ from torch.overrides import TorchFunctionMode
 from ppo_cli import attention
 from ppo_cli.runtime import computes_bfloat16
 
-# oneDNN compiles a kernel for each shape and keeps about a thousand of them: some 400 MB in a run
-# whose batches differ in length. Small models, whose whole process is smaller, do without.
+# oneDNN compiles a kernel for each shape, which a small product does not repay.
 SMALLEST_WEIGHT = 2**19
 TILE_BYTES = 2**22  # of a wide matrix that MKL multiplies by at a time
 FEW_ROWS = 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,20 +14,20 @@ from ppo_cli.tying import TiedGradient, add_gradient
 
 PIECE_BYTES = 2**27  # of logits that one matrix product makes
 BLOCK_BYTES = 2**22  # of logits that are reduced at a time, while the cache holds them
-CONVERTED_BYTES = 2**23  # of a weight that is converted to another type at a time
+TILE_BYTES = 2**25  # of embeddings that low precision multiplies by at a time
+ROUNDED_BYTES = 2**21  # of them that are rounded at a time, while the cache holds them
 KEPT_BYTES = 2**28  # of logits kept for the backward pass; more are computed again there
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Logits (N, V), float32, of hidden states (N, H) and output embeddings (V, H).
 
-    Under autocast a GPU multiplies in low precision and sums in float32. The CPU, which has no such
-    product, stays in float32: a logit of -80 rounded to bfloat16 is off by up to 0.25, as much as a
-    PPO step changes it. Not differentiable.
+    Under autocast a GPU multiplies in low precision and sums in float32. The CPU, for which torch
+    has no such product, stays in float32. Not differentiable.
     """
-    low = _compute_dtype(hidden)
+    low = _low_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        if hidden.device.type == "cuda" and low != torch.float32:
+        if hidden.device.type == "cuda" and low is not None:
             logits = torch.mm(hidden.to(low), weight.to(low).t(), out_dtype=torch.float32)
             return logits if bias is None else logits + bias.float()
         offset = None if bias is None else bias.float()
@@ -81,17 +82,22 @@ class _TokenLogprobs(torch.autograd.Function):
         normalisers = torch.empty(len(targets), device=hidden.device)
         chosen, entropies = torch.empty_like(normalisers), torch.empty_like(normalisers)
         totals = torch.empty_like(normalisers)
-        keep = any(ctx.needs_input_grad) and 4 * len(targets) * len(weight) <= KEPT_BYTES
+        low = _low_dtype(hidden)
+        size = (low or torch.float32).itemsize
+        keep = any(ctx.needs_input_grad) and size * len(targets) * len(weight) <= KEPT_BYTES
         kept: list[Tensor] = []
         for piece in row_slices(len(targets), len(weight), PIECE_BYTES):
-            logits = project(hidden[piece], weight, bias)
-            chosen[piece] = logits.gather(1, targets[piece].unsqueeze(1)).squeeze(1)
-            for block in row_slices(len(logits), len(weight), BLOCK_BYTES):
+            numbers = _piece_of_logits(hidden[piece], weight, bias, targets[piece], low)
+            for block in row_slices(len(numbers), len(weight), BLOCK_BYTES):
                 rows = slice(piece.start + block.start, piece.start + block.stop)
-                normalisers[rows], entropies[rows], totals[rows] = _reduce(logits[block])
+                logits = _widened(numbers[block], bias)
+                chosen[rows] = logits.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
+                normalisers[rows], entropies[rows], totals[rows] = _reduce(logits)
+                if keep and low is not None:
+                    numbers[block] = logits
             if keep:
-                kept.append(logits)
-        ctx.tied, ctx.compute_dtype = tied, _compute_dtype(hidden)
+                kept.append(numbers)
+        ctx.tied, ctx.low = tied, low
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies, totals)
         ctx.kept = kept  # exponentials now; the backward pass writes over them
         ctx.set_materialize_grads(False)
@@ -104,54 +110,122 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalisers, entropies, totals = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        low = ctx.compute_dtype
+        low = ctx.low
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = grad_bias = None
-        low_hidden = hidden.to(low)
+        factor = hidden if low is None else hidden.to(low)
         for piece in row_slices(len(targets), len(weight), PIECE_BYTES):
             kept = bool(ctx.kept)
-            numbers = ctx.kept.pop(0) if kept else project(hidden[piece], weight, bias)
-            # In low precision each row goes to the front half of its place.
-            grad = numbers if numbers.dtype == low else numbers.view(low)[:, : len(weight)]
-            for block in row_slices(len(numbers), len(weight), BLOCK_BYTES):
+            grad = (
+                ctx.kept.pop(0)
+                if kept
+                else _piece_of_logits(hidden[piece], weight, bias, targets[piece], low)
+            )
+            for block in row_slices(len(grad), len(weight), BLOCK_BYTES):
                 rows = slice(piece.start + block.start, piece.start + block.stop)
-                exponentials = numbers[block]
-                if not kept:
+                if kept:
+                    exponentials, sums = grad[block].float(), totals[rows]
+                else:
+                    exponentials = _widened(grad[block], bias)
                     exponentials.sub_(normalisers[rows].unsqueeze(1)).exp_()
+                    sums = torch.ones_like(totals[rows])
                 _to_logit_gradient(
                     exponentials,
-                    totals[rows] if kept else torch.ones_like(totals[rows]),
+                    sums,
                     targets[rows],
                     entropies[rows],
                     None if grad_logprobs is None else grad_logprobs[rows],
                     None if grad_entropies is None else grad_entropies[rows],
                 )
-                if grad is not numbers:
-                    grad[block] = exponentials.to(low)
+                if low is not None:
+                    grad[block] = exponentials
             if grad_hidden is not None:
                 grad_hidden[piece] = _times_weight(grad, weight)
             if needs_weight and ctx.tied is not None:
-                ctx.tied.leave(grad, low_hidden[piece])
+                ctx.tied.leave(grad, factor[piece])
             elif needs_weight:
-                grad_weight = add_gradient(grad_weight, grad, low_hidden[piece], weight)
+                grad_weight = add_gradient(grad_weight, grad, factor[piece], weight)
             if needs_bias:
                 total = grad.sum(0, dtype=bias.dtype)
                 grad_bias = total if grad_bias is None else grad_bias.add_(total)
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
-def _times_weight(grad: Tensor, weight: Tensor) -> Tensor:
-    """Product (n, H) of (n, V) `grad` and (V, H) `weight`, in the type of `grad`.
+def _piece_of_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    low: torch.dtype | None,
+) -> Tensor:
+    """Logits (n, V) to take differences of: float32 with the bias, or `low` without.
 
-    Where the weight has another it is converted a piece at a time, on the CPU, and the pieces'
-    products are summed in its own.
+    In low precision a logit of -80 would be off by up to 0.25, as much as a PPO step changes it.
+    What is rounded is therefore its difference from the target's logit: small for every token that
+    has a probability to speak of. The embeddings' common part, which adds the same to all logits of
+    a row and is where theirs are so large, is left out before they are rounded.
     """
-    if weight.dtype == grad.dtype or weight.device.type != "cpu":
-        right = weight.to(grad.dtype)
-        return product(grad, right.t(), worthwhile=is_worthwhile(weight))
-    total = weight.new_zeros(len(grad), weight.shape[1])
-    for tile in row_slices(len(weight), weight.shape[1], CONVERTED_BYTES):
-        total += grad[:, tile] @ weight[tile].to(grad.dtype)
+    if low is None:
+        return project(hidden, weight, bias)
+    common = _common_part(weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        of_targets = torch.linalg.vecdot(hidden.float(), weight[targets].float() - common)
+        start = -of_targets.to(low).unsqueeze(1)
+        logits = torch.empty(len(hidden), len(weight), dtype=low, device=hidden.device)
+        factor = hidden.to(low)
+        for tile, embeddings in _without_common_part(weight, common, low):
+            columns = start.expand(-1, len(embeddings))
+            torch.addmm(columns, factor, embeddings.t(), out=logits[:, tile])
+    return logits
+
+
+def _widened(logits: Tensor, bias: Tensor | None) -> Tensor:
+    """What `_piece_of_logits` made, in float32 and with the bias."""
+    if logits.dtype == torch.float32:
+        return logits
+    wide = logits.float()
+    return wide if bias is None else wide.add_(bias)
+
+
+def _common_part(weight: Tensor) -> Tensor:
+    """What the embeddings (V, H) have in common, (H,) float32: the mean of some of them.
+
+    Any vector would do, as no probability depends on it.
+    """
+    return weight[::16].mean(0, dtype=torch.float32)
+
+
+def _without_common_part(
+    weight: Tensor, common: Tensor, low: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Embeddings (V, H) less (H,) `common`, rounded to `low`, a tile of them at a time.
+
+    A tile is there until the next is asked for. On a GPU it is all of them.
+    """
+    width, is_cpu = weight.shape[1], weight.device.type == "cpu"
+    tiles = row_slices(len(weight), width, TILE_BYTES if is_cpu else 4 * weight.numel())
+    blocks = row_slices(tiles[0].stop, width, ROUNDED_BYTES if is_cpu else 4 * weight.numel())
+    rounded = weight.new_empty(tiles[0].stop, width, dtype=low)
+    difference = weight.new_empty(blocks[0].stop, width, dtype=torch.float32)
+    for tile in tiles:
+        embeddings = weight[tile]
+        for block in blocks:
+            part = embeddings[block]
+            rounded[block][: len(part)] = torch.sub(part, common, out=difference[: len(part)])
+        yield tile, rounded[: len(embeddings)]
+
+
+def _times_weight(grad: Tensor, weight: Tensor) -> Tensor:
+    """Product (n, H), float32, of the logits' gradient (n, V) and `weight` (V, H).
+
+    In low precision the embeddings' common part is left out: the gradient's rows sum to zero, but
+    for its rounding.
+    """
+    if grad.dtype == torch.float32:
+        return product(grad, weight.float().t(), worthwhile=is_worthwhile(weight))
+    total = grad.new_zeros(len(grad), weight.shape[1], dtype=torch.float32)
+    for tile, embeddings in _without_common_part(weight, _common_part(weight), grad.dtype):
+        total += grad[:, tile] @ embeddings
     return total
 
 
@@ -192,7 +266,9 @@ def _to_logit_gradient(
     exponentials.scatter_add_(1, targets.unsqueeze(1), slope.unsqueeze(1))
 
 
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What autocast, where it is on, would multiply `tensor` in."""
+def _low_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast would multiply `tensor` in, or its own type, where that is below float32."""
     kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+    autocasts = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocasts else tensor.dtype
+    return dtype if dtype.itemsize < torch.float32.itemsize else None

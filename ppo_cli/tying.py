@@ -61,8 +61,7 @@ class TiedGradient:
         While they take less memory than their product it is left to `take`.
         """
         self._factors.append((grad_logits, hidden))
-        # Whole storages: in low precision `grad_logits` is half of each row.
-        held = sum(grad.untyped_storage().nbytes() for grad, _ in self._factors)
+        held = sum(grad.nbytes for grad, _ in self._factors)
         if held >= self.weight.nbytes:
             self._dense, self._factors = self._multiplied(slice(None)), []
 
