@@ -25,8 +25,8 @@ __version__ = "0.1.0"
 # oneDNN compiles a kernel for each shape of a product and keeps 1,024 of them, of 1 to 2 MB each:
 # hundreds of MB where batches differ in length. One batch's are enough, as each serves all layers
 # and epochs. torch and oneDNN, which keep one list each, read this at their first product.
-for _list in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-    os.environ.setdefault(_list, "32")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 _HOMES = {
     "AutoModelForCausalLMWithValueHead": "ppo_cli.policy",
