@@ -20,7 +20,7 @@ PACKAGE = Path(ppo_cli.__file__).parent
 
 # Data flows down: a module imports only from rows above its own.
 ROWS = [
-    ["errors", "text", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
+    ["errors", "text", "light_import", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
     ["files", "stopping", "runtime", "attention"],
     [
         "yaml_io",

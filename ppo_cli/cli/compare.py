@@ -94,6 +94,7 @@ def compare(
     from ppo_cli.best_of_n import parse_counts
     from ppo_cli.cli.console import check_output, hush, note, print_tables, write_result
     from ppo_cli.errors import UsageError
+    from ppo_cli.light_import import for_sampling_alone
     from ppo_cli.text import json_text
     from ppo_cli.verdict import json_schema
 
@@ -110,7 +111,8 @@ def compare(
     check_output(output)
     check_output(html)
 
-    from ppo_cli import comparison, comparison_report, generation
+    with for_sampling_alone():
+        from ppo_cli import comparison, comparison_report, generation
     from ppo_cli.comparison_page import comparison_html
 
     hush()

@@ -65,6 +65,7 @@ def generate(
     """Write text with tuned models, and score it."""
     from ppo_cli.cli.console import check_output, hush, note, print_tables, write_result
     from ppo_cli.errors import UsageError
+    from ppo_cli.light_import import for_sampling_alone
     from ppo_cli.text import escape_controls, json_text
 
     if not 1e-6 <= temperature <= 1e6:
@@ -75,7 +76,8 @@ def generate(
         raise UsageError(f"--top-p is {top_p}: it must be above 0 and at most 1")
     check_output(output)
 
-    from ppo_cli import generation
+    with for_sampling_alone():
+        from ppo_cli import generation
     from ppo_cli.run_directory import RunDirectory
 
     hush()

@@ -1,0 +1,103 @@
+"""transformers without what it imports for compilers and for models spread over processes.
+
+transformers imports `torch._dynamo` for decorators that tell a compiler what to do with a function,
+and `torch.distributed.tensor` for sharded models. With sympy and the rest that these two import in
+turn they are half of what importing a model takes, and 80 MB. A command that only samples from
+models needs neither.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+COMPILER = "torch._dynamo"
+INDEPENDENT = "torch._dynamo._trace_wrapped_higher_order_op"  # what attention masks need of it
+DECORATORS = ("allow_in_graph", "assume_constant_result", "disable")
+ASKED = "is_torch_distributed_available"
+
+
+@contextmanager
+def for_sampling_alone() -> Iterator[None]:
+    """What is imported of transformers inside does not shard models; the compiler comes when used.
+
+    It is for a process of our own: such a module stays that way until the process ends. Nothing is
+    changed where transformers' models, or the compiler, have been imported already.
+    """
+    import torch
+    from transformers import utils
+
+    if COMPILER in sys.modules or "transformers.modeling_utils" in sys.modules:
+        yield
+        return
+    sys.modules[COMPILER] = _LazyCompiler(Path(torch.__file__).parent / "_dynamo")
+    sys.meta_path.insert(0, _PartsOfTheCompiler())
+    homes = [home for home in (utils, utils.import_utils) if hasattr(home, ASKED)]
+    answers = [getattr(home, ASKED) for home in homes]
+    for home in homes:
+        setattr(home, ASKED, lambda: False)
+    try:
+        yield
+        import_module("transformers.generation.utils")  # which models would import otherwise
+    finally:
+        for home, answer in zip(homes, answers, strict=True):
+            setattr(home, ASKED, answer)
+
+
+class _LazyCompiler(ModuleType):
+    """`torch._dynamo`, not imported until it is asked for more than a decorator.
+
+    Decorators leave functions as they are, which a compiler alone would notice.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(COMPILER)
+        self.__path__ = [str(folder)]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in DECORATORS:
+            return _unchanged
+        if name.startswith("__"):
+            raise AttributeError(f"module {COMPILER!r} has no attribute {name!r}")
+        return getattr(self.imported(), name)
+
+    def imported(self) -> ModuleType:
+        """The compiler itself, in this module's place from now on."""
+        if sys.modules.get(COMPILER) is self:
+            del sys.modules[COMPILER]
+        return import_module(COMPILER)
+
+
+class _PartsOfTheCompiler(MetaPathFinder, Loader):
+    """Whoever imports a module below the compiler, but the one without it, has the compiler too."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        compiler = sys.modules.get(COMPILER)
+        is_part = name.startswith(f"{COMPILER}.") and name != INDEPENDENT
+        if not (is_part and isinstance(compiler, _LazyCompiler)):
+            return None
+        compiler.imported()
+        return ModuleSpec(name, self) if name in sys.modules else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """The module that came with the compiler."""
+        module = sys.modules[spec.name]
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It has been executed."""
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
+
+
+def _unchanged(function: Callable | None = None, *_: Any, **__: Any) -> Any:
+    """As a decorator, with arguments or without: the function itself."""
+    return _unchanged if function is None else function
