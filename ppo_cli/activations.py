@@ -38,22 +38,28 @@ class TanhGELU(nn.GELU):
         """`input` and the result have the same shape."""
         if input.device.type != "cpu" or input.dtype != torch.float32:
             return super().forward(input)
+        if not (torch.is_grad_enabled() and input.requires_grad):
+            return _by_sigmoid(input)
         output: Tensor = _TanhGELU.apply(input)
         return output
+
+
+def _by_sigmoid(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    output = torch.empty_like(x)
+    parts = zip(x.view(-1).split(AT_ONCE), output.view(-1).split(AT_ONCE), strict=True)
+    for part, result in parts:
+        torch.mul(part, part, out=result)
+        torch.addcmul(part, result, part, value=CUBE, out=result)
+        result.mul_(SCALE).sigmoid_().mul_(part)
+    return output
 
 
 class _TanhGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        x = x.contiguous()
-        output = torch.empty_like(x)
-        parts = zip(x.view(-1).split(AT_ONCE), output.view(-1).split(AT_ONCE), strict=True)
-        for part, result in parts:
-            torch.mul(part, part, out=result)
-            torch.addcmul(part, result, part, value=CUBE, out=result)
-            result.mul_(SCALE).sigmoid_().mul_(part)
-        return output
+        return _by_sigmoid(x)
 
     @staticmethod
     @once_differentiable

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL, make_gpt2
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ppo_cli import attention, matmul
@@ -66,9 +65,9 @@ def test_outputs_and_gradients_are_those_of_exact_attention(
 ) -> None:
     low = inputs(torch.bfloat16)
     exact = [tensor.detach().double().requires_grad_() for tensor in low]
-    expected = scaled_dot_product_attention(*exact, **MASKS[name])
+    expected = nn.functional.scaled_dot_product_attention(*exact, **MASKS[name])
     with fast_matmul():
-        actual = scaled_dot_product_attention(*low, **MASKS[name])
+        actual = nn.functional.scaled_dot_product_attention(*low, **MASKS[name])
     assert taken == [(B, HEADS, T, D)]
     assert actual.dtype == torch.bfloat16
     weights = torch.randn(actual.shape, generator=torch.Generator().manual_seed(1))
@@ -105,7 +104,10 @@ def other_calls() -> dict[str, Callable[[], Tensor]]:
     low = inputs(torch.bfloat16)
     few_keys = [low[0], *(t[:, :1] for t in low[1:])]
     bias = torch.zeros(B, 1, T, T, dtype=torch.bfloat16)
-    attend: Callable[..., Tensor] = scaled_dot_product_attention
+
+    def attend(*tensors: Tensor, **settings: Any) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(*tensors, **settings)
+
     return {
         "float32": lambda: attend(*inputs(torch.float32)),
         "a bias": lambda: attend(*low, attn_mask=bias),
@@ -127,7 +129,7 @@ def test_other_calls_are_left_to_torch(name: str, taken: list[torch.Size]) -> No
 
 def test_dropout_is_left_to_torch(taken: list[torch.Size]) -> None:
     with fast_matmul():
-        scaled_dot_product_attention(*inputs(torch.bfloat16), dropout_p=0.5)
+        nn.functional.scaled_dot_product_attention(*inputs(torch.bfloat16), dropout_p=0.5)
     assert not taken
 
 

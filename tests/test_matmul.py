@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -213,6 +214,36 @@ def test_keywords_reach_the_layer(taken: list[tuple[int, ...]]) -> None:
         by_name = nn.functional.linear(input=x, weight=w, bias=b)
     torch.testing.assert_close(by_name, nn.functional.linear(x, w, b))
     assert len(taken) == 1
+
+
+@pytest.mark.usefixtures("taken")
+def test_torchs_functions_are_back_once_the_last_is_out() -> None:
+    def called() -> tuple[Callable, ...]:
+        functional = torch.nn.functional
+        return functional.linear, torch.addmm, functional.scaled_dot_product_attention
+
+    before = called()
+    outer, inner = fast_matmul(), fast_matmul()
+    with outer:
+        replaced = called()
+        assert not set(replaced) & set(before)
+        with pytest.raises(ZeroDivisionError), inner:
+            1 / 0  # noqa: B018
+        assert called() == replaced
+    assert called() == before
+
+
+def test_what_others_put_in_their_place_is_put_back(
+    taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = MagicMock()
+    monkeypatch.setattr(torch.nn.functional, "linear", theirs)
+    layer = nn.Linear(12, 20)
+    with fast_matmul():
+        layer(normal(7, 12))
+    assert taken == [(7, 12, 20)]
+    assert torch.nn.functional.linear is theirs
+    assert not theirs.called
 
 
 @pytest.mark.parametrize("native", [True, False])
