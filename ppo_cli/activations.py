@@ -12,6 +12,7 @@ from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActiva
 
 SAME_FUNCTION = (NewGELUActivation, FastGELUActivation, GELUTanh)
 AT_ONCE = 2**20  # numbers that the cache holds
+_GELU_BACKWARD = torch.ops.aten.gelu_backward.default  # looked up once: that takes as long as it
 CUBE, SCALE = 0.044715, 2 * math.sqrt(2 / math.pi)
 
 
@@ -65,5 +66,5 @@ class _TanhGELU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        gradient: Tensor = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+        gradient: Tensor = _GELU_BACKWARD(grad, x, approximate="tanh")
         return gradient

@@ -68,10 +68,10 @@ def decode_responses(
     rows = torch.arange(len(limits), device=device)  # which sequence each row of the cache is
     going = torch.ones_like(rows, dtype=torch.bool)
     ids, positions = input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0)
+    projection = policy.ready_projection(rows=len(limits), times=longest)
     for step in range(longest):
-        logits = policy.next_logits(
-            ids, mask[:, : input_ids.shape[1] + step], positions, past_key_values=cache
-        )
+        seen = mask[:, : input_ids.shape[1] + step]
+        logits = policy.next_logits(ids, seen, positions, projection, past_key_values=cache)
         tokens = draw(warp(ids, logits), chances[rows, step])
         responses[rows, step] = tokens
         lengths[rows] += going

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,12 @@ from ppo_cli.policy_files import (
     load_causal,
     refuse_if_not_causal,
 )
-from ppo_cli.projection import entropy, project, token_logprobs, token_logprobs_and_entropies
+from ppo_cli.projection import (
+    entropy,
+    ready_projection,
+    token_logprobs,
+    token_logprobs_and_entropies,
+)
 from ppo_cli.tying import tied_gradient
 
 
@@ -270,18 +275,36 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         results = (logits.float(), output.loss, self._values(hidden))
         return (*results, output.past_key_values) if return_past_key_values else results
 
+    def ready_projection(self, rows: int, times: int) -> Callable[[Tensor], Tensor] | None:
+        """For `next_logits`: last hidden states (B, H) to logits, while weights stay as they are.
+
+        None for an architecture that does more than that.
+        """
+        if not self.projects_plainly:
+            return None
+        head = self._base_model.get_output_embeddings()
+        return ready_projection(head.weight, getattr(head, "bias", None), rows=rows, times=times)
+
     def next_logits(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        projection: Callable[[Tensor], Tensor] | None = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """Logits (B, V), float32, of what follows the last of `input_ids` (B, T)."""
+        """Logits (B, V), float32, of what follows the last of `input_ids` (B, T).
+
+        `projection` is what `ready_projection` returned, if it was called before.
+        """
         model = self._base_model
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         inputs |= {"position_ids": position_ids, "use_cache": True}
         if not self.projects_plainly:
             return model(**inputs).logits[:, -1].float()
-        head = model.get_output_embeddings()
-        hidden = model.base_model(**inputs).last_hidden_state[:, -1]
-        return project(hidden, head.weight, getattr(head, "bias", None))
+        projection = projection or self.ready_projection(rows=len(input_ids), times=1)
+        assert projection is not None
+        return projection(model.base_model(**inputs).last_hidden_state[:, -1])
 
     def _values(self, hidden: Tensor) -> Tensor:
         return self.v_head(hidden.to(self.device)).squeeze(-1)

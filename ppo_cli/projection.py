@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ppo_cli.matmul import is_worthwhile, product, row_slices, wide_product
+from ppo_cli.runtime import computes_bfloat16
 from ppo_cli.tying import TiedGradient, add_gradient
 
 PIECE_BYTES = 2**27  # of logits that one matrix product makes
 BLOCK_BYTES = 2**22  # of logits that are reduced at a time, while the cache holds them
 TILE_BYTES = 2**25  # of embeddings that low precision multiplies by at a time
 ROUNDED_BYTES = 2**21  # of them that are rounded at a time, while the cache holds them
+TIMES_TO_LAY_OUT = 8  # that embeddings are multiplied by, so that laying them out for it pays
 KEPT_BYTES = 2**28  # of logits kept for the backward pass; more are computed again there
 
 
@@ -32,6 +35,34 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
             return logits if bias is None else logits + bias.float()
         offset = None if bias is None else bias.float()
         return wide_product(hidden.float(), weight.float(), offset)
+
+
+def ready_projection(
+    weight: Tensor, bias: Tensor | None, *, rows: int, times: int
+) -> Callable[[Tensor], Tensor]:
+    """`project` by (V, H) embeddings that stay as they are, for `times` calls of about `rows` rows.
+
+    Under bfloat16 autocast on a CPU that computes in it, embeddings less their common part are
+    rounded and laid out for the multiplication once. Their logits are rounded too: what is sampled
+    is 1e-4 nats a token away from what `token_logprobs_and_entropies` says of it.
+    """
+    is_cpu = weight.device.type == "cpu"
+    worthwhile = is_cpu and times >= TIMES_TO_LAY_OUT and torch.backends.mkldnn.is_available()
+    if not (
+        worthwhile and _low_dtype(weight) == torch.bfloat16 and computes_bfloat16(weight.device)
+    ):
+        return partial(project, weight=weight, bias=bias)
+    rounded = torch.empty_like(weight, dtype=torch.bfloat16)
+    for tile, embeddings in _without_common_part(weight, _common_part(weight), rounded.dtype):
+        rounded[tile] = embeddings
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(rounded, rows)
+
+    def by_rounded(hidden: Tensor) -> Tensor:
+        low = hidden.to(torch.bfloat16)
+        logits = torch.ops.mkldnn._linear_pointwise(low, laid_out, None, "none", [], "").float()
+        return logits if bias is None else logits.add_(bias)
+
+    return by_rounded
 
 
 def token_logprobs_and_entropies(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppo_cli import matmul, projection, tying
 from ppo_cli.matmul import product
-from ppo_cli.projection import project, token_logprobs_and_entropies
+from ppo_cli.projection import project, ready_projection, token_logprobs_and_entropies
 
 N, V, H = 37, 50, 8
 ROW = 4 * V  # bytes of a row of logits
@@ -202,7 +202,7 @@ def test_under_bfloat16_autocast_likely_tokens_are_told_apart_though_their_logit
 
 
 @pytest.mark.parametrize("onednn", [True, False])
-def test_logits_to_sample_from_stay_float32_under_bfloat16_autocast(
+def test_logits_for_a_few_tokens_stay_float32_under_bfloat16_autocast(
     onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     onednn = onednn and torch.backends.mkldnn.is_available()
@@ -213,6 +213,50 @@ def test_logits_to_sample_from_stay_float32_under_bfloat16_autocast(
         logits = project(hidden, weight, bias)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, hidden @ weight.T + bias)  # type: ignore[operator]
+
+
+@pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="no bfloat16 by oneDNN",
+)
+@pytest.mark.parametrize("rows", [1, N])
+@pytest.mark.parametrize("bias", [True, False])
+def test_embeddings_laid_out_for_sampling_give_near_enough_probabilities_however_large_the_logits(
+    bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What all embeddings have in common moves all logits, here to -100, and no probability."""
+    monkeypatch.setattr(projection, "computes_bfloat16", lambda device: True)
+    monkeypatch.setattr(projection, "TILE_BYTES", 4 * H * 20)
+    monkeypatch.setattr(projection, "ROUNDED_BYTES", 4 * H * 3)
+    hidden, weight, shift, _ = inputs(bias)
+    hidden[:, 0] = 4
+    weight[:, 0] -= 25
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        laid_out = ready_projection(weight, shift, rows=rows, times=projection.TIMES_TO_LAY_OUT)
+        logits = [laid_out(hidden), laid_out(hidden[:3])]
+        rounded = torch.nn.functional.linear(hidden, weight, shift).float().log_softmax(-1)
+    expected = torch.nn.functional.linear(
+        hidden.double(), weight.double(), None if shift is None else shift.double()
+    ).log_softmax(-1)
+    assert logits[0].dtype == torch.float32
+    torch.testing.assert_close(logits[1], logits[0][:3])
+    likely = expected > -4
+    error = (logits[0].log_softmax(-1) - expected)[likely].square().mean().sqrt()
+    assert 1e-5 < error < 0.05
+    assert (rounded - expected)[likely].square().mean().sqrt() > 3 * error
+
+
+@pytest.mark.parametrize("case", ["float32", "few calls", "not native", "float16"])
+def test_where_laying_out_does_not_pay_logits_to_sample_from_are_plain(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projection, "computes_bfloat16", lambda device: case != "not native")
+    hidden, weight, bias, _ = inputs()
+    times = projection.TIMES_TO_LAY_OUT - (case == "few calls")
+    dtype = torch.float16 if case == "float16" else torch.bfloat16
+    with torch.autocast("cpu", dtype=dtype, enabled=case != "float32"):
+        ready = ready_projection(weight, bias, rows=N, times=times)
+        assert torch.equal(ready(hidden), project(hidden, weight, bias))
 
 
 def test_gradients_of_many_pieces_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
