@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -39,6 +39,7 @@ def for_sampling_alone() -> Iterator[None]:
         return
     sys.modules[COMPILER] = _LazyCompiler(Path(torch.__file__).parent / "_dynamo")
     sys.meta_path.insert(0, _PartsOfTheCompiler())
+    vars(torch.distributed).setdefault("__getattr__", _part_of_distributed)
     homes = [home for home in (utils, utils.import_utils) if hasattr(home, ASKED)]
     answers = [getattr(home, ASKED) for home in homes]
     for home in homes:
@@ -96,6 +97,14 @@ class _PartsOfTheCompiler(MetaPathFinder, Loader):
         """It has been executed."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
+
+
+def _part_of_distributed(name: str) -> ModuleType:
+    """`torch.distributed.tensor` and the like, for who counts on their import, as peft does."""
+    if not name.startswith("_"):
+        with suppress(ModuleNotFoundError):
+            return import_module(f"torch.distributed.{name}")
+    raise AttributeError(f"module 'torch.distributed' has no attribute {name!r}")
 
 
 def _unchanged(function: Callable | None = None, *_: Any, **__: Any) -> Any:

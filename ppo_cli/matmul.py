@@ -31,8 +31,7 @@ SMALLEST_WEIGHT = 2**19
 TILE_BYTES = 2**22  # of a wide matrix that MKL multiplies by at a time
 FEW_ROWS = 32
 
-_LINEAR, _ADDMM = torch.nn.functional.linear, torch.addmm
-_ATTENTION = torch.nn.functional.scaled_dot_product_attention
+_LINEAR = torch.nn.functional.linear
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, worthwhile: bool = True) -> Tensor:
@@ -123,7 +122,7 @@ class _Linear(torch.autograd.Function):
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dtype = None if input.dim() < 2 else _taken_over(input, weight, bias)
     if dtype is None:
-        return _LINEAR(input, weight, bias)
+        return _REPLACED.before["linear"](input, weight, bias)
     flat: Tensor = _Linear.apply(input.flatten(0, -2), weight, bias, False, dtype)
     return flat.view(*input.shape[:-1], weight.shape[0])
 
@@ -131,7 +130,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Tensor:
     dtype = None if kwargs or input.dim() != 1 else _taken_over(mat1, mat2, input)
     if dtype is None:
-        return _ADDMM(input, mat1, mat2, **kwargs)
+        return _REPLACED.before["addmm"](input, mat1, mat2, **kwargs)
     result: Tensor = _Linear.apply(mat1, mat2, input, True, dtype)
     return result
 
@@ -148,15 +147,19 @@ def _attention(
     if attention.suits(query, key, value, attn_mask, dropout_p):
         scale = kwargs.get("scale")
         return attention.short_attention(query, key, value, attn_mask, is_causal, scale)
-    return _ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+    plain = _REPLACED.before["scaled_dot_product_attention"]
+    return plain(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
 
 
 class _Replacements:
     """In a `with` block layers and attention of torch's modules call functions of this module.
 
-    torch's own way to do that, a `TorchFunctionMode`, asks about every call of torch there is: 3 %
-    of a step, and a tenth of the time to sample, with a 4-layer model. What other threads call
-    meanwhile is replaced as well, which changes its rounding alone.
+    torch's own way to do that, a `TorchFunctionMode`, asks about every call of torch there is: a
+    tenth of a step, and a quarter of the time to sample, with a 4-layer model. What other threads
+    call meanwhile is replaced as well, which changes its rounding alone.
+
+    Attributes:
+        before: what stood there: torch's functions, or what others put in their place.
     """
 
     PLACES: tuple[tuple[Any, str, Callable], ...] = (
@@ -166,15 +169,15 @@ class _Replacements:
     )
 
     def __init__(self) -> None:
+        self.before: dict[str, Callable] = {}
         self._lock = threading.Lock()
         self._inside = 0
-        self._before: list[Any] = []
 
     def __enter__(self) -> None:
         with self._lock:
             self._inside += 1
             if self._inside == 1:
-                self._before = [getattr(home, name) for home, name, _ in self.PLACES]
+                self.before = {name: getattr(home, name) for home, name, _ in self.PLACES}
                 for home, name, function in self.PLACES:
                     setattr(home, name, function)
 
@@ -182,11 +185,11 @@ class _Replacements:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                for (home, name, _mine), before in zip(self.PLACES, self._before, strict=True):
-                    setattr(home, name, before)
+                for home, name, _function in self.PLACES:
+                    setattr(home, name, self.before[name])
 
 
-_REPLACEMENTS = _Replacements()
+_REPLACED = _Replacements()
 
 
 def fast_matmul() -> AbstractContextManager[Any]:
@@ -197,7 +200,7 @@ def fast_matmul() -> AbstractContextManager[Any]:
     torch's in rounding alone, and are the same from run to run.
     """
     useful = prefers_onednn() or computes_bfloat16(torch.device("cpu"))
-    return _REPLACEMENTS if useful else nullcontext()
+    return _REPLACED if useful else nullcontext()
 
 
 def _taken_over(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:

@@ -42,9 +42,10 @@ def ready_projection(
 ) -> Callable[[Tensor], Tensor]:
     """`project` by (V, H) embeddings that stay as they are, for `times` calls of about `rows` rows.
 
-    Under bfloat16 autocast on a CPU that computes in it, embeddings less their common part are
-    rounded and laid out for the multiplication once. Their logits are rounded too: what is sampled
-    is 1e-4 nats a token away from what `token_logprobs_and_entropies` says of it.
+    In bfloat16, on a CPU that computes in it, embeddings less their common part are rounded and
+    laid out for the multiplication once, in tiles for which freed memory has room. Logits are
+    rounded too: what is sampled is 1e-4 nats a token away from what
+    `token_logprobs_and_entropies` says of it.
     """
     is_cpu = weight.device.type == "cpu"
     worthwhile = is_cpu and times >= TIMES_TO_LAY_OUT and torch.backends.mkldnn.is_available()
@@ -52,14 +53,18 @@ def ready_projection(
         worthwhile and _low_dtype(weight) == torch.bfloat16 and computes_bfloat16(weight.device)
     ):
         return partial(project, weight=weight, bias=bias)
-    rounded = torch.empty_like(weight, dtype=torch.bfloat16)
-    for tile, embeddings in _without_common_part(weight, _common_part(weight), rounded.dtype):
-        rounded[tile] = embeddings
-    laid_out = torch.ops.mkldnn._reorder_linear_weight(rounded, rows)
+    tiles = [
+        (tile, torch.ops.mkldnn._reorder_linear_weight(embeddings, rows))
+        for tile, embeddings in _without_common_part(weight, _common_part(weight), torch.bfloat16)
+    ]
 
     def by_rounded(hidden: Tensor) -> Tensor:
         low = hidden.to(torch.bfloat16)
-        logits = torch.ops.mkldnn._linear_pointwise(low, laid_out, None, "none", [], "").float()
+        logits = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
+        for tile, laid_out in tiles:
+            logits[:, tile] = torch.ops.mkldnn._linear_pointwise(
+                low, laid_out, None, "none", [], ""
+            )
         return logits if bias is None else logits.add_(bias)
 
     return by_rounded

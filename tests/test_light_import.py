@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ppo_cli.embedded import policy_folder
 
 HEAVY = ("torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp")
 
@@ -18,7 +23,7 @@ from ppo_cli.light_import import for_sampling_alone
 
 with for_sampling_alone() if sys.argv[1] == "light" else nullcontext():
     from ppo_cli import generation
-request = generation.resolve(["embedded"], reference=False, score=True, sentiment=None,
+request = generation.resolve([sys.argv[2]], reference=False, score=True, sentiment=None,
                              classifier="embedded", device="cpu", trusted=())
 result = generation.generate(
     request.sources[0], ["This movie"], samples_each=3, max_new_tokens=12, seed=1,
@@ -68,7 +73,8 @@ def found(program: str, *arguments: str) -> dict[str, Any]:
 
 
 def test_samples_are_the_same_and_compiler_and_shards_come_when_asked_for() -> None:
-    light, plain = found(SAMPLE + COMPILE_AFTERWARDS, "light"), found(SAMPLE, "plain")
+    light = found(SAMPLE + COMPILE_AFTERWARDS, "light", "embedded")
+    plain = found(SAMPLE, "plain", "embedded")
     assert light["samples"] == plain["samples"]
     assert len(light["samples"]) == 3
     assert set(HEAVY) <= set(plain["modules"])
@@ -79,6 +85,29 @@ def test_samples_are_the_same_and_compiler_and_shards_come_when_asked_for() -> N
     assert light["compiled"] == [2.0, 2.0]
     assert light["distributed"]
     assert light["tensor"] == "DTensor"
+
+
+def test_an_adapter_which_asks_for_sharded_tensors_has_them(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(policy_folder())
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, fan_in_fan_out=True))
+    adapted.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(policy_folder()).save_pretrained(tmp_path)
+    light, plain = (found(SAMPLE, way, str(tmp_path)) for way in ("light", "plain"))
+    assert light["samples"] == plain["samples"]
+    assert "torch._inductor" not in light["modules"]
+
+
+def test_what_torch_has_not_it_still_has_not() -> None:
+    program = """
+import json, sys
+from ppo_cli.light_import import for_sampling_alone
+
+with for_sampling_alone():
+    import transformers
+import torch.distributed
+found = {name: hasattr(torch.distributed, name) for name in ("tensor", "nothing", "_nothing")}
+"""
+    assert found(program) == {"tensor": True, "nothing": False, "_nothing": False}
 
 
 def test_where_transformers_has_its_compiler_nothing_is_changed() -> None:

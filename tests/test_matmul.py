@@ -233,17 +233,19 @@ def test_torchs_functions_are_back_once_the_last_is_out() -> None:
     assert called() == before
 
 
-def test_what_others_put_in_their_place_is_put_back(
+def test_what_others_put_in_their_place_is_called_and_put_back(
     taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs = MagicMock()
+    theirs = MagicMock(side_effect=torch.nn.functional.linear)
     monkeypatch.setattr(torch.nn.functional, "linear", theirs)
     layer = nn.Linear(12, 20)
     with fast_matmul():
         layer(normal(7, 12))
-    assert taken == [(7, 12, 20)]
+        assert taken == [(7, 12, 20)]
+        assert not theirs.called
+        layer.double()(normal(7, 12).double())  # is not taken over
+    assert len(taken) == theirs.call_count == 1
     assert torch.nn.functional.linear is theirs
-    assert not theirs.called
 
 
 @pytest.mark.parametrize("native", [True, False])
