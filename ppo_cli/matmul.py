@@ -40,7 +40,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, worthwhile: boo
     By oneDNN where it is the faster library, unless it is not `worthwhile`, see `is_worthwhile`.
     """
     if worthwhile and a.dtype == torch.float32 and a.device.type == "cpu" and prefers_onednn():
-        return _by_onednn(a, b, bias)
+        return by_onednn(a, b, bias)
     return _LINEAR(a, b, bias)
 
 
@@ -56,14 +56,15 @@ def wide_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if not by_mkl or 4 * b.shape[1] > TILE_BYTES or len(tiles) <= 2:
         return product(a, b, bias, worthwhile=worthwhile)
     if len(a) <= FEW_ROWS and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return _by_onednn(a, b, bias)
+        return by_onednn(a, b, bias)
     result = a.new_empty(len(a), len(b))
     for tile in tiles:
         torch.mm(a, b[tile].t(), out=result[:, tile])
     return result if bias is None else result.add_(bias)
 
 
-def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`product` by oneDNN, whose layout b may have."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return result
 
@@ -154,9 +155,9 @@ def _attention(
 class _Replacements:
     """In a `with` block layers and attention of torch's modules call functions of this module.
 
-    torch's own way to do that, a `TorchFunctionMode`, asks about every call of torch there is: a
-    tenth of a step, and a quarter of the time to sample, with a 4-layer model. What other threads
-    call meanwhile is replaced as well, which changes its rounding alone.
+    torch's own way to do that, a `TorchFunctionMode`, asks about every call of torch there is,
+    which small models feel. What other threads call meanwhile is replaced as well, which changes
+    its rounding alone; a function that a module imported by its name is not.
 
     Attributes:
         before: what stood there: torch's functions, or what others put in their place.

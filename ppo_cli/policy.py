@@ -300,10 +300,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         model = self._base_model
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         inputs |= {"position_ids": position_ids, "use_cache": True}
-        if not self.projects_plainly:
-            return model(**inputs).logits[:, -1].float()
         projection = projection or self.ready_projection(rows=len(input_ids), times=1)
-        assert projection is not None
+        if projection is None:
+            return model(**inputs).logits[:, -1].float()
         return projection(model.base_model(**inputs).last_hidden_state[:, -1])
 
     def _values(self, hidden: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ppo_cli.matmul import is_worthwhile, product, row_slices, wide_product
+from ppo_cli.matmul import by_onednn, is_worthwhile, product, row_slices, wide_product
 from ppo_cli.runtime import computes_bfloat16
 from ppo_cli.tying import TiedGradient, add_gradient
 
@@ -44,14 +44,16 @@ def ready_projection(
 
     In bfloat16, on a CPU that computes in it, embeddings less their common part are rounded and
     laid out for the multiplication once, in tiles for which freed memory has room. Logits are
-    rounded too: what is sampled is 1e-4 nats a token away from what
-    `token_logprobs_and_entropies` says of it.
+    rounded too: what is sampled was 1e-4 nats a token from a float32 model's distribution.
     """
-    is_cpu = weight.device.type == "cpu"
-    worthwhile = is_cpu and times >= TIMES_TO_LAY_OUT and torch.backends.mkldnn.is_available()
-    if not (
-        worthwhile and _low_dtype(weight) == torch.bfloat16 and computes_bfloat16(weight.device)
-    ):
+    pays = (
+        weight.device.type == "cpu"
+        and times >= TIMES_TO_LAY_OUT
+        and torch.backends.mkldnn.is_available()
+        and _low_dtype(weight) == torch.bfloat16
+        and computes_bfloat16(weight.device)
+    )
+    if not pays:
         return partial(project, weight=weight, bias=bias)
     tiles = [
         (tile, torch.ops.mkldnn._reorder_linear_weight(embeddings, rows))
@@ -62,9 +64,7 @@ def ready_projection(
         low = hidden.to(torch.bfloat16)
         logits = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
         for tile, laid_out in tiles:
-            logits[:, tile] = torch.ops.mkldnn._linear_pointwise(
-                low, laid_out, None, "none", [], ""
-            )
+            logits[:, tile] = by_onednn(low, laid_out)
         return logits if bias is None else logits.add_(bias)
 
     return by_rounded
