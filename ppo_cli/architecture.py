@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ppo_cli.attention import block_mask
+from ppo_cli.cache import has_windows, hold_still, roomy_cache
 from ppo_cli.runtime import modes_kept
 
 
@@ -71,8 +73,59 @@ def reads_packed(model: Any) -> bool:
     )
     alone = torch.cat([read(ids[0:1, 3:])[0], read(ids[1:2, 2:6])[0]])
     together = torch.cat([packed[0, 3:], packed[1, 2:6]])
-    tolerance = 10 * torch.finfo(alone.dtype).eps ** 0.75 * alone.abs().max()
-    return not leaks and bool((alone - together).abs().max() <= tolerance)
+    return not leaks and _same(together, alone)
+
+
+@_once_a_model
+def reads_block_mask(model: Any) -> bool:
+    """Whether a causal model takes a mask (B, 1, T, T) in place of finding sequences in a row.
+
+    To find them it would wait for the GPU. Models with windows have other masks in some layers.
+    """
+    if has_windows(model.config):
+        return False
+    positions = _tokens(model, [[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 0]], wrap=False)
+    inputs = {
+        "input_ids": _tokens(model, [[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]]),
+        "position_ids": positions,
+        "use_cache": False,
+    }
+    found = model.base_model(**inputs).last_hidden_state
+    given = model.base_model(**inputs, attention_mask=block_mask(positions)).last_hidden_state
+    return _same(given, found)
+
+
+@_once_a_model
+def reads_still_cache(model: Any) -> bool:
+    """Whether a causal model reads a cache of fixed size, told by a mask what of it is there.
+
+    The next token's hidden state must be the one that a growing cache gives. Models with windows
+    do not, nor those whose attention does not take a mask (B, 1, T, room) of what may be seen.
+    """
+    ids, mask = _tokens(model, [[0, 1, 2], [3, 4, 5]]), _tokens(model, [[0, 1, 1], [1, 1, 1]])
+    next_ids, positions = _tokens(model, [[6], [7]]), _tokens(model, [[0, 0, 1], [0, 1, 2]])
+
+    def read(tokens: Tensor, seen: Tensor, at: Tensor, cache: Any) -> Tensor:
+        inputs = {"attention_mask": seen, "position_ids": at, "past_key_values": cache}
+        output = model.base_model(input_ids=tokens, use_cache=True, **inputs)
+        hidden: Tensor = output.last_hidden_state
+        return hidden[:, -1]
+
+    growing, still = (roomy_cache(model.config, ids.shape[1] + 2) for _ in range(2))
+    for cache in (growing, still):
+        read(ids, mask, positions, cache)
+    at = positions[:, -1:] + 1
+    expected = read(next_ids, torch.cat([mask, mask[:, -1:]], 1), at, growing)
+    room = hold_still(still, at.new_tensor([ids.shape[1]]))
+    seen = torch.nn.functional.pad(mask, (0, 1), value=1)
+    seen = torch.nn.functional.pad(seen, (0, room - seen.shape[1]))[:, None, None].bool()
+    return _same(read(next_ids, seen, at, still), expected)
+
+
+def _same(actual: Tensor, expected: Tensor) -> bool:
+    """Whether the two differ in rounding alone."""
+    tolerance = 10 * torch.finfo(expected.dtype).eps ** 0.75 * expected.abs().max()
+    return bool((actual - expected).abs().max() <= tolerance)
 
 
 def _tokens(model: Any, rows: list[list[int]], wrap: bool = True) -> Tensor:

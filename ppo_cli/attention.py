@@ -1,4 +1,4 @@
-"""Attention over short rows in bfloat16, where torch's fused kernel for the CPU is slow.
+"""Attention over short rows: who may attend to whom, and bfloat16 where torch's kernel is slow.
 
 The fused kernel spares the memory of the scores, (T, T) a head, which rows of some dozen tokens do
 not need to be spared: its backward pass takes ten times as long there as plain matrix products.
@@ -13,6 +13,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LONGEST_ROW = 256  # tokens, beyond which the scores take more memory than they save time
+
+
+def block_mask(position_ids: Tensor) -> Tensor:
+    """(B, T) positions that begin anew with each sequence -> (B, 1, T, T), who may attend to whom.
+
+    That is each token to those of its own sequence that are not behind it.
+    """
+    sequences = (position_ids == 0).cumsum(1)
+    together = sequences.unsqueeze(2) == sequences.unsqueeze(1)
+    return together.tril_().unsqueeze(1)
 
 
 def suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> bool:

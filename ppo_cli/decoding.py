@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer
 
+from ppo_cli.cache import hold_still, roomy_cache
+from ppo_cli.cuda_graph import NotReplayable, Replayed
 from ppo_cli.errors import NumericalError
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 
 DROP_SHARE = 0.25  # of the rows have ended: worth copying the cache without them
+FEWEST_REPLAYS = 6  # of a step: worth recording it, which takes as long as some of it
+REPLAYS_AT_ONCE = 8  # before the GPU is asked whether rows are left
+
+_not_replayable: WeakSet[AutoModelForCausalLMWithValueHead] = WeakSet()
 
 
 @torch.no_grad()
@@ -37,7 +41,7 @@ def decode_responses(
     """Sample a response to each query. The policy must `reads_packed`: know position ids.
 
     Each row has random numbers of its own, drawn before the first token, so that a response does
-    not depend on when others end.
+    not depend on when others end. A CUDA GPU records one step and replays it for the others.
 
     Args:
         policy: in eval mode.
@@ -55,59 +59,192 @@ def decode_responses(
     Raises:
         NumericalError: a probability is not finite.
     """
-    device, longest = input_ids.device, max(limits)
+    chances = torch.rand(len(limits), max(limits), device=input_ids.device)
     warp = _warpers(temperature, top_k, top_p)
-    chances = torch.rand(len(limits), longest, device=device)
-    remaining = torch.tensor(limits, device=device)
-    ends = torch.tensor(sorted(end_ids), device=device)
-    responses = input_ids.new_zeros(len(limits), longest)
-    lengths = torch.zeros_like(remaining)
 
-    cache = _cache(policy.config, input_ids.shape[1] + longest)
-    mask = torch.nn.functional.pad(attention_mask, (0, longest), value=1)
-    rows = torch.arange(len(limits), device=device)  # which sequence each row of the cache is
-    going = torch.ones_like(rows, dtype=torch.bool)
-    ids, positions = input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0)
-    projection = policy.ready_projection(rows=len(limits), times=longest)
-    for step in range(longest):
-        seen = mask[:, : input_ids.shape[1] + step]
-        logits = policy.next_logits(ids, seen, positions, projection, past_key_values=cache)
-        tokens = draw(warp(ids, logits), chances[rows, step])
-        responses[rows, step] = tokens
-        lengths[rows] += going
-        going = going & (lengths[rows] < remaining[rows]) & ~torch.isin(tokens, ends)
-        left = int(going.sum())
-        if not left:
+    def start() -> tuple[_Drawn, _GrowingStep]:
+        drawn = _Drawn(chances, limits, end_ids)
+        return drawn, _GrowingStep(policy, input_ids, attention_mask, warp, drawn)
+
+    if _is_worth_recording(policy, max(limits)):
+        try:
+            return _by_replays(*start())
+        except NotReplayable:
+            _not_replayable.add(policy)
+    return _step_by_step(*start())
+
+
+def _step_by_step(drawn: _Drawn, step: _GrowingStep) -> list[Tensor]:
+    step()
+    while left := drawn.rows_left():
+        step.drop_ended(left)
+        step()
+    return drawn.responses()
+
+
+def _by_replays(drawn: _Drawn, first: _GrowingStep) -> list[Tensor]:
+    """The first step reads the queries; all others do the same as each other."""
+    first()
+    step = Replayed(_StillStep(first))
+    for done in range(drawn.longest - 1):
+        if done % REPLAYS_AT_ONCE == 0 and not drawn.rows_left():
             break
-        ids, positions = tokens.unsqueeze(1), positions[:, -1:] + 1
-        if left <= (1 - DROP_SHARE) * len(rows):
-            kept = going.nonzero().squeeze(1)
-            cache.batch_select_indices(kept)
-            rows, going, ids, positions, mask = (
-                tensor[kept] for tensor in (rows, going, ids, positions, mask)
+        step()
+    return drawn.responses()
+
+
+def _is_worth_recording(policy: AutoModelForCausalLMWithValueHead, longest: int) -> bool:
+    return (
+        policy.device.type == "cuda"
+        and longest - 2 >= FEWEST_REPLAYS
+        and policy not in _not_replayable
+        and policy.reads_still_cache
+    )
+
+
+class _Drawn:
+    """What B rows have drawn, kept on their device, so that it need not be waited for.
+
+    Args:
+        chances: (B, R) random numbers, one a token.
+        limits: B numbers of tokens at most, R the largest.
+        end_ids: tokens that end a row.
+
+    Attributes:
+        going: (B,) whether a row has not ended.
+        longest: R.
+    """
+
+    def __init__(self, chances: Tensor, limits: Sequence[int], end_ids: set[int]) -> None:
+        device, self.longest = chances.device, chances.shape[1]
+        self.going = torch.ones(len(limits), dtype=torch.bool, device=device)
+        self._chances = chances
+        self._limits = torch.tensor(limits, device=device)
+        self._ends = torch.tensor(sorted(end_ids), dtype=torch.long, device=device)
+        self._tokens = torch.zeros(chances.shape, dtype=torch.long, device=device)
+        self._lengths = torch.zeros_like(self._limits)
+        self._place = torch.zeros(1, dtype=torch.long, device=device)
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def add(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Draw a token (b,) for each of `rows` (b,), with logits (b, V). Other rows have ended."""
+        tokens, finite = draw(logits, self._chances[rows, self._place])
+        self._tokens[rows, self._place] = tokens
+        self._place += 1
+        self._finite &= finite
+        self._lengths += self.going
+        at_end = (tokens.unsqueeze(1) == self._ends).any(1)
+        self.going[rows] &= (self._lengths < self._limits)[rows] & ~at_end
+        return tokens
+
+    def rows_left(self) -> int:
+        """How many rows have not ended. Waits for the device.
+
+        Raises:
+            NumericalError: a probability was not finite.
+        """
+        left, finite = torch.stack([self.going.sum(), self._finite]).tolist()
+        if not finite:
+            raise NumericalError(
+                "the policy's probabilities are not finite any more: its last update went too far. "
+                "Lower ppo.learning_rate or set ppo.max_grad_norm"
             )
-    return [row[:length] for row, length in zip(responses, lengths.tolist(), strict=True)]
+        return int(left)
+
+    def responses(self) -> list[Tensor]:
+        """B tensors of token ids, 1-D. Raises as `rows_left` does."""
+        self.rows_left()
+        lengths = self._lengths.tolist()
+        return [row[:length] for row, length in zip(self._tokens, lengths, strict=True)]
 
 
-def draw(logits: Tensor, chances: Tensor) -> Tensor:
+class _GrowingStep:
+    """A token more for each row: reads as much of the cache as there is.
+
+    Arguments as in `decode_responses`. The first call reads the queries.
+    """
+
+    def __init__(
+        self,
+        policy: AutoModelForCausalLMWithValueHead,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        warp: LogitsProcessorList,
+        drawn: _Drawn,
+    ) -> None:
+        count, self.width = input_ids.shape
+        self.policy, self.warp, self.drawn = policy, warp, drawn
+        self.cache = roomy_cache(policy.config, self.width + drawn.longest)
+        self.projection = policy.ready_projection(rows=count, times=drawn.longest)
+        self.rows = torch.arange(count, device=input_ids.device)  # that the cache has
+        self.ids, self.positions = input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0)
+        self.mask = torch.nn.functional.pad(attention_mask, (0, drawn.longest), value=1)
+
+    def __call__(self) -> None:
+        seen = self.mask[:, : self.width]
+        logits = self.policy.next_logits(
+            self.ids, seen, self.positions, self.projection, past_key_values=self.cache
+        )
+        tokens = self.drawn.add(self.warp(self.ids, logits), self.rows)
+        self.ids = tokens.unsqueeze(1)
+        # An ended row stays where it is: further on the context may be over.
+        self.positions = self.positions[:, -1:] + self.drawn.going[self.rows].unsqueeze(1)
+        self.width += 1
+
+    def drop_ended(self, left: int) -> None:
+        """Go on without the rows that have ended, where few enough are `left`."""
+        if left > (1 - DROP_SHARE) * len(self.rows):
+            return
+        kept = self.drawn.going[self.rows].nonzero().squeeze(1)
+        self.cache.batch_select_indices(kept)
+        self.rows, self.ids, self.positions, self.mask = (
+            tensor[kept] for tensor in (self.rows, self.ids, self.positions, self.mask)
+        )
+
+
+class _StillStep:
+    """A token more for each row: the same work on the same tensors every time.
+
+    Args:
+        begun: has read the queries; its cache is taken over.
+    """
+
+    def __init__(self, begun: _GrowingStep) -> None:
+        self._begun = begun
+        self._slot = begun.rows.new_tensor([begun.width - 1])
+        room = hold_still(begun.cache, self._slot)
+        written = begun.mask[:, : begun.width - 1].bool()
+        free = room - written.shape[1]
+        self._mask = torch.nn.functional.pad(written, (0, free), value=False)[:, None, None]
+        self._ids, self._positions = begun.ids.clone(), begun.positions.clone()
+
+    def __call__(self) -> None:
+        begun = self._begun
+        self._mask.index_fill_(3, self._slot, True)
+        logits = begun.policy.next_logits(
+            self._ids, self._mask, self._positions, begun.projection, past_key_values=begun.cache
+        )
+        tokens = begun.drawn.add(begun.warp(self._ids, logits), begun.rows)
+        self._ids.copy_(tokens.unsqueeze(1))
+        self._positions += begun.drawn.going[begun.rows].unsqueeze(1)
+        self._slot += 1
+
+
+def draw(logits: Tensor, chances: Tensor) -> tuple[Tensor, Tensor]:
     """One token (B,) a row of logits (B, V), by inverting the distribution at `chances` (B,).
 
     Source: Devroye 1986, "Non-Uniform Random Variate Generation", III.2, sequential search.
     The sums are float64, where there is such a type: 50,000 float32 terms would lose rare tokens.
 
-    Raises:
-        NumericalError: a probability is not finite.
+    Returns:
+        The tokens, and a scalar that says whether all probabilities are finite. A row where they
+        are not has some token or other.
     """
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     sums = logits.float().softmax(-1).cumsum(-1, dtype=exact)
     total = sums[:, -1:]
-    if not total.isfinite().all():
-        raise NumericalError(
-            "the policy's probabilities are not finite any more: its last update went too far. "
-            "Lower ppo.learning_rate or set ppo.max_grad_norm"
-        )
     places = torch.searchsorted(sums, chances.unsqueeze(1).to(exact) * total, right=True)
-    return places.squeeze(1).clamp(max=logits.shape[1] - 1)
+    return places.squeeze(1).clamp(max=logits.shape[1] - 1), total.isfinite().all()
 
 
 def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
@@ -119,55 +256,3 @@ def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorLis
     if top_p < 1:
         warpers.append(TopPLogitsWarper(float(top_p)))
     return warpers
-
-
-def _cache(config: Any, capacity: int) -> DynamicCache:
-    """transformers' own cache, its plain layers with room for `capacity` tokens from the start."""
-    cache = DynamicCache(config=config)
-    cache.layers = [
-        _RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
-    return cache
-
-
-class _RoomyLayer(DynamicLayer):
-    """Keys and values in a buffer allocated once, instead of a longer copy each token."""
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self._capacity = capacity
-        self._end = 0
-        self._buffers: tuple[Tensor, Tensor] | None = None
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if self._buffers is None:
-            self.lazy_initialization(key_states, value_states)
-            rows = len(key_states)
-            self._buffers = (self._room(key_states, rows), self._room(value_states, rows))
-        start, self._end = self._end, self._end + key_states.shape[-2]
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start : self._end] = states
-        self._show()
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self._buffers is None:
-            return
-        kept = []
-        for buffer in self._buffers:
-            kept.append(self._room(buffer, len(indices)))
-            kept[-1][:, :, : self._end] = buffer[indices, :, : self._end]
-        self._buffers = (kept[0], kept[1])
-        self._show()
-
-    def _show(self) -> None:
-        assert self._buffers is not None
-        self.keys, self.values = (buffer[:, :, : self._end] for buffer in self._buffers)
-
-    def _room(self, like: Tensor, rows: int) -> Tensor:
-        return like.new_empty(rows, like.shape[1], self._capacity, like.shape[3])

@@ -1,4 +1,4 @@
-"""Matrix products on the CPU, taken over from torch where another way is faster or holds less.
+"""Matrix products and attention, taken over from torch where another way is faster or holds less.
 
 On x86 torch multiplies float32 matrices with MKL, which uses AVX-512 on Intel's processors alone:
 on an AMD EPYC (Zen 5) it makes 220 GFLOP/s on two cores, where oneDNN, which torch brings along,
@@ -14,8 +14,8 @@ from __future__ import annotations
 import functools
 import platform
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -193,15 +193,24 @@ class _Replacements:
 _REPLACED = _Replacements()
 
 
-def fast_matmul() -> AbstractContextManager[Any]:
-    """Inside, linear layers and attention on the CPU take the fastest way known.
+@contextmanager
+def fast_matmul() -> Iterator[None]:
+    """Inside, linear layers and attention take the fastest way known.
 
-    Float32 layers run on oneDNN where that is the faster library; under bfloat16 autocast layers
-    that learn hold less memory and attention over short rows takes less time. Results differ from
-    torch's in rounding alone, and are the same from run to run.
+    On a CPU float32 layers run on oneDNN where that is the faster library; under bfloat16 autocast
+    layers that learn hold less memory and attention over short rows takes less time. On a GPU
+    attention is not cuDNN's, which prepares itself for 1.5 ms at every new shape of its inputs, as
+    each batch has one. Results differ from torch's in rounding alone, and are the same from run to
+    run.
     """
     useful = prefers_onednn() or computes_bfloat16(torch.device("cpu"))
-    return _REPLACED if useful else nullcontext()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with _REPLACED if useful else nullcontext():
+            yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 def _taken_over(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:

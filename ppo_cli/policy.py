@@ -15,7 +15,12 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from ppo_cli.activations import fuse_activations
-from ppo_cli.architecture import projects_plainly, reads_packed
+from ppo_cli.architecture import (
+    projects_plainly,
+    reads_block_mask,
+    reads_packed,
+    reads_still_cache,
+)
 from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.hub import first_line, loading_errors
 from ppo_cli.policy_files import (
@@ -317,6 +322,16 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
     def reads_packed(self) -> bool:
         """Whether several sequences can share a row, told apart by their position ids."""
         return not self._adds_tokens and reads_packed(self._base_model)
+
+    @property
+    def reads_block_mask(self) -> bool:
+        """Whether a mask can say which tokens of a row are one sequence."""
+        return not self._adds_tokens and reads_block_mask(self._base_model)
+
+    @property
+    def reads_still_cache(self) -> bool:
+        """Whether a cache can have a fixed size, and a mask say what of it is there."""
+        return not self._adds_tokens and reads_still_cache(self._base_model)
 
     @property
     def _adds_tokens(self) -> bool:

@@ -15,7 +15,7 @@ from ppo_cli.runtime import computes_bfloat16
 from ppo_cli.tying import TiedGradient, add_gradient
 
 PIECE_BYTES = 2**27  # of logits that one matrix product makes
-BLOCK_BYTES = 2**22  # of logits that are reduced at a time, while the cache holds them
+BLOCK_BYTES = 2**22  # of logits that a CPU reduces at a time, while its cache holds them
 TILE_BYTES = 2**25  # of embeddings that low precision multiplies by at a time
 ROUNDED_BYTES = 2**21  # of them that are rounded at a time, while the cache holds them
 TIMES_TO_LAY_OUT = 8  # that embeddings are multiplied by, so that laying them out for it pays
@@ -42,15 +42,19 @@ def ready_projection(
 ) -> Callable[[Tensor], Tensor]:
     """`project` by (V, H) embeddings that stay as they are, for `times` calls of about `rows` rows.
 
-    In bfloat16, on a CPU that computes in it, embeddings less their common part are rounded and
-    laid out for the multiplication once, in tiles for which freed memory has room. Logits are
-    rounded too: what is sampled was 1e-4 nats a token from a float32 model's distribution.
+    In low precision a GPU gets them rounded once. In bfloat16, on a CPU that computes in it,
+    embeddings less their common part are rounded and laid out for the multiplication once, in tiles
+    for which freed memory has room. Logits are rounded too there: what is sampled was 1e-4 nats a
+    token from a float32 model's distribution.
     """
+    low = _low_dtype(weight)
+    if weight.device.type == "cuda" and low is not None:
+        return partial(project, weight=weight.to(low), bias=bias)
     pays = (
         weight.device.type == "cpu"
         and times >= TIMES_TO_LAY_OUT
         and torch.backends.mkldnn.is_available()
-        and _low_dtype(weight) == torch.bfloat16
+        and low == torch.bfloat16
         and computes_bfloat16(weight.device)
     )
     if not pays:
@@ -124,7 +128,7 @@ class _TokenLogprobs(torch.autograd.Function):
         kept: list[Tensor] = []
         for piece in row_slices(len(targets), len(weight), PIECE_BYTES):
             numbers = _piece_of_logits(hidden[piece], weight, bias, targets[piece], low)
-            for block in row_slices(len(numbers), len(weight), BLOCK_BYTES):
+            for block in _blocks(numbers):
                 rows = slice(piece.start + block.start, piece.start + block.stop)
                 logits = _widened(numbers[block], bias)
                 chosen[rows] = logits.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
@@ -157,7 +161,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 if kept
                 else _piece_of_logits(hidden[piece], weight, bias, targets[piece], low)
             )
-            for block in row_slices(len(grad), len(weight), BLOCK_BYTES):
+            for block in _blocks(grad):
                 rows = slice(piece.start + block.start, piece.start + block.stop)
                 if kept:
                     exponentials, sums = grad[block].float(), totals[rows]
@@ -185,6 +189,12 @@ class _TokenLogprobs(torch.autograd.Function):
                 total = grad.sum(0, dtype=bias.dtype)
                 grad_bias = total if grad_bias is None else grad_bias.add_(total)
         return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Rows to reduce at a time: what a CPU's cache holds, on a GPU all of them."""
+    limit = BLOCK_BYTES if logits.device.type == "cpu" else PIECE_BYTES
+    return row_slices(len(logits), logits.shape[1], limit)
 
 
 def _piece_of_logits(

@@ -64,6 +64,12 @@ class RandomStream:
             torch.cuda.set_rng_state(state["cuda"], self._device)
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor`, made on the CPU, on `device`, without waiting until a GPU has taken it."""
+    # CUDA keeps a copy of what it has yet to take, unless the memory is pinned.
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep freed buffers for the next allocation, where it is glibc.
 

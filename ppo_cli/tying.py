@@ -99,7 +99,8 @@ def gradient_in_pieces(
 ) -> Iterator[None]:
     """A backward pass inside gives the gradient of tied embeddings to `take(weight, pieces)`.
 
-    It is never there whole then, and `grad` stays as it is. None for as it would be outside.
+    It is never there whole then, and `grad` stays as it is. None for as it would be outside. To
+    divide the lookups among the pieces waits for a GPU.
     """
     token = _taker.set(take)
     try:
@@ -112,8 +113,7 @@ def gradient_in_pieces(
 def tied_gradient(model: Any) -> Iterator[TiedGradient | None]:
     """Inside, the lookups of a causal language model return what is left in the gradient given.
 
-    None where there is nothing to gain: embeddings that are not tied or do not train, or are on a
-    GPU, where the two tensors take a fraction of a millisecond.
+    None where there is nothing to gain: embeddings that are not tied or do not train.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not (torch.is_grad_enabled() and _suits(embedding) and embedding.weight is head.weight):
@@ -137,7 +137,8 @@ def _suits(embedding: Any) -> bool:
         and embedding.weight.requires_grad
         and embedding.weight.is_leaf
         and embedding.weight.dtype == torch.float32
-        and embedding.weight.device.type == "cpu"
+        and embedding.weight.device.type in ("cpu", "cuda")
+        and embedding.weight.numel() > 0  # it is elsewhere, sharded
         and embedding.max_norm is None
         and not (embedding.scale_grad_by_freq or embedding.sparse)
     )
@@ -158,8 +159,7 @@ class _Lookup(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         ids, rows = ids.flatten(), grad.flatten(0, -2)
         if ctx.padding_idx is not None:  # is not learnt by looking it up
-            counts = ids != ctx.padding_idx
-            ids, rows = ids[counts], rows[counts]
+            rows = rows.masked_fill((ids == ctx.padding_idx).unsqueeze(1), 0)
         gradient, take = ctx.gradient, _taker.get()
         weight = gradient.weight
         # Another lookup's part, or a hook, would need the whole.

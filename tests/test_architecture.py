@@ -56,6 +56,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool, bool]] = {
         True,
     ),
 }
+# No windows, and an attention that takes any mask.
+MASKED = {"gpt2", "llama", "gpt_neox", "granite, scaled"}
 PACKABLE = [name for name, (_, _, packed, _) in ARCHITECTURES.items() if packed]
 
 
@@ -88,6 +90,14 @@ def one_by_one(model: Any, queries: list[Tensor], responses: list[Tensor]) -> Te
     return torch.cat(logprobs)
 
 
+def tokens_read(model: Any) -> TokenBatch:
+    """The batch of `ragged`, with what was laid out to read it."""
+    tokens = TokenBatch.from_lists(*ragged(), None, 0, torch.device("cpu"))
+    with torch.no_grad():
+        token_forward(AutoModelForCausalLMWithValueHead(model).eval(), tokens)
+    return tokens
+
+
 def in_a_batch(model: Any, queries: list[Tensor], responses: list[Tensor]) -> Tensor:
     tokens = TokenBatch.from_lists(queries, responses, None, 0, torch.device("cpu"))
     policy = AutoModelForCausalLMWithValueHead(model).eval()
@@ -103,6 +113,8 @@ def test_the_probes_tell_architectures_apart(name: str) -> None:
     assert projects_plainly(model) is plain
     policy = AutoModelForCausalLMWithValueHead(model)
     assert (policy.reads_packed, policy.projects_plainly) == (packed, plain)
+    assert policy.reads_block_mask is (name in MASKED)
+    assert policy.reads_still_cache is (name in MASKED | {"opt, learned positions"})
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -119,8 +131,9 @@ def test_packed_rows_were_really_packed(name: str) -> None:
     """Guards the test above: its batch goes through packed rows, in which a leak would show."""
     model = make_model(name)
     tokens = TokenBatch.from_lists(*ragged(), None, 0, torch.device("cpu"))
-    inputs, positions = tokens.packed()
+    inputs, positions = tokens.packed
     assert len(inputs["input_ids"]) < len(tokens)
+    assert ("packed_mask" in vars(tokens_read(model))) is (name in MASKED)
     leaking = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
     policy = AutoModelForCausalLMWithValueHead(model).eval()
     with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ppo_cli import decoding, rollout
+from ppo_cli.cuda_graph import NotReplayable
 from ppo_cli.decoding import decode_responses, draw
 from ppo_cli.errors import NumericalError
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
@@ -212,7 +213,7 @@ def test_each_token_gets_its_share_of_evenly_spread_chances(
 def test_the_test_of_frequencies_would_notice_a_wrong_temperature() -> None:
     logits = torch.randn(9, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    drawn = draw(logits.expand(4000, 9) / 1.2, torch.rand(4000)).tolist()
+    drawn = draw(logits.expand(4000, 9) / 1.2, torch.rand(4000))[0].tolist()
     statistic, bound = chi_square(drawn, logits.softmax(-1))
     assert statistic > bound
 
@@ -220,7 +221,9 @@ def test_the_test_of_frequencies_would_notice_a_wrong_temperature() -> None:
 def test_draw_inverts_the_distribution_at_each_chance() -> None:
     logits = torch.tensor([0.2, 0.5, 0.3]).log().expand(6, 3)
     chances = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 0.99])
-    assert draw(logits, chances).tolist() == [0, 0, 1, 1, 2, 2]
+    tokens, finite = draw(logits, chances)
+    assert tokens.tolist() == [0, 0, 1, 1, 2, 2]
+    assert finite
 
 
 JUST_UNDER_1 = 1 - 2**-24
@@ -232,7 +235,7 @@ def test_no_token_of_probability_zero_is_ever_drawn(chance: float, likely: list[
     for low in (-torch.inf, -200.0):  # the second becomes zero by rounding
         logits = torch.full((1, VOCABULARY), low)
         logits[0, likely] = torch.linspace(1, 2, len(likely))
-        token = draw(logits, torch.tensor([chance])).item()
+        token = draw(logits, torch.tensor([chance]))[0].item()
         assert token in likely
         if chance in (0.0, JUST_UNDER_1):
             assert token == (min(likely) if chance == 0 else max(likely))
@@ -244,19 +247,20 @@ def test_rare_tokens_of_a_large_vocabulary_keep_their_own_places() -> None:
     logits[0, 0] = 0.0
     common, rare = logits.softmax(-1)[0, :2]
     chances = common + rare * torch.arange(1000, 1100)
-    tokens = draw(logits.float().expand(100, -1), chances)
+    tokens, _ = draw(logits.float().expand(100, -1), chances)
     assert (tokens.diff() == 1).all()
     assert (tokens - torch.arange(1001, 1101)).abs().max() < 50
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, None], ids=["nan", "inf", "all -inf"])
-def test_probabilities_that_are_not_finite_are_an_error(value: float | None) -> None:
+def test_probabilities_that_are_not_finite_are_told(value: float | None) -> None:
     logits = torch.zeros(3, 8)
     logits[1] = -torch.inf
     if value is not None:
         logits[1, 4] = value
-    with pytest.raises(NumericalError, match=r"not finite any more.*ppo\.learning_rate"):
-        draw(logits, torch.rand(3))
+    tokens, finite = draw(logits, torch.rand(3))
+    assert not finite
+    assert all(0 <= token < 8 for token in tokens)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -265,7 +269,7 @@ def test_a_policy_gone_wrong_is_an_error_not_a_sample(value: float, taken: list[
     assert policy.reads_packed
     with torch.no_grad():
         policy.pretrained_model.transformer.ln_f.bias[0] = value
-    with pytest.raises(NumericalError, match="not finite any more"):
+    with pytest.raises(NumericalError, match=r"not finite any more.*ppo\.learning_rate"):
         sample(policy, QUERIES, LIMITS)
     assert taken == [len(QUERIES)]
 
@@ -337,6 +341,113 @@ def test_responses_come_back_in_order_each_up_to_its_limit_or_its_end() -> None:
     endless = sample(make_policy(), [QUERIES[i % 6] for i in range(60)], limits, eos_token_id=None)
     assert [len(response) for response in endless] == limits
     assert any(END_IDS & set(response[:-1]) for response in endless)
+
+
+def test_a_row_that_ended_does_not_leave_the_context() -> None:
+    """While too few have ended to be dropped, they are read along with the others."""
+    policy = make_policy()
+    context = policy.config.n_positions
+    queries = [torch.arange(context - 4), *[torch.tensor([1, 2])] * 9]
+    limits = [4, *[20] * 9]
+    responses = sample(policy, queries, limits, eos_token_id=None)
+    assert [len(response) for response in responses] == limits
+
+
+# ---------------------------------------------------------------- steps that are replayed
+
+
+STILL = [name for name in ARCHITECTURES if "window" not in name]
+
+
+class Repeated:
+    """Takes the step of `Replayed` itself each time: without a GPU nothing can be recorded."""
+
+    def __init__(self, step: Any) -> None:
+        self.step = step
+        self.places: set[tuple[int, ...]] = set()
+
+    def __call__(self) -> None:
+        still = self.step
+        tensors = [still._ids, still._positions, still._mask, still._slot, *vars_of(still)]
+        self.places.add(tuple(tensor.data_ptr() for tensor in tensors))
+        assert len(self.places) == 1  # a recorded step would not see tensors that are new
+        self.step()
+
+
+def vars_of(still: Any) -> list[Tensor]:
+    """What else a step works on: what was drawn, and the cache."""
+    drawn = [value for value in vars(still._begun.drawn).values() if isinstance(value, Tensor)]
+    return drawn + [b for layer in still._begun.cache.layers for b in layer._buffers]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", STILL)
+def test_steps_of_one_shape_draw_what_growing_ones_draw(
+    name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(name)
+    assert policy.reads_still_cache
+    with_chances(monkeypatch, list(range(len(QUERIES))))
+    expected = sample(policy, QUERIES, LIMITS, **settings)
+    monkeypatch.setattr(decoding, "_is_worth_recording", lambda *_: True)
+    monkeypatch.setattr(decoding, "Replayed", Repeated)
+    assert sample(policy, QUERIES, LIMITS, **settings) == expected
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8, 50])
+def test_replays_stop_once_all_rows_have_ended(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, taken = make_policy(), []
+
+    class Counted(Repeated):
+        def __call__(self) -> None:
+            taken.append(1)
+            super().__call__()
+
+    with_chances(monkeypatch, list(range(len(QUERIES))))
+    limits = [7, 50 - 9, 30, 12, 12, 12]
+    expected = sample(policy, QUERIES, limits)
+    needed = max(map(len, expected)) - 1  # after the first step
+    assert needed < max(limits) - 1
+    monkeypatch.setattr(decoding, "_is_worth_recording", lambda *_: True)
+    monkeypatch.setattr(decoding, "Replayed", Counted)
+    monkeypatch.setattr(decoding, "REPLAYS_AT_ONCE", at_once)
+    assert sample(policy, QUERIES, limits) == expected
+    assert needed <= len(taken) <= min(needed + at_once, max(limits) - 1)
+
+
+def test_a_step_that_cannot_be_replayed_is_taken_anew_and_the_model_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = []
+
+    class Refused:
+        def __init__(self, step: Any) -> None:
+            self.step = step
+
+        def __call__(self) -> None:
+            tried.append(1)
+            self.step()
+            raise NotReplayable("it waits")
+
+    policy = AutoModelForCausalLMWithValueHead(make_gpt2()).eval()
+    with_chances(monkeypatch, list(range(len(QUERIES))))
+    expected = sample(policy, QUERIES, LIMITS)
+    worth = decoding._is_worth_recording
+    monkeypatch.setattr(
+        decoding,
+        "_is_worth_recording",
+        lambda policy, longest: policy not in decoding._not_replayable,
+    )
+    monkeypatch.setattr(decoding, "Replayed", Refused)
+    assert [sample(policy, QUERIES, LIMITS) for _ in range(2)] == [expected] * 2
+    assert len(tried) == 1
+    assert not worth(policy, 100)
+
+
+def test_nothing_is_recorded_on_a_cpu() -> None:
+    assert not decoding._is_worth_recording(make_policy(), 100)
 
 
 def test_a_row_takes_its_own_random_numbers_in_its_own_order(

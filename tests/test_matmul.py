@@ -233,6 +233,20 @@ def test_torchs_functions_are_back_once_the_last_is_out() -> None:
     assert called() == before
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_cudnn_has_no_part_in_attention_inside_and_the_part_it_had_afterwards(
+    enabled: bool,
+) -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(enabled)
+    try:
+        with pytest.raises(ZeroDivisionError), fast_matmul(), fast_matmul():
+            1 / torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled() is enabled
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_what_others_put_in_their_place_is_called_and_put_back(
     taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

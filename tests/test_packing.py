@@ -87,7 +87,7 @@ def test_response_tokens_that_a_mask_leaves_out_are_read_but_do_not_count() -> N
     assert batch.input_ids.tolist() == small().input_ids.tolist()
     assert batch.flat_targets.tolist() == [10, 12]
     assert batch.mask.tolist() == [[True, True], [False, False], [False, False]]
-    assert stretches(batch.packed()[0]) == [[1, 2, 10, 11]]
+    assert stretches(batch.packed[0]) == [[1, 2, 10, 11]]
 
 
 def test_a_query_without_tokens_and_a_mask_of_another_length_are_refused() -> None:
@@ -149,7 +149,7 @@ def test_what_a_selection_reads_is_what_its_sequences_read(layout: str) -> None:
     for batch, read in RAGGED:
         indices = torch.randperm(len(batch), generator=torch.Generator().manual_seed(0))[:7]
         chosen = batch.select(indices)
-        inputs, positions = getattr(chosen, layout)()
+        inputs, positions = getattr(chosen, layout)
         before = [read[i] for i in indices.tolist() if read[i]]
         assert len(positions) == int(batch.counts[indices].sum())
         if layout == "packed" and before:
@@ -163,7 +163,7 @@ def test_what_a_selection_reads_is_what_its_sequences_read(layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_flat_position_holds_the_token_just_before_its_target(layout: str) -> None:
     for batch, _ in RAGGED:
-        inputs, positions = getattr(batch, layout)()
+        inputs, positions = getattr(batch, layout)
         rows, columns = batch.mask.nonzero(as_tuple=True)
         before = batch.input_ids[rows, batch.sources[rows, columns]]
         assert inputs["input_ids"].flatten()[positions].tolist() == before.tolist()
@@ -174,7 +174,7 @@ def test_every_flat_position_holds_the_token_just_before_its_target(layout: str)
 
 def test_packed_positions_lie_in_their_own_sequence_at_their_own_column() -> None:
     for batch, read in RAGGED:
-        inputs, positions = batch.packed()
+        inputs, positions = batch.packed
         rows, columns = batch.mask.nonzero(as_tuple=True)
         sources = batch.sources[rows, columns]
         assert inputs["position_ids"].flatten()[positions].tolist() == sources.tolist()
@@ -188,7 +188,7 @@ def test_packed_positions_lie_in_their_own_sequence_at_their_own_column() -> Non
 
 def test_packing_splits_no_sequence_loses_none_and_adds_none() -> None:
     for batch, read in RAGGED:
-        inputs, _ = batch.packed()
+        inputs, _ = batch.packed
         if not any(read):
             continue
         kept = [sequence for sequence in stretches(inputs) if sequence != [0]]  # padding
@@ -197,14 +197,14 @@ def test_packing_splits_no_sequence_loses_none_and_adds_none() -> None:
 
 def test_padding_alone_in_packed_rows_is_told_apart_by_its_position() -> None:
     for batch, _ in RAGGED:
-        inputs, _ = batch.packed()
+        inputs, _ = batch.packed
         padding = inputs["input_ids"] == 0
         assert (inputs["position_ids"][padding] == 0).all()
 
 
 def test_padded_rows_are_the_sequences_themselves_with_a_mask_over_what_is_read() -> None:
     for batch, read in RAGGED:
-        inputs, _ = batch.padded()
+        inputs, _ = batch.padded
         for sequence, ids, mask in zip(
             read, inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True
         ):
@@ -218,14 +218,14 @@ def test_a_pad_token_inside_a_sequence_is_still_attended_to_and_counts() -> None
     batch = TokenBatch.from_lists(
         [torch.tensor([9, 1])], [torch.tensor([9, 9])], None, pad_token_id=9, device=CPU
     )
-    assert batch.padded()[0]["attention_mask"].tolist() == [[1, 1, 1]]
+    assert batch.padded[0]["attention_mask"].tolist() == [[1, 1, 1]]
     assert batch.flat_targets.tolist() == [9, 9]
 
 
 def test_little_of_the_packed_rows_is_padding_and_no_row_is_much_too_long() -> None:
     wasted = []
     for batch, read in RAGGED:
-        inputs, _ = batch.packed()
+        inputs, _ = batch.packed
         lengths = [len(sequence) for sequence in read if sequence]
         height, width = inputs["input_ids"].shape
         if not lengths:
@@ -251,9 +251,9 @@ def test_batches_of_the_usual_shape_waste_a_sixth_of_what_padded_rows_do() -> No
         )
         batch = TokenBatch.from_lists(queries, responses, None, 0, CPU)
         for layout in LAYOUTS:
-            inputs, _ = getattr(batch, layout)()
+            inputs, _ = getattr(batch, layout)
             places[layout] += inputs["input_ids"].numel()
-        assert batch.packed()[0]["input_ids"].shape[1] < 1.2 * ROW_TOKENS
+        assert batch.packed[0]["input_ids"].shape[1] < 1.2 * ROW_TOKENS
         tokens += sum(map(len, queries)) + sum(map(len, responses)) - 128
     assert places["packed"] - tokens < (places["padded"] - tokens) / 6
 
@@ -265,7 +265,7 @@ def test_a_mini_batch_without_targets_still_gives_a_model_something_to_read(layo
         QUERIES[:2], RESPONSES[:2], [torch.zeros(3), torch.zeros(1)], 0, CPU
     )
     for batch in (no_tokens, no_counts, small(HOLES).select(torch.tensor([1, 2]))):
-        inputs, positions = getattr(batch, layout)()
+        inputs, positions = getattr(batch, layout)
         assert inputs["input_ids"].numel() > 0
         assert positions.numel() == 0
         assert not batch.mask.any()
@@ -338,7 +338,7 @@ def test_rows_aim_at_the_longest_sequence_where_it_is_longer_than_usual(
     monkeypatch.setattr(packing, "ROW_TOKENS", 4)
     queries = [torch.arange(1, 9), *[torch.tensor([i]) for i in range(1, 9)]]
     responses = [torch.tensor([1])] * 9
-    inputs, _ = TokenBatch.from_lists(queries, responses, None, 0, CPU).packed()
+    inputs, _ = TokenBatch.from_lists(queries, responses, None, 0, CPU).packed
     assert inputs["input_ids"].shape == (2, 8)
 
 

@@ -72,7 +72,7 @@ def test_step_gives_what_trl_gave(case: str) -> None:
     final = policy.state_dict()
     for name, expected in tensors.items():
         if name.startswith("policy_final/"):
-            actual = final[name.removeprefix("policy_final/")]
+            actual = final[name.removeprefix("policy_final/")].cpu()
             if name.endswith("attn.c_attn.bias"):
                 # The key's bias has no effect on any output: its gradient is rounding noise.
                 third = len(expected) // 3

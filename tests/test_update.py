@@ -86,13 +86,13 @@ def test_padded_rows_give_the_statistics_and_weights_of_packed_ones(
         policy = make_policy()
 
         def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            read[-1].add("attention_mask" in kwargs)
+            read[-1].add("position_ids" in kwargs)
 
         read.append(set())
         policy.register_forward_pre_hook(count, with_kwargs=True)
         trainer = make_trainer(policy, optimizer=descent(policy), **SETTINGS[name])
         results.append(two_steps(trainer))
-    assert read == [{False}, {True}]
+    assert read == [{True}, {False}]
     assert_same(*results, atol=1e-5)
 
 

@@ -222,4 +222,9 @@ def token_logits(model: Any, tokens: TokenBatch, temperature: float = 1.0) -> Te
 
 def _inputs(model: Any, tokens: TokenBatch) -> tuple[dict[str, Tensor], Tensor]:
     inner: AutoModelForCausalLMWithValueHead = getattr(model, "module", model)
-    return tokens.packed() if inner.reads_packed else tokens.padded()
+    if not inner.reads_packed:
+        return tokens.padded
+    inputs, positions = tokens.packed
+    if inner.reads_block_mask:
+        inputs = {**inputs, "attention_mask": tokens.packed_mask}
+    return inputs, positions

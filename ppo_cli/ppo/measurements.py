@@ -83,11 +83,19 @@ def length_statistics(name: str, lengths: list[int]) -> dict[str, Any]:
 
 
 def to_numbers(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors to floats where they hold one element and the key is no array, else to NumPy."""
+    """Tensors to floats where they hold one element and the key is no array, else to NumPy.
+
+    A GPU is waited for once.
+    """
+    tensors = {k: v.detach().float() for k, v in stats.items() if isinstance(v, torch.Tensor)}
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu().numpy()
+    parts = np.split(flat, np.cumsum([tensor.numel() for tensor in tensors.values()])[:-1])
+    arrays = {
+        key: part.reshape(tensor.shape)
+        for (key, tensor), part in zip(tensors.items(), parts, strict=True)
+    }
     numbers: dict[str, Any] = {}
-    for key, value in stats.items():
-        if isinstance(value, torch.Tensor):
-            value = value.detach().float().cpu().numpy()
+    for key, value in {**stats, **arrays}.items():
         is_array = key in STATISTICS and STATISTICS[key].is_array
         if not is_array and np.size(value) == 1:
             value = float(np.asarray(value).item())

@@ -20,6 +20,7 @@ from ppo_cli.tying import GradientPieces, gradient_in_pieces
 
 LARGE_GRADIENTS = 2**27  # bytes
 BYTES_AT_ONCE = 2**22  # of gradients that are waited for, as each step costs some time
+BYTES_AT_ONCE_ON_GPU = 2**26  # whose kernels end sooner than the next are launched
 
 
 @dataclass(frozen=True)
@@ -90,19 +91,26 @@ class OptimizerStep:
     def within_backward(self, *, unless: Tensor) -> Iterator[None]:
         """A backward pass inside steps; few weights at a time have a gradient.
 
-        Arguments as in `after_backward`. Adam takes the gradient of tied embeddings, by far the
-        largest, in pieces.
+        Arguments as in `after_backward`. On a CPU Adam takes the gradient of tied embeddings, by
+        far the largest, in pieces.
         """
         part = _PartialStep(self._inner, unless)
+        on_cpu = self.accelerator.device.type == "cpu"
+        at_once = BYTES_AT_ONCE if on_cpu else BYTES_AT_ONCE_ON_GPU
+        take = part.move_rows if on_cpu and self._is_adam else None
         waiting: list[Tensor] = []
+        held = 0
 
         def gradient_is_there(parameter: Tensor) -> None:
+            nonlocal held
             if parameter.grad is None:  # it was taken in pieces
                 return
             waiting.append(parameter)
-            if sum(p.grad.nbytes for p in waiting if p.grad is not None) >= BYTES_AT_ONCE:
+            held += parameter.grad.nbytes
+            if held >= at_once:
                 part.move(waiting)
                 waiting.clear()
+                held = 0
 
         hooks = [
             parameter.register_post_accumulate_grad_hook(gradient_is_there)
@@ -110,7 +118,7 @@ class OptimizerStep:
             if parameter.requires_grad
         ]
         try:
-            with gradient_in_pieces(part.move_rows if self._is_adam else None):
+            with gradient_in_pieces(take):
                 yield
         finally:
             for hook in hooks:

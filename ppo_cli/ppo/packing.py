@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ppo_cli.attention import block_mask
+from ppo_cli.runtime import send
+
 # Tokens that a packed row aims at. Attention costs as much a token as its row is long, so rows stay
 # short; far fewer tokens would leave more of each row empty.
 ROW_TOKENS = 64
@@ -96,17 +99,17 @@ class TokenBatch:
     @cached_property
     def mask(self) -> Tensor:
         """(B, R) True where there is a target, on `device`."""
-        return self._counted.to(self.device)
+        return send(self._counted, self.device)
 
     @cached_property
     def cells(self) -> Tensor:
         """(N,) where the tokens that count stand in a (B, R) grid laid out flat, on `device`."""
-        return self._counted.flatten().nonzero().squeeze(1).to(self.device)
+        return send(self._counted.flatten().nonzero().squeeze(1), self.device)
 
     @cached_property
     def flat_targets(self) -> Tensor:
         """(N,) the tokens of `targets`, sequence by sequence, on `device`."""
-        return self.targets[self._counted].to(self.device)
+        return send(self.targets[self._counted], self.device)
 
     @property
     def _counted(self) -> Tensor:
@@ -118,6 +121,7 @@ class TokenBatch:
         last = (self.sources * self._counted).amax(1) + 1 if self.sources.shape[1] else self.counts
         return last * (self.counts > 0)
 
+    @cached_property
     def padded(self) -> tuple[dict[str, Tensor], Tensor]:
         """One sequence a row, padded on the right whatever side the tokenizer pads.
 
@@ -133,13 +137,14 @@ class TokenBatch:
         }
         return self._placed(inputs, torch.arange(len(self)) * width)
 
+    @cached_property
     def packed(self) -> tuple[dict[str, Tensor], Tensor]:
         """Several sequences a row, about `ROW_TOKENS` together, with next to no padding.
 
         Returns:
-            `input_ids` and `position_ids`, which begin anew with each sequence, and the (N,) flat
-            positions where `flat_targets` are predicted. Sequences without targets, and tokens that
-            predict nothing, are left out.
+            `input_ids` and `position_ids` (b, t), which begin anew with each sequence, and the (N,)
+            flat positions where `flat_targets` are predicted. Sequences without targets, and tokens
+            that predict nothing, are left out.
         """
         lengths = self._read
         if not lengths.any():
@@ -158,11 +163,17 @@ class TokenBatch:
         position_ids.view(-1)[places] = columns[tokens]
         return self._placed({"input_ids": input_ids, "position_ids": position_ids}, starts)
 
+    @cached_property
+    def packed_mask(self) -> Tensor:
+        """(b, 1, t, t) which tokens of a row of `packed` each of them may attend to."""
+        return block_mask(self.packed[0]["position_ids"])
+
     def _placed(
         self, inputs: dict[str, Tensor], starts: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         positions = (starts.unsqueeze(1) + self.sources)[self._counted]
-        return {k: v.to(self.device) for k, v in inputs.items()}, positions.to(self.device)
+        inputs = {key: send(value, self.device) for key, value in inputs.items()}
+        return inputs, send(positions, self.device)
 
     def to_grid(self, flat: Tensor) -> Tensor:
         """(N,) numbers, one a counted token -> (B, R), zero outside the mask."""
@@ -203,7 +214,7 @@ class TokenBatch:
     def to_rows(self, grid: Tensor) -> Tensor:
         """(B, R) -> (B, T - 1) as TRL lays it out: at t what concerns token t + 1; else zero."""
         rows = grid.new_zeros(len(self), max(self.input_ids.shape[1] - 1, 1))
-        index = (self.sources * self._counted).to(self.device)
+        index = send(self.sources * self._counted, self.device)
         return rows.scatter_add(1, index, grid * self.mask)
 
 

@@ -20,7 +20,7 @@ from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import Experience, TokenOutputs, token_forward
 from ppo_cli.ppo.measurements import minibatch_statistics
 from ppo_cli.ppo.optimizer_step import OptimizerStep
-from ppo_cli.runtime import modes_kept
+from ppo_cli.runtime import modes_kept, send
 
 ARRAYS = ("policy/ratio", "policy/advantages")
 
@@ -137,11 +137,17 @@ class Update:
 
         `outputs`, if given, are the policy's over the whole batch.
         """
-        tokens = experience.tokens.select(indices)
-        mask, width = tokens.mask, tokens.mask.shape[1]
+        in_order = experience.tokens.select(indices)
+        # The whole batch is laid out already, and learning from it knows no order.
+        is_whole = len(indices) == len(experience.tokens)
+        tokens = experience.tokens if is_whole else in_order
+        mask, rows = tokens.mask, send(indices, tokens.device)
 
         def chosen(grid: Tensor) -> Tensor:
-            return grid[indices, :width]
+            return grid if is_whole else grid[rows, : mask.shape[1]]
+
+        def reported(grid: Tensor) -> Tensor:
+            return in_order.flat(grid[rows] if is_whole else grid)
 
         old_logprobs, old_values = chosen(experience.logprobs), chosen(experience.values)
         advantages, returns = chosen(experience.advantages), chosen(experience.returns)
@@ -172,8 +178,8 @@ class Update:
                 "loss/total": loss.detach(),
                 "policy/clipfrac": policy.clipfrac,
                 "val/clipfrac": value.clipfrac,
-                "policy/advantages": tokens.flat(advantages),
-                "policy/ratio": tokens.flat(ratio.detach()),
+                "policy/advantages": reported(advantages),
+                "policy/ratio": reported(ratio.detach()),
                 "mean_ratio": self.accelerator.reduce(masked_mean(ratio.detach(), mask), "mean"),
                 "moved": self.accelerator.reduce(self._moved(log_ratio.detach(), mask), "mean"),
                 **minibatch_statistics(

@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.who.startswith("ours"):
         from ppo_cli import (
             AutoModelForCausalLMWithValueHead,
@@ -48,11 +49,11 @@ def main() -> None:
         from ppo_cli.potentials import potentials
         from ppo_cli.rollout import decode
 
-        reward: Any = SentimentReward(arguments.classifier, "positive")
+        reward: Any = SentimentReward(arguments.classifier, "positive", device=device)
     else:
         from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
-        pipe = pipeline("sentiment-analysis", model=arguments.classifier, device="cpu")
+        pipe = pipeline("sentiment-analysis", model=arguments.classifier, device=device)
 
         def reward(texts: list[str]) -> list[float]:
             outputs = pipe(texts, top_k=None, function_to_apply="none", batch_size=16)
@@ -89,7 +90,8 @@ def main() -> None:
     for step in range(1, arguments.steps + 1):
         chosen = draw(0, len(reviews), BATCH)
         queries = [
-            torch.tensor(reviews[i][:n]) for i, n in zip(chosen, draw(2, 8, BATCH), strict=True)
+            torch.tensor(reviews[i][:n], device=device)
+            for i, n in zip(chosen, draw(2, 8, BATCH), strict=True)
         ]
         limits = draw(4, 16, BATCH)
         if arguments.who == "trl":

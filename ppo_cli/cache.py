@@ -1,0 +1,101 @@
+"""Keys and values of what a model has read, in room allocated once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+ALIGNMENT = 8  # tokens: attention on a GPU copies a mask whose rows are not a multiple of it
+
+
+def roomy_cache(config: Any, capacity: int) -> DynamicCache:
+    """transformers' own cache, its plain layers with room for `capacity` tokens from the start."""
+    capacity += -capacity % ALIGNMENT
+    cache = DynamicCache(config=config)
+    cache.layers = [
+        _RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache
+
+
+def has_windows(config: Any) -> bool:
+    """Whether some layers of a model see less than all that came before, or see it otherwise."""
+    return any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+def hold_still(cache: DynamicCache, slot: Tensor) -> int:
+    """From now on layers write one token at `slot`, (1,) on the device, and show all their room.
+
+    What each step reads and writes then has one shape and one place. The attention mask has to
+    leave out what was not written yet.
+
+    Returns:
+        The tokens that the layers have room for.
+
+    Raises:
+        TypeError: a layer has a window, or is of another kind.
+    """
+    for layer in cache.layers:
+        if not isinstance(layer, _RoomyLayer):
+            raise TypeError(f"a {type(layer).__name__} has no fixed room")
+        layer.hold_still(slot)
+    return cache.layers[0].capacity
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values in a buffer allocated once, instead of a longer copy each token."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self._end = 0
+        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._slot: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self._buffers is None:
+            self.lazy_initialization(key_states, value_states)
+            rows = len(key_states)
+            self._buffers = (self._room(key_states, rows), self._room(value_states, rows))
+        if self._slot is not None:
+            for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+                buffer.index_copy_(2, self._slot, states)
+            return self._buffers
+        start, self._end = self._end, self._end + key_states.shape[-2]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start : self._end] = states
+        self._show()
+        return self.keys, self.values
+
+    def hold_still(self, slot: Tensor) -> None:
+        """As the function of this name says, once something was read."""
+        if self._buffers is None:
+            raise TypeError("a layer that has read nothing has no room yet")
+        self._slot = slot
+        for buffer in self._buffers:  # not a number, if that is there, would count though masked
+            buffer[:, :, self._end :] = 0
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self._buffers is None:
+            return
+        kept = []
+        for buffer in self._buffers:
+            kept.append(self._room(buffer, len(indices)))
+            kept[-1][:, :, : self._end] = buffer[indices, :, : self._end]
+        self._buffers = (kept[0], kept[1])
+        self._show()
+
+    def _show(self) -> None:
+        assert self._buffers is not None
+        self.keys, self.values = (buffer[:, :, : self._end] for buffer in self._buffers)
+
+    def _room(self, like: Tensor, rows: int) -> Tensor:
+        return like.new_empty(rows, like.shape[1], self.capacity, like.shape[3])

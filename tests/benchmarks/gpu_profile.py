@@ -1,0 +1,89 @@
+"""What a GPU does in a PPO batch, and how often the CPU waits for it.
+
+python tests/benchmarks/gpu_profile.py [MODEL] [BATCH] [PRECISION]
+
+Of sampling, of `step()` and of the optimisation loop in it: milliseconds without the profiler; and
+with it, how many kernels and graphs the CPU launched, for how long kernels ran, and how often it
+waited; then the operations that took longest. MODEL and PRECISION are worker.py's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+from worker import Workload, now
+
+from ppo_cli.ppo.update import Update
+
+LAUNCHES = ("cudaLaunchKernel", "cudaGraphLaunch", "cuLaunchKernel", "cudaMemcpyAsync")
+PARTS = ("sampling", "step", "optimisation")
+
+
+def labelled(work: Callable[..., Any], name: str, milliseconds: dict[str, float]) -> Any:
+    """`work`, which the profiler knows by `name`; says how long it took, GPU included."""
+
+    def call(*arguments: Any) -> Any:
+        started = now()
+        with record_function(name):
+            result = work(*arguments)
+        milliseconds[name] = 1000 * (now() - started)
+        return result
+
+    return call
+
+
+def main() -> None:
+    """Some batches to warm up, one for the times, one for the profile."""
+    model, batch, precision = (sys.argv[1:] + ["gpt2", "32", "bf16"][len(sys.argv) - 1 :])[:3]
+    work = Workload("ours", model, int(batch), precision)
+    milliseconds: dict[str, float] = {}
+    sample = labelled(work.sample, "sampling", milliseconds)
+    step = labelled(work.step, "step", milliseconds)
+    run: Any = Update.run
+
+    def once() -> None:
+        queries, limits = work.draw()
+        step(queries, sample(queries, limits))
+
+    for _ in range(3):
+        once()
+    loop: dict[str, float] = {}
+    Update.run = labelled(run, "optimisation", loop)  # type: ignore[method-assign]
+    once()
+    milliseconds |= loop
+    times = dict(milliseconds)
+
+    def unwatched(self: Update, *arguments: Any) -> Any:
+        with record_function("optimisation"):
+            return run(self, *arguments)
+
+    Update.run = unwatched  # type: ignore[method-assign]
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        once()
+    events = seen.events() or []
+    print(f"{model}, batch {batch}, {precision}, {torch.cuda.get_device_name()}")
+    print("| part | ms | launches | kernels ran ms | waits |\n|---|---:|---:|---:|---:|")
+    for part in PARTS:
+        on_cpu = [e for e in events if e.device_type == DeviceType.CPU]
+        (span,) = [e.time_range for e in on_cpu if e.name == part]
+        calls = [e for e in on_cpu if span.start <= e.time_range.start <= span.end]
+        launches = [e for e in calls if e.name.startswith(LAUNCHES)]
+        waits = [e for e in calls if e.name.endswith("Synchronize")]
+        kernels = [
+            e
+            for e in events
+            if e.device_type == DeviceType.CUDA and span.start <= e.time_range.start <= span.end
+        ]
+        ran = sum(e.time_range.elapsed_us() for e in kernels if e.name not in PARTS) / 1000
+        print(f"| {part} | {times[part]:.1f} | {len(launches)} | {ran:.1f} | {len(waits)} |")
+    for order in ("self_cuda_time_total", "self_cpu_time_total"):
+        print(seen.key_averages().table(sort_by=order, row_limit=14, max_name_column_width=60))
+
+
+if __name__ == "__main__":
+    main()

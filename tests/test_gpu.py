@@ -1,0 +1,249 @@
+"""What only a CUDA GPU can show: `make test-gpu`. Elsewhere all of it is skipped.
+
+The other tests hide the GPUs from torch, so that they are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import SMALL_RUN, make_batch, make_gpt2, make_policy, make_trainer, weights
+from test_decoding import LIMITS, QUERIES, SETTINGS, STILL, sample, with_chances
+from test_decoding import make_policy as make_other
+from test_parity import CASES
+from test_parity import test_step_gives_what_trl_gave as compare_with_trl
+
+from ppo_cli import AutoModelForCausalLMWithValueHead, decoding
+from ppo_cli.ppo import optimizer_step
+from ppo_cli.ppo.update import Update
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_gives_what_trl_gave(case: str) -> None:
+    compare_with_trl(case)
+
+
+# ---------------------------------------------------------------- waiting
+
+
+UPDATES: dict[str, dict[str, Any]] = {
+    "one pass": {},
+    "exact KL": {"kl_penalty": "full"},
+    "mini-batches": {"mini_batch_size": 2},
+    "accumulated": {"mini_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
+    "KL in the loss": {"kl_in_loss": True, "kl_penalty": "k3", "ent_coef": 0.01},
+    "bfloat16": {"accelerator_kwargs": {"mixed_precision": "bf16"}},
+    "checkpointed": {"gradient_checkpointing": True},
+}
+
+
+@contextmanager
+def nothing_waits() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("within_backward", [False, True])
+@pytest.mark.parametrize("name", UPDATES)
+def test_the_optimisation_loop_never_waits_for_the_gpu(
+    name: str, within_backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if within_backward:
+        monkeypatch.setattr(optimizer_step, "LARGE_GRADIENTS", 0)
+    run, runs = Update.run, []
+
+    def watched(self: Update, *args: Any) -> Any:
+        runs.append(1)
+        with nothing_waits():
+            return run(self, *args)
+
+    trainer = make_trainer(**UPDATES[name])
+    trainer.step(*make_batch())  # finds out what the model can do, makes Adam's moments
+    monkeypatch.setattr(Update, "run", watched)
+    before = weights(trainer.model)
+    trainer.step(*make_batch(seed=1))
+    assert runs
+    assert (weights(trainer.model) != before).any()
+
+
+def test_waiting_would_be_noticed() -> None:
+    with nothing_waits(), pytest.raises(RuntimeError, match="synchronizing"):
+        torch.ones(3, device="cuda").sum().item()
+
+
+# ---------------------------------------------------------------- learning
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(
+    ("precision", "close"), [("no", 1e-4), ("bf16", 0.05), ("fp16", 0.02)], ids=str
+)
+def test_a_step_is_the_processors_but_for_rounding(
+    precision: str, close: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probabilities and values of one batch, and where the weights go in one epoch."""
+    results = []
+    for settings in ({"cpu": True, "mixed_precision": "no"}, {"mixed_precision": precision}):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        policy = make_policy()
+        descent = torch.optim.SGD(policy.parameters(), lr=0.1)
+        trainer = make_trainer(policy, optimizer=descent, ppo_epochs=1, accelerator_kwargs=settings)
+        before = weights(policy)
+        stats = trainer.step(*make_batch())
+        results.append((stats["objective/logprobs"], (weights(policy).cpu() - before.cpu())))
+    assert trainer.accelerator.device.type == "cuda"
+    (expected, went), (actual, goes) = results
+    assert abs(actual - expected).max() < close * abs(expected).max()
+    if precision != "fp16":  # whose first steps may be left out, until gradients are in range
+        assert torch.nn.functional.cosine_similarity(goes, went, dim=0) > 1 - close
+
+
+def test_weights_that_move_within_the_backward_pass_end_where_others_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends = []
+    for size in (2**27, 0):
+        monkeypatch.setattr(optimizer_step, "LARGE_GRADIENTS", size)
+        monkeypatch.setattr(optimizer_step, "BYTES_AT_ONCE_ON_GPU", 2000)
+        trainer = make_trainer()
+        for seed in range(2):
+            trainer.step(*make_batch(seed=seed))
+        ends.append(weights(trainer.model))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A 1 for each replay of a recorded step."""
+    replayed: list[int] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(self: torch.cuda.CUDAGraph) -> None:
+        replayed.append(1)
+        replay(self)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    return replayed
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, queries: list[Any]) -> list[Any]:
+    """The queries there, and a table of random numbers for them."""
+    with_chances(monkeypatch, list(range(len(queries))))
+    table = decoding.torch.rand
+    monkeypatch.setattr(decoding.torch, "rand", lambda *shape, **_: table(*shape).cuda())
+    return [query.cuda() for query in queries]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", STILL)
+def test_replayed_steps_draw_what_steps_one_by_one_draw(
+    name: str, settings: dict[str, Any], replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = copy.deepcopy(make_other(name)).cuda()
+    queries = on_gpu(monkeypatch, QUERIES)
+    replayed = sample(policy, queries, LIMITS, **settings)
+    assert len(replays) >= 6
+    replays.clear()
+    monkeypatch.setattr(decoding, "_is_worth_recording", lambda *_: False)
+    assert sample(policy, queries, LIMITS, **settings) == replayed
+    assert not replays
+
+
+def test_a_model_that_waits_for_the_gpu_is_sampled_from_all_the_same(
+    replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = AutoModelForCausalLMWithValueHead(make_gpt2()).eval().cuda()
+    queries = on_gpu(monkeypatch, QUERIES)
+    expected = sample(policy, queries, LIMITS)
+    assert replays
+    replays.clear()
+    policy.pretrained_model.transformer.h[1].register_forward_hook(
+        lambda module, args, output: args[0].sum().item() and None
+    )
+    for _ in range(2):
+        assert sample(policy, queries, LIMITS) == expected
+    assert not replays
+    assert policy in decoding._not_replayable
+    torch.ones(10**7, device="cuda").sum().item()  # nothing is left in a recording's hands
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_what_is_sampled_is_what_a_step_reads(precision: str, replays: list[int]) -> None:
+    """The mean log-probability of samples is minus the entropy, also once the weights moved."""
+    trainer = make_trainer(
+        batch_size=64,
+        mini_batch_size=64,
+        learning_rate=3e-3,
+        accelerator_kwargs={"mixed_precision": precision},
+    )
+    queries, _, scores = make_batch(64)
+    for _ in range(3):
+        replays.clear()
+        drawn = trainer.generate(queries, batch_size=64, return_prompt=False, max_new_tokens=30)
+        assert len(replays) > 20
+        stats = trainer.step(queries, drawn, scores)
+        logprobs = stats["objective/logprobs"]
+        logprobs = torch.from_numpy(logprobs[logprobs != 0])
+        assert len(logprobs) == sum(map(len, drawn))
+        entropy = stats["ppo/policy/entropy"]  # of the epochs, which move it a little
+        spread = logprobs.std() / len(logprobs) ** 0.5
+        assert abs(logprobs.mean() + entropy) < 5 * spread + 0.1
+
+
+def test_one_seed_gives_one_set_of_samples(replays: list[int]) -> None:
+    queries, _, _ = make_batch()
+    results = []
+    for _ in range(2):
+        torch.rand(3, device="cuda")  # the caller's own random numbers have no part in it
+        trainer = make_trainer()
+        drawn = trainer.generate(queries, batch_size=8, return_prompt=False, max_new_tokens=30)
+        results.append([row.tolist() for row in drawn])
+    assert results[0] == results[1]
+    assert replays
+
+
+# ---------------------------------------------------------------- the command
+
+
+def ppo_cli(*arguments: str, cwd: Path) -> str:
+    """What the command prints, in a process that has found the GPU by itself."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ppo_cli", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp16"])
+def test_a_run_trains_goes_on_and_is_compared(precision: str, tmp_path: Path) -> None:
+    train = ("train", "--config", SMALL_RUN, "--set", f"policy.precision={precision}")
+    ppo_cli(*train, "--set", "run.checkpoint_every=1", cwd=tmp_path)
+    ppo_cli(*train, "--resume", "--steps", "3", cwd=tmp_path)
+    text = ppo_cli("generate", "ppo-good", "--prompt", "This movie", cwd=tmp_path)
+    assert text.strip()
+    text = ppo_cli("compare", "ppo-good", "--samples", "8", cwd=tmp_path)
+    assert "ppo-good" in text
