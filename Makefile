@@ -8,7 +8,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test stress check lint types format embedded bench scaling install clean
+.PHONY: demo test test-gpu stress check lint types format embedded bench bench-gpu scaling install clean
 
 install: $(READY)
 
@@ -26,6 +26,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# What only a CUDA GPU can show: the other tests do not look at it.
+test-gpu: $(READY)
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest tests/test_gpu.py
 
 # Kills a training run at 50 random instants and resumes it; minutes.
 stress: $(READY)
@@ -51,6 +55,10 @@ embedded: $(READY)
 # make bench PEER=/path/to/python compares with TRL 0.11.4 installed there; SHORT=1 takes minutes.
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/run.py $(if $(PEER),--peer $(PEER)) $(if $(SHORT),--short)
+
+# What a CUDA GPU does in a batch, and how often it is waited for.
+bench-gpu: $(READY)
+	$(BIN)/python tests/benchmarks/gpu_profile.py gpt2 32 bf16
 
 scaling: $(READY)
 	$(BIN)/python tests/benchmarks/scaling.py

@@ -133,13 +133,13 @@ def sample_responses(
         plain = _plain_sampling(generation_kwargs)
 
     responses: list[Tensor] = []
-    size = batch_size or max(len(queries), 1)
+    # Our own loop lets a row that has ended stay where it is; transformers reads on.
+    context = None if plain is not None else context_length(model.config)
     with modes_kept(model), fast_matmul():
         model.eval()
-        for start in range(0, len(queries), size):
-            rows = queries[start : start + size]
-            limits = list(max_new_tokens[start : start + size])
-            ids, mask = _pad_left(rows, pad)
+        for batch in _batches(queries, max_new_tokens, batch_size or len(queries), context):
+            limits = list(max_new_tokens[batch])
+            ids, mask = _pad_left(queries[batch], pad)
             if plain is not None:
                 responses += decode_responses(model, ids, mask, limits, end_ids, **plain)
                 continue
@@ -210,6 +210,20 @@ def _until_end(row: Tensor, end_ids: set[int]) -> Tensor:
         if token in end_ids:
             return row[: position + 1]
     return row
+
+
+def _batches(
+    queries: Sequence[Tensor], limits: Sequence[int], size: int, context: int | None
+) -> list[slice]:
+    """Rows in their order, `size` at most together, none of which leaves the context meanwhile."""
+    batches: list[slice] = []
+    start = longest = most = 0
+    for i, (query, limit) in enumerate(zip(queries, limits, strict=True)):
+        longest, most = max(longest, len(query)), max(most, limit)
+        if i > start and (i - start == size or (context and longest + most > context)):
+            batches.append(slice(start, i))
+            start, longest, most = i, len(query), limit
+    return [*batches, slice(start, len(queries))] if queries else []
 
 
 def _pad_left(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:

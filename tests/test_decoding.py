@@ -351,6 +351,26 @@ def test_a_row_that_ended_does_not_leave_the_context() -> None:
     limits = [4, *[20] * 9]
     responses = sample(policy, queries, limits, eos_token_id=None)
     assert [len(response) for response in responses] == limits
+    # transformers reads such rows on: they come in batches of their own.
+    responses = sample(policy, queries, limits, eos_token_id=None, min_length=1)
+    assert [len(response) for response in responses] == limits
+
+
+@pytest.mark.parametrize("min_length", [0, 1], ids=["our loop", "transformers"])
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_batches_have_the_size_that_was_asked_for(
+    size: int, min_length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    pad_left = rollout._pad_left
+
+    def spy(rows: list[Tensor], pad: int) -> Any:
+        sizes.append(len(rows))
+        return pad_left(rows, pad)
+
+    monkeypatch.setattr(rollout, "_pad_left", spy)
+    sample(make_policy(), QUERIES, LIMITS, batch_size=size, min_length=min_length)
+    assert sizes == {1: [1] * 6, 4: [4, 2], 100: [6]}[size]
 
 
 # ---------------------------------------------------------------- steps that are replayed
