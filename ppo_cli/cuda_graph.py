@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+
+
+class _Recordings(threading.local):
+    """A thread's stream on each GPU, to record on, and its last recording there.
+
+    The next recording has the memory of the last: of those that are gone torch takes it back only
+    when it has run out.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]] = {}
+
+
+_RECORDINGS = _Recordings()
 
 
 class NotReplayable(RuntimeError):
@@ -16,32 +32,40 @@ class Replayed:
     """A step as a CUDA graph: the first call takes it once as it is and records it, others replay.
 
     A small model's step is some hundred kernels of a few microseconds each, which take longer to
-    launch one by one than to run.
+    launch one by one than to run. A thread replays one step at a time on a device: the next that it
+    records works in the same memory.
 
     Args:
         step: works in place, on tensors that stay where they are.
+        device: where all of it happens.
+        proven: such a step was recorded before, so it need not be watched, which would disturb
+            other threads that wait for a GPU.
 
     Raises:
         NotReplayable: by the first call, in the middle of the step, which may be half done.
     """
 
-    def __init__(self, step: Callable[[], None]) -> None:
-        self._step = step
+    def __init__(self, step: Callable[[], None], device: torch.device, *, proven: bool) -> None:
+        self._step, self._device, self._proven = step, device, proven
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
         if self._graph is not None:
             self._graph.replay()
             return
-        here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        here = torch.cuda.current_stream(self._device)
+        beside, last = _RECORDINGS.latest.get(self._device, (None, None))
+        beside = beside or torch.cuda.Stream(self._device)
         beside.wait_stream(here)
         try:
             with torch.cuda.stream(beside):
-                with _nothing_waits():  # a recording that fails may leave the allocator confused
+                # A recording that fails may leave the allocator confused: watch the step before it.
+                with nullcontext() if self._proven else _nothing_waits():
                     self._step()
                 # Not torch.cuda.graph, which gives all unused memory back to the driver first.
                 graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(capture_error_mode="thread_local")
+                pool = None if last is None else last.pool()
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     self._step()
                 finally:
@@ -53,13 +77,16 @@ class Replayed:
         finally:
             here.wait_stream(beside)
         self._graph = graph
+        _RECORDINGS.latest[self._device] = beside, graph
 
 
 @contextmanager
 def _nothing_waits() -> Iterator[None]:
-    """Raise RuntimeError where the CPU would wait for the GPU."""
+    """Raise RuntimeError where the CPU, any thread of it, would wait for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

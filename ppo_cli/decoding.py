@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ FEWEST_REPLAYS = 6  # of a step: worth recording it, which takes as long as some
 REPLAYS_AT_ONCE = 8  # before the GPU is asked whether rows are left
 
 _not_replayable: WeakSet[AutoModelForCausalLMWithValueHead] = WeakSet()
+# Models of which a step was recorded, and how many hooks they had, which may make them another.
+_proven: WeakKeyDictionary[AutoModelForCausalLMWithValueHead, int] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -84,19 +86,26 @@ def _step_by_step(drawn: _Drawn, step: _GrowingStep) -> list[Tensor]:
 
 def _by_replays(drawn: _Drawn, first: _GrowingStep) -> list[Tensor]:
     """The first step reads the queries; all others do the same as each other."""
+    policy, hooks = first.policy, _hooks(first.policy)
     first()
-    step = Replayed(_StillStep(first))
+    step = Replayed(_StillStep(first), policy.device, proven=_proven.get(policy) == hooks)
     for done in range(drawn.longest - 1):
         if done % REPLAYS_AT_ONCE == 0 and not drawn.rows_left():
             break
         step()
+        _proven[policy] = hooks
     return drawn.responses()
+
+
+def _hooks(policy: AutoModelForCausalLMWithValueHead) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in policy.modules())
 
 
 def _is_worth_recording(policy: AutoModelForCausalLMWithValueHead, longest: int) -> bool:
     return (
         policy.device.type == "cuda"
         and longest - 2 >= FEWEST_REPLAYS
+        and all(parameter.device == policy.device for parameter in policy.parameters())
         and policy not in _not_replayable
         and policy.reads_still_cache
     )

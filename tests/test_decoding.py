@@ -382,7 +382,7 @@ STILL = [name for name in ARCHITECTURES if "window" not in name]
 class Repeated:
     """Takes the step of `Replayed` itself each time: without a GPU nothing can be recorded."""
 
-    def __init__(self, step: Any) -> None:
+    def __init__(self, step: Any, device: torch.device, *, proven: bool) -> None:
         self.step = step
         self.places: set[tuple[int, ...]] = set()
 
@@ -443,7 +443,8 @@ def test_a_step_that_cannot_be_replayed_is_taken_anew_and_the_model_remembered(
     tried = []
 
     class Refused:
-        def __init__(self, step: Any) -> None:
+        def __init__(self, step: Any, device: torch.device, *, proven: bool) -> None:
+            assert not proven
             self.step = step
 
         def __call__(self) -> None:
@@ -464,6 +465,28 @@ def test_a_step_that_cannot_be_replayed_is_taken_anew_and_the_model_remembered(
     assert [sample(policy, QUERIES, LIMITS) for _ in range(2)] == [expected] * 2
     assert len(tried) == 1
     assert not worth(policy, 100)
+    assert policy in decoding._not_replayable
+
+
+def test_a_model_is_watched_the_first_time_and_when_it_has_other_hooks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    class Known(Repeated):
+        def __init__(self, step: Any, device: torch.device, *, proven: bool) -> None:
+            seen.append(proven)
+            super().__init__(step, device, proven=proven)
+
+    policy = AutoModelForCausalLMWithValueHead(make_gpt2()).eval()
+    monkeypatch.setattr(decoding, "_is_worth_recording", lambda *_: True)
+    monkeypatch.setattr(decoding, "Replayed", Known)
+    for _ in range(3):
+        sample(policy, QUERIES, LIMITS)
+    policy.pretrained_model.transformer.h[1].register_forward_hook(lambda *_: None)
+    for _ in range(2):
+        sample(policy, QUERIES, LIMITS)
+    assert seen == [False, True, True, False, True]
 
 
 def test_nothing_is_recorded_on_a_cpu() -> None:

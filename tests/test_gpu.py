@@ -170,6 +170,16 @@ def test_replayed_steps_draw_what_steps_one_by_one_draw(
     assert not replays
 
 
+def test_recordings_share_their_memory(replays: list[int]) -> None:
+    policy = AutoModelForCausalLMWithValueHead(make_gpt2(vocab_size=50_000)).eval().cuda()
+    reserved = []
+    for _ in range(6):
+        sample(policy, [query.cuda() for query in QUERIES] * 20, [30] * 120)
+        reserved.append(torch.cuda.memory_reserved())
+    assert replays
+    assert reserved[-1] == reserved[1]
+
+
 def test_a_model_that_waits_for_the_gpu_is_sampled_from_all_the_same(
     replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,8 @@ def labelled(work: Callable[..., Any], name: str, milliseconds: dict[str, float]
 
 def main() -> None:
     """Some batches to warm up, one for the times, one for the profile."""
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA GPU that torch can use")
     model, batch, precision = (sys.argv[1:] + ["gpt2", "32", "bf16"][len(sys.argv) - 1 :])[:3]
     work = Workload("ours", model, int(batch), precision)
     milliseconds: dict[str, float] = {}
