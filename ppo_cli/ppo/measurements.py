@@ -104,7 +104,10 @@ def to_numbers(stats: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Seconds of each part of a step, under `time/ppo/NAME`, and of all of it."""
+    """Seconds of each part of a step, under `time/ppo/NAME`, and of all of it.
+
+    A part is over once a GPU has been told what to do; the last waits until it is done.
+    """
 
     def __init__(self) -> None:
         self.times: dict[str, float] = {}

@@ -60,8 +60,8 @@ STATISTICS: dict[str, Statistic] = {
     "time/ppo/forward_pass": Statistic("seconds: policy and reference before the update"),
     "time/ppo/compute_rewards": Statistic("seconds: rewards"),
     "time/ppo/compute_advantages": Statistic("seconds: advantages"),
-    "time/ppo/optimize_step": Statistic("seconds: all epochs"),
-    "time/ppo/calc_stats": Statistic("seconds: these statistics"),
+    "time/ppo/optimize_step": Statistic("seconds: all epochs; a GPU has begun them"),
+    "time/ppo/calc_stats": Statistic("seconds: these statistics; what a GPU had left to do"),
     "time/ppo/total": Statistic("seconds: the whole step"),
 }
 

@@ -135,7 +135,7 @@ class Update:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss and statistics of the samples at `indices`.
 
-        `outputs`, if given, are the policy's over the whole batch.
+        `outputs`, if given, are the policy's over the whole batch, and `indices` all of it.
         """
         in_order = experience.tokens.select(indices)
         # The whole batch is laid out already, and learning from it knows no order.
@@ -154,11 +154,8 @@ class Update:
         if self.config.advantage_norm == "mini_batch":
             advantages = masked_whiten(advantages, mask)
         if outputs is None:
-            read = token_forward(self.policy, tokens, self.config.temperature)
-            logprobs, entropies, values = map(tokens.to_grid, read)
-        else:
-            grids = map(experience.tokens.to_grid, outputs)
-            logprobs, entropies, values = map(chosen, grids)
+            outputs = token_forward(self.policy, tokens, self.config.temperature)
+        logprobs, entropies, values = map(tokens.to_grid, outputs)
         log_ratio = logprobs - old_logprobs
         ratio = log_ratio.exp()
 
