@@ -54,7 +54,7 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
             panel.set_xscale("log", base=2)
             panel.set_xticks(x, [f"{value:.0f}" for value in x])
             panel.set_xticks([], minor=True)
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.08 * panel.dataLim.ymax)
             panel.grid(alpha=0.3)
             panel.set_xlabel(axis)
     panels[0, 0].set_ylabel("microseconds a token")
