@@ -13,7 +13,7 @@ from conftest import EOS, SMALL, VOCABULARY, make_gpt2
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ppo_cli import decoding, rollout
+from ppo_cli import cache, decoding, rollout
 from ppo_cli.cuda_graph import NotReplayable
 from ppo_cli.decoding import decode_responses, draw
 from ppo_cli.errors import NumericalError
@@ -343,7 +343,7 @@ def test_responses_come_back_in_order_each_up_to_its_limit_or_its_end() -> None:
     assert any(END_IDS & set(response[:-1]) for response in endless)
 
 
-def test_a_row_that_ended_does_not_leave_the_context() -> None:
+def test_a_row_that_ended_does_not_leave_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """While too few have ended to be dropped, they are read along with the others."""
     policy = make_policy()
     context = policy.config.n_positions
@@ -353,6 +353,10 @@ def test_a_row_that_ended_does_not_leave_the_context() -> None:
     assert [len(response) for response in responses] == limits
     # transformers reads such rows on: they come in batches of their own.
     responses = sample(policy, queries, limits, eos_token_id=None, min_length=1)
+    assert [len(response) for response in responses] == limits
+    monkeypatch.setattr(decoding, "_is_worth_recording", lambda *_: True)
+    monkeypatch.setattr(decoding, "Replayed", Repeated)
+    responses = sample(policy, queries, limits, eos_token_id=None)
     assert [len(response) for response in responses] == limits
 
 
@@ -412,6 +416,22 @@ def test_steps_of_one_shape_draw_what_growing_ones_draw(
     monkeypatch.setattr(decoding, "_is_worth_recording", lambda *_: True)
     monkeypatch.setattr(decoding, "Replayed", Repeated)
     assert sample(policy, QUERIES, LIMITS, **settings) == expected
+
+
+def test_what_lies_in_room_that_was_not_written_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy, room = make_policy(), cache._RoomyLayer._room
+    with_chances(monkeypatch, list(range(len(QUERIES))))
+    expected = sample(policy, QUERIES, LIMITS)
+
+    def dirty(self: Any, like: Tensor, rows: int) -> Tensor:
+        return room(self, like, rows).fill_(torch.nan)
+
+    monkeypatch.setattr(cache._RoomyLayer, "_room", dirty)
+    monkeypatch.setattr(decoding, "_is_worth_recording", lambda *_: True)
+    monkeypatch.setattr(decoding, "Replayed", Repeated)
+    assert sample(policy, QUERIES, LIMITS) == expected
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 8, 50])
