@@ -14,8 +14,8 @@ from __future__ import annotations
 import functools
 import platform
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,11 @@ def _attention(
 
 
 class _Replacements:
-    """In a `with` block layers and attention of torch's modules call functions of this module.
+    """In a `with` block layers and attention of torch's modules take the ways of this module.
+
+    Layers, and attention on a CPU, call its functions, where they are of use on this processor; on
+    a GPU attention is not cuDNN's. Blocks of several threads may overlap: what was there before is
+    back once the last is over.
 
     torch's own way to do that, a `TorchFunctionMode`, asks about every call of torch there is,
     which small models feel. What other threads call meanwhile is replaced as well, which changes
@@ -171,30 +175,38 @@ class _Replacements:
 
     def __init__(self) -> None:
         self.before: dict[str, Callable] = {}
+        self._cudnn = True
         self._lock = threading.Lock()
         self._inside = 0
 
     def __enter__(self) -> None:
         with self._lock:
             self._inside += 1
-            if self._inside == 1:
-                self.before = {name: getattr(home, name) for home, name, _ in self.PLACES}
-                for home, name, function in self.PLACES:
-                    setattr(home, name, function)
+            if self._inside > 1:
+                return
+            self._cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            useful = prefers_onednn() or computes_bfloat16(torch.device("cpu"))
+            places = self.PLACES if useful else ()
+            self.before = {name: getattr(home, name) for home, name, _ in places}
+            for home, name, function in places:
+                setattr(home, name, function)
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
-            if self._inside == 0:
-                for home, name, _function in self.PLACES:
+            if self._inside > 0:
+                return
+            for home, name, _function in self.PLACES:
+                if name in self.before:
                     setattr(home, name, self.before[name])
+            torch.backends.cuda.enable_cudnn_sdp(self._cudnn)
 
 
 _REPLACED = _Replacements()
 
 
-@contextmanager
-def fast_matmul() -> Iterator[None]:
+def fast_matmul() -> AbstractContextManager[None]:
     """Inside, linear layers and attention take the fastest way known.
 
     On a CPU float32 layers run on oneDNN where that is the faster library; under bfloat16 autocast
@@ -203,14 +215,7 @@ def fast_matmul() -> Iterator[None]:
     each batch has one. Results differ from torch's in rounding alone, and are the same from run to
     run.
     """
-    useful = prefers_onednn() or computes_bfloat16(torch.device("cpu"))
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        with _REPLACED if useful else nullcontext():
-            yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    return _REPLACED
 
 
 def _taken_over(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -245,6 +246,25 @@ def test_cudnn_has_no_part_in_attention_inside_and_the_part_it_had_afterwards(
         assert torch.backends.cuda.cudnn_sdp_enabled() is enabled
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_blocks_that_overlap_leave_all_as_it_was_once_the_last_is_over() -> None:
+    """As those of two threads may: the first to begin is the first to end."""
+    enabled, linear = torch.backends.cuda.cudnn_sdp_enabled(), torch.nn.functional.linear
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        first, second = ExitStack(), ExitStack()
+        for block in (first, second):
+            block.enter_context(fast_matmul())
+        inside = torch.nn.functional.linear
+        first.close()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.nn.functional.linear is inside
+        second.close()
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.nn.functional.linear is linear
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def test_what_others_put_in_their_place_is_called_and_put_back(
