@@ -57,8 +57,7 @@ def reads_packed(model: Any) -> bool:
     not change a bit of the next, and each must come out as it does alone. Models without position
     ids or with a recurrent state do not.
     """
-    positions = _tokens(model, [[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 0]], wrap=False)
-    ids = _tokens(model, [[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]])
+    ids, positions = _packed_rows(model)
     changed = _tokens(model, [[7, 8, 9, 3, 4, 5, 6], [8, 9, 4, 3, 2, 1, 0]])
 
     def read(tokens: Tensor, **inputs: Tensor) -> Tensor:
@@ -84,12 +83,8 @@ def reads_block_mask(model: Any) -> bool:
     """
     if has_windows(model.config):
         return False
-    positions = _tokens(model, [[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 0]], wrap=False)
-    inputs = {
-        "input_ids": _tokens(model, [[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]]),
-        "position_ids": positions,
-        "use_cache": False,
-    }
+    ids, positions = _packed_rows(model)
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
     found = model.base_model(**inputs).last_hidden_state
     given = model.base_model(**inputs, attention_mask=block_mask(positions)).last_hidden_state
     return _same(given, found)
@@ -114,10 +109,9 @@ def reads_still_cache(model: Any) -> bool:
     growing, still = (roomy_cache(model.config, ids.shape[1] + 2) for _ in range(2))
     for cache in (growing, still):
         read(ids, mask, positions, cache)
-    at = positions[:, -1:] + 1
-    expected = read(next_ids, torch.cat([mask, mask[:, -1:]], 1), at, growing)
+    at, seen = positions[:, -1:] + 1, torch.cat([mask, mask[:, -1:]], 1)
+    expected = read(next_ids, seen, at, growing)
     room = hold_still(still, at.new_tensor([ids.shape[1]]))
-    seen = torch.nn.functional.pad(mask, (0, 1), value=1)
     seen = torch.nn.functional.pad(seen, (0, room - seen.shape[1]))[:, None, None].bool()
     return _same(read(next_ids, seen, at, still), expected)
 
@@ -126,6 +120,13 @@ def _same(actual: Tensor, expected: Tensor) -> bool:
     """Whether the two differ in rounding alone."""
     tolerance = 10 * torch.finfo(expected.dtype).eps ** 0.75 * expected.abs().max()
     return bool((actual - expected).abs().max() <= tolerance)
+
+
+def _packed_rows(model: Any) -> tuple[Tensor, Tensor]:
+    """Ids and position ids (2, 7): two sequences a row, the second row ends in padding."""
+    positions = [[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 0]]
+    ids = [[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]]
+    return _tokens(model, ids), _tokens(model, positions, wrap=False)
 
 
 def _tokens(model: Any, rows: list[list[int]], wrap: bool = True) -> Tensor:

@@ -60,7 +60,7 @@ class Replayed:
         try:
             with torch.cuda.stream(beside):
                 # A recording that fails may leave the allocator confused: watch the step before it.
-                with nullcontext() if self._proven else _nothing_waits():
+                with nullcontext() if self._proven else nothing_waits():
                     self._step()
                 # Not torch.cuda.graph, which gives all unused memory back to the driver first.
                 graph = torch.cuda.CUDAGraph()
@@ -81,7 +81,7 @@ class Replayed:
 
 
 @contextmanager
-def _nothing_waits() -> Iterator[None]:
+def nothing_waits() -> Iterator[None]:
     """Raise RuntimeError where the CPU, any thread of it, would wait for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():

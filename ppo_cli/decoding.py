@@ -88,12 +88,15 @@ def _by_replays(drawn: _Drawn, first: _GrowingStep) -> list[Tensor]:
     """The first step reads the queries; all others do the same as each other."""
     policy, hooks = first.policy, _hooks(first.policy)
     first()
+    if not drawn.rows_left():
+        return drawn.responses()
     step = Replayed(_StillStep(first), policy.device, proven=_proven.get(policy) == hooks)
-    for done in range(drawn.longest - 1):
+    step()
+    _proven[policy] = hooks
+    for done in range(1, drawn.longest - 1):
         if done % REPLAYS_AT_ONCE == 0 and not drawn.rows_left():
             break
         step()
-        _proven[policy] = hooks
     return drawn.responses()
 
 
@@ -154,10 +157,7 @@ class _Drawn:
         """
         left, finite = torch.stack([self.going.sum(), self._finite]).tolist()
         if not finite:
-            raise NumericalError(
-                "the policy's probabilities are not finite any more: its last update went too far. "
-                "Lower ppo.learning_rate or set ppo.max_grad_norm"
-            )
+            raise not_finite()
         return int(left)
 
     def responses(self) -> list[Tensor]:
@@ -190,15 +190,20 @@ class _GrowingStep:
         self.mask = torch.nn.functional.pad(attention_mask, (0, drawn.longest), value=1)
 
     def __call__(self) -> None:
-        seen = self.mask[:, : self.width]
-        logits = self.policy.next_logits(
-            self.ids, seen, self.positions, self.projection, past_key_values=self.cache
-        )
-        tokens = self.drawn.add(self.warp(self.ids, logits), self.rows)
-        self.ids = tokens.unsqueeze(1)
-        # An ended row stays where it is: further on the context may be over.
-        self.positions = self.positions[:, -1:] + self.drawn.going[self.rows].unsqueeze(1)
+        self.ids, going = self.draw(self.ids, self.mask[:, : self.width], self.positions)
+        self.positions = self.positions[:, -1:] + going
         self.width += 1
+
+    def draw(self, ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The token (b, 1) that follows `ids` (b, t) in each row, and whether it goes on (b, 1).
+
+        A row that does not stays at its position: further on the context may be over.
+        """
+        logits = self.policy.next_logits(
+            ids, mask, positions, self.projection, past_key_values=self.cache
+        )
+        tokens = self.drawn.add(self.warp(ids, logits), self.rows)
+        return tokens.unsqueeze(1), self.drawn.going[self.rows].unsqueeze(1)
 
     def drop_ended(self, left: int) -> None:
         """Go on without the rows that have ended, where few enough are `left`."""
@@ -228,14 +233,10 @@ class _StillStep:
         self._ids, self._positions = begun.ids.clone(), begun.positions.clone()
 
     def __call__(self) -> None:
-        begun = self._begun
         self._mask.index_fill_(3, self._slot, True)
-        logits = begun.policy.next_logits(
-            self._ids, self._mask, self._positions, begun.projection, past_key_values=begun.cache
-        )
-        tokens = begun.drawn.add(begun.warp(self._ids, logits), begun.rows)
-        self._ids.copy_(tokens.unsqueeze(1))
-        self._positions += begun.drawn.going[begun.rows].unsqueeze(1)
+        ids, going = self._begun.draw(self._ids, self._mask, self._positions)
+        self._ids.copy_(ids)
+        self._positions += going
         self._slot += 1
 
 
@@ -254,6 +255,14 @@ def draw(logits: Tensor, chances: Tensor) -> tuple[Tensor, Tensor]:
     total = sums[:, -1:]
     places = torch.searchsorted(sums, chances.unsqueeze(1).to(exact) * total, right=True)
     return places.squeeze(1).clamp(max=logits.shape[1] - 1), total.isfinite().all()
+
+
+def not_finite() -> NumericalError:
+    """What to raise where probabilities are not finite."""
+    return NumericalError(
+        "the policy's probabilities are not finite any more: its last update went too far. "
+        "Lower ppo.learning_rate or set ppo.max_grad_norm"
+    )
 
 
 def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:

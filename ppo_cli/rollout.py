@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from ppo_cli.decoding import decode_responses
-from ppo_cli.errors import NumericalError, UsageError
+from ppo_cli.decoding import decode_responses, not_finite
+from ppo_cli.errors import UsageError
 from ppo_cli.matmul import fast_matmul
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.runtime import modes_kept
@@ -262,10 +262,7 @@ def _finite_probabilities() -> Iterator[None]:
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
-        raise NumericalError(
-            "the policy's probabilities are not finite any more: its last update went too far. "
-            "Lower ppo.learning_rate or set ppo.max_grad_norm"
-        ) from error
+        raise not_finite() from error
 
 
 @contextmanager

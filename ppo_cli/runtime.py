@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -68,6 +68,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor`, made on the CPU, on `device`, without waiting until a GPU has taken it."""
     # CUDA keeps a copy of what it has yet to take, unless the memory is pinned.
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def fetch(rows: Sequence[Tensor]) -> Sequence[Tensor]:
+    """1-D tensors on the CPU, in one transfer."""
+    return torch.cat(list(rows)).cpu().split([len(row) for row in rows])
 
 
 def keep_freed_memory() -> None:

@@ -6,10 +6,6 @@ The other tests hide the GPUs from torch, so that they are the same on every mac
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +13,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import SMALL_RUN, make_batch, make_gpt2, make_policy, make_trainer, weights
+from test_cli import anew
 from test_decoding import LIMITS, QUERIES, SETTINGS, STILL, sample, with_chances
 from test_decoding import make_policy as make_other
 from test_parity import CASES
 from test_parity import test_step_gives_what_trl_gave as compare_with_trl
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, decoding
+from ppo_cli.cuda_graph import nothing_waits
 from ppo_cli.ppo import optimizer_step
 from ppo_cli.ppo.update import Update
 
@@ -46,15 +44,6 @@ UPDATES: dict[str, dict[str, Any]] = {
     "bfloat16": {"accelerator_kwargs": {"mixed_precision": "bf16"}},
     "checkpointed": {"gradient_checkpointing": True},
 }
-
-
-@contextmanager
-def nothing_waits() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -239,16 +228,9 @@ def test_one_seed_gives_one_set_of_samples(replays: list[int]) -> None:
 
 def ppo_cli(*arguments: str, cwd: Path) -> str:
     """What the command prints, in a process that has found the GPU by itself."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ppo_cli", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    done = anew(*arguments, cwd=cwd)
+    assert done.code == 0, done.err
+    return done.out
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp16"])

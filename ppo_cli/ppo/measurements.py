@@ -13,6 +13,7 @@ from torch import Tensor
 from ppo_cli.ppo.advantages import masked_mean, masked_var
 from ppo_cli.ppo.experience import Experience
 from ppo_cli.ppo.statistics import STATISTICS
+from ppo_cli.runtime import fetch
 
 
 def minibatch_statistics(
@@ -88,11 +89,10 @@ def to_numbers(stats: Mapping[str, Any]) -> dict[str, Any]:
     A GPU is waited for once.
     """
     tensors = {k: v.detach().float() for k, v in stats.items() if isinstance(v, torch.Tensor)}
-    flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu().numpy()
-    parts = np.split(flat, np.cumsum([tensor.numel() for tensor in tensors.values()])[:-1])
+    flat = fetch([tensor.flatten() for tensor in tensors.values()])
     arrays = {
-        key: part.reshape(tensor.shape)
-        for (key, tensor), part in zip(tensors.items(), parts, strict=True)
+        key: part.view(tensor.shape).numpy()
+        for (key, tensor), part in zip(tensors.items(), flat, strict=True)
     }
     numbers: dict[str, Any] = {}
     for key, value in {**stats, **arrays}.items():

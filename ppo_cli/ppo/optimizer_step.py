@@ -62,8 +62,7 @@ class OptimizerStep:
         Made in the first backward pass, as the optimizer would, they lie among activations that
         are let go one by one, and the C library finds little else that fits the holes.
         """
-        on_cpu = self.accelerator.device.type == "cpu"
-        if not (on_cpu and self.is_within_backward and self._is_adam):
+        if not (self._on_cpu and self.is_within_backward and self._is_adam):
             return
         new = [
             parameter
@@ -95,9 +94,8 @@ class OptimizerStep:
         far the largest, in pieces.
         """
         part = _PartialStep(self._inner, unless)
-        on_cpu = self.accelerator.device.type == "cpu"
-        at_once = BYTES_AT_ONCE if on_cpu else BYTES_AT_ONCE_ON_GPU
-        take = part.move_rows if on_cpu and self._is_adam else None
+        at_once = BYTES_AT_ONCE if self._on_cpu else BYTES_AT_ONCE_ON_GPU
+        take = part.move_rows if self._on_cpu and self._is_adam else None
         waiting: list[Tensor] = []
         held = 0
 
@@ -136,6 +134,10 @@ class OptimizerStep:
             del self._inner.found_inf
         elif not unless:
             self.optimizer.step()
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.accelerator.device.type == "cpu"
 
     @property
     def _is_adam(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ppo_cli.attention import block_mask
-from ppo_cli.runtime import send
+from ppo_cli.runtime import fetch, send
 
 # Tokens that a packed row aims at. Attention costs as much a token as its row is long, so rows stay
 # short; far fewer tokens would leave more of each row empty.
@@ -57,9 +57,7 @@ class TokenBatch:
                 mask that is not as long as its response.
         """
         rows, targets, sources = [], [], []
-        for i, (query, response) in enumerate(
-            zip(_on_cpu(queries), _on_cpu(responses), strict=True)
-        ):
+        for i, (query, response) in enumerate(zip(fetch(queries), fetch(responses), strict=True)):
             if query.numel() == 0:
                 raise ValueError(f"query {i} has no tokens: begin it with the bos token")
             counts = torch.ones_like(response, dtype=torch.bool)
@@ -261,11 +259,6 @@ def _fitted(
 def _prefix_mask(lengths: Tensor, width: int) -> Tensor:
     """(B,) lengths -> (B, width), True at the first `length` places of each row."""
     return torch.arange(width) < lengths.unsqueeze(1)
-
-
-def _on_cpu(rows: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The rows on the CPU, in one transfer."""
-    return torch.cat(list(rows)).cpu().split([len(row) for row in rows])
 
 
 def checked_batch(

@@ -24,13 +24,18 @@ LAUNCHES = ("cudaLaunchKernel", "cudaGraphLaunch", "cuLaunchKernel", "cudaMemcpy
 PARTS = ("sampling", "step", "optimisation")
 
 
-def labelled(work: Callable[..., Any], name: str, milliseconds: dict[str, float]) -> Any:
-    """`work`, which the profiler knows by `name`; says how long it took, GPU included."""
+def labelled(work: Callable[..., Any], name: str, milliseconds: dict[str, float] | None) -> Any:
+    """`work`, which the profiler knows by `name`.
+
+    Notes how long it took, for which it waits for the GPU, unless `milliseconds` is None.
+    """
 
     def call(*arguments: Any) -> Any:
+        if milliseconds is None:
+            with record_function(name):
+                return work(*arguments)
         started = now()
-        with record_function(name):
-            result = work(*arguments)
+        result = work(*arguments)
         milliseconds[name] = 1000 * (now() - started)
         return result
 
@@ -43,46 +48,35 @@ def main() -> None:
         raise SystemExit("there is no CUDA GPU that torch can use")
     model, batch, precision = (sys.argv[1:] + ["gpt2", "32", "bf16"][len(sys.argv) - 1 :])[:3]
     work = Workload("ours", model, int(batch), precision)
-    milliseconds: dict[str, float] = {}
-    sample = labelled(work.sample, "sampling", milliseconds)
-    step = labelled(work.step, "step", milliseconds)
     run: Any = Update.run
 
-    def once() -> None:
+    def once(milliseconds: dict[str, float] | None = None) -> None:
+        Update.run = labelled(run, "optimisation", milliseconds)  # type: ignore[method-assign]
         queries, limits = work.draw()
-        step(queries, sample(queries, limits))
+        responses = labelled(work.sample, "sampling", milliseconds)(queries, limits)
+        labelled(work.step, "step", milliseconds)(queries, responses)
 
     for _ in range(3):
         once()
-    loop: dict[str, float] = {}
-    Update.run = labelled(run, "optimisation", loop)  # type: ignore[method-assign]
-    once()
-    milliseconds |= loop
-    times = dict(milliseconds)
-
-    def unwatched(self: Update, *arguments: Any) -> Any:
-        with record_function("optimisation"):
-            return run(self, *arguments)
-
-    Update.run = unwatched  # type: ignore[method-assign]
+    times: dict[str, float] = {}
+    once(times)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         once()
     events = seen.events() or []
+    on_cpu = [e for e in events if e.device_type == DeviceType.CPU]
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA and e.name not in PARTS]
     print(f"{model}, batch {batch}, {precision}, {torch.cuda.get_device_name()}")
     print("| part | ms | launches | kernels ran ms | waits |\n|---|---:|---:|---:|---:|")
     for part in PARTS:
-        on_cpu = [e for e in events if e.device_type == DeviceType.CPU]
         (span,) = [e.time_range for e in on_cpu if e.name == part]
-        calls = [e for e in on_cpu if span.start <= e.time_range.start <= span.end]
-        launches = [e for e in calls if e.name.startswith(LAUNCHES)]
-        waits = [e for e in calls if e.name.endswith("Synchronize")]
-        kernels = [
-            e
-            for e in events
-            if e.device_type == DeviceType.CUDA and span.start <= e.time_range.start <= span.end
-        ]
-        ran = sum(e.time_range.elapsed_us() for e in kernels if e.name not in PARTS) / 1000
-        print(f"| {part} | {times[part]:.1f} | {len(launches)} | {ran:.1f} | {len(waits)} |")
+        calls, ran = (
+            [e for e in some if span.start <= e.time_range.start <= span.end]
+            for some in (on_cpu, kernels)
+        )
+        launches = sum(e.name.startswith(LAUNCHES) for e in calls)
+        waits = sum(e.name.endswith("Synchronize") for e in calls)
+        milliseconds = sum(e.time_range.elapsed_us() for e in ran) / 1000
+        print(f"| {part} | {times[part]:.1f} | {launches} | {milliseconds:.1f} | {waits} |")
     for order in ("self_cuda_time_total", "self_cpu_time_total"):
         print(seen.key_averages().table(sort_by=order, row_limit=14, max_name_column_width=60))
 
