@@ -6,6 +6,7 @@ that suits every model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ppo_cli.attention import block_mask
 from ppo_cli.cache import has_windows, hold_still, roomy_cache
+from ppo_cli.feed_forward import last_feed_forward_at
 from ppo_cli.runtime import modes_kept
 
 
@@ -73,6 +75,25 @@ def reads_packed(model: Any) -> bool:
     alone = torch.cat([read(ids[0:1, 3:])[0], read(ids[1:2, 2:6])[0]])
     together = torch.cat([packed[0, 3:], packed[1, 2:6]])
     return not leaks and _same(together, alone)
+
+
+@_once_a_model
+def narrows(model: Any) -> bool:
+    """Whether a causal model's last feed-forward network may run on some positions alone.
+
+    No other position may matter to them: in the trial these are not numbers.
+    """
+    ids, _ = _packed_rows(model)
+    read = torch.tensor([2, 5, 9, 13], device=ids.device)
+
+    def hidden() -> Tensor:
+        output = model.base_model(input_ids=ids, use_cache=False)
+        at_all: Tensor = output.last_hidden_state
+        return at_all.flatten(0, 1)[read]
+
+    expected = hidden()
+    with last_feed_forward_at(model, read, unread=math.nan):
+        return _same(hidden(), expected)
 
 
 @_once_a_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +17,14 @@ from transformers.utils.hub import PushToHubMixin
 
 from ppo_cli.activations import fuse_activations
 from ppo_cli.architecture import (
+    narrows,
     projects_plainly,
     reads_block_mask,
     reads_packed,
     reads_still_cache,
 )
 from ppo_cli.errors import ModelError, UsageError
+from ppo_cli.feed_forward import WORTHWHILE_SHARE, last_feed_forward_at
 from ppo_cli.hub import first_line, loading_errors
 from ppo_cli.policy_files import (
     HUB_KEYWORDS,
@@ -231,8 +234,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             past_key_values: cache of an earlier forward.
             attention_mask: (B, T), 1 for tokens and 0 for padding.
             return_past_key_values: also return the cache.
-            positions: (N,) indices into the B * T positions laid out flat. With them only these
-                positions are projected on the vocabulary, which is most of a small model's work.
+            positions: (N,) indices, each once, into the B * T positions laid out flat. With them
+                only these positions are projected on the vocabulary, which is most of a small
+                model's work, and go through the last feed-forward network.
             targets: (N,) token ids, one a position: what comes after it.
             temperature: what logits at `positions` are divided by.
             kwargs: go to the language model, `labels` among them.
@@ -244,7 +248,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             never there whole.
         """
         if positions is not None and self.projects_plainly:
-            with tied_gradient(self._base_model) as tied:
+            with self._narrowed(positions, input_ids), tied_gradient(self._base_model) as tied:
                 hidden = self._base_model.base_model(
                     input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
                 ).last_hidden_state
@@ -309,6 +313,20 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         if projection is None:
             return model(**inputs).logits[:, -1].float()
         return projection(model.base_model(**inputs).last_hidden_state[:, -1])
+
+    def _narrowed(
+        self, positions: Tensor, input_ids: Tensor | None
+    ) -> AbstractContextManager[None]:
+        """The last feed-forward network on `positions` alone, where that saves time."""
+        if (
+            input_ids is not None
+            and self.device.type == "cpu"  # on a GPU its launches cost more than it saves
+            and positions.numel() <= WORTHWHILE_SHARE * input_ids.numel()
+            and not self.is_gradient_checkpointing
+            and narrows(self._base_model)
+        ):
+            return last_feed_forward_at(self._base_model, positions)
+        return nullcontext()
 
     def _values(self, hidden: Tensor) -> Tensor:
         return self.v_head(hidden.to(self.device)).squeeze(-1)

@@ -11,7 +11,7 @@ import transformers
 from conftest import SMALL, VOCABULARY, make_gpt2
 from torch import Tensor
 
-from ppo_cli.architecture import projects_plainly, reads_packed
+from ppo_cli.architecture import narrows, projects_plainly, reads_packed
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.ppo.experience import token_forward
 from ppo_cli.ppo.packing import TokenBatch
@@ -111,6 +111,7 @@ def test_the_probes_tell_architectures_apart(name: str) -> None:
     model = make_model(name)
     assert reads_packed(model) is packed
     assert projects_plainly(model) is plain
+    assert narrows(model) is packed  # OPT and Mamba have no such module, Bloom's adds the residual
     policy = AutoModelForCausalLMWithValueHead(model)
     assert (policy.reads_packed, policy.projects_plainly) == (packed, plain)
     assert policy.reads_block_mask is (name in MASKED)
