@@ -78,7 +78,7 @@ def reads_packed(model: Any) -> bool:
 
 
 @_once_a_model
-def narrows(model: Any) -> bool:
+def ends_in_feed_forward(model: Any) -> bool:
     """Whether a causal model's last feed-forward network may run on some positions alone.
 
     No other position may matter to them: in the trial these are not numbers.

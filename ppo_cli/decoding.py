@@ -14,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ppo_cli.architecture import reads_still_cache
 from ppo_cli.cache import hold_still, roomy_cache
 from ppo_cli.cuda_graph import NotReplayable, Replayed
 from ppo_cli.errors import NumericalError
@@ -40,7 +41,7 @@ def decode_responses(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> list[Tensor]:
-    """Sample a response to each query. The policy must `reads_packed`: know position ids.
+    """Sample a response to each query. The policy must allow `reads_packed`.
 
     Each row has random numbers of its own, drawn before the first token, so that a response does
     not depend on when others end. A CUDA GPU records one step and replays it for the others.
@@ -110,7 +111,7 @@ def _is_worth_recording(policy: AutoModelForCausalLMWithValueHead, longest: int)
         and longest - 2 >= FEWEST_REPLAYS
         and all(parameter.device == policy.device for parameter in policy.parameters())
         and policy not in _not_replayable
-        and policy.reads_still_cache
+        and policy.allows(reads_still_cache)
     )
 
 

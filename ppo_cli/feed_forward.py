@@ -25,7 +25,7 @@ def last_feed_forward_at(
     Not for a forward pass that is repeated in the backward pass, outside the block.
 
     Args:
-        model: one of which `ppo_cli.architecture.narrows` is true.
+        model: one of which `ppo_cli.architecture.ends_in_feed_forward` is true.
         positions: (N,) indices, each once, into the B * T positions laid out flat.
         unread: what the network answers at all others.
 

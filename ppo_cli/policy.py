@@ -16,14 +16,8 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from ppo_cli.activations import fuse_activations
-from ppo_cli.architecture import (
-    narrows,
-    projects_plainly,
-    reads_block_mask,
-    reads_packed,
-    reads_still_cache,
-)
-from ppo_cli.errors import ModelError, UsageError
+from ppo_cli.architecture import ends_in_feed_forward, projects_plainly
+from ppo_cli.errors import ModelError
 from ppo_cli.feed_forward import WORTHWHILE_SHARE, last_feed_forward_at
 from ppo_cli.hub import first_line, loading_errors
 from ppo_cli.policy_files import (
@@ -40,38 +34,7 @@ from ppo_cli.projection import (
     token_logprobs_and_entropies,
 )
 from ppo_cli.tying import tied_gradient
-
-
-class ValueHead(nn.Module):
-    """One number per hidden state: dropout, then a linear layer kept in float32.
-
-    Args:
-        hidden_size: width H of the hidden states.
-        dropout: dropout probability on the hidden states.
-        init_strategy: None for torch's own initialisation of a linear layer, `"normal"` for a
-            normal distribution of standard deviation `initializer_range` and a zero bias.
-        initializer_range: that standard deviation.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        dropout: float = 0.1,
-        init_strategy: str | None = None,
-        initializer_range: float = 0.2,
-    ) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.summary = nn.Linear(hidden_size, 1)
-        if init_strategy == "normal":
-            nn.init.normal_(self.summary.weight, std=initializer_range)
-            nn.init.zeros_(self.summary.bias)
-        elif init_strategy is not None:
-            raise UsageError(f"v_head_init_strategy is None or 'normal', not {init_strategy!r}")
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., H) -> (..., 1)."""
-        return self.summary(self.dropout(hidden_states).to(self.summary.weight.dtype))
+from ppo_cli.value_head import ValueHead
 
 
 class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
@@ -247,7 +210,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             `labels`. With `targets` `(logprobs, entropies, values)`, (N,) each, and the logits are
             never there whole.
         """
-        if positions is not None and self.projects_plainly:
+        if positions is not None and self.allows(projects_plainly):
             with self._narrowed(positions, input_ids), tied_gradient(self._base_model) as tied:
                 hidden = self._base_model.base_model(
                     input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
@@ -289,7 +252,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
 
         None for an architecture that does more than that.
         """
-        if not self.projects_plainly:
+        if not self.allows(projects_plainly):
             return None
         head = self._base_model.get_output_embeddings()
         return ready_projection(head.weight, getattr(head, "bias", None), rows=rows, times=times)
@@ -320,10 +283,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         """The last feed-forward network on `positions` alone, where that saves time."""
         if (
             input_ids is not None
-            and self.device.type == "cpu"  # on a GPU its launches cost more than it saves
+            and self.device.type == "cpu"  # a GPU waits for launches, and these are more
             and positions.numel() <= WORTHWHILE_SHARE * input_ids.numel()
             and not self.is_gradient_checkpointing
-            and narrows(self._base_model)
+            and self.allows(ends_in_feed_forward)
         ):
             return last_feed_forward_at(self._base_model, positions)
         return nullcontext()
@@ -331,25 +294,12 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
     def _values(self, hidden: Tensor) -> Tensor:
         return self.v_head(hidden.to(self.device)).squeeze(-1)
 
-    @property
-    def projects_plainly(self) -> bool:
-        """Whether logits are the output embeddings times the last hidden state, no more."""
-        return not self._adds_tokens and projects_plainly(self._base_model)
+    def allows(self, question: Callable[[Any], bool]) -> bool:
+        """What the language model answers to one of `ppo_cli.architecture`'s questions.
 
-    @property
-    def reads_packed(self) -> bool:
-        """Whether several sequences can share a row, told apart by their position ids."""
-        return not self._adds_tokens and reads_packed(self._base_model)
-
-    @property
-    def reads_block_mask(self) -> bool:
-        """Whether a mask can say which tokens of a row are one sequence."""
-        return not self._adds_tokens and reads_block_mask(self._base_model)
-
-    @property
-    def reads_still_cache(self) -> bool:
-        """Whether a cache can have a fixed size, and a mask say what of it is there."""
-        return not self._adds_tokens and reads_still_cache(self._base_model)
+        No where an adapter puts virtual tokens in front, outside the language model.
+        """
+        return not self._adds_tokens and question(self._base_model)
 
     @property
     def _adds_tokens(self) -> bool:

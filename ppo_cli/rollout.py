@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from ppo_cli.architecture import reads_packed
 from ppo_cli.decoding import decode_responses, not_finite
 from ppo_cli.errors import UsageError
 from ppo_cli.matmul import fast_matmul
@@ -190,7 +191,7 @@ def _plain_sampling(generation_kwargs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _knows_positions(model: Any) -> bool:
-    return isinstance(model, AutoModelForCausalLMWithValueHead) and model.reads_packed
+    return isinstance(model, AutoModelForCausalLMWithValueHead) and model.allows(reads_packed)
 
 
 class _RowLimits(StoppingCriteria):

@@ -11,7 +11,13 @@ import transformers
 from conftest import SMALL, VOCABULARY, make_gpt2
 from torch import Tensor
 
-from ppo_cli.architecture import narrows, projects_plainly, reads_packed
+from ppo_cli.architecture import (
+    ends_in_feed_forward,
+    projects_plainly,
+    reads_block_mask,
+    reads_packed,
+    reads_still_cache,
+)
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.ppo.experience import token_forward
 from ppo_cli.ppo.packing import TokenBatch
@@ -111,11 +117,13 @@ def test_the_probes_tell_architectures_apart(name: str) -> None:
     model = make_model(name)
     assert reads_packed(model) is packed
     assert projects_plainly(model) is plain
-    assert narrows(model) is packed  # OPT and Mamba have no such module, Bloom's adds the residual
+    assert (
+        ends_in_feed_forward(model) is packed
+    )  # OPT and Mamba have no such module, Bloom's adds the residual
     policy = AutoModelForCausalLMWithValueHead(model)
-    assert (policy.reads_packed, policy.projects_plainly) == (packed, plain)
-    assert policy.reads_block_mask is (name in MASKED)
-    assert policy.reads_still_cache is (name in MASKED | {"opt, learned positions"})
+    assert tuple(map(policy.allows, (reads_packed, projects_plainly))) == (packed, plain)
+    assert policy.allows(reads_block_mask) is (name in MASKED)
+    assert policy.allows(reads_still_cache) is (name in MASKED | {"opt, learned positions"})
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

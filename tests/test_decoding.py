@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ppo_cli import cache, decoding, rollout
+from ppo_cli.architecture import reads_packed, reads_still_cache
 from ppo_cli.cuda_graph import NotReplayable
 from ppo_cli.decoding import decode_responses, draw
 from ppo_cli.errors import NumericalError
@@ -48,7 +49,7 @@ def make_policy(name: str = "gpt2") -> AutoModelForCausalLMWithValueHead:
         config = getattr(transformers, f"{prefix}Config")(**settings)
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
     policy = AutoModelForCausalLMWithValueHead(model).eval()
-    assert policy.reads_packed
+    assert policy.allows(reads_packed)
     return policy
 
 
@@ -266,7 +267,7 @@ def test_probabilities_that_are_not_finite_are_told(value: float | None) -> None
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_policy_gone_wrong_is_an_error_not_a_sample(value: float, taken: list[int]) -> None:
     policy = AutoModelForCausalLMWithValueHead(make_gpt2()).eval()
-    assert policy.reads_packed
+    assert policy.allows(reads_packed)
     with torch.no_grad():
         policy.pretrained_model.transformer.ln_f.bias[0] = value
     with pytest.raises(NumericalError, match=r"not finite any more.*ppo\.learning_rate"):
@@ -410,7 +411,7 @@ def test_steps_of_one_shape_draw_what_growing_ones_draw(
     name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = make_policy(name)
-    assert policy.reads_still_cache
+    assert policy.allows(reads_still_cache)
     with_chances(monkeypatch, list(range(len(QUERIES))))
     expected = sample(policy, QUERIES, LIMITS, **settings)
     monkeypatch.setattr(decoding, "_is_worth_recording", lambda *_: True)

@@ -11,7 +11,7 @@ from conftest import VOCABULARY, make_gpt2, make_policy
 from test_architecture import PACKABLE, make_model
 from torch import Tensor, nn
 
-from ppo_cli.architecture import narrows
+from ppo_cli.architecture import ends_in_feed_forward, projects_plainly
 from ppo_cli.feed_forward import last_feed_forward_at
 
 BATCH, LENGTH = 3, 8
@@ -91,7 +91,9 @@ def test_a_policy_narrows_where_it_saves_time(
     policy = make_policy()
     if checkpointing:
         policy.gradient_checkpointing_enable()
-    assert policy.projects_plainly and narrows(policy.pretrained_model)  # asked before, once
+    assert policy.allows(projects_plainly) and policy.allows(
+        ends_in_feed_forward
+    )  # asked before, once
     ids = token_ids()[:2]
     logits, _, values = policy(ids)
     seen = rows_seen(policy.pretrained_model.transformer.h[-1].mlp.c_fc)
@@ -114,11 +116,11 @@ def test_a_network_that_attention_follows_is_told_apart() -> None:
     for block in model.transformer.h:  # its effect is small, and none on a tolerance
         for parameter in block.mlp.parameters():
             parameter.data.mul_(1e-6)
-    assert narrows(model)
+    assert ends_in_feed_forward(model)
     turned = make_gpt2()
     turned.load_state_dict(model.state_dict())
     turned.transformer.h = Reversed(list(turned.transformer.h))
-    assert not narrows(turned)
+    assert not ends_in_feed_forward(turned)
 
 
 class Answers(nn.Module):

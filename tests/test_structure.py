@@ -21,7 +21,16 @@ PACKAGE = Path(ppo_cli.__file__).parent
 # Data flows down: a module imports only from rows above its own.
 ROWS = [
     ["errors", "text", "light_import", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
-    ["files", "stopping", "runtime", "attention", "cache", "cuda_graph", "feed_forward"],
+    [
+        "files",
+        "stopping",
+        "runtime",
+        "attention",
+        "cache",
+        "cuda_graph",
+        "feed_forward",
+        "value_head",
+    ],
     [
         "yaml_io",
         "hub",

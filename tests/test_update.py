@@ -22,6 +22,7 @@ from conftest import (
 from torch import Tensor
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOTrainer, tying
+from ppo_cli.architecture import projects_plainly, reads_packed
 from ppo_cli.ppo import optimizer_step
 from ppo_cli.ppo.update import Update
 from ppo_cli.tying import TiedGradient
@@ -67,6 +68,18 @@ def of(trainer: PPOTrainer) -> Update:
 # ---------------------------------------------------------------- layout, shared forward
 
 
+def answer(
+    monkeypatch: pytest.MonkeyPatch, question: Callable[[Any], bool], answered: bool
+) -> None:
+    """Whatever the model, one of the questions of its architecture gets this answer."""
+    allows = AutoModelForCausalLMWithValueHead.allows
+
+    def replaced(self: Any, asked: Callable[[Any], bool]) -> bool:
+        return answered if asked is question else allows(self, asked)
+
+    monkeypatch.setattr(AutoModelForCausalLMWithValueHead, "allows", replaced)
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "one pass": {},
     "full KL": {"kl_penalty": "full"},
@@ -82,7 +95,7 @@ def test_padded_rows_give_the_statistics_and_weights_of_packed_ones(
 ) -> None:
     results, read = [], []
     for packed in (True, False):
-        monkeypatch.setattr(AutoModelForCausalLMWithValueHead, "reads_packed", packed)
+        answer(monkeypatch, reads_packed, packed)
         policy = make_policy()
 
         def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -606,7 +619,7 @@ def test_a_temperature_is_part_of_the_policy_wherever_probabilities_are_taken(
     plain: bool, penalty: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against models whose output embeddings are divided by it, untied from the others."""
-    monkeypatch.setattr(AutoModelForCausalLMWithValueHead, "projects_plainly", plain)
+    answer(monkeypatch, projects_plainly, plain)
     results = []
     for temperature in (0.5, 1.0):
         models = [make_policy(seed, tie_word_embeddings=False) for seed in (0, 1)]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ppo_cli.architecture import reads_block_mask, reads_packed
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.ppo import advantages as adv
 from ppo_cli.ppo import losses
@@ -222,9 +223,9 @@ def token_logits(model: Any, tokens: TokenBatch, temperature: float = 1.0) -> Te
 
 def _inputs(model: Any, tokens: TokenBatch) -> tuple[dict[str, Tensor], Tensor]:
     inner: AutoModelForCausalLMWithValueHead = getattr(model, "module", model)
-    if not inner.reads_packed:
+    if not inner.allows(reads_packed):
         return tokens.padded
     inputs, positions = tokens.packed
-    if inner.reads_block_mask:
+    if inner.allows(reads_block_mask):
         inputs = {**inputs, "attention_mask": tokens.packed_mask}
     return inputs, positions
