@@ -86,7 +86,8 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    mallopt(mmap_threshold, 2**30)
+    if not mallopt(mmap_threshold, 2**30):
+        mallopt(mmap_threshold, 2**25)  # the most that older releases take, says mallopt(3)
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 2**26)
 

@@ -200,21 +200,29 @@ def test_keeping_freed_memory_is_not_to_be_had_everywhere_but_never_an_error(
     keep_freed_memory()
 
 
-def test_keeping_freed_memory_does_without_mallopt_and_may_be_asked_twice(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("largest_threshold", [0, 2**25, 2**30])
+def test_keeping_freed_memory_takes_what_glibc_accepts_and_may_be_asked_twice(
+    largest_threshold: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep_freed_memory()
     keep_freed_memory()
-    asked: list[tuple[int, int]] = []
+    accepted: dict[int, int] = {}
 
     class Library:
         def mallopt(self, parameter: int, value: int) -> int:
-            asked.append((parameter, value))
-            return 0  # refused
+            assert 0 < value < 2**31  # C's int
+            if parameter == -3 and value > largest_threshold:
+                return 0
+            assert parameter not in accepted
+            accepted[parameter] = value
+            return 1
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
     keep_freed_memory()
-    assert sorted(parameter for parameter, _ in asked) == [-3, -2, -1]
-    assert all(0 < value < 2**31 for _, value in asked)  # C's int
+    assert set(accepted) == {-1, -2} | ({-3} if largest_threshold else set())
+    assert accepted.get(-3, 0) == largest_threshold
+
+
+def test_keeping_freed_memory_does_without_mallopt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # musl: no such function
     keep_freed_memory()
