@@ -22,7 +22,7 @@ def last_feed_forward_at(
 ) -> Iterator[None]:
     """Inside, the model's last feed-forward network runs on `positions` alone.
 
-    Not for a forward pass that is repeated in the backward pass, outside the block.
+    Not for a forward pass that checkpointing repeats in the backward pass, outside the block.
 
     Args:
         model: one of which `ppo_cli.architecture.ends_in_feed_forward` is true.

@@ -285,7 +285,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             input_ids is not None
             and self.device.type == "cpu"  # a GPU waits for launches, and these are more
             and positions.numel() <= WORTHWHILE_SHARE * input_ids.numel()
-            and not self.is_gradient_checkpointing
+            and not self._base_model.training  # where it may be checkpointed, and drops at random
             and self.allows(ends_in_feed_forward)
         ):
             return last_feed_forward_at(self._base_model, positions)

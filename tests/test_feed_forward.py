@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_gpt2, make_policy
+from conftest import VOCABULARY, make_batch, make_gpt2, make_policy, make_trainer
 from test_architecture import PACKABLE, make_model
 from torch import Tensor, nn
 
@@ -78,19 +78,17 @@ def test_hooks_of_others_see_all_positions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("positions", "checkpointing", "rows"),
+    ("positions", "training", "rows"),
     [
         (range(2, 8), False, (1, 6, 16)),
         (range(16), False, (2, 8, 16)),  # all: nothing to spare
-        (range(2, 8), True, (2, 8, 16)),  # what is done again later would be done on all
+        (range(2, 8), True, (2, 8, 16)),  # checkpointing would do it again outside
     ],
 )
 def test_a_policy_narrows_where_it_saves_time(
-    positions: range, checkpointing: bool, rows: tuple[int, ...]
+    positions: range, training: bool, rows: tuple[int, ...]
 ) -> None:
-    policy = make_policy()
-    if checkpointing:
-        policy.gradient_checkpointing_enable()
+    policy = make_policy().train(training)
     assert policy.allows(projects_plainly) and policy.allows(
         ends_in_feed_forward
     )  # asked before, once
@@ -102,6 +100,19 @@ def test_a_policy_narrows_where_it_saves_time(
     assert seen == [rows]
     torch.testing.assert_close(few_logits, logits.flatten(0, 1)[at])
     torch.testing.assert_close(few_values, values.flatten()[at])
+
+
+def test_a_ppo_step_narrows_in_all_its_epochs_and_in_the_reference() -> None:
+    policy, reference = make_policy(), make_policy(1)
+    trainer = make_trainer(policy, reference, ppo_epochs=3)
+    queries, responses, scores = make_batch()
+    trainer.step(queries, responses, scores)  # asks what the models allow
+    seen = rows_seen(policy.pretrained_model.transformer.h[-1].mlp.c_fc)
+    seen_by_reference = rows_seen(reference.pretrained_model.transformer.h[-1].mlp.c_fc)
+    trainer.step(queries, responses, scores)
+    counted = sum(map(len, responses))
+    assert seen == [(1, counted, 16)] * 3
+    assert seen_by_reference == [(1, counted, 16)]
 
 
 class Reversed(nn.ModuleList):
