@@ -6,6 +6,7 @@ others, as the prompt's, is thrown away.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,7 +21,7 @@ WORTHWHILE_SHARE = 0.9  # of the positions: copying more takes as long as the ot
 def last_feed_forward_at(
     model: nn.Module, positions: Tensor, unread: float = 0.0
 ) -> Iterator[None]:
-    """Inside, the model's last feed-forward network runs on `positions` alone.
+    """Inside, the model's last feed-forward network runs on `positions` alone, in this thread.
 
     Not for a forward pass that checkpointing repeats in the backward pass, outside the block.
 
@@ -35,16 +36,21 @@ def last_feed_forward_at(
     networks = [each for name, each in model.named_modules() if name.split(".")[-1] in NAMES]
     if not networks:
         raise TypeError(f"{type(model).__name__} has no feed-forward network by a known name")
+    thread = threading.get_ident()
     shapes: list[torch.Size] = []
 
-    def narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        (hidden,) = args if len(args) == 1 else (None,)
-        if hidden is None or hidden.dim() != 3:
+    def narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        if threading.get_ident() != thread:
+            return None
+        if len(args) != 1 or args[0].dim() != 3:
             raise TypeError(f"{type(module).__name__} takes more than one (B, T, H)")
+        (hidden,) = args
         shapes.append(hidden.shape)
         return (hidden.flatten(0, 1).index_select(0, positions).unsqueeze(0),)
 
-    def widen(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def widen(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if threading.get_ident() != thread:
+            return None
         if not isinstance(output, Tensor):
             raise TypeError(f"{type(module).__name__} returns more than one (B, T, H)")
         batch, length, _ = shapes.pop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -65,6 +66,16 @@ def test_the_last_network_alone_reads_less_and_only_inside() -> None:
     hidden_at(model)
     assert first == [(BATCH, LENGTH, 16)] * 3
     assert last == [(1, len(READ), 16)] * 2 + [(BATCH, LENGTH, 16)]
+
+
+def test_other_threads_read_all_positions() -> None:
+    model = make_gpt2()
+    expected = hidden_at(model)
+    last = rows_seen(model.transformer.h[-1].mlp.c_fc)
+    with last_feed_forward_at(model, READ[:2]), ThreadPoolExecutor(1) as pool:
+        torch.testing.assert_close(pool.submit(hidden_at, model).result(), expected)
+        torch.testing.assert_close(hidden_at(model)[:2], expected[:2])
+    assert last == [(BATCH, LENGTH, 16), (1, 2, 16)]
 
 
 def test_hooks_of_others_see_all_positions() -> None:
