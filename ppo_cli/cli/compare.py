@@ -1,7 +1,5 @@
 """`ppo-cli compare`."""
 
-from __future__ import annotations
-
 from enum import Enum
 from typing import Annotated
 

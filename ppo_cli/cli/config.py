@@ -1,7 +1,5 @@
 """`ppo-cli config`."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """`ppo-cli generate`."""
 
-from __future__ import annotations
-
 from enum import Enum
 from typing import Annotated
 

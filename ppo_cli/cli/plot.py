@@ -1,7 +1,5 @@
 """`ppo-cli plot`."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -74,7 +72,7 @@ def plot(
     write_result(str(target), None)
 
 
-def _plot_frontier(directories: list[RunDirectory], output: str | None, terminal: bool) -> None:
+def _plot_frontier(directories: "list[RunDirectory]", output: str | None, terminal: bool) -> None:
     from pathlib import Path
 
     from ppo_cli import frontier

@@ -1,7 +1,5 @@
 """`ppo-cli train`."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import signal
@@ -151,7 +149,7 @@ def train(
     return 0
 
 
-def _closing_notes(summary: TrainingSummary, settings: RunConfig) -> None:
+def _closing_notes(summary: "TrainingSummary", settings: "RunConfig") -> None:
     """How the run ended, what it left, what to do next."""
     from ppo_cli.cli.console import note
 
@@ -176,7 +174,7 @@ def _resume_command(run: str) -> str:
 
 
 @contextmanager
-def _how_to_go_on(training: Training) -> Iterator[None]:
+def _how_to_go_on(training: "Training") -> Iterator[None]:
     """Whatever ends a run before its time: its message says what is left to go on from.
 
     However it ends, the run directory is unlocked.
@@ -192,7 +190,7 @@ def _how_to_go_on(training: Training) -> Iterator[None]:
         training.directory.unlock()
 
 
-def _advice(training: Training, error: BaseException) -> list[str]:
+def _advice(training: "Training", error: BaseException) -> list[str]:
     command = _resume_command(str(training.directory.path))
     if training.progress.checkpoint is None:
         return []
@@ -219,7 +217,7 @@ class _StopRequest:
         self._quiet = quiet
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> _StopRequest:
+    def __enter__(self) -> "_StopRequest":
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._ask)
         return self
