@@ -211,7 +211,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             never there whole.
         """
         if positions is not None and self.allows(projects_plainly):
-            with self._narrowed(positions, input_ids), tied_gradient(self._base_model) as tied:
+            with tied_gradient(self._base_model) as tied, self._narrowed(positions, input_ids):
                 hidden = self._base_model.base_model(
                     input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
                 ).last_hidden_state
@@ -277,6 +277,13 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             return model(**inputs).logits[:, -1].float()
         return projection(model.base_model(**inputs).last_hidden_state[:, -1])
 
+    def allows(self, question: Callable[[Any], bool]) -> bool:
+        """What the language model answers to one of `ppo_cli.architecture`'s questions.
+
+        No where an adapter puts virtual tokens in front, outside the language model.
+        """
+        return not self._adds_tokens and question(self._base_model)
+
     def _narrowed(
         self, positions: Tensor, input_ids: Tensor | None
     ) -> AbstractContextManager[None]:
@@ -293,13 +300,6 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
 
     def _values(self, hidden: Tensor) -> Tensor:
         return self.v_head(hidden.to(self.device)).squeeze(-1)
-
-    def allows(self, question: Callable[[Any], bool]) -> bool:
-        """What the language model answers to one of `ppo_cli.architecture`'s questions.
-
-        No where an adapter puts virtual tokens in front, outside the language model.
-        """
-        return not self._adds_tokens and question(self._base_model)
 
     @property
     def _adds_tokens(self) -> bool:

@@ -117,9 +117,8 @@ def test_the_probes_tell_architectures_apart(name: str) -> None:
     model = make_model(name)
     assert reads_packed(model) is packed
     assert projects_plainly(model) is plain
-    assert (
-        ends_in_feed_forward(model) is packed
-    )  # OPT and Mamba have no such module, Bloom's adds the residual
+    # OPT and Mamba have no module for it, Bloom's takes the residual too.
+    assert ends_in_feed_forward(model) is packed
     policy = AutoModelForCausalLMWithValueHead(model)
     assert tuple(map(policy.allows, (reads_packed, projects_plainly))) == (packed, plain)
     assert policy.allows(reads_block_mask) is (name in MASKED)

@@ -171,4 +171,8 @@ def test_outside_and_without_gradients_lookups_are_the_modules_own() -> None:
         assert gradient is not None
         assert embedding(ids).grad_fn.name() == "_LookupBackward"
         torch.testing.assert_close(embedding(ids), embedding.weight[:4])
+        assert gradient.lookups == 2
+        with torch.no_grad():  # asks for no part of the gradient
+            torch.testing.assert_close(embedding(ids), embedding.weight[:4])
+        assert gradient.lookups == 2
     assert embedding(ids).grad_fn.name() == "EmbeddingBackward0"
