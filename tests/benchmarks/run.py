@@ -165,12 +165,14 @@ def main() -> None:
         chosen = {key: [goal for goal in goals if goal[2] == LOOP] for key, goals in chosen.items()}
         environment["REPETITIONS"] = "2"
     peaks = [worker(sys.executable, "peak") for _ in range(rounds)]
+    workloads = [
+        workload(model, batch, native(goals, peaks[0]), arguments.peer, rounds, **environment)
+        for (model, batch), goals in chosen.items()
+    ]
+    peaks.append(worker(sys.executable, "peak"))  # a busy moment before would make shares too large
     results = {
         "peak": {key: max(peak[key] for peak in peaks) for key in peaks[0]},
-        "workloads": [
-            workload(model, batch, native(goals, peaks[0]), arguments.peer, rounds, **environment)
-            for (model, batch), goals in chosen.items()
-        ],
+        "workloads": workloads,
         "start_ups": {name: start_up(*pair, rounds) for name, pair in START_UPS.items()},
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
