@@ -56,6 +56,10 @@ class NumericalError(DivergenceError):
     """Numbers that stopped being finite during training."""
 
 
+class UnsuitableModel(TypeError):
+    """A fast way does not suit a model, or it does not take such inputs: another way is taken."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out, on a processor of whatever kind."""
     text = str(error).lower()

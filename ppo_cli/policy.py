@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from ppo_cli.activations import fuse_activations
-from ppo_cli.architecture import ends_in_feed_forward, projects_plainly
-from ppo_cli.errors import ModelError
+from ppo_cli.architecture import PADDED_READING, Reading, fastest_reading, findings
+from ppo_cli.errors import ModelError, UnsuitableModel
 from ppo_cli.feed_forward import WORTHWHILE_SHARE, last_feed_forward_at
 from ppo_cli.hub import first_line, loading_errors
 from ppo_cli.policy_files import (
@@ -73,7 +73,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         if summary_dropout_prob is None:
             summary_dropout_prob = getattr(self.config, "summary_dropout_prob", 0.1)
         self.v_head = ValueHead(
-            self._base_model.get_output_embeddings().weight.shape[-1],
+            hidden_size(self._base_model),
             dropout=summary_dropout_prob,
             init_strategy=v_head_init_strategy,
             initializer_range=v_head_initializer_range,
@@ -210,8 +210,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             `labels`. With `targets` `(logprobs, entropies, values)`, (N,) each, and the logits are
             never there whole.
         """
-        if positions is not None and self.allows(projects_plainly):
-            with tied_gradient(self._base_model) as tied, self._narrowed(positions, input_ids):
+        reading = None if positions is None else self.reading()
+        if positions is not None and reading is not None and reading.logits != "model":
+            fused = reading.logits == "weights" and targets is not None
+            narrowed = self._narrowed(positions, input_ids) if reading.narrow else nullcontext()
+            with tied_gradient(self._base_model) if fused else nullcontext() as tied, narrowed:
                 hidden = self._base_model.base_model(
                     input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
                 ).last_hidden_state
@@ -220,6 +223,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             head = self._base_model.get_output_embeddings()
             if targets is None:
                 return head(hidden).float() / temperature, None, values
+            if not fused:
+                logits = head(hidden).float() / temperature
+                return token_logprobs(logits, targets), entropy(logits), values
             bias = getattr(head, "bias", None)
             if temperature != 1:  # cheaper here than on the logits
                 hidden, bias = hidden / temperature, None if bias is None else bias / temperature
@@ -237,7 +243,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         )
         # Prompt tuning answers for its virtual tokens too, in front.
         length = output.logits.shape[1] if input_ids is None else input_ids.shape[1]
-        logits, hidden = output.logits[:, -length:], output.hidden_states[-1][:, -length:]
+        logits, hidden = output.logits[:, -length:], self.last_hidden_states(output)[:, -length:]
         if positions is not None:
             logits = logits.flatten(0, 1)[positions] / temperature
             hidden = hidden.flatten(0, 1)[positions]
@@ -252,9 +258,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
 
         None for an architecture that does more than that.
         """
-        if not self.allows(projects_plainly):
+        how, head = self.reading().logits, self._base_model.get_output_embeddings()
+        if how == "model":
             return None
-        head = self._base_model.get_output_embeddings()
+        if how == "layer":
+            return lambda hidden: head(hidden).float()
         return ready_projection(head.weight, getattr(head, "bias", None), rows=rows, times=times)
 
     def next_logits(
@@ -284,6 +292,33 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         """
         return not self._adds_tokens and question(self._base_model)
 
+    def reading(self) -> Reading:
+        """How it reads sequences: as its architecture allows, unless a trial said otherwise."""
+        answers = findings(self.pretrained_model)
+        if "reading" not in answers:
+            # Virtual tokens are put in front outside of the language model.
+            answers["reading"] = (
+                PADDED_READING if self._adds_tokens else fastest_reading(self._base_model)
+            )
+        return cast(Reading, answers["reading"])
+
+    def read_as(self, reading: Reading) -> None:
+        """Read sequences in this way from now on, until the model is changed."""
+        findings(self.pretrained_model)["reading"] = reading
+
+    def last_hidden_states(self, output: Any) -> Tensor:
+        """(B, T, H), what the value head reads, of an output with hidden states.
+
+        Raises:
+            UnsuitableModel: it has none of that form.
+        """
+        hidden: Tensor = output.hidden_states[-1]
+        if hidden.dim() == 4:  # Gemma 3n has several a position, the first is active
+            hidden = hidden[0]
+        if hidden.shape[:-1] != output.logits.shape[:-1]:
+            raise UnsuitableModel(f"its hidden states have the shape {tuple(hidden.shape)}")
+        return hidden
+
     def _narrowed(
         self, positions: Tensor, input_ids: Tensor | None
     ) -> AbstractContextManager[None]:
@@ -293,7 +328,6 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             and self.device.type == "cpu"  # a GPU waits for launches, and these are more
             and positions.numel() <= WORTHWHILE_SHARE * input_ids.numel()
             and not self._base_model.training  # where it may be checkpointed, and drops at random
-            and self.allows(ends_in_feed_forward)
         ):
             return last_feed_forward_at(self._base_model, positions)
         return nullcontext()
@@ -378,6 +412,15 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             PushToHubMixin.push_to_hub(
                 self, hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs
             )
+
+
+def hidden_size(model: Any) -> int:
+    """Width of a causal language model's last hidden states."""
+    config = model.config.get_text_config()
+    for name in ("word_embed_proj_dim", "hidden_size"):  # OPT projects its states to the first
+        if isinstance(width := getattr(config, name, None), int):
+            return width
+    return int(model.get_output_embeddings().weight.shape[-1])
 
 
 def _renamed(model: Any, name: str) -> Any:

@@ -22,7 +22,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, rollout
+from ppo_cli.ppo.experience import check_reading
 
 torch.set_num_threads(1)
 
@@ -103,6 +104,13 @@ def make_policy(seed: int = 0, **changes: Any) -> AutoModelForCausalLMWithValueH
     model = make_gpt2(seed, **changes)
     torch.manual_seed(seed)
     return AutoModelForCausalLMWithValueHead(model, summary_dropout_prob=0.0)
+
+
+def tried(policy: AutoModelForCausalLMWithValueHead) -> AutoModelForCausalLMWithValueHead:
+    """`policy` after its trial: the forwards that follow are those that a test asks for."""
+    rollout._way(policy, 0, is_plain=True)
+    check_reading(policy)
+    return policy
 
 
 def make_silent_policy() -> AutoModelForCausalLMWithValueHead:
