@@ -33,6 +33,7 @@ from ppo_cli.projection import (
     token_logprobs,
     token_logprobs_and_entropies,
 )
+from ppo_cli.runtime import modes_kept
 from ppo_cli.tying import tied_gradient
 from ppo_cli.value_head import ValueHead
 
@@ -69,6 +70,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         )
         self.pretrained_model = pretrained_model
         fuse_activations(pretrained_model)
+        keep_weights_as_stored(self._base_model)
         refuse_if_not_causal(self._base_model.config, type(self._base_model))
         if summary_dropout_prob is None:
             summary_dropout_prob = getattr(self.config, "summary_dropout_prob", 0.1)
@@ -327,7 +329,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             input_ids is not None
             and self.device.type == "cpu"  # a GPU waits for launches, and these are more
             and positions.numel() <= WORTHWHILE_SHARE * input_ids.numel()
-            and not self._base_model.training  # where it may be checkpointed, and drops at random
+            # Where it may be checkpointed, and drops at random:
+            and not (self._base_model.training or self._base_model.base_model.training)
         ):
             return last_feed_forward_at(self._base_model, positions)
         return nullcontext()
@@ -367,10 +370,17 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             strict = False
         return self.pretrained_model.load_state_dict(body, strict=strict, assign=assign)
 
-    def merged(self) -> AutoModelForCausalLMWithValueHead:
-        """A copy without an adapter: its weights are added to those it adapts."""
+    def merged(self, *, untied: bool = False) -> AutoModelForCausalLMWithValueHead:
+        """A copy without an adapter: its weights are added to those it adapts.
+
+        Args:
+            untied: let input and output embeddings be two weights in it, where they are one and the
+                adapter changes them in different ways.
+        """
         twin = copy.deepcopy(self)
         adapted = cast(Any, twin.pretrained_model)
+        if untied:
+            _untie(twin._base_model)
         plain = AutoModelForCausalLMWithValueHead(adapted.merge_and_unload())
         plain.v_head = twin.v_head
         return plain
@@ -414,6 +424,22 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             )
 
 
+def keep_weights_as_stored(model: Any) -> None:
+    """Have RWKV keep its weights in eval mode, which it divides there, for the range of float16.
+
+    What is learnt, saved in a checkpoint or in a folder would be the divided ones. The function is
+    the same.
+    """
+    if not getattr(model.config, "rescale_every", 0):
+        return
+    for module in model.modules():
+        if getattr(module, "layers_are_rescaled", False):
+            with modes_kept(module):
+                module.train()
+                module._rescale_layers()
+    model.config.rescale_every = 0
+
+
 def hidden_size(model: Any) -> int:
     """Width of a causal language model's last hidden states."""
     config = model.config.get_text_config()
@@ -421,6 +447,18 @@ def hidden_size(model: Any) -> int:
         if isinstance(width := getattr(config, name, None), int):
             return width
     return int(model.get_output_embeddings().weight.shape[-1])
+
+
+def _untie(model: Any) -> None:
+    """Give a model's output layer a weight of its own, if it shares that of the embeddings."""
+    config = model.config
+    layer = model.get_output_embeddings()
+    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}
 
 
 def _renamed(model: Any, name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from ppo_cli.errors import UsageError
-from ppo_cli.files import settle, writing
 from ppo_cli.hub import refuse_missing
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -123,21 +121,3 @@ def _read_value_head(path: str) -> dict[str, Tensor]:
             return {key.removeprefix(prefix): file.get_tensor(key).float() for key in names}
     state = torch.load(path, map_location="cpu", weights_only=True)
     return {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
-
-
-def save_folder(policy: Any, tokenizer: Any, folder: Path) -> None:
-    """Write policy, value head and tokenizer as a plain model folder; an adapter is merged.
-
-    Files appear whole, each replacing its forerunner.
-    """
-    unfinished = folder / ".model.tmp"
-    try:
-        with writing(folder):
-            shutil.rmtree(unfinished, ignore_errors=True)
-            (policy.merged() if policy.is_peft_model else policy).save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
-            settle(unfinished)
-            for file in unfinished.iterdir():
-                file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -37,6 +37,24 @@ def create_reference_model(
     return reference.requires_grad_(False).eval()
 
 
+def create_adapter_reference(
+    model: AutoModelForCausalLMWithValueHead,
+) -> AutoModelForCausalLMWithValueHead:
+    """A frozen copy of a policy with an adapter as it is; weights that do not train are shared."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, memo).requires_grad_(False).eval()
+
+
+def refuse_shared_weights(model: nn.Module, reference: nn.Module) -> None:
+    """Raise `UsageError` where a reference holds weights that are trained: it would move along."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if any(id(p) in trained for p in reference.parameters()):
+        raise UsageError(
+            "ref_model holds the very weights that are trained, so KL would stay 0 however far "
+            "they move: pass None for a frozen copy, or create_reference_model(model)"
+        )
+
+
 def _lower_parameters(model: nn.Module, num_layers: int, pattern: str | None) -> list[nn.Parameter]:
     """Parameters of the embeddings and the first `num_layers` layers."""
     if pattern is not None:

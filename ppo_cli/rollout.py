@@ -162,6 +162,17 @@ def sample_responses(
     return responses
 
 
+def check_sampling(model: Any, pad_token_id: int | None) -> None:
+    """Try how responses are best sampled from a model, where that was not tried yet.
+
+    Raises:
+        UsageError: it looks ahead, so it is not causal.
+        ModelError: what is sampled is not what it says of each text alone.
+    """
+    is_policy = isinstance(model, AutoModelForCausalLMWithValueHead)
+    _way(model, 0 if pad_token_id is None else pad_token_id, is_plain=is_policy)
+
+
 @dataclass(frozen=True)
 class _Call:
     """What a call of `sample_responses` asks of each batch."""

@@ -21,16 +21,16 @@ from ppo_cli.frontier import write_curve
 from ppo_cli.loading import check_trusted, load_reward, load_tokenizer
 from ppo_cli.model_card import run_card
 from ppo_cli.plots import plot_training
-from ppo_cli.policy_files import save_folder
 from ppo_cli.potentials import potentials
 from ppo_cli.ppo.statistics import scalars
-from ppo_cli.preparation import check_context, make_trainer
+from ppo_cli.preparation import check_context, make_trainer, try_models
 from ppo_cli.progress import Progress
 from ppo_cli.prompts import LengthSampler, collate, load_prompts
 from ppo_cli.rollout import Rollout, decode
 from ppo_cli.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory
 from ppo_cli.runtime import resolve_device, set_seed
 from ppo_cli.sampling import judge
+from ppo_cli.saving import save_folder
 from ppo_cli.shaping import check_terms, penalties, shaped, shaping_statistics
 from ppo_cli.standing import Standing
 from ppo_cli.stopping import end_tokens
@@ -95,6 +95,7 @@ class Training:
         )
         self.trainer = make_trainer(config, self.device, self.tokenizer, trusted)
         check_context(config, self._policy.config, self.prompts.train)
+        try_models(self.trainer)
         self._say(filter(None, [sampling_advice(config)]))
         self.adviser = Adviser(config)
         self.trainer.advises = False  # the adviser does, and knows more

@@ -19,6 +19,7 @@ from ppo_cli.architecture import (
     findings,
     looks_ahead,
     no_autocast,
+    rope_switch,
     safer_readings,
     same,
 )
@@ -163,6 +164,43 @@ def settle_reading(
     answers["reading is right"] = True
 
 
+@torch.no_grad()
+def logits_of_trial(model: Any) -> Tensor:
+    """Logits (N, V), float32, on the CPU, of plain forwards of the trial's sequences."""
+    queries, responses = _queries_and_responses(model)
+    rows = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
+    with _undisturbed(model), plain_matmul():
+        return torch.cat([_plain_outputs(model, row)[0] for row in rows]).cpu()
+
+
+def starts_as_its_base(policy: AutoModelForCausalLMWithValueHead) -> bool:
+    """Whether a policy with an adapter is, as it starts and whatever it learns, the reference.
+
+    That is, with the adapter off: it changes nothing yet, and nothing outside of it is trained.
+    """
+
+    def base() -> Tensor:
+        with policy.pretrained_model.disable_adapter():
+            return logits_of_trial(policy)
+
+    dtype, before = _dtype(policy), base()
+    if not same(logits_of_trial(policy), before, dtype):
+        return False
+    trained = [p for p in policy.pretrained_model.parameters() if p.requires_grad]
+    values = [p.detach().clone() for p in trained]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter in trained:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.to(parameter.device, parameter.dtype))
+        return same(base(), before, dtype)
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(trained, values, strict=True):
+                parameter.copy_(value)
+
+
 def _plain_reading(
     policy: AutoModelForCausalLMWithValueHead, queries: list[Tensor], responses: list[Tensor]
 ) -> Outputs:
@@ -266,9 +304,9 @@ def _queries_and_responses(model: Any) -> tuple[list[Tensor], list[Tensor]]:
         if key.endswith(("token_id", "token_index")) and isinstance(value, int)
     }
     ids = torch.tensor([i for i in range(min(count, 1000)) if i not in reserved] or [0])
-    half = max(
-        (getattr(config.get_text_config(), "max_position_embeddings", None) or 100) // 2, 1
-    )  # of the context, if that is short
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    room = min(filter(None, (context, rope_switch(config))), default=100)
+    half = max(room // 2, 1)
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> Tensor:
@@ -299,19 +337,31 @@ def _name(model: Any) -> str:
 
 
 def _refuse_if_it_looks_ahead(model: Any) -> None:
-    language_model = _language_model(model)
-    base = language_model.get_base_model() if hasattr(language_model, "peft_config") else model
-    base = getattr(base, "pretrained_model", base)
-    if looks_ahead(base):
-        raise UsageError(
-            f"{_name(model)} looks ahead: what it says at a position depends on the tokens after "
-            f"it, so {type(base).__name__} is not a causal language model as it is configured. "
-            "Where its config.json has is_decoder, set that to true; or give another model"
+    base = _language_model(model)
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    if not looks_ahead(base):
+        return
+    _refuse_if_it_mixes_tokens(model)
+    raise UsageError(
+        f"{_name(model)} looks ahead: what it says at a position depends on the tokens after it: "
+        f"{type(base).__name__} is not a causal language model as it is configured. Where its "
+        "config.json has is_decoder, set that to true; or give another model"
+    )
+
+
+def _refuse_if_it_mixes_tokens(model: Any) -> None:
+    """Raise `ModelError` for layers that round each number by the range of the whole input."""
+    if any("nn.quantized.dynamic" in type(m).__module__ for m in _language_model(model).modules()):
+        raise ModelError(
+            f"{_name(model)} is quantised by the range of each whole input (quantize_dynamic), so "
+            "what it says of a token depends on all others: give the model as it was before, or "
+            "quantise its weights alone"
         )
 
 
 def _refuse(model: Any, does: Literal["samples", "reads"]) -> Any:
     """Raise `ModelError` that names what is wrong with a model."""
+    _refuse_if_it_mixes_tokens(model)
     name = _name(model)
     ids = _queries_and_responses(model)[0][-1]
     with torch.no_grad(), _undisturbed(model), plain_matmul():

@@ -22,8 +22,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, rollout
+from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_cli.ppo.experience import check_reading
+from ppo_cli.rollout import check_sampling
 
 torch.set_num_threads(1)
 
@@ -108,7 +109,7 @@ def make_policy(seed: int = 0, **changes: Any) -> AutoModelForCausalLMWithValueH
 
 def tried(policy: AutoModelForCausalLMWithValueHead) -> AutoModelForCausalLMWithValueHead:
     """`policy` after its trial: the forwards that follow are those that a test asks for."""
-    rollout._way(policy, 0, is_plain=True)
+    check_sampling(policy, 0)
     check_reading(policy)
     return policy
 
