@@ -33,25 +33,36 @@ class _Structure:
     """A model's modules with their weights and hooks, to tell whether they are still the same."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, *self._parts(module)) for module in model.modules()]
+        self._modules = [
+            (module, type(module), dict(module._modules), "forward" in vars(module))
+            for module in model.modules()
+        ]
+        self._weights = [_weights(module) for module, *_ in self._modules]
+        self._hooks = [_hooks(module) for module, *_ in self._modules]
 
     def is_kept(self) -> bool:
-        """Whether nothing was added, replaced or taken away since."""
-        return all(self._parts(module) == parts for module, *parts in self._modules)
+        """Whether nothing was added, replaced or taken away since. It is asked in each forward."""
+        for i, (module, kind, children, has_own_forward) in enumerate(self._modules):
+            if (
+                type(module) is not kind
+                or module._modules != children
+                or ("forward" in module.__dict__) is not has_own_forward  # accelerate's, say
+                or _weights(module) != self._weights[i]
+                or _hooks(module) != self._hooks[i]
+            ):
+                return False
+        return True
 
-    @staticmethod
-    def _parts(module: nn.Module) -> list[Any]:
-        return [
-            type(module),
-            [*module._modules.values()],
-            [(id(p), p.dtype) for p in module._parameters.values() if p is not None],
-            [
-                hook
-                for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-                if getattr(hook, "__module__", None) != RECORDER
-            ],
-            "forward" in module.__dict__,  # put there by accelerate's hooks, for example
-        ]
+
+def _weights(module: nn.Module) -> list[tuple[int, torch.dtype]]:
+    return [(id(p), p.dtype) for p in module._parameters.values() if p is not None]
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return []
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return [hook for hook in hooks if getattr(hook, "__module__", None) != RECORDER]
 
 
 class _Findings:
