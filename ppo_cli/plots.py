@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -15,6 +19,8 @@ from ppo_cli.text import escape_controls
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 """Name of a run -> its metrics, a dictionary a step."""
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Name of a run -> steps and values of one metric."""
 
 DEFAULT_METRICS = ("ppo/loss/total", "ppo/mean_scores")
 TITLES = {
@@ -31,7 +37,10 @@ SPARSE = "eval/"  # of metrics that only some steps have: points, joined by line
 ENDINGS = (".png", ".svg", ".pdf")
 # Okabe and Ito's colours, told apart with colour-blind eyes too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-BARS = " ▁▂▃▄▅▆▇█"
+BARS, AXES = " ▁▂▃▄▅▆▇█", "│└─"
+ASCII_BARS, ASCII_AXES = " ..:::|##", "|+-"
+AXIS = 12  # columns left of a chart's bars
+LABEL = 40  # characters of a legend's line
 
 
 def plot_training(
@@ -51,16 +60,47 @@ def plot_training(
     Raises:
         UsageError: another ending, or a metric that a run does not have.
     """
-    check_ending(output)
     curves = {metric: _curves(runs, metric) for metric in metrics}
+    columns = min(len(metrics), 2)
+    rows = math.ceil(len(metrics) / columns)
+    with drawing(output, 5.6 * columns, 3.8 * rows) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        _draw_panels(figure, panels, runs, curves, smooth)
+
+
+@contextmanager
+def drawing(output: Path, width: float, height: float) -> Iterator[Any]:
+    """A figure of that many inches, saved when the block ends.
+
+    matplotlib's warnings are not for who asked for the picture: a font may lack a character of a
+    run's name.
+
+    Raises:
+        UsageError: `output` does not end as a picture does.
+    """
+    check_ending(output)
+    # Importing it says at this level that there is nowhere to keep its list of fonts.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(len(metrics), 2)
-    rows = math.ceil(len(metrics) / columns)
-    figure = Figure(figsize=(5.6 * columns, 3.8 * rows), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    # Where a user's own settings ask for TeX, names would have to be TeX.
+    with warnings.catch_warnings(), matplotlib.rc_context({"text.usetex": False}):
+        warnings.simplefilter("ignore")
+        figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+        FigureCanvasAgg(figure)
+        yield figure
+        with replacing(output) as unfinished:
+            figure.savefig(unfinished, format=output.suffix[1:].lower())
+
+
+def _draw_panels(
+    figure: Any, panels: Any, runs: Runs, curves: Mapping[str, Curves], smooth: int | None
+) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    labels = legend_labels(runs)
     longest = max(len(steps) for curve in curves.values() for steps, _ in curve.values())
     window = min(smooth or max(longest // 20, 1), longest)
     for (metric, curve), panel in zip(curves.items(), panels, strict=False):
@@ -68,6 +108,7 @@ def plot_training(
         title, label = TITLES.get(metric, (f"{shown} over time", shown))
         panel.set_title(title, fontsize=12, loc="left")
         panel.set_xlabel("PPO step")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_ylabel(label)
         for (name, (steps, values)), colour in zip(curve.items(), _cycle(COLOURS), strict=False):
             is_sparse = metric.startswith(SPARSE)
@@ -80,15 +121,15 @@ def plot_training(
                 moving_average(values, own_window),
                 color=colour,
                 linewidth=2,
-                label=plain(name),
+                label=labels[name],
                 marker=marker,
             )
-            _draw_companion(panel, metric, name, runs[name], colour)
+            _draw_companion(panel, metric, labels[name], runs[name], colour)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
         panel.margins(x=0.01)
-        if len(panel.get_legend_handles_labels()[0]) > 1 or metric == metrics[-1]:
-            panel.legend(frameon=False, fontsize=9)
+        if len(panel.get_legend_handles_labels()[0]) > 1 or metric == [*curves][-1]:
+            panel.legend(frameon=False, fontsize=9).set_in_layout(False)
     for panel in panels:  # what is left where metrics are odd in number
         panel.set_visible(False)
     if window > 1:
@@ -99,12 +140,10 @@ def plot_training(
             x=0.99,
             ha="right",
         )
-    with replacing(output) as unfinished:
-        figure.savefig(unfinished, format=output.suffix[1:].lower())
 
 
 def _draw_companion(
-    panel: Any, metric: str, name: str, rows: Sequence[Mapping[str, Any]], colour: str
+    panel: Any, metric: str, run: str, rows: Sequence[Mapping[str, Any]], colour: str
 ) -> None:
     """The metric that belongs into the same panel: hollow points, joined by a dashed line."""
     key, label = COMPANIONS.get(metric, ("", ""))
@@ -116,7 +155,7 @@ def _draw_companion(
             linestyle="--",
             marker="o",
             markerfacecolor="white",
-            label=f"{plain(name)}, {label}",
+            label=f"{run}, {label}",
             zorder=3,
         )
 
@@ -142,9 +181,12 @@ def moving_average(values: Sequence[float] | np.ndarray, window: int) -> np.ndar
     return np.divide(sums, counts, out=np.full(len(array), np.nan), where=counts > 0)
 
 
-def terminal_chart(runs: Runs, metric: str, width: int = 72, height: int = 8) -> list[str]:
+def terminal_chart(
+    runs: Runs, metric: str, width: int = 72, height: int = 8, ascii_only: bool = False
+) -> list[str]:
     """Lines of a chart of bars, one chart a run, each column the mean of its share of steps."""
     lines: list[str] = []
+    bars, axes = (ASCII_BARS, ASCII_AXES) if ascii_only else (BARS, AXES)
     for name, (steps, values) in _curves(runs, metric).items():
         kept = np.isfinite(values)
         steps, values = steps[kept], values[kept]
@@ -152,7 +194,9 @@ def terminal_chart(runs: Runs, metric: str, width: int = 72, height: int = 8) ->
         if not len(values):
             lines += ["", f"{shown}, {name}: no finite value"]
             continue
-        columns = [part.mean() for part in np.array_split(values, min(width - 12, len(values)))]
+        columns = [
+            part.mean() for part in np.array_split(values, min(max(width - AXIS, 1), len(values)))
+        ]
         low, high = min(columns), max(columns)
         span = (high - low) or 1.0
         levels = [1 + (value - low) / span * (height * 8 - 1) for value in columns]
@@ -161,15 +205,15 @@ def terminal_chart(runs: Runs, metric: str, width: int = 72, height: int = 8) ->
         for row in range(height - 1, -1, -1):
             edge = high if row == height - 1 else low if row == 0 else None
             label = " " * 10 if edge is None else f"{edge:10.4g}"
-            cells = "".join(BARS[int(min(max(level - row * 8, 0), 8))] for level in levels)
-            lines.append(f"{label} │{cells}")
-        lines.append(f"{'':10} └{'─' * len(columns)}")
-        lines.append(f"{'':12}step {steps[0]} to {steps[-1]}")
+            cells = "".join(bars[int(min(max(level - row * 8, 0), 8))] for level in levels)
+            lines.append(f"{label} {axes[0]}{cells}")
+        lines.append(f"{'':10} {axes[1]}{axes[2] * len(columns)}")
+        lines.append(f"{'':{AXIS}}step {steps[0]} to {steps[-1]}")
     return lines
 
 
-def _curves(runs: Runs, metric: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    curves = {}
+def _curves(runs: Runs, metric: str) -> Curves:
+    curves: Curves = {}
     for name, rows in runs.items():
         kept = [(row["step"], row[metric]) for row in rows if metric in row]
         if not kept:
@@ -189,6 +233,18 @@ def _cycle(colours: Sequence[str]) -> Any:
         yield from colours
 
 
-def plain(name: str) -> str:
-    """A name without what matplotlib would read as mathematics or as `no label`."""
-    return escape_controls(name).replace("$", r"\$").lstrip("_") or "run"
+def legend_labels(names: Iterable[str]) -> dict[str, str]:
+    """Runs' paths -> as few of their last parts as tell them apart, in lines for a legend."""
+    parts = {name: Path(name).parts for name in names}
+    longest = max(map(len, parts.values()))
+    count = 1
+    while count < longest and len({part[-count:] for part in parts.values()}) < len(parts):
+        count += 1
+    ends = {name: escape_controls(str(Path(*part[-count:]))) for name, part in parts.items()}
+    return {name: plain(*wrap(end, LABEL)) for name, end in ends.items()}
+
+
+def plain(*lines: str) -> str:
+    """Lines without what matplotlib would read as mathematics or as `no label`."""
+    shown = "\n".join(map(escape_controls, lines))
+    return shown.replace("$", r"\$").lstrip("_") or "run"

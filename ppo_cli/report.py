@@ -119,7 +119,7 @@ def frontier_table(trail: Trail, curve: BestOfN | None) -> Table:
 
 def cell(text: str, style: str = "") -> Text:
     """Text from models, data or files: no markup, no control characters."""
-    return Text(escape_controls(text), style=style)
+    return Text(escape_controls(text), style=style, overflow="fold")
 
 
 def titled_table(title: str | None) -> Table:
