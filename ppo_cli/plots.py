@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import wrap
@@ -37,6 +37,13 @@ SPARSE = "eval/"  # of metrics that only some steps have: points, joined by line
 ENDINGS = (".png", ".svg", ".pdf")
 # Okabe and Ito's colours, told apart with colour-blind eyes too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+GREY = "#666666"
+HOLLOW: dict[str, Any] = {
+    "linewidth": 1.2,
+    "linestyle": "--",
+    "marker": "o",
+    "markerfacecolor": "white",
+}
 BARS, AXES = " ▁▂▃▄▅▆▇█", "│└─"
 ASCII_BARS, ASCII_AXES = " ..:::|##", "|+-"
 AXIS = 12  # columns left of a chart's bars
@@ -63,9 +70,27 @@ def plot_training(
     curves = {metric: _curves(runs, metric) for metric in metrics}
     columns = min(len(metrics), 2)
     rows = math.ceil(len(metrics) / columns)
+    labels = legend_labels(runs)
     with drawing(output, 5.6 * columns, 3.8 * rows) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flat
-        _draw_panels(figure, panels, runs, curves, smooth)
+        longest = max(len(steps) for curve in curves.values() for steps, _ in curve.values())
+        window = min(smooth or max(longest // 20, 1), longest)
+        for (metric, curve), panel in zip(curves.items(), panels, strict=False):
+            own_window = (smooth or 1) if metric.startswith(SPARSE) else window
+            _draw_panel(panel, metric, curve, labels, own_window)
+            for name, colour in zip(curve, _cycle(COLOURS), strict=False):
+                _draw_companion(panel, metric, labels[name], runs[name], colour)
+        for panel in panels:  # what is left where metrics are odd in number
+            panel.set_visible(False)
+        _add_legend(figure, labels.values())
+        if window > 1:
+            figure.supxlabel(
+                f"pale: each step; strong: mean of {window} steps",
+                fontsize=8,
+                color=GREY,
+                x=0.99,
+                ha="right",
+            )
 
 
 @contextmanager
@@ -95,51 +120,32 @@ def drawing(output: Path, width: float, height: float) -> Iterator[Any]:
             figure.savefig(unfinished, format=output.suffix[1:].lower())
 
 
-def _draw_panels(
-    figure: Any, panels: Any, runs: Runs, curves: Mapping[str, Curves], smooth: int | None
+def _draw_panel(
+    panel: Any, metric: str, curve: Curves, labels: Mapping[str, str], window: int
 ) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    labels = legend_labels(runs)
-    longest = max(len(steps) for curve in curves.values() for steps, _ in curve.values())
-    window = min(smooth or max(longest // 20, 1), longest)
-    for (metric, curve), panel in zip(curves.items(), panels, strict=False):
-        shown = plain(metric)
-        title, label = TITLES.get(metric, (f"{shown} over time", shown))
-        panel.set_title(title, fontsize=12, loc="left")
-        panel.set_xlabel("PPO step")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.set_ylabel(label)
-        for (name, (steps, values)), colour in zip(curve.items(), _cycle(COLOURS), strict=False):
-            is_sparse = metric.startswith(SPARSE)
-            own_window = (smooth or 1) if is_sparse else window
-            marker = "o" if is_sparse or len(steps) == 1 else None
-            if own_window > 1:
-                panel.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
-            panel.plot(
-                steps,
-                moving_average(values, own_window),
-                color=colour,
-                linewidth=2,
-                label=labels[name],
-                marker=marker,
-            )
-            _draw_companion(panel, metric, labels[name], runs[name], colour)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.margins(x=0.01)
-        if len(panel.get_legend_handles_labels()[0]) > 1 or metric == [*curves][-1]:
-            panel.legend(frameon=False, fontsize=9).set_in_layout(False)
-    for panel in panels:  # what is left where metrics are odd in number
-        panel.set_visible(False)
-    if window > 1:
-        figure.supxlabel(
-            f"pale: each step; strong: mean of {window} steps",
-            fontsize=8,
-            color="#666666",
-            x=0.99,
-            ha="right",
+    shown = plain(metric)
+    title, label = TITLES.get(metric, (f"{shown} over time", shown))
+    panel.set_title(title, fontsize=12, loc="left")
+    panel.set_xlabel("PPO step")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.set_ylabel(label)
+    for (name, (steps, values)), colour in zip(curve.items(), _cycle(COLOURS), strict=False):
+        marker = "o" if metric.startswith(SPARSE) or len(steps) == 1 else None
+        if window > 1:
+            panel.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
+        panel.plot(
+            steps,
+            moving_average(values, window),
+            color=colour,
+            linewidth=2,
+            label=labels[name],
+            marker=marker,
         )
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.margins(x=0.01)
 
 
 def _draw_companion(
@@ -149,15 +155,27 @@ def _draw_companion(
     key, label = COMPANIONS.get(metric, ("", ""))
     if points := [(row["step"], row[key]) for row in rows if key in row]:
         panel.plot(
-            *zip(*points, strict=True),
-            color=colour,
-            linewidth=1.2,
-            linestyle="--",
-            marker="o",
-            markerfacecolor="white",
-            label=f"{run}, {label}",
-            zorder=3,
+            *zip(*points, strict=True), color=colour, label=f"{run}, {label}", zorder=3, **HOLLOW
         )
+
+
+def _add_legend(figure: Any, runs: Collection[str]) -> None:
+    """Below the panels: an entry a run, and one for the companions. The figure grows for it."""
+    from matplotlib.lines import Line2D
+
+    lines = {line.get_label(): line for panel in figure.axes for line in panel.get_lines()}
+    keys = [lines[run] for run in runs]
+    for _, label in COMPANIONS.values():
+        if any(f"{run}, {label}" in lines for run in runs):
+            keys.append(Line2D([], [], color=GREY, label=label, **HOLLOW))
+    widest = max(len(line) for run in runs for line in run.split("\n"))
+    width, height = figure.get_size_inches()
+    abreast = max(min(int(width / (0.6 + 0.08 * widest)), len(keys)), 1)  # inches, at this size
+    figure.legend(
+        handles=keys, loc="outside lower center", ncols=abreast, frameon=False, fontsize=9
+    )
+    further = sum(run.count("\n") + 1 for run in runs) // abreast - 1
+    figure.set_size_inches(width, height + 0.18 * max(further, 0))
 
 
 def check_ending(output: Path) -> None:
@@ -236,12 +254,15 @@ def _cycle(colours: Sequence[str]) -> Any:
 def legend_labels(names: Iterable[str]) -> dict[str, str]:
     """Runs' paths -> as few of their last parts as tell them apart, in lines for a legend."""
     parts = {name: Path(name).parts for name in names}
-    longest = max(map(len, parts.values()))
-    count = 1
-    while count < longest and len({part[-count:] for part in parts.values()}) < len(parts):
-        count += 1
-    ends = {name: escape_controls(str(Path(*part[-count:]))) for name, part in parts.items()}
-    return {name: plain(*wrap(end, LABEL)) for name, end in ends.items()}
+    labels = {}
+    for name, own in parts.items():
+        others = [part for other, part in parts.items() if other != name]
+        count = 1
+        while count < len(own) and any(part[-count:] == own[-count:] for part in others):
+            count += 1
+        end = escape_controls(str(Path(*own[-count:])))
+        labels[name] = plain(*wrap(end, LABEL))
+    return labels
 
 
 def plain(*lines: str) -> str:
