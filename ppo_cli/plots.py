@@ -129,7 +129,7 @@ def _draw_panel(
     title, label = TITLES.get(metric, (f"{shown} over time", shown))
     panel.set_title(title, fontsize=12, loc="left")
     panel.set_xlabel("PPO step")
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panel.set_ylabel(label)
     for (name, (steps, values)), colour in zip(curve.items(), _cycle(COLOURS), strict=False):
         marker = "o" if metric.startswith(SPARSE) or len(steps) == 1 else None

@@ -190,7 +190,7 @@ def _quieten() -> None:
     if os.environ.get("PPO_CLI_DEBUG") == "1":
         return
     warnings.simplefilter("ignore")
-    warnings.filterwarnings("default", module=r"ppo_cli\..*")
+    warnings.filterwarnings("default", category=UserWarning, module=r"ppo_cli\..*")
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         _say("warning: ", str(message).splitlines())

@@ -162,9 +162,10 @@ class LiveDisplay:
         free = self._console.width - len(step) - len(left) - 2 * len(GAP)
         width = min(free if free >= SHORTEST_BAR else self._console.width - 1, LONGEST_BAR)
         bar = ProgressBar(total=report.steps, completed=report.step, width=width)
-        if free < SHORTEST_BAR:
-            return Group(Text.assemble(step, GAP, left), bar)
         head = Table.grid(padding=(0, len(GAP)))
+        if free < SHORTEST_BAR:
+            head.add_row(bar)
+            return Group(Text.assemble(step, GAP, left), head)
         head.add_row(step, bar, left)
         return head
 
@@ -178,7 +179,7 @@ class LiveDisplay:
         return line
 
     def _laid_out(self, figures: Mapping[str, str]) -> RenderableType:
-        """Figures below their names, in as many rows as they need to be shown in full."""
+        """Figures below their names, in as many rows as it takes to show them in full."""
         rows: list[dict[str, str]] = []
         used = 0
         for name, value in figures.items():
@@ -188,6 +189,8 @@ class LiveDisplay:
                 used = 0
             rows[-1][name] = value
             used += width
+        if len(rows) == len(figures):  # on a screen so narrow, rather beside their names
+            return Group(*(Text.assemble((name, "dim"), " ", figures[name]) for name in figures))
         return Group(*map(_figures_table, rows))
 
     def _figures(self, report: StepReport) -> RenderableType:

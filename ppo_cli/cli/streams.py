@@ -24,9 +24,10 @@ def settle() -> None:
     read in part, as in `ppo-cli generate ... | head`; any other fault of standard output is raised
     once, as an `OSError` that names it.
     """
-    _occupy_descriptors()
     codecs.register_error(ESCAPES, _escaped)
-    if sys.stdin is None:  # as Python says that it is closed
+    # Python has None for what is closed. In this order the null device takes the streams' numbers.
+    # Otherwise a checkpoint would, and with it what a library in C says on standard error.
+    if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     sys.stdout = _lasting(sys.stdout, needed=True)
     sys.stderr = _lasting(sys.stderr, needed=False)
@@ -95,19 +96,6 @@ def _lasting(stream: TextIO | None, *, needed: bool) -> TextIO:
         errors=ESCAPES,
         line_buffering=stream.line_buffering or stream.write_through,
     )
-
-
-def _occupy_descriptors() -> None:
-    """Open the null device as 0, 1 and 2 where these are closed.
-
-    Otherwise the next file, such as a checkpoint, would have that number, and take in whatever a
-    library in C says on standard error.
-    """
-    descriptor = os.open(os.devnull, os.O_RDWR)
-    while descriptor <= 2:
-        os.set_inheritable(descriptor, True)
-        descriptor = os.dup(descriptor)
-    os.close(descriptor)
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
