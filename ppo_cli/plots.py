@@ -45,7 +45,7 @@ HOLLOW: dict[str, Any] = {
     "markerfacecolor": "white",
 }
 BARS, AXES = " ▁▂▃▄▅▆▇█", "│└─"
-ASCII_BARS, ASCII_AXES = " ..:::|##", "|+-"
+ASCII_BARS, ASCII_AXES = " ...:::##", "|+-"
 AXIS = 12  # columns left of a chart's bars
 LABEL = 40  # characters of a legend's line
 

@@ -383,3 +383,12 @@ def test_what_matplotlib_has_to_say_is_not_shown(home: Path) -> None:
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "picture.png\n", "")
         (home / "picture.png").unlink()
+
+
+def test_a_program_that_runs_commands_settles_its_streams_once() -> None:
+    program = (
+        "import sys; from ppo_cli.cli import streams\n"
+        "streams.settle(); settled = sys.stdout, sys.stderr\n"
+        "streams.settle(); assert settled == (sys.stdout, sys.stderr)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdin=subprocess.DEVNULL)

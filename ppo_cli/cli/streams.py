@@ -61,9 +61,8 @@ class _Sink(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         try:
-            while (
-                written := self._raw.write(data)
-            ) is None:  # another process made it non-blocking
+            # None where another process has made the descriptor one that does not block.
+            while (written := self._raw.write(data)) is None:
                 select.select([], [self.fileno()], [])
             return written
         except OSError as error:
@@ -87,6 +86,8 @@ def _lasting(stream: TextIO | None, *, needed: bool) -> TextIO:
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     raw = getattr(stream.buffer, "raw", stream.buffer)  # Python without buffers has but one layer
+    if isinstance(raw, _Sink):
+        return stream
     if not isinstance(raw, io.RawIOBase):
         stream.reconfigure(errors=ESCAPES)
         return stream
