@@ -122,6 +122,7 @@ def test_streams_that_the_shell_closed(home: Path) -> None:
     assert whole.code == 0 and len(whole.out) > 500
     assert shell("2>&-", "config", "tiny") == whole
     assert shell(">&- <&-", "config", "tiny") == Done(0, "", "")
+    assert shell("2>&-", "config", os.fsdecode(b"no-\xff-such")).code == 2
     for unbuffered in ("", "1"):
         env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
         lost = shell(">/dev/full", "config", "tiny", env=env)
@@ -251,7 +252,7 @@ PROMPT = "café … 日本\nB"
 def test_an_ascii_stream_has_rules_and_bars_of_its_own_and_text_as_escapes(home: Path) -> None:
     chart = ppo_cli("plot", "run", "--terminal", cwd=home, fault=faults.ascii_streams).out
     assert "\\" not in chart
-    assert chart.count(" |") == 16 and "+----" in chart and "#" in chart
+    assert chart.count(" |") == 16 and f"+{'-' * STEPS}\n" in chart and "#" in chart
     command = [*GENERATE, "--prompt", PROMPT, "--format"]
     table = ppo_cli(*command, "table", cwd=home, fault=faults.ascii_streams).out
     assert "\\u25" not in table and "---" in table

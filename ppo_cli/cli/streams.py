@@ -82,7 +82,7 @@ class _Sink(io.RawIOBase):
 def _lasting(stream: TextIO | None, *, needed: bool) -> TextIO:
     """`stream` over a `_Sink`; what its encoding lacks becomes an escape."""
     if stream is None:
-        return open(os.devnull, "w", encoding="utf-8")
+        return open(os.devnull, "w", encoding="utf-8", errors=ESCAPES)
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     raw = getattr(stream.buffer, "raw", stream.buffer)  # Python without buffers has but one layer
