@@ -26,9 +26,9 @@ def json_text(value: Any, **options: Any) -> str:
 
     Args:
         value: plain values.
-        options: of `json.dumps`.
+        options: of `json.dumps`, whose `ensure_ascii` is off unless given.
     """
-    text = json.dumps(value, ensure_ascii=False, **options)
+    text = json.dumps(value, **{"ensure_ascii": False, **options})
     return _escaped(text, lambda c: c if c == "\n" else json.dumps(c)[1:-1])
 
 
@@ -58,8 +58,8 @@ def markdown_code(text: str) -> str:
 
 
 def shortened(text: str, width: int) -> str:
-    """`text` cut to `width` characters, with an ellipsis where it was cut."""
-    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+    """`text` cut to `width` characters, with an ellipsis, which ASCII has, where it was cut."""
+    return text if len(text) <= width else text[: max(width - 3, 0)] + "..."
 
 
 def _escaped(text: str, escape: Callable[[str], str]) -> str:

@@ -58,7 +58,7 @@ ROWS = [
     ["report"],
     ["comparison_report"],
     ["comparison_page"],
-    ["cli", "cli.console", "cli.options"],
+    ["cli", "cli.console", "cli.options", "cli.streams"],
     ["cli.display"],
     ["cli.train", "cli.generate", "cli.compare", "cli.plot", "cli.stats", "cli.config"],
     ["cli.app"],
