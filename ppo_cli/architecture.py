@@ -202,7 +202,7 @@ def looks_ahead(model: Any) -> bool:
     with asking():
         logits = [model(input_ids=row[None], use_cache=False).logits[0, -8:-3] for row in rows]
     first, other = logits
-    return bool(first.isfinite().all()) and not same(other, first, first.dtype)
+    return bool(first.isfinite().all()) and not same(other, first, precision(model))
 
 
 @_once_a_model
@@ -227,7 +227,7 @@ def reads_packed(model: Any) -> bool:
     )
     alone = torch.cat([read(ids[0:1, 3:])[0], read(ids[1:2, 2:6])[0]])
     together = torch.cat([packed[0, 3:], packed[1, 2:6]])
-    return not leaks and same(together, alone, alone.dtype)
+    return not leaks and same(together, alone, precision(model))
 
 
 @_once_a_model
@@ -246,7 +246,7 @@ def ends_in_feed_forward(model: Any) -> bool:
 
     expected = hidden()
     with last_feed_forward_at(model, read, unread=math.nan):
-        return same(hidden(), expected, expected.dtype)
+        return same(hidden(), expected, precision(model))
 
 
 @_once_a_model
@@ -263,7 +263,7 @@ def reads_block_mask(model: Any) -> bool:
     with asking():
         found = _hidden(model.base_model(**inputs))
         given = _hidden(model.base_model(**inputs, attention_mask=block_mask(positions)))
-    return same(given, found, found.dtype)
+    return same(given, found, precision(model))
 
 
 @_once_a_model
@@ -289,7 +289,7 @@ def reads_still_cache(model: Any) -> bool:
     expected = read(next_ids, seen, at, growing)
     room = hold_still(still, at.new_tensor([ids.shape[1]]))
     seen = torch.nn.functional.pad(seen, (0, room - seen.shape[1]))[:, None, None].bool()
-    return same(read(next_ids, seen, at, still), expected, expected.dtype)
+    return same(read(next_ids, seen, at, still), expected, precision(model))
 
 
 def rope_switch(config: Any) -> int | None:
@@ -308,6 +308,22 @@ def rope_switch(config: Any) -> int | None:
         if group.get("rope_type", group.get("type")) == "longrope"
     ]
     return min((int(length) for length in lengths if length), default=None)
+
+
+def precision(model: nn.Module) -> torch.dtype:
+    """What a model rounds its numbers to, at the lowest; bfloat16 where weights are quantised.
+
+    A quantised model's numbers may differ by as much with what is read beside them: what is rounded
+    how is decided by all of an input.
+    """
+    kinds = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
+    parts = (*model.modules(), *(p.data for p in model.parameters()))
+    if any(
+        "quant" in type(part).__module__ or "bitsandbytes" in type(part).__module__
+        for part in parts
+    ):
+        kinds.add(torch.bfloat16)
+    return max(kinds or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def same(

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from ppo_cli.architecture import same
+from ppo_cli.architecture import precision, same
 from ppo_cli.errors import ModelError, is_out_of_memory
 from ppo_cli.files import settle, writing
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
@@ -85,8 +85,6 @@ def _tolerance(
     policy: AutoModelForCausalLMWithValueHead, expected: Tensor
 ) -> tuple[torch.dtype, Tensor]:
     """Precision and size of what is compared; another device has kernels of its own."""
-    kinds = {p.dtype for p in policy.parameters() if p.dtype.is_floating_point}
-    lowest = max(kinds, key=lambda dtype: torch.finfo(dtype).eps)
-    if policy.device.type != "cpu":
-        lowest = torch.bfloat16
-    return lowest, expected.abs().max()
+    is_cpu = policy.device.type == "cpu"
+    dtype = precision(policy.pretrained_model) if is_cpu else torch.bfloat16
+    return dtype, expected.abs().max()

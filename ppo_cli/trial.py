@@ -19,6 +19,7 @@ from ppo_cli.architecture import (
     findings,
     looks_ahead,
     no_autocast,
+    precision,
     rope_switch,
     safer_readings,
     same,
@@ -99,7 +100,7 @@ def _samples_rightly(
             with plain_matmul():
                 expected, _ = _plain_outputs(model, torch.cat([query, response]))
             found = torch.stack(logits[: len(response)])
-            if not same(found, expected[len(query) - 1 : -1], _dtype(model)):
+            if not same(found, expected[len(query) - 1 : -1], precision(_language_model(model))):
                 return False
     return True
 
@@ -125,7 +126,7 @@ def settle_reading(
         return
     _refuse_if_it_looks_ahead(policy)
     queries, responses = _queries_and_responses(policy)
-    parameters = _few_of_each_kind(policy)
+    parameters, dtype = _few_of_each_kind(policy), precision(policy.pretrained_model)
 
     def with_gradients(run: Callable[[], Outputs]) -> tuple[Outputs, list[Tensor]]:
         with torch.set_grad_enabled(bool(parameters)):
@@ -141,9 +142,8 @@ def settle_reading(
                 found = with_gradients(lambda: read(queries, responses))
         except UnsuitableModel:
             return False
-        return _outputs_agree(found[0], outputs, scale, _dtype(policy)) and _gradients_agree(
-            found[1], gradients
-        )
+        outputs_agree = _outputs_agree(found[0], outputs, scale, dtype)
+        return outputs_agree and _gradients_agree(found[1], gradients, dtype)
 
     with _undisturbed(policy):
         try:
@@ -183,7 +183,7 @@ def starts_as_its_base(policy: AutoModelForCausalLMWithValueHead) -> bool:
         with policy.pretrained_model.disable_adapter():
             return logits_of_trial(policy)
 
-    dtype, before = _dtype(policy), base()
+    dtype, before = precision(policy.pretrained_model), base()
     if not same(logits_of_trial(policy), before, dtype):
         return False
     trained = [p for p in policy.pretrained_model.parameters() if p.requires_grad]
@@ -247,24 +247,21 @@ def _plain_outputs(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     return logits, model.last_hidden_states(output)[0, -len(ids) :]
 
 
-def _dtype(model: Any) -> torch.dtype:
-    """The lowest precision that a model computes in."""
-    kinds = {p.dtype for p in _language_model(model).parameters() if p.dtype.is_floating_point}
-    return max(kinds or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
-
-
 def _outputs_agree(found: Outputs, expected: Outputs, scale: Tensor, dtype: torch.dtype) -> bool:
     """Whether log-probabilities, entropies and values differ in rounding alone."""
     scales = (scale, scale, expected[2].abs().max().clamp(min=1))
     return all(same(a, b, dtype, s) for a, b, s in zip(found, expected, scales, strict=True))
 
 
-def _gradients_agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+def _gradients_agree(
+    found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype
+) -> bool:
     # A gradient that is nothing but rounding, as that of keys' biases, may differ in all of it.
     noise = 1e-3 * max((float(gradient.norm()) for gradient in expected), default=0.0)
 
+    share = 0.01 if torch.finfo(dtype).bits >= 32 else 0.2
+
     def agree(a: Tensor, b: Tensor) -> bool:
-        share = 0.01 if torch.finfo(b.dtype).bits >= 32 else 0.2
         return float((a - b).norm()) <= share * float(b.norm()) + noise
 
     return all(map(agree, found, expected))
