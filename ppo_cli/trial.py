@@ -164,6 +164,33 @@ def settle_reading(
     answers["reading is right"] = True
 
 
+def refuse_noise(
+    policy: AutoModelForCausalLMWithValueHead,
+    read: Callable[[Sequence[Tensor], Sequence[Tensor]], Outputs],
+) -> None:
+    """Raise `ModelError` where a model in its present modes differs from itself in eval mode.
+
+    Args:
+        policy: as gradient checkpointing needs it, and noise that is known of set to zero.
+        read: as of `settle_reading`.
+    """
+    answers = findings(policy.pretrained_model)
+    if "is quiet" in answers:
+        return
+    queries, responses = _queries_and_responses(policy)
+    with torch.no_grad():
+        with RandomStream(0, torch.device(policy.device)).active(), no_autocast(policy):
+            found = read(queries, responses)
+        with _undisturbed(policy):
+            expected, scale = read(queries, responses), _scale(policy, queries)
+    if not _outputs_agree(found, expected, scale, precision(policy.pretrained_model)):
+        raise ModelError(
+            f"{_name(policy)} adds noise in training mode, in which alone gradient checkpointing "
+            "works: set gradient_checkpointing to false (ppo.gradient_checkpointing)"
+        )
+    answers["is quiet"] = True
+
+
 @torch.no_grad()
 def logits_of_trial(model: Any) -> Tensor:
     """Logits (N, V), float32, on the CPU, of plain forwards of the trial's sequences."""

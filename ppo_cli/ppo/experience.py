@@ -18,7 +18,7 @@ from ppo_cli.ppo import losses
 from ppo_cli.ppo.config import PPOConfig, PPOSettings
 from ppo_cli.ppo.packing import TokenBatch
 from ppo_cli.projection import token_logprobs
-from ppo_cli.trial import settle_reading
+from ppo_cli.trial import refuse_noise, settle_reading
 
 READ_AT_ONCE = 4
 """Mini-batches that are read together before the update."""
@@ -228,15 +228,30 @@ def check_reading(model: Any) -> None:
         ModelError: what it says of several sequences is not what it says of each alone.
     """
     inner = _unwrapped(model)
+    settle_reading(inner, _reader(inner))
+
+
+def check_noise(model: Any) -> None:
+    """See that a model in its present modes is what it is in eval mode, if that is not known yet.
+
+    Raises:
+        ModelError: it is not.
+    """
+    inner = _unwrapped(model)
+    refuse_noise(inner, _reader(inner))
+
+
+def _reader(policy: Any) -> Callable[[Sequence[Tensor], Sequence[Tensor]], TokenOutputs]:
+    """Queries and responses -> what `policy` says of each token of the responses."""
     # accelerate puts autocast around the forward of the object itself.
-    forward = partial(type(inner).forward, inner)
+    forward = partial(type(policy).forward, policy)
 
     def read(queries: Sequence[Tensor], responses: Sequence[Tensor]) -> TokenOutputs:
         device = queries[0].device
         tokens = TokenBatch.from_lists(queries, responses, None, pad_token_id=0, device=device)
-        return _token_forward(inner, tokens, 1.0, forward)
+        return _token_forward(policy, tokens, 1.0, forward)
 
-    settle_reading(inner, read)
+    return read
 
 
 def _token_forward(

@@ -28,6 +28,8 @@ from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import (
     Probabilities,
     TokenOutputs,
+    check_noise,
+    check_reading,
     known_probabilities,
     make_experience,
     read_probabilities,
@@ -261,6 +263,9 @@ class PPOTrainer:
         dropout = dropout_off(self.model, keep_training_mode=config.gradient_checkpointing)
         warming_up = self.current_step < config.value_warmup_steps
         with dropout, head_alone(self.model) if warming_up else nullcontext(), fast_matmul():
+            check_reading(self.model)
+            if config.gradient_checkpointing:
+                check_noise(self.model)
             update.optimizer_step.make_state()
             probabilities, first = self._read(tokens, update)
             clock.lap("forward_pass")
