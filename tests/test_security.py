@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import regex
 import torch
 from conftest import make_gpt2, make_tokenizer
 from rich.console import Console
@@ -223,7 +224,31 @@ def test_no_cell_is_a_formula(text: str) -> None:
     assert spreadsheet_text("a" + text).startswith("a")
 
 
-@pytest.mark.parametrize("text", ["👩‍👩‍👧", "می‌خواهم", "שלום", "naïve 日本語"])
+def test_every_character_that_is_not_seen_is_escaped() -> None:
+    unseen = regex.compile(r"[\p{Default_Ignorable_Code_Point}\u2800[\p{C}--\p{Cn}]]", regex.V1)
+    for code in range(0x110000):
+        character = chr(code)
+        if unseen.match(character) and character != "\n":
+            assert character not in escape_controls(f"a{character}b"), f"U+{code:04X}"
+    for joined in (
+        "é",
+        "👩",
+        "می",
+        "日",
+        "क",
+    ):  # nothing is told by runs of what belongs there once
+        for run in ("\u200d" * 5, "\u200c\u200d", "\ufe0f" * 5, "\U000e0101" * 2):
+            assert escape_controls(f"{joined}{run}b").count("\\") >= len(run) - 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "👩‍👩‍👧", "🧑🏻‍❤️‍💋‍🧑🏿", "🏳️‍🌈", "👁️‍🗨️", "☺︎ ©️ 1️⃣ #⃣", "🇩🇪 👍🏽", "🏴󠁧󠁢󠁥󠁮󠁧󠁿",
+        "می‌خواهم", "شه‍", "क्‍ष", "श्री‌मान", "ශ්‍රී", "葛󠄀城", "ᠠ᠊ᠨ᠋ᠠ",
+        "שלום", "naïve 日本語", "한국어", "ไทย", "a\u00a0b\u3000c",
+    ],
+)  # fmt: skip
 def test_writing_of_the_world_is_left_alone(text: str) -> None:
     assert escape_controls(text) == text
     assert json.loads(json_text(text)) == text
