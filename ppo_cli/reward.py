@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from ppo_cli.errors import ModelError, UsageError, did_you_mean
-from ppo_cli.hub import loading_errors, refuse_empty, refuse_missing
+from ppo_cli.hub import (
+    implementations,
+    loading_errors,
+    refuse_empty,
+    refuse_misshaped,
+    refuse_missing,
+)
 from ppo_cli.matmul import fast_matmul
 
 POSITIVE_NAMES = ("positive", "pos", "good", "favorable", "favourable", "5 stars", "very positive")
@@ -235,9 +241,15 @@ def _load_classifier(name: str, **kwargs: Any) -> Any:
             f"{name} is a {architectures[0]}, not a sequence classifier: choose one whose "
             "architecture ends in ForSequenceClassification"
         )
+    kwargs |= implementations(name, config, kwargs["trust_remote_code"])
     model, info = AutoModelForSequenceClassification.from_pretrained(
-        name, dtype=torch.float32, output_loading_info=True, **kwargs
+        name,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused here, by name
+        **kwargs,
     )
+    refuse_misshaped(name, info["mismatched_keys"])
     refuse_missing(name, info["missing_keys"])
     return model
 

@@ -214,7 +214,7 @@ MODELS: list[Case] = [
     setting("policy.model={weightless}", "weightless", "model.safetensors", code=1),
     setting("policy.model={empty_weights}", "empty_weights", "cannot be loaded", code=1),
     setting("policy.model={lacking}", "lacking", "lack transformer.h.1.ln_1.bias", code=1),
-    setting("policy.model={misshaped}", "misshaped", "cannot be loaded", code=1),
+    setting("policy.model={misshaped}", "misshaped", "wpe.weight is (3, 3), not (48, 16)", code=1),
     setting("policy.model={mismatched}", "mismatched", "80 tokens", "60", code=1),
     setting("policy.model={tokenless}", "tokenless", "no tokenizer", code=1),
     ([G, "{tokenless}", "--no-score"], 1, ["tokenless", "no tokenizer"]),
