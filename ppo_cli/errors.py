@@ -46,6 +46,10 @@ class ModelError(PPOCliError):
     """A model that is there but cannot be loaded or used, or a hub that does not answer."""
 
 
+class MissingPackageError(PPOCliError, ImportError):
+    """A setting that needs a package which is not installed."""
+
+
 class Interrupted(BaseException):
     """A signal that asks to stop at once; `number` is the signal's.
 

@@ -121,6 +121,41 @@ def refuse_empty(name: str, tokenizer: Any) -> None:
         raise ModelError(f"{name} holds no tokenizer: save one beside the model (tokenizer.json)")
 
 
+def refuse_unusable(name: str, tokenizer: Any) -> None:
+    """Raise `ModelError` for a tokenizer whose files hold values that it cannot work with."""
+    length = tokenizer.model_max_length
+    if isinstance(length, bool) or not isinstance(length, (int, float)) or length != length:
+        raise ModelError(
+            f"{name}: model_max_length in its tokenizer_config.json is {str(length)[:40]!r}, which "
+            "is no number: put one there, or leave the key out"
+        )
+    try:
+        tokenizer("a", truncation=True, max_length=1)
+    except Exception as error:
+        raise ModelError(
+            f"{name}: its tokenizer does not work ({first_line(error)}): mend "
+            "tokenizer_config.json, or save the tokenizer anew"
+        ) from error
+
+
+def refuse_nan(name: str, model: Any) -> None:
+    """Raise `ModelError` for weights that are no numbers: whatever is computed with them is none.
+
+    Args:
+        name: of the model.
+        model: a `torch.nn.Module`; weights of other classes than torch's own are not looked at.
+    """
+    for key, weight in model.named_parameters():
+        plain = type(weight.data).__name__ == "Tensor" and not weight.is_meta
+        if not plain or not weight.is_floating_point() or weight.data.sum().isfinite():
+            continue
+        if weight.data.isnan().any():  # asked second, as it takes longer than a sum
+            raise ModelError(
+                f"{name}: its weights are damaged: {key.removeprefix('pretrained_model.')} holds "
+                "NaN. Give another copy of the model"
+            )
+
+
 def _check_folder(name: str) -> None:
     folder = Path(name)
     if not is_path(name):

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from ppo_cli.config import PolicyConfig, RewardConfig
 from ppo_cli.embedded import classifier_folder, policy_folder
 from ppo_cli.errors import ModelError, UsageError
-from ppo_cli.hub import loading_errors, refuse_empty
+from ppo_cli.hub import loading_errors, refuse_empty, refuse_nan, refuse_unusable
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.prompts import EMBEDDED
 from ppo_cli.reward import SentimentReward
@@ -35,6 +35,7 @@ def load_tokenizer(name: str, revision: str | None = None, trusted: Collection[s
     source = str(policy_folder()) if name == EMBEDDED else name
     with loading_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **_from(name, revision, trusted))
+        refuse_unusable(name, tokenizer)
     refuse_empty(name, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -61,6 +62,7 @@ def load_policy(
         **head,
         **_from(config.model, config.revision, trusted),
     )
+    refuse_nan(config.model, policy)
     rows = policy.pretrained_model.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and len(tokenizer) > rows:
         raise ModelError(

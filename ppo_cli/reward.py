@@ -16,6 +16,7 @@ from ppo_cli.hub import (
     refuse_empty,
     refuse_misshaped,
     refuse_missing,
+    refuse_unusable,
 )
 from ppo_cli.matmul import fast_matmul
 
@@ -90,6 +91,7 @@ class SentimentReward:
         with loading_errors(self.name, "classifier"):
             self.classifier = _load_classifier(self.name, **kwargs).to(device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, **kwargs)
+            refuse_unusable(self.name, self.tokenizer)
         refuse_empty(self.name, self.tokenizer)
         self.device = torch.device(device)
         if self.tokenizer.pad_token is None:
