@@ -169,8 +169,8 @@ def state_faults(folder: Path) -> Iterator[None]:
         said = " ".join(str(error).split())[:100]
         raise PPOCliError(
             f"{newest} holds no state that this release can go on from ({type(error).__name__}: "
-            f"{said}): resume with the release that run.yaml names, delete that checkpoint if there "
-            "is an older one, or train anew with --overwrite"
+            f"{said}): resume with the release that run.yaml names, delete that checkpoint if "
+            "there is an older one, or train anew with --overwrite"
         ) from error
 
 
