@@ -56,10 +56,7 @@ def loading_errors(name: str, kind: str = "model") -> Iterator[None]:
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            raise ModelError(
-                f"{name}: out of memory while it was loaded as a {kind}: end other programs, use a "
-                f"larger machine, or give a smaller {kind}"
-            ) from error
+            raise _out_of_memory(name, kind) from error
         if not answers:
             raise ModelError(
                 f"{name}: the hub does not answer, and the cache does not hold all of it: check "
@@ -69,8 +66,32 @@ def loading_errors(name: str, kind: str = "model") -> Iterator[None]:
 
 
 @contextmanager
-def adapter_errors() -> Iterator[None]:
-    """Around peft's making of an adapter.
+def trial_errors(name: str, kind: str = "model") -> Iterator[None]:
+    """Around the first use of what was loaded: files that can be read may yet make no sense.
+
+    Args:
+        name: folder or hub id.
+        kind: what it should be, for the message: "model", "classifier".
+
+    Raises:
+        ModelError: it does not work.
+    """
+    try:
+        yield
+    except PPOCliError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise _out_of_memory(name, kind) from error
+        raise ModelError(
+            f"{name} does not work as a {kind} ({first_line(error).rstrip('. ')}): look for a "
+            "wrong value in its config.json, or give another"
+        ) from error
+
+
+@contextmanager
+def adapter_errors(model: Any) -> Iterator[None]:
+    """Around peft's adding an adapter to `model`.
 
     Raises:
         UsageError: it refuses, mostly for modules that the model does not have.
@@ -78,9 +99,14 @@ def adapter_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+        weights = (
+            (name, getattr(module, "weight", None)) for name, module in model.named_modules()
+        )
+        names = {name.rpartition(".")[2] for name, w in weights if w is not None and w.ndim == 2}
         raise UsageError(
-            f"the adapter does not fit the model: {first_line(error).rstrip('. ')}. Name modules "
-            "of it in target_modules (policy.adapter.target_modules)"
+            f"the adapter does not fit the model: {first_line(error).partition('. ')[0]}. Name "
+            "modules of the model in target_modules (policy.adapter.target_modules), of "
+            f"{', '.join(sorted(names)[:20])}"
         ) from error
 
 
@@ -341,6 +367,13 @@ def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
             "check the name and the network, or give a local folder"
         )
     return ModelError(_unloadable(name, kind, error))
+
+
+def _out_of_memory(name: str, kind: str) -> ModelError:
+    return ModelError(
+        f"{name}: out of memory while it was loaded as a {kind}: end other programs, use a larger "
+        f"machine, or give a smaller {kind}"
+    )
 
 
 def _unloadable(name: str, kind: str, error: Exception) -> str:

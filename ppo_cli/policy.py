@@ -125,7 +125,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
                 warnings.warn("peft_config is ignored: the model has an adapter", stacklevel=2)
             else:
                 refuse_if_not_causal(model.config, type(model))
-                with adapter_errors():
+                with adapter_errors(model):
                     model = get_peft_model(model, peft_config)
         policy = cls(model, **head_kwargs)
         if saved_head:
