@@ -36,10 +36,10 @@ def load_tokenizer(name: str, revision: str | None = None, trusted: Collection[s
     source = str(policy_folder()) if name == EMBEDDED else name
     with loading_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **_from(name, revision, trusted))
+        refuse_empty(name, tokenizer)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
         refuse_unusable(name, tokenizer)
-    refuse_empty(name, tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
