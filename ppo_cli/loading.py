@@ -67,7 +67,8 @@ def load_policy(
         )
         refuse_nan(config.model, policy)
         with modes_kept(policy), torch.no_grad():
-            policy.eval()(torch.zeros(1, 1, dtype=torch.long, device=policy.device))
+            ids = torch.zeros(1, 1, dtype=torch.long, device=policy.device)
+            policy.eval().pretrained_model(input_ids=ids, use_cache=False)
     rows = policy.pretrained_model.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and len(tokenizer) > rows:
         raise ModelError(
