@@ -456,7 +456,8 @@ def implementations(name: str, config: Any, is_trusted: bool) -> dict[str, Any]:
             f"transformers' own takes its place{consent if '/' in elsewhere[0] else ''}",
             stacklevel=3,
         )
-        keywords[key] = None
+        setattr(config, f"_{key}", None)  # with the configurations inside it
+        keywords["config"] = config
     return keywords
 
 

@@ -65,11 +65,14 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
     """
     kwargs.setdefault("trust_remote_code", False)  # None would ask on the terminal
     if (Path(name) / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
+        from peft import AutoPeftModelForCausalLM, PeftModel
 
         # The adapter's files name its base model: trust in the one is none in the other.
         kwargs["trust_remote_code"] = False
-        kwargs |= _base_implementations(name)
+        base, revision, chosen = _base_of(name)
+        if chosen:  # which the class below would not pass on
+            model = AutoModelForCausalLM.from_pretrained(base, revision=revision, **chosen | kwargs)
+            return PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
         return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=is_trainable, **kwargs)
     if "config" not in kwargs:
         hub = {key: kwargs[key] for key in (*HUB_KEYWORDS, "trust_remote_code") if key in kwargs}
@@ -96,8 +99,8 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
     return model
 
 
-def _base_implementations(name: str) -> dict[str, Any]:
-    """As `implementations`, for the base model of an adapter in folder `name`.
+def _base_of(name: str) -> tuple[str, str | None, dict[str, Any]]:
+    """The base model of an adapter in folder `name`, its revision, and its `implementations`.
 
     Raises:
         ModelError: the adapter names a module of Python to import.
@@ -110,9 +113,9 @@ def _base_implementations(name: str) -> dict[str, Any]:
             f"{name}: its adapter_config.json names code (megatron_core), which is not run: leave "
             "megatron_config out of it"
         )
-    base = adapter.base_model_name_or_path
-    config = AutoConfig.from_pretrained(base, revision=adapter.revision, trust_remote_code=False)
-    return implementations(base, config, is_trusted=False)
+    base, revision = adapter.base_model_name_or_path, adapter.revision
+    config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+    return base, revision, implementations(base, config, is_trusted=False)
 
 
 def find_value_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:

@@ -158,7 +158,7 @@ def test_code_of_a_model_runs_only_where_it_is_named(
     assert Path("executed").exists()
 
 
-def with_kernel(folder: Path, name: str) -> str:
+def with_kernel(folder: Path, name: str, *keys: str) -> str:
     """A copy of a model whose configuration names code of the hub."""
     config = json.loads((folder / "config.json").read_text())
     shutil.copytree(folder, name)
@@ -168,8 +168,16 @@ def with_kernel(folder: Path, name: str) -> str:
     return name
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["attn_implementation"],
+        ["_attn_implementation"],
+        ["attn_implementation", "_attn_implementation"],
+    ],
+)
 def test_code_that_a_configuration_names_elsewhere_needs_the_same_consent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keys: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     asked: list[Any] = []
@@ -177,8 +185,8 @@ def test_code_that_a_configuration_names_elsewhere_needs_the_same_consent(
     monkeypatch.setattr(
         modeling_utils, "lazy_import_flash_attention", lambda *a, **k: asked.append(k)
     )
-    policy = with_kernel(policy_folder(), "policy")
-    judge = with_kernel(classifier_folder(), "judge")
+    policy = with_kernel(policy_folder(), "policy", *keys)
+    judge = with_kernel(classifier_folder(), "judge", *keys)
     plain = load_policy(PolicyConfig(model=str(policy_folder())))
     ids = torch.arange(5).unsqueeze(0)
     with pytest.warns(UserWarning, match=r"'evil/kernel' .* --trust-remote-code policy"):
@@ -208,7 +216,7 @@ def test_without_the_package_that_fetches_kernels_none_is_told_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    policy = with_kernel(policy_folder(), "policy")
+    policy = with_kernel(policy_folder(), "policy", "attn_implementation")
     with pytest.raises(ModelError, match="asks for code") as caught:
         load_policy(PolicyConfig(model=policy), trusted=[policy])
     assert "pip install" not in str(caught.value)
