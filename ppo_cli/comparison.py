@@ -9,7 +9,15 @@ import numpy as np
 
 from ppo_cli.best_of_n import best_of_n, share
 from ppo_cli.errors import PPOCliError, UsageError
-from ppo_cli.generation import Loaded, Request, Source, encode, load_judge, load_model
+from ppo_cli.generation import (
+    Loaded,
+    Request,
+    Source,
+    encode,
+    load_judge,
+    load_model,
+    sampling_errors,
+)
 from ppo_cli.likelihoods import likelihoods
 from ppo_cli.loading import load_tokenizer
 from ppo_cli.prompts import EMBEDDED, load_prompts
@@ -85,10 +93,14 @@ def compare(
     assert reward is not None and request.reward is not None
     task = _Task(request, texts, max_new_tokens, seed, reward, progress)
     reference = _reference(task, needed=bool(best_of) or request.reference in request.sources)
-    models = [_judged(task, source, reference) for source in request.sources]
+    models = []
+    for source in request.sources:
+        with sampling_errors(source.name):
+            models.append(_judged(task, source, reference))
     curve, shares = None, []
     if best_of and reference is not None:
-        drawn = _drawn(task, reference, max(best_of))
+        with sampling_errors(reference.name):
+            drawn = _drawn(task, reference, max(best_of))
         curve = best_of_n(drawn, best_of, label=reward.label, seed=seed)
         shares = [
             share(model.model, model.scores, model.kl, drawn, best_of)

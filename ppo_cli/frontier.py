@@ -24,8 +24,8 @@ PICTURE = "frontier.png"
 KEYS = ("eval/score", "eval/kl", "eval/reference_score")
 LABEL_GAP = 24  # between labels of the curve, points of a picture
 HOW_TO_GET_IT = (
-    "train with --set run.best_of_n=[1,2,4,8,16,32,64] for it, or with that and --resume add it to "
-    "a run"
+    "train with --set 'run.best_of_n=[1,2,4,8,16,32,64]' for it, or with that and --resume add it "
+    "to a run"
 )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from ppo_cli.config import PolicyConfig, RewardConfig, RunConfig, check_name
-from ppo_cli.errors import DataError, UsageError
+from ppo_cli.errors import DataError, ModelError, NumericalError, UsageError
 from ppo_cli.evaluation import Generated
 from ppo_cli.loading import check_trusted, load_policy, load_reward, load_tokenizer
 from ppo_cli.prompts import check_encodable, read_texts
@@ -188,18 +189,35 @@ def generate(
     """
     loaded = load_model(source, device, trusted)
     ids = encode(loaded, prompts, max_new_tokens)
-    samples = draw_samples(
-        loaded.model,
-        loaded.tokenizer,
-        [row for row in ids for _ in range(samples_each)],
-        [text for text in prompts for _ in range(samples_each)],
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        reward=reward,
-        eos_token_id=loaded.ends or None,
-        **sampling,
-    )
+    with sampling_errors(source.name):
+        samples = draw_samples(
+            loaded.model,
+            loaded.tokenizer,
+            [row for row in ids for _ in range(samples_each)],
+            [text for text in prompts for _ in range(samples_each)],
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            reward=reward,
+            eos_token_id=loaded.ends or None,
+            **sampling,
+        )
     return Generated(source.name, samples)
+
+
+@contextmanager
+def sampling_errors(name: str) -> Iterator[None]:
+    """Around sampling from the model `name`, which is not being trained.
+
+    Raises:
+        ModelError: its probabilities are not finite.
+    """
+    try:
+        yield
+    except NumericalError as error:
+        raise ModelError(
+            f"{name}: its probabilities are not finite: its weights are damaged, or too large for "
+            "the precision. Give another copy of the model"
+        ) from error
 
 
 def load_model(source: Source, device: torch.device, trusted: Collection[str] = ()) -> Loaded:

@@ -19,7 +19,7 @@ from ppo_cli.activations import fuse_activations
 from ppo_cli.architecture import PADDED_READING, Reading, fastest_reading, findings
 from ppo_cli.errors import ModelError, UnsuitableModel
 from ppo_cli.feed_forward import WORTHWHILE_SHARE, last_feed_forward_at
-from ppo_cli.hub import first_line, loading_errors
+from ppo_cli.hub import adapter_errors, first_line, loading_errors
 from ppo_cli.policy_files import (
     HUB_KEYWORDS,
     VALUE_HEAD_FILE,
@@ -127,7 +127,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
                 warnings.warn("peft_config is ignored: the model has an adapter", stacklevel=2)
             else:
                 refuse_if_not_causal(model.config, type(model))
-                model = get_peft_model(model, peft_config)
+                with adapter_errors(model):
+                    model = get_peft_model(model, peft_config)
         policy = cls(model, **head_kwargs)
         if saved_head:
             try:

@@ -15,11 +15,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from ppo_cli.errors import UsageError
-from ppo_cli.hub import refuse_missing
+from ppo_cli.errors import ModelError, UsageError
+from ppo_cli.hub import implementations, refuse_misshaped, refuse_missing
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+# transformers would refuse them with a report in its log; what it returns can be told better.
+SHAPES_LATER = {"ignore_mismatched_sizes": True}
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -61,31 +63,57 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
     """
     kwargs.setdefault("trust_remote_code", False)  # None would ask on the terminal
     if (Path(name) / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
+        from peft import AutoPeftModelForCausalLM, PeftModel
 
         # The adapter's files name its base model: trust in the one is none in the other.
         kwargs["trust_remote_code"] = False
+        base, revision, chosen = _base_of(name)
+        if chosen:  # which the class below would not pass on
+            model = AutoModelForCausalLM.from_pretrained(base, revision=revision, **chosen | kwargs)
+            return PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
         return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=is_trainable, **kwargs)
     if "config" not in kwargs:
         hub = {key: kwargs[key] for key in (*HUB_KEYWORDS, "trust_remote_code") if key in kwargs}
         config = AutoConfig.from_pretrained(name, **hub)
         if not kwargs.get("trust_remote_code"):
             refuse_if_not_causal(config)
+        chosen = implementations(name, config, kwargs["trust_remote_code"])
+        kwargs = chosen | kwargs
     # transformers' own report would name the value heads, too.
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            name, *args, **kwargs, output_loading_info=True
+            name, *args, **{**SHAPES_LATER, **kwargs}, output_loading_info=True
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith("v_head.")]
+    refuse_misshaped(name, () if "ignore_mismatched_sizes" in kwargs else info["mismatched_keys"])
     refuse_missing(name, info["missing_keys"])
     if unexpected:
         names = ", ".join(sorted(unexpected)[:5]) + (" ..." if len(unexpected) > 5 else "")
         warnings.warn(f"{name}: the weights file has the unknown {names}", stacklevel=4)
     return model
+
+
+def _base_of(name: str) -> tuple[str, str | None, dict[str, Any]]:
+    """The base model of an adapter in folder `name`, its revision, and its `implementations`.
+
+    Raises:
+        ModelError: the adapter names a module of Python to import.
+    """
+    from peft import PeftConfig
+
+    adapter = PeftConfig.from_pretrained(name)
+    if getattr(adapter, "megatron_config", None):
+        raise ModelError(
+            f"{name}: its adapter_config.json names code (megatron_core), which is not run: leave "
+            "megatron_config out of it"
+        )
+    base, revision = adapter.base_model_name_or_path, adapter.revision
+    config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+    return base, revision, implementations(base, config, is_trusted=False)
 
 
 def find_value_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:

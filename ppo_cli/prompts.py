@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ppo_cli.errors import DataError, did_you_mean
+from ppo_cli.errors import DataError, PPOCliError, did_you_mean
 from ppo_cli.hub import is_path, loading_errors
 from ppo_cli.runtime import numpy_state, set_numpy_state
 
@@ -277,6 +277,11 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
         _need_column(path, column, file.schema_arrow.names)
         for batch in file.iter_batches(columns=[column]):
             yield from _only_texts(path, column, batch.column(0).to_pylist())
+    except MemoryError as error:
+        raise PPOCliError(
+            f"{path}: out of memory while it was read: give a smaller file, or one whose texts are "
+            "shorter"
+        ) from error
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a whole Parquet file: {error}") from error
 

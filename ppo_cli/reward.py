@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from ppo_cli.errors import ModelError, UsageError, did_you_mean
-from ppo_cli.hub import loading_errors, refuse_empty, refuse_missing
+from ppo_cli.hub import (
+    implementations,
+    loading_errors,
+    refuse_empty,
+    refuse_misshaped,
+    refuse_missing,
+    refuse_unusable,
+)
 from ppo_cli.matmul import fast_matmul
 
 POSITIVE_NAMES = ("positive", "pos", "good", "favorable", "favourable", "5 stars", "very positive")
@@ -84,6 +91,7 @@ class SentimentReward:
         with loading_errors(self.name, "classifier"):
             self.classifier = _load_classifier(self.name, **kwargs).to(device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, **kwargs)
+            refuse_unusable(self.name, self.tokenizer)
         refuse_empty(self.name, self.tokenizer)
         self.device = torch.device(device)
         if self.tokenizer.pad_token is None:
@@ -235,9 +243,15 @@ def _load_classifier(name: str, **kwargs: Any) -> Any:
             f"{name} is a {architectures[0]}, not a sequence classifier: choose one whose "
             "architecture ends in ForSequenceClassification"
         )
+    kwargs |= implementations(name, config, kwargs["trust_remote_code"])
     model, info = AutoModelForSequenceClassification.from_pretrained(
-        name, dtype=torch.float32, output_loading_info=True, **kwargs
+        name,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused here, by name
+        **kwargs,
     )
+    refuse_misshaped(name, info["mismatched_keys"])
     refuse_missing(name, info["missing_keys"])
     return model
 

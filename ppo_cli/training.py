@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ppo_cli.advice import Adviser
+from ppo_cli.checkpoint import state_faults
 from ppo_cli.config import RunConfig
 from ppo_cli.divergence import check_numbers, check_texts, check_weights, classifier_faults
 from ppo_cli.errors import DataError, DivergenceError, UsageError
@@ -110,7 +111,8 @@ class Training:
         )
         self.progress = Progress(self.directory, self.trainer, self.lengths, config.run)
         if resume:
-            self.progress.go_back()
+            with state_faults(self.directory.checkpoints):
+                self.progress.go_back()
             if self.step > config.run.steps:
                 raise UsageError(
                     f"{config.output} has made {self.step} steps already, more than "

@@ -111,7 +111,8 @@ def no_device_memory(call: int) -> None:
     before_call(torch.optim.Adam, "step", call, fail)
 
 
-# The classifier is called twice before the first step: to probe it and for the reference.
+# The classifier is called three times before the first step: to try it, to probe it, and for the
+# reference.
 
 
 def broken_classifier(step: int) -> None:
@@ -122,7 +123,7 @@ def broken_classifier(step: int) -> None:
         for weights in reward.classifier.parameters():
             weights.data.fill_(float("nan"))
 
-    before_call(SentimentReward, "scores", step + 2, spoil)
+    before_call(SentimentReward, "scores", step + 3, spoil)
 
 
 def failing_classifier(step: int) -> None:
@@ -132,7 +133,7 @@ def failing_classifier(step: int) -> None:
     def fail(*_: Any) -> None:
         raise IndexError("index out of range in self")
 
-    before_call(SentimentReward, "scores", step + 2, fail)
+    before_call(SentimentReward, "scores", step + 3, fail)
 
 
 def collapsed_text(step: int) -> None:

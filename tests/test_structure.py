@@ -20,7 +20,8 @@ PACKAGE = Path(ppo_cli.__file__).parent
 
 # Data flows down: a module imports only from rows above its own.
 ROWS = [
-    ["errors", "text", "light_import", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
+    ["text", "light_import", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
+    ["errors"],
     [
         "files",
         "stopping",

@@ -22,7 +22,7 @@ from ppo_cli.cli.plot import plot
 from ppo_cli.cli.stats import stats
 from ppo_cli.cli.train import train
 from ppo_cli.errors import Interrupted, PPOCliError, did_you_mean, is_out_of_memory
-from ppo_cli.text import escape_controls
+from ppo_cli.text import escape_controls, without_secrets
 
 
 class _Group(TyperGroup):
@@ -73,6 +73,16 @@ REMEDIES = {
     errno.EACCES: PLACE,
     errno.EPERM: PLACE,
     errno.EROFS: PLACE,
+}
+# What may be lowered where a command runs out of memory.
+SMALLER = {
+    "train": "lower ppo.mini_batch_size (raise ppo.gradient_accumulation_steps as much and the "
+    "result stays the same), rollout.batch_size or reward.batch_size, set "
+    "ppo.gradient_checkpointing=true, or use a smaller model",
+    "generate": "ask for fewer samples (-n) or shorter ones (--max-new-tokens), give fewer prompts "
+    "at a time, or use a smaller model",
+    "compare": "lower --samples, --max-new-tokens or the numbers of --best-of-n, or use smaller "
+    "models",
 }
 for command in (train, generate, compare, plot, stats, config):
     app.command()(command)
@@ -139,7 +149,7 @@ def _usage_message(error: Exception, command: Any) -> str | None:
         if "Did you mean" not in message:
             message += did_you_mean(typed, names) or f" There are {', '.join(names)}."
     path = context.command_path if context is not None else "ppo-cli"
-    return f"{' '.join(message.split())} (see '{path} --help')"
+    return f"{without_secrets(' '.join(message.split()))} (see '{path} --help')"
 
 
 def _explain(error: Exception) -> str:
@@ -147,17 +157,13 @@ def _explain(error: Exception) -> str:
     text = str(error).strip().splitlines()
     first = text[0] if text else type(error).__name__
     if is_out_of_memory(error):
-        return (
-            "out of memory: for train, lower ppo.mini_batch_size (raise "
-            "ppo.gradient_accumulation_steps as much and the result stays the same), "
-            "rollout.batch_size or reward.batch_size, or set ppo.gradient_checkpointing=true; "
-            "otherwise ask for fewer or shorter samples, or use a smaller model"
-        )
+        asked = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        return f"out of memory: {SMALLER.get(asked, 'end other programs, or use a larger machine')}"
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}{REMEDIES.get(error.errno, '')}"
     return (
-        f"unexpected {type(error).__name__}: {first} "
+        f"unexpected {type(error).__name__}: {without_secrets(first)} "
         "(PPO_CLI_DEBUG=1 shows where; please report it)"
     )
 
