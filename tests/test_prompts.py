@@ -15,7 +15,8 @@ from pyarrow import parquet
 
 from ppo_cli.config import PromptsConfig
 from ppo_cli.errors import DataError
-from ppo_cli.prompts import LengthSampler, Prompt, collate, load_prompts, read_texts
+from ppo_cli.prompts import LengthSampler, Prompt, collate, load_prompts
+from ppo_cli.sources import read_texts
 
 # ---------------------------------------------------------------- LengthSampler
 
