@@ -19,7 +19,7 @@ MOST_EMBEDDED_REVIEWS = 100_000
 AT_ONCE = 1000  # texts that a tokenizer is given together
 TOLD_FROM = 20_000  # texts from which it is told how far tokenizing is
 PROBE = "a"
-CHARACTERS = 6  # a token: more than prose has
+CHARACTERS = 5  # a token: more than prose has
 BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 ACROSS_WORDS = re.compile(
     r"[^\sĠĊĉč▁][ Ġ▁]"

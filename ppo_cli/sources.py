@@ -256,8 +256,12 @@ class _Reader:
 
         try:
             yield from self._readers[file.ending](file)
-        except (DataError, MemoryError):
+        except DataError:
             raise
+        except (MemoryError, pyarrow.lib.ArrowCapacityError) as error:
+            raise DataError(
+                f"{file.name} holds more text than there is memory for: give less of it"
+            ) from error
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{file.name}: byte {_first_bad_byte(file)} is not UTF-8; convert the file, for "
