@@ -131,6 +131,8 @@ def check_encodable(text: str, place: str) -> None:
 def _texts(source: str, column: str, subset: str | None, split: str) -> Iterator[str]:
     """Texts that are not blank, one after the other, each checked."""
     local = source_files(source, subset, split)
+    if (folder := Path(source).expanduser()).is_dir():
+        _tell_what_is_left_out(folder, local)
     # Files are streamed: no copy of them in a cache, which would cost the disk as much again and
     # could be stale or half written. The folder is for the library's locks and for downloads.
     with TemporaryDirectory(prefix="ppo-cli-") as cache, _quiet_library():
@@ -192,20 +194,20 @@ def _folder_files(folder: Path, subset: str | None, split: str) -> list[Path]:
             f"{folder}: no split '{split}'; it has {', '.join(sorted(by_split))}."
             f"{did_you_mean(split, by_split)} (set prompts.split)"
         )
-    files = by_split[split]
+    return by_split[split]
+
+
+def _tell_what_is_left_out(folder: Path, files: Sequence[Path]) -> None:
+    """Warn of files of another kind, of which `datasets` reads the most frequent alone."""
     kinds = {file.suffix.lower() for file in files}
-    others = {
-        file.suffix.lower()
-        for file in folder.rglob("*")
-        if file.suffix.lower() in {".csv", ".jsonl", ".ndjson", ".parquet", ".tsv", ".txt"} - kinds
-    }
+    candidates = {".csv", ".jsonl", ".ndjson", ".parquet", ".tsv", ".txt"} - kinds
+    others = {file.suffix.lower() for file in folder.rglob("*")} & candidates
     if others:
         warnings.warn(
             f"{folder}: its files ending in {', '.join(sorted(others))} are not read, beside those "
             f"in {', '.join(sorted(kinds))}: a pattern such as {folder}/*{min(others)} would be",
             stacklevel=2,
         )
-    return files
 
 
 def _builder_files(folder: Path, subset: str | None) -> dict[str, list[Path]]:
@@ -384,7 +386,6 @@ class _Reader:
                 encoding=encoding,
                 features=Features({name: Value("string") for name in _distinct(header)}),
                 index_col=False,
-                keep_default_na=False,
                 na_filter=False,
             ),
             self._column,

@@ -137,8 +137,7 @@ def test_a_folder_has_splits_by_the_names_of_its_files(tmp_path: Path) -> None:
         assert read_texts(str(tmp_path)) == ["one", "two"]
     with pytest.warns(UserWarning, match="not read"):
         assert read_texts(str(tmp_path), split="test") == ["three"]
-    with pytest.warns(UserWarning, match="not read"):
-        assert source_files(str(tmp_path), split="test") == [tmp_path / "test.csv"]
+    assert source_files(str(tmp_path), split="test") == [tmp_path / "test.csv"]
     with pytest.raises(
         DataError, match=r"no split 'tset'; it has test, train\. Did you mean 'test'"
     ):

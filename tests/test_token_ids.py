@@ -33,6 +33,7 @@ from ppo_cli.prompts import Encoder, load_held_out, load_prompts
 from ppo_cli.rollout import Rollout, decode
 
 PROSE = [review.text for review in reviews(300, 5)]
+LONG = "incomprehensibilities"  # a token of the tokenizers below
 EMOJI = "👏🏽 the 🎬 is 🤩"
 
 
@@ -51,7 +52,7 @@ def sentencepiece(before: str = "<s> ", after: str = "", across: bool = False) -
         raw.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
-    raw.train_from_iterator(PROSE, trainer)
+    raw.train_from_iterator([*PROSE, f"one {LONG}" * 500], trainer)
     raw.pre_tokenizer = None
     made = json.loads(raw.to_str())
     made["added_tokens"] = made["added_tokens"][:3]  # the bytes are no special tokens
@@ -75,7 +76,7 @@ def bytelevel() -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train_from_iterator(PROSE, trainer)
+    raw.train_from_iterator([*PROSE, f"one {LONG}" * 500], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>")
 
 
@@ -89,7 +90,7 @@ def wordpiece() -> Any:
     raw.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     trainer = trainers.WordPieceTrainer(vocab_size=500, special_tokens=special, show_progress=False)
-    raw.train_from_iterator(PROSE, trainer)
+    raw.train_from_iterator([*PROSE, f"one {LONG}" * 500], trainer)
     raw.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -164,7 +165,14 @@ def texts_of_all_kinds() -> list[str]:
         "12345",
     ]
     texts = ["".join(dice.choices(parts, k=12)) for _ in range(60)]
-    return [*texts, "word " * 200, "word" * 200, "a  b  " * 100, "\n".join(PROSE[:30])]
+    return [
+        *texts,
+        "word " * 200,
+        f"{LONG} " * 60,
+        "word" * 200,
+        "a  b  " * 100,
+        "\n".join(PROSE[:30]),
+    ]
 
 
 @pytest.mark.parametrize("longest", [1, 2, 7, 40])
