@@ -155,10 +155,11 @@ class Encoder:
 
     @cached_property
     def _reads_words_apart(self) -> bool:
-        """Whether the tokens before a gap between words are sure not to depend on what follows.
+        """Whether the tokens before a gap between words do not depend on what follows it.
 
-        BPE makes each token from two others of its vocabulary, and Unigram chooses among whole
-        paths of such tokens: where none reaches across a gap, the text falls apart there.
+        BPE makes each token from two others of its vocabulary, and Unigram chooses among paths of
+        such tokens: where none reaches across a gap, the text falls apart there. What comes before
+        either, normalizer and pre-tokenizer, looks no further than the next word.
         """
         if not getattr(self._tokenizer, "is_fast", False):
             return False

@@ -87,7 +87,7 @@ def read_texts(
     texts = iter(_texts(source, column, subset, split))
     first = next(texts, None)
     if first is None:
-        raise DataError(f"{source} holds no texts: it is empty")
+        raise DataError(f"{_shown(source)} holds no texts: it is empty")
     found = (text for part in ([first], texts) for text in part if keep(text))
     return list((dict.fromkeys if distinct else list)(islice(found, limit)))
 
@@ -104,6 +104,8 @@ def source_files(source: str, subset: str | None = None, split: str = "train") -
     if path.is_dir():
         return _folder_files(path, subset, split)
     if os.path.exists(path):
+        if not path.is_file():  # a pipe would be waited for
+            raise DataError(f"{path}: {NEEDED} is needed")
         return [path]
     if glob.has_magic(source):
         files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
@@ -128,6 +130,15 @@ def check_encodable(text: str, place: str) -> None:
         ) from error
 
 
+def _shown(source: str) -> str:
+    """A source for people: an address without what may be a password or a key."""
+    if "://" not in source:
+        return source
+    parts = urlparse(source)
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host, params="", query="", fragment="").geturl()
+
+
 def _texts(source: str, column: str, subset: str | None, split: str) -> Iterator[str]:
     """Texts that are not blank, one after the other, each checked."""
     local = source_files(source, subset, split)
@@ -138,7 +149,7 @@ def _texts(source: str, column: str, subset: str | None, split: str) -> Iterator
     with TemporaryDirectory(prefix="ppo-cli-") as cache, _quiet_library():
         read = _Reader(cache, column)
         if "://" in source:
-            files = _members(source, read.download(source))
+            files = _members(_shown(source), read.download(source))
         elif local:
             files = [file for path in local for file in _members(str(path), str(path))]
         else:
@@ -163,11 +174,8 @@ def _only_texts(name: str, column: str, values: Iterable[Any]) -> Iterator[str]:
 
 def _members(name: str, address: str) -> list[_File]:
     """The file itself, or the files of an archive. `name` says by its ending which it is."""
-    plain = urlparse(name).path if "://" in name else name
-    if os.path.splitext(plain.lower())[1] != ARCHIVE:
-        if not os.path.isfile(address):  # a pipe would be waited for
-            raise DataError(f"{name}: {NEEDED} is needed")
-        return [_File.of(plain if "://" not in name else name.partition("?")[0], address)]
+    if os.path.splitext(name.lower())[1] != ARCHIVE:
+        return [_File.of(name, address)]
     try:
         with zipfile.ZipFile(address) as archive:
             members = [m for m in archive.namelist() if not m.endswith("/")]
@@ -219,7 +227,8 @@ def _builder_files(folder: Path, subset: str | None) -> dict[str, list[Path]]:
         except FileNotFoundError as error:
             raise DataError(f"{folder} holds no data: {NEEDED} is needed there") from error
         except Exception as error:
-            raise DataError(f"{folder} cannot be read as a dataset: {first_line(error)}") from error
+            problem = " ".join(str(error).split())[:300]  # what there is comes on a second line
+            raise DataError(f"{folder} cannot be read as a dataset: {problem}") from error
     return {
         str(split): [Path(file) for file in files]
         for split, files in (builder.config.data_files or {}).items()
@@ -297,25 +306,26 @@ class _Reader:
         from huggingface_hub import constants
         from huggingface_hub.file_download import http_get
 
-        parts = urlparse(address)
+        parts, shown = urlparse(address), _shown(address)
         if parts.scheme not in ("http", "https"):
             raise DataError(
-                f"{address}: an address begins with https:// or http://; give {NEEDED}, or the hub "
+                f"{shown}: an address begins with https:// or http://; give {NEEDED}, or the hub "
                 "id of a dataset"
             )
         if os.path.splitext(parts.path.lower())[1] not in (*FILE_ENDINGS, *COMPRESSED, ARCHIVE):
             raise DataError(
-                f"{address}: the address of {NEEDED} is needed; for a dataset of the hub give its "
+                f"{shown}: the address of {NEEDED} is needed; for a dataset of the hub give its "
                 "id, owner/name"
             )
         if constants.HF_HUB_OFFLINE:
-            raise DataError(f"{address}: HF_HUB_OFFLINE forbids to fetch it; give a local file")
+            raise DataError(f"{shown}: HF_HUB_OFFLINE forbids to fetch it; give a local file")
         copy = Path(self._cache, Path(parts.path).name)
         try:
             with copy.open("wb") as file:
-                http_get(address, file, displayed_filename=address)
+                http_get(address, file, displayed_filename=shown)
         except Exception as error:  # of the client library, whose name has changed before
-            raise DataError(f"{address} cannot be fetched: {first_line(error)}") from error
+            problem = first_line(error).replace(address, shown)
+            raise DataError(f"{shown} cannot be fetched: {problem}") from error
         return str(copy)
 
     def _rows(self, kind: str, file: _File, **options: Any) -> Any:

@@ -158,6 +158,8 @@ def test_the_readme_of_a_folder_names_subsets(tmp_path: Path) -> None:
     write(tmp_path / "1.csv", "text\none\n")
     write(tmp_path / "2.csv", "text\ntwo\n")
     assert read_texts(str(tmp_path), subset="two") == ["two"]
+    with pytest.raises(DataError, match=r"one.*two"):
+        read_texts(str(tmp_path))
 
 
 def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +212,19 @@ def test_cells_that_the_header_has_no_place_for_are_not_dropped(tmp_path: Path) 
         read_texts(str(write(tmp_path / "d.csv", "text\none\none, two\n")))
 
 
+def test_too_much_text_is_no_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": TEXTS}), path)
+    for error in (pa.ArrowMemoryError("malloc failed"), pa.lib.ArrowCapacityError("too large")):
+
+        def fail(*_: Any, error: Exception = error, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("datasets.load_dataset", fail)
+        with pytest.raises(DataError, match=r"a\.parquet holds more text than there is memory for"):
+            read_texts(str(path))
+
+
 class _Server(SimpleHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
@@ -234,8 +249,9 @@ def test_files_are_read_from_addresses(
         archive.writestr("a.csv", table())
     for name in ("a.csv.gz?download=true", "a.parquet", "a.zip"):
         assert read_texts(f"{served}/{name}") == TEXTS
-    with pytest.raises(DataError, match=r"gone\.csv cannot be fetched: .*404"):
-        read_texts(f"{served}/gone.csv")
+    with pytest.raises(DataError, match=r"gone\.csv cannot be fetched: .*404") as error:
+        read_texts(f"{served}/gone.csv?key=hush".replace("//", "//me:secret@"))
+    assert "hush" not in str(error.value) and "secret" not in str(error.value)
     write(tmp_path / "b.csv", "review\none\n")
     with pytest.raises(DataError, match=rf"{served}/b\.csv: no column 'text'; it has review"):
         read_texts(f"{served}/b.csv")

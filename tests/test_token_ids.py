@@ -293,6 +293,21 @@ def test_held_out_prompts_alone_are_those_of_all_prompts(tmp_path: Path) -> None
         assert [p.input_ids.tolist() for p in found] == [p.input_ids.tolist() for p in expected]
 
 
+def test_many_texts_are_tokenized_in_batches_and_it_is_told_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ppo_cli.prompts.AT_ONCE", 7)
+    monkeypatch.setattr("ppo_cli.prompts.TOLD_FROM", 40)
+    settings, tokenizer, told = PromptsConfig(limit=40, held_out=5), bytelevel(), list[str]()
+    prompts = load_prompts(settings, tokenizer, 0, told.append)
+    assert told == [f"{n} of 40 texts tokenized" for n in (14, 21, 35, 40)]
+    monkeypatch.undo()
+    expected = load_prompts(settings, tokenizer, 0, told.append)
+    assert len(told) == 4  # few texts are not worth a word
+    for found, whole in ((prompts.train, expected.train), (prompts.held_out, expected.held_out)):
+        assert [p.input_ids.tolist() for p in found] == [p.input_ids.tolist() for p in whole]
+
+
 class Judge:
     """Scores texts by their lengths."""
 
