@@ -87,13 +87,14 @@ class PromptsConfig(Section):
     """The texts whose first tokens are the queries."""
 
     source: Name = "embedded"
-    """`embedded`, a .csv, .jsonl, .parquet or .txt file, or a hub id of a dataset."""
+    """`embedded`; a .csv, .tsv, .json, .jsonl, .parquet, .arrow or .txt file, .gz and .zip too; the
+    https address of one; a pattern such as data/*.jsonl; a folder; or the hub id of a dataset."""
     subset: Name | None = None
-    """Configuration of a hub dataset."""
+    """Configuration of a hub dataset or a folder."""
     split: Name = "train"
-    """Split of a hub dataset."""
+    """Split of a hub dataset or a folder."""
     text_column: Name = "text"
-    """Column that holds the text."""
+    """Column that holds the text. Rows without text are left out."""
     min_characters: Annotated[int, Field(ge=0, le=MOST)] = 0
     """Only texts longer than this are used."""
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None

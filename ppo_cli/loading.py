@@ -16,9 +16,9 @@ from ppo_cli.embedded import classifier_folder, policy_folder
 from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.hub import loading_errors, refuse_empty, refuse_nan, refuse_unusable, trial_errors
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.prompts import EMBEDDED
 from ppo_cli.reward import SentimentReward
 from ppo_cli.runtime import modes_kept
+from ppo_cli.sources import EMBEDDED
 
 
 def check_trusted(trusted: Collection[str], names: Collection[str]) -> None:

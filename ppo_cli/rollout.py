@@ -22,6 +22,7 @@ from ppo_cli.decoding import decode_responses, decode_whole, not_finite
 from ppo_cli.errors import UsageError
 from ppo_cli.matmul import fast_matmul
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.prompts import BROKEN
 from ppo_cli.runtime import modes_kept
 from ppo_cli.trial import SamplingWay, Watch, sampling_way
 
@@ -81,14 +82,30 @@ def sample_texts(
 
 
 def decode(tokenizer: Any, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> Rollout:
-    """B queries and responses as texts, special tokens left out."""
+    """B queries and responses as texts, special tokens left out.
+
+    A response's text is what it adds to its query's: many tokenizers drop a space at the beginning
+    of what they decode, and the last character of a query may end in the response.
+    """
     whole = [torch.cat([q.to(r.device), r]) for q, r in zip(queries, responses, strict=True)]
+    texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
+    starts = tokenizer.batch_decode(list(queries), skip_special_tokens=True)
     return Rollout(
         queries=list(queries),
         responses=list(responses),
-        texts=tokenizer.batch_decode(whole, skip_special_tokens=True),
-        response_texts=tokenizer.batch_decode(responses, skip_special_tokens=True),
+        texts=texts,
+        response_texts=[
+            _added(start, text)
+            if text.startswith(start.rstrip(BROKEN))
+            else tokenizer.decode(response, skip_special_tokens=True)
+            for start, text, response in zip(starts, texts, responses, strict=True)
+        ],
     )
+
+
+def _added(start: str, text: str) -> str:
+    """What `text` has after `start`, a broken character at whose end it may have mended."""
+    return text[len(start if text.startswith(start) else start.rstrip(BROKEN)) :]
 
 
 @torch.no_grad()

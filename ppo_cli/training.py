@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ class Training:
         resume: go on from the newest checkpoint of the run directory.
         overwrite: replace a run directory that exists.
         trusted: models, as `config` names them, whose own code may run.
+        tell: told how far the prompts are, where reading them takes a while.
 
     Raises:
         PPOCliError: whatever of the request cannot be met, before anything is created.
@@ -61,6 +62,7 @@ class Training:
         resume: bool = False,
         overwrite: bool = False,
         trusted: Collection[str] = (),
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         check_trusted(trusted, (config.policy.model, config.reward.model))
         self.config = config
@@ -78,7 +80,7 @@ class Training:
         self.tokenizer = load_tokenizer(config.policy.model, config.policy.revision, trusted)
         self.ends = end_tokens(self.tokenizer, config.rollout.stop)
         check_terms(config.reward, self.ends)
-        self.prompts = load_prompts(config.prompts, self.tokenizer, config.run.seed)
+        self.prompts = load_prompts(config.prompts, self.tokenizer, config.run.seed, tell)
         queries = config.ppo.batch_size // config.ppo.responses_per_query
         if len(self.prompts.train) < queries:
             raise DataError(

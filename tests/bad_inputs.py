@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -275,7 +276,23 @@ MODELS: list[Case] = [
 ]  # fmt: skip
 TEXTS: list[Case] = [
     setting("prompts.source=absent.csv", "absent.csv", "no such file"),
-    setting("prompts.source={folder.txt}", "folder.txt", "a file ending in"),
+    setting("prompts.source={hollow.txt}", "hollow.txt", "no data", "a file ending in"),
+    ([T, "--set", "prompts.source={folder.txt}", "--set", "prompts.split=tests"], 2, ["no split 'tests'", "it has train"]),
+    setting("prompts.source={folder.txt}/*.csv", "folder.txt/*.csv", "no file has a name like"),
+    setting("prompts.source=~/absent.csv", "/absent.csv", "no such file"),
+    setting("prompts.source=https://example.com/a.csv", "https://example.com/a.csv", "HF_HUB_OFFLINE"),
+    setting("prompts.source=https://huggingface.co/datasets/a/b", "owner/name"),
+    setting("prompts.source=s3://a/b.csv", "s3://a/b.csv", "https://"),
+    setting("prompts.source={long.csv}", "long.csv", "row has 2 cells", "quotation marks"),
+    setting("prompts.source={later.csv}", "later.csv", "line 3", "quotation marks"),
+    setting("prompts.source={open.csv}", "open.csv", "row 1", "never closed"),
+    setting("prompts.source={broken.json}", "broken.json, line 2", "not JSON (Expecting"),
+    setting("prompts.source={numbers.json}", "numbers.json", "holds list, not text"),
+    setting("prompts.source={mixed.json}", "mixed.json", "a list of objects or of strings"),
+    setting("prompts.source={utf16.json}", "utf16.json", "UTF-16", "iconv"),
+    setting("prompts.source={cut.csv.gz}", "cut.csv.gz", "cannot be read"),
+    setting("prompts.source={text.zip}", "text.zip", "not a whole zip file"),
+    setting("prompts.source={cut.arrow}", "cut.arrow", "not a whole Arrow file"),
     setting("prompts.source={pipe.txt}", "pipe.txt", "a file ending in"),
     setting("prompts.source={notes.text}", "notes.text", "a file ending in"),
     setting("prompts.source={reviews.csv}", "'text'", "review, stars", "text_column"),
@@ -304,7 +321,7 @@ TEXTS: list[Case] = [
     ([G, "{policy}", "--prompt", " \t\n"], 2, ["prompt is empty", "give some text"]),
     ([G, "{policy}", "--prompt", "\udcff\udcfe"], 2, ["--prompt", "UTF-8"]),
     ([G, "{policy}", "--prompts", "absent.txt"], 2, ["absent.txt", "no such file"]),
-    ([G, "{policy}", "--prompts", "{folder}"], 2, ["folder", "a file ending in"]),
+    ([G, "{policy}", "--prompts", "{hollow.txt}"], 2, ["hollow.txt", "no data"]),
     ([G, "{policy}", "--prompts", "{empty.txt}"], 2, ["empty.txt", "empty"]),
     ([G, "{policy}", "--prompts", "{reviews.csv}"], 2, ["reviews.csv", "'text'"]),
     ([G, "{policy}", "--prompts", "{reviews.csv}", "--column", "revew"], 2, ["'review'"]),
@@ -327,6 +344,7 @@ def make_world(folder: Path) -> dict[str, str]:
     for name in ("folder", "folder.txt"):
         (folder / name).mkdir()
         (folder / name / "something.txt").write_text("here\n")
+    (folder / "hollow.txt").mkdir()
     os.mkfifo(folder / "pipe.txt")
     _make_runs(folder)
     _make_models(folder)
@@ -387,6 +405,16 @@ def _files() -> dict[str, bytes]:
         "list.jsonl": b"[1, 2]\n",
         "column.jsonl": b'{"body": "fine"}\n',
         "surrogate.jsonl": b'{"text": "half \\ud800 a pair"}\n',
+        "long.csv": b"text\nfine, really\n",
+        "later.csv": b"text\nfine\nfine, really\n",
+        "open.csv": b'text\n"fine\nfine\n',
+        "broken.json": b'[{"text": "fine"},\n{"text": }]\n',
+        "numbers.json": b"[[1, 2],\n[3]]\n",
+        "mixed.json": b'[{"text": "fine"},\n"fine", 3]\n',
+        "utf16.json": '["fine"]'.encode("utf-16"),
+        "cut.csv.gz": gzip.compress(b"text\nfine\n" * 1000)[:-20],
+        "text.zip": b"text\nfine\n",
+        "cut.arrow": b"ARROW1\0\0fine",
         "few.txt": b"This film is fine.\n" * 20,
     }  # fmt: skip
 

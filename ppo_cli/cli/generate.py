@@ -28,7 +28,9 @@ def generate(
     prompts: Annotated[
         str | None,
         typer.Option(
-            "--prompts", metavar="FILE", help=".txt, .csv, .jsonl, .parquet; - for stdin."
+            "--prompts",
+            metavar="FILE",
+            help="As prompts.source: .txt, .csv, .jsonl, .parquet ...; - for stdin.",
         ),
     ] = None,
     column: options.Column = "text",

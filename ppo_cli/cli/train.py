@@ -114,7 +114,11 @@ def train(
         )
     with _StopRequest(quiet) as stop:
         training = Training(
-            settings, resume=resume, overwrite=overwrite, trusted=trust_remote_code or ()
+            settings,
+            resume=resume,
+            overwrite=overwrite,
+            trusted=trust_remote_code or (),
+            tell=(lambda _: None) if quiet else note,
         )
         if dry_run:
             training.directory.unlock()
