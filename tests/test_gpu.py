@@ -6,18 +6,21 @@ The other tests hide the GPUs from torch, so that they are the same on every mac
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import SMALL_RUN, make_batch, make_gpt2, make_policy, make_trainer, weights
+from conftest import SMALL_RUN, make_batch, make_gpt2, make_policy, make_trainer, tried, weights
 from test_cli import anew
 from test_decoding import LIMITS, QUERIES, SETTINGS, STILL, sample, with_chances
 from test_decoding import make_policy as make_other
 from test_parity import CASES
 from test_parity import test_step_gives_what_trl_gave as compare_with_trl
+from test_trial import assert_right, make_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, decoding
 from ppo_cli.cuda_graph import nothing_waits
@@ -149,7 +152,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, queries: list[Any]) -> list[Any]:
 def test_replayed_steps_draw_what_steps_one_by_one_draw(
     name: str, settings: dict[str, Any], replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = copy.deepcopy(make_other(name)).cuda()
+    policy = tried(copy.deepcopy(make_other(name)).cuda())
     queries = on_gpu(monkeypatch, QUERIES)
     replayed = sample(policy, queries, LIMITS, **settings)
     assert len(replays) >= 6
@@ -242,3 +245,23 @@ def test_a_run_trains_goes_on_and_is_compared(precision: str, tmp_path: Path) ->
     assert text.strip()
     text = ppo_cli("compare", "ppo-good", "--samples", "8", cwd=tmp_path)
     assert "ppo-good" in text
+
+
+# ---------------------------------------------------------------- the trial
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "mamba", "bart", "rembert"])
+def test_families_are_sampled_and_read_as_each_sequence_is_alone(name: str) -> None:
+    assert_right(tried(AutoModelForCausalLMWithValueHead(make_model(name).cuda())))
+
+
+def test_a_trial_finds_the_fast_way_of_gpt2_small() -> None:
+    model = GPT2LMHeadModel(GPT2Config()).cuda()
+    tried(AutoModelForCausalLMWithValueHead(make_gpt2().cuda()))  # the first use of the device
+    policy = AutoModelForCausalLMWithValueHead(model)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    tried(policy)
+    torch.cuda.synchronize()
+    print(f"the trial took {time.perf_counter() - start:.2f} s")
+    assert policy.reading().rows == "packed"

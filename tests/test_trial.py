@@ -86,24 +86,25 @@ def assert_right(policy: Policy) -> None:
     """Greedy samples, log-probabilities and gradients of a ragged batch are the plain model's."""
     model = policy.pretrained_model
     policy.eval()
+    queries = [query.to(policy.device) for query in QUERIES]
     responses = sample_responses(
-        policy, QUERIES, LIMITS, pad_token_id=0, eos_token_id=None, top_k=1
+        policy, queries, LIMITS, pad_token_id=0, eos_token_id=None, top_k=1
     )
     expected = []
-    for query, response in zip(QUERIES, responses, strict=True):
+    for query, response in zip(queries, responses, strict=True):
         log_p = alone(model, torch.cat([query, response]))[len(query) - 1 : -1]
         chosen = log_p.gather(1, response[:, None]).squeeze(1)
         assert (log_p.amax(1) - chosen).max() < 1e-3, "not the best token of the plain forward"
         expected.append(chosen)
     wanted = torch.cat(expected)
-    tokens = TokenBatch.from_lists(QUERIES, responses, None, 0, torch.device("cpu"))
+    tokens = TokenBatch.from_lists(queries, responses, None, 0, policy.device)
     found = token_forward(policy, tokens)
     torch.testing.assert_close(found.logprobs, wanted, rtol=1e-3, atol=1e-3)
     whole = token_logits(policy, tokens).log_softmax(-1)
     chosen = whole.gather(1, tokens.flat_targets[:, None]).squeeze(1)
     torch.testing.assert_close(chosen, wanted, rtol=1e-3, atol=1e-3)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    weights = torch.linspace(-1, 1, len(wanted))
+    weights = torch.linspace(-1, 1, len(wanted), device=wanted.device)
     both = [
         torch.autograd.grad((x * weights).sum(), list(trained.values()), allow_unused=True)
         for x in (found.logprobs, wanted)
