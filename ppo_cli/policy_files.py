@@ -19,6 +19,7 @@ from transformers.utils.hub import cached_file
 from ppo_cli.errors import UsageError
 from ppo_cli.files import settle, writing
 from ppo_cli.hub import refuse_missing
+from ppo_cli.inventory import UNFINISHED_MODEL, Inventory
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -125,19 +126,35 @@ def _read_value_head(path: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
 
 
-def save_folder(policy: Any, tokenizer: Any, folder: Path) -> None:
+def save_folder(policy: Any, tokenizer: Any, inventory: Inventory) -> None:
     """Write policy, value head and tokenizer as a plain model folder; an adapter is merged.
 
     Files appear whole, each replacing its forerunner.
+
+    Args:
+        policy, tokenizer: what is written.
+        inventory: of the folder, which is there.
+
+    Raises:
+        UsageError: it would replace a file that is not on the folder's list.
     """
-    unfinished = folder / ".model.tmp"
+    folder = inventory.folder
+    unfinished = folder / UNFINISHED_MODEL
     try:
         with writing(folder):
             shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()  # fails where it is a link
             (policy.merged() if policy.is_peft_model else policy).save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             settle(unfinished)
-            for file in unfinished.iterdir():
-                file.replace(folder / file.name)
+            names = [
+                path.relative_to(unfinished).as_posix()
+                for path in sorted(unfinished.rglob("*"))
+                if path.is_file()
+            ]
+            inventory.add(names, unfinished)
+            for name in names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (unfinished / name).replace(folder / name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

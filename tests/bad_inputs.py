@@ -403,6 +403,9 @@ def _make_runs(folder: Path) -> None:
         (folder / name / "run.yaml").write_text(record)
         if content is not None:
             (folder / name / "metrics.jsonl").write_bytes(content)
+    marker = json.dumps({"written_by": "ppo-cli", "files": ["run.yaml"]})
+    for name in ("listed", "bombed"):  # which are runs, as their lists say, but damaged
+        (folder / name / "ppo-cli.json").write_text(marker)
     (folder / "listed" / "run.yaml").write_text("- config\n")
     shutil.copy(folder / "bomb.yaml", folder / "bombed" / "run.yaml")
     values["ppo"]["new_idea"] = 1

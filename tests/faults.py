@@ -150,3 +150,14 @@ def slow_step(step: int) -> None:
     from ppo_cli import training
 
     before_call(training, "decode", step, lambda *_: time.sleep(30))
+
+
+def begin_anew(number: int, config: str) -> None:
+    """Replaces the run in `run` by a new one, of no step, with a kill before the n-th change."""
+    from ppo_cli.config_source import load_config
+    from ppo_cli.run_directory import RunDirectory
+
+    settings = load_config(config, overrides={("run", "output"): "run"})
+    kill_at_write(number)
+    RunDirectory("run").create(settings, overwrite=True)
+    os._exit(0)

@@ -40,7 +40,7 @@ ROWS = [
         "ppo.kl_controller",
         "ppo.advantages",
     ],
-    ["evaluation", "plots", "ppo.calibration", "tying"],
+    ["inventory", "evaluation", "plots", "ppo.calibration", "tying"],
     ["config", "ppo.losses", "ppo.learning_rate", "ppo.packing", "quality", "best_of_n"],
     ["config_source", "policy_files", "projection", "summary", "standing", "shaping"],
     ["verdict", "symptoms", "divergence"],
