@@ -111,9 +111,13 @@ def _check_files(folder: Path) -> None:
 
     Raises:
         UsageError: a device, pipe or socket is among it.
-        ModelError: a file names others outside of the folder.
+        ModelError: a file names others outside of the folder, or it cannot be read.
     """
-    for file in folder.iterdir():
+    try:
+        files = [*folder.iterdir()]
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be read: {error.strerror or error}") from error
+    for file in files:
         refuse_stream(file)
     for file in (*folder.glob("*.index.json"), folder / "tokenizer_config.json"):
         content = _read_object(file)

@@ -65,8 +65,9 @@ class Inventory:
 
     def names(self) -> frozenset[str] | None:
         """Paths of the run's files, relative to its folder; None where no run wrote the folder."""
+        marker = self.folder / MARKER
         try:
-            content = json.loads((self.folder / MARKER).read_bytes()) if self._is_marked() else None
+            content = json.loads(marker.read_bytes()) if os.path.isfile(marker) else None
         except (OSError, ValueError, RecursionError):
             content = None
         if isinstance(content, dict) and content.get("written_by") == WRITER:
@@ -78,13 +79,10 @@ class Inventory:
     def begin(self, names: Collection[str]) -> None:
         """Delete the files of an older run, and make `names` the list of a new one.
 
-        The older one's checkpoints go first, so that what a kill leaves is no mixture; the list
-        stays, so that it can be replaced. So does the lock.
+        The older one's checkpoints go first, so that what a kill leaves is no mixture; its list
+        stays, so that what is left can be replaced. So does the lock.
         """
-        older = self.names()
-        if older is not None:
-            self._write(older)  # a run that kept none is recognised by what is deleted now
-            self._clear(older)
+        self._clear(self.names() or frozenset())
         self._write(frozenset(names))
 
     def add(self, names: Collection[str], source: Path | None = None) -> None:
@@ -125,7 +123,7 @@ class Inventory:
                 shutil.rmtree(path)
         if _is_folder(self.folder / UNFINISHED_MODEL):
             shutil.rmtree(self.folder / UNFINISHED_MODEL)
-        for name in sorted(names, key=lambda name: name == OLD_RECORD):  # which is needed longest
+        for name in sorted(names, key=lambda name: name == OLD_RECORD):  # all that tells old runs
             path = self.folder / name
             for ours in (path.with_name(f".{path.name}.tmp"), path):
                 if _is_file(ours):
@@ -141,9 +139,6 @@ class Inventory:
         }
         write_text(self.folder / MARKER, json.dumps(content, indent=2) + "\n")
         self._written = names
-
-    def _is_marked(self) -> bool:
-        return os.path.isfile(self.folder / MARKER)
 
     def _names_of_old_run(self) -> frozenset[str] | None:
         record = self.folder / OLD_RECORD
@@ -223,20 +218,14 @@ def lies_in_checkpoints(path: Path) -> bool:
 def _ownership(folder: Path) -> tuple[str, Callable[[str], bool]]:
     """What a folder holds, for messages, and which names in it are those of a model or a run."""
     listed = Inventory(folder).names()
-    if listed is not None:
-        names = listed | {MARKER}
-        return (
-            "run",
-            lambda name: name in names or is_model_file(name) or bool(RUN_FILE.fullmatch(name)),
-        )
-    if any(os.path.isfile(folder / file) for file in MODEL_FILES):
-        return "model", is_model_file
-    return "folder", lambda _: False
+    is_model = listed is not None or any(os.path.isfile(folder / file) for file in MODEL_FILES)
 
+    def is_owned(name: str) -> bool:
+        if listed is not None and (name in listed or name == MARKER or RUN_FILE.fullmatch(name)):
+            return True
+        return is_model and MODEL_FILE.fullmatch(name) is not None
 
-def is_model_file(name: str) -> bool:
-    """Whether files of models have such a name."""
-    return MODEL_FILE.fullmatch(name) is not None
+    return "model" if listed is None else "run", is_owned
 
 
 def _strangers(folder: Path, listed: frozenset[str], prefix: str = "") -> Iterator[str]:

@@ -115,8 +115,8 @@ class RunDirectory:
         run = cls(path)
         if not str(path).strip():
             raise UsageError("the name of the run directory is empty: give one that is there")
-        for name in (MARKER, CONFIG_FILE):
-            refuse_stream(run.path / name)
+        for entry in run.path.iterdir() if os.path.isdir(path) else ():
+            refuse_stream(entry)
         if run.is_run():
             return run
         if os.path.exists(path):
@@ -457,6 +457,8 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -
 
 def _holder(path: Path) -> str:
     """Who has the lock, as far as is known."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return "another process"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         return f"process {about['pid']} on {about['host']} since {about['since']}"

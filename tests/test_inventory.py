@@ -479,7 +479,7 @@ def test_commands_do_not_wait_for_pipes(
         "ppo-cli.json": [["stats", "run"], ["train", "--output", "run", "--resume"]],
         "metrics.jsonl": [["stats", "run"], ["plot", "run"], ["plot", "run", "--frontier"]],
         "frontier.json": [["plot", "run", "--frontier", "--output", "x.png"]],
-        "samples.jsonl": [["train", "--output", "run", "--resume"], ["compare", "run"]],
+        "samples.jsonl": [["stats", "run"], ["plot", "run"], ["compare", "run"]],
         "config.json": [["generate", "run"], ["compare", "run"]],
         "model.safetensors": [["generate", "run"]],
         f"{STEP}/state.json": [["train", "--output", "run", "--resume", "--steps", 3]],
