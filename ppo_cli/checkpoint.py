@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ppo_cli.errors import PPOCliError
 from ppo_cli.files import settle, sync, writing
-from ppo_cli.inventory import CHECKPOINT_FILES, checkpoint_strangers
+from ppo_cli.inventory import CHECKPOINT_FILES, checkpoint_strangers, is_unfinished_checkpoint
 
 WEIGHTS_FILE, TENSORS_FILE, STATE_FILE, MANIFEST_FILE = CHECKPOINT_FILES
 TENSOR_KEY = "__tensor__"
@@ -224,7 +224,7 @@ def _delete(checkpoints: list[Path]) -> None:
 
 def _sweep(folder: Path) -> None:
     """Delete what killed processes left half-written or half-deleted."""
-    for path in folder.glob(".step-*"):
+    for path in filter(is_unfinished_checkpoint, folder.glob(".step-*")):
         shutil.rmtree(path)
 
 

@@ -119,7 +119,8 @@ class Inventory:
 
     def _clear(self, names: Collection[str]) -> None:
         for path in self.folder.glob(f"{CHECKPOINTS}/*step-*"):
-            if _is_folder(path) and (STEP_FOLDER.fullmatch(path.name) or _is_unfinished(path)):
+            is_step = STEP_FOLDER.fullmatch(path.name) and _is_folder(path)
+            if is_step or is_unfinished_checkpoint(path):
                 shutil.rmtree(path)
         if _is_folder(self.folder / UNFINISHED_MODEL):
             shutil.rmtree(self.folder / UNFINISHED_MODEL)
@@ -172,6 +173,11 @@ def checkpoint_strangers(checkpoint: Path) -> list[str]:
         for entry in os.scandir(checkpoint)
         if entry.name not in CHECKPOINT_FILES or not entry.is_file(follow_symlinks=False)
     )
+
+
+def is_unfinished_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint was being written, or deleted, in a folder of that name."""
+    return UNFINISHED_STEP.fullmatch(path.name) is not None and _is_folder(path)
 
 
 def refuse_owned(output: Path, inputs: Iterable[str], allowed: Collection[Path] = ()) -> None:
@@ -251,7 +257,7 @@ def _strange_checkpoints(folder: Path) -> Iterator[str]:
         if entry.is_dir(follow_symlinks=False):
             if STEP_FOLDER.fullmatch(entry.name):
                 yield from (f"{name}/{inner}" for inner in checkpoint_strangers(Path(entry.path)))
-            elif not _is_unfinished(Path(entry.path)):
+            elif not is_unfinished_checkpoint(Path(entry.path)):
                 yield f"{name}/"
         elif entry.name not in LOCK_FILES or not entry.is_file(follow_symlinks=False):
             yield name
@@ -261,10 +267,6 @@ def _finished(name: str) -> str:
     """The name that a file gets once it is whole, of one that `replacing` writes; or `name`."""
     found = UNFINISHED_FILE.fullmatch(name)
     return found[1] if found else name
-
-
-def _is_unfinished(path: Path) -> bool:
-    return UNFINISHED_STEP.fullmatch(path.name) is not None
 
 
 def _is_file(path: Path) -> bool:

@@ -453,6 +453,24 @@ def test_a_model_whose_files_are_links_is_read(tmp_path: Path) -> None:
     load_policy(PolicyConfig(model=str(tmp_path / "model")))
 
 
+@LISTED_RUN
+def test_a_run_whose_files_are_links_is_read_and_not_written(run: RunDirectory) -> None:
+    Path("elsewhere").mkdir()
+    for name in LISTED:
+        Path("run", name).rename(Path("elsewhere", name))
+        Path("run", name).symlink_to(Path("../elsewhere") / name)
+    before = snapshot(Path.cwd())
+    for command in (
+        ["stats", "run"], ["plot", "run", "--terminal"], ["generate", "run", "--max-new-tokens", 2],
+    ):  # fmt: skip
+        done = ppo_cli(*command, cwd=Path.cwd())
+        assert done.code == 0, done.err
+    refused(ppo_cli("plot", "run", cwd=Path.cwd()), "training.png is a link")
+    refused(ppo_cli(*TRAIN, "--resume", cwd=Path.cwd()), "is a link")
+    refused(ppo_cli(*TRAIN, "--overwrite", cwd=Path.cwd()), "README.md, config.json")
+    assert snapshot(Path.cwd()) == before
+
+
 # --- pipes, sockets -----------------------------------------------------------------------------
 
 
@@ -470,10 +488,7 @@ def test_what_would_be_waited_for_is_refused(name: str, run: RunDirectory, in_ti
             load_policy(PolicyConfig(model="run"))
 
 
-@pytest.mark.parametrize("make", [make_pipe, make_socket])
-def test_commands_do_not_wait_for_pipes(
-    make: Callable[[Path], None], finished: Path, tmp_path: Path
-) -> None:
+def test_commands_do_not_wait_for_pipes(finished: Path, tmp_path: Path) -> None:
     reading = {
         "run.yaml": [["stats", "run"], ["plot", "run"], ["train", "--output", "run", "--resume"]],
         "ppo-cli.json": [["stats", "run"], ["train", "--output", "run", "--resume"]],
@@ -487,14 +502,14 @@ def test_commands_do_not_wait_for_pipes(
     for name, commands in reading.items():
         shutil.copytree(finished, tmp_path / "run")
         (tmp_path / "run" / name).unlink()
-        make(tmp_path / "run" / name)
+        make_pipe(tmp_path / "run" / name)
         before = snapshot(tmp_path)
         for command in commands:
             done = start(*command, cwd=tmp_path).wait(timeout=60)
             refused(done, Path(name).name, "device, pipe or socket")
         assert snapshot(tmp_path) == before
         shutil.rmtree(tmp_path / "run")
-    make(tmp_path / "p.yaml")
+    make_pipe(tmp_path / "p.yaml")
     refused(start("config", "p.yaml", cwd=tmp_path).wait(timeout=60), "p.yaml", "pipe or socket")
 
 
@@ -611,9 +626,12 @@ def test_a_checkpoint_with_a_strangers_file_is_not_deleted(tmp_path: Path) -> No
     for step in range(3):
         save_checkpoint(tmp_path, step, make_gpt2(), {}, keep=9)
     (tmp_path / "step-000000/notes.txt").write_text("mine")
+    (tmp_path / ".step-notes").mkdir()
+    (tmp_path / ".step-000004.tmp").mkdir()  # which a killed process left
     with pytest.warns(UserWarning, match=r"step-000000 is kept: it holds notes\.txt"):
         prune(tmp_path, keep=1)
-    assert {path.name for path in tmp_path.iterdir()} == {"step-000000", "step-000002"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".step-notes", "step-000000", "step-000002"}
     assert (tmp_path / "step-000000/notes.txt").read_text() == "mine"
 
 
