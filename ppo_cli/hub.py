@@ -119,18 +119,20 @@ def _check_files(folder: Path) -> None:
         raise ModelError(f"{folder} cannot be read: {error.strerror or error}") from error
     for file in files:
         refuse_stream(file)
-    for file in (*folder.glob("*.index.json"), folder / "tokenizer_config.json"):
+    configs = folder / "config.json", folder / "tokenizer_config.json"
+    for file in (*folder.glob("*.index.json"), *configs):
         content = _read_object(file)
         shards, tokenizers = content.get("weight_map"), content.get("fast_tokenizer_files")
-        named = {*(shards.values() if isinstance(shards, dict) else ())}
-        named |= {*(tokenizers if isinstance(tokenizers, list) else ())}
-        for other in named:
-            if not is_inside(str(other)):
+        named = [content.get("transformers_weights")]
+        named += shards.values() if isinstance(shards, dict) else ()
+        named += tokenizers if isinstance(tokenizers, list) else ()
+        for other in {name for name in named if isinstance(name, str)}:
+            if not is_inside(other):
                 raise ModelError(
-                    f"{file} names {shortened(str(other), 60)}, which is outside of the folder and "
-                    "is not read: copy it there, or give another model"
+                    f"{file} names {shortened(other, 60)}, which is outside of the folder and is "
+                    "not read: copy it there, or give another model"
                 )
-            refuse_stream(folder / str(other))
+            refuse_stream(folder / other)
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -431,6 +431,15 @@ def test_weights_outside_of_a_models_folder_are_not_read(absolute: bool, tmp_pat
             load()
 
 
+def test_a_configuration_names_no_weights_outside_of_a_models_folder(tmp_path: Path) -> None:
+    make_sharded(tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    content = json.loads(config.read_text()) | {"transformers_weights": "../x.safetensors"}
+    config.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"config\.json names .*outside of the folder"):
+        load_policy(PolicyConfig(model=str(tmp_path / "model")))
+
+
 def test_a_tokenizer_outside_of_a_models_folder_is_not_read(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "model/tokenizer.json").rename(tmp_path / "tokenizer.4.0.0.json")
