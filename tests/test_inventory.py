@@ -331,6 +331,7 @@ INPUTS: dict[str, tuple[str, Callable[[], str]]] = {
 }
 
 
+@LISTED_RUN
 @pytest.mark.parametrize("kind", INPUTS)
 def test_a_run_does_not_replace_what_it_reads(kind: str, run: RunDirectory) -> None:
     key, name = INPUTS[kind][0], INPUTS[kind][1]()
@@ -483,6 +484,7 @@ def test_a_run_whose_files_are_links_is_read_and_not_written(run: RunDirectory) 
 # --- pipes, sockets -----------------------------------------------------------------------------
 
 
+@LISTED_RUN
 @pytest.mark.parametrize("name", FILES)
 def test_what_would_be_waited_for_is_refused(name: str, run: RunDirectory, in_time: None) -> None:
     if name == "ppo-cli.json" and not Path("run", name).exists():
