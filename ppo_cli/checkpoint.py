@@ -22,11 +22,9 @@ from torch import Tensor
 
 from ppo_cli.errors import PPOCliError, is_out_of_memory
 from ppo_cli.files import settle, sync, writing
+from ppo_cli.inventory import CHECKPOINT_FILES, checkpoint_strangers, is_unfinished_checkpoint
 
-STATE_FILE = "state.json"
-TENSORS_FILE = "tensors.safetensors"
-WEIGHTS_FILE = "weights.safetensors"
-MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE, TENSORS_FILE, STATE_FILE, MANIFEST_FILE = CHECKPOINT_FILES
 TENSOR_KEY = "__tensor__"
 PAIRS_KEY = "__pairs__"
 
@@ -235,14 +233,20 @@ def _order(path: Path) -> tuple[int, int]:
 
 
 def _delete(checkpoints: list[Path]) -> None:
-    """Each disappears at once; what a kill leaves of it is swept away by the next `prune`."""
+    """Each disappears at once; what a kill leaves of it is swept away by the next `prune`.
+
+    One that holds something else as well stays.
+    """
     for path in checkpoints:
+        if strange := checkpoint_strangers(path):
+            warnings.warn(f"{path} is kept: it holds {', '.join(strange)}", stacklevel=3)
+            continue
         shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))
 
 
 def _sweep(folder: Path) -> None:
     """Delete what killed processes left half-written or half-deleted."""
-    for path in folder.glob(".step-*"):
+    for path in filter(is_unfinished_checkpoint, folder.glob(".step-*")):
         shutil.rmtree(path)
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from ppo_cli.config import AdapterConfig, RunConfig
 from ppo_cli.errors import ConfigError, did_you_mean
+from ppo_cli.files import refuse_stream
 from ppo_cli.text import SECRET, shortened
 from ppo_cli.yaml_io import Places, load_yaml, read_yaml
 
@@ -55,6 +56,7 @@ def config_file(name: str) -> Path:
         return shipped[name]
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or (name and os.path.exists(path)):
+        refuse_stream(path)
         if not os.path.isfile(path):
             raise ConfigError(f"{name}: no such configuration file; 'ppo-cli config' lists others")
         return path

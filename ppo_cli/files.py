@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ppo_cli.errors import UsageError
 
@@ -54,6 +54,41 @@ def writing(place: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(place)) from error
 
 
+def is_inside(name: str) -> bool:
+    """Whether a relative path that a file holds stays in the file's own folder, on any system."""
+    kinds = (PurePosixPath(name), PureWindowsPath(name))
+    return (
+        bool(name.strip())
+        and "\0" not in name
+        and not any(path.anchor or ".." in path.parts for path in kinds)
+    )
+
+
+def is_same_place(a: Path, b: Path) -> bool:
+    """Whether two paths lead to one file or folder: by links, hard links or other case, too."""
+    try:
+        return os.path.samefile(a, b)
+    except OSError:  # one of them is not there
+        return os.path.realpath(a) == os.path.realpath(b)
+
+
+def contains(folder: Path, path: Path) -> bool:
+    """Whether `path` is `folder`, or lies in it, links followed."""
+    real = Path(os.path.realpath(path))
+    return any(is_same_place(folder, place) for place in (real, *real.parents))
+
+
+def refuse_stream(path: Path) -> None:
+    """Raise `UsageError` if `path`, links followed, is there but neither file nor folder.
+
+    Reading a pipe waits for who writes to it, reading some devices never ends.
+    """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise UsageError(
+            f"{path} is a device, pipe or socket and is not read: put a file in its place"
+        )
+
+
 def refuse_special(path: Path) -> None:
     """Raise `UsageError` if `path` is a link, or neither file nor folder: nothing is written there.
 
@@ -69,13 +104,13 @@ def refuse_special(path: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Give every file in `folder` the mode of a new file, and put it on the disk.
+    """Give every file in `folder`, at any depth, the mode of a new file, and put it on the disk.
 
     safetensors makes files that only their owner can read.
     """
     umask = os.umask(0)
     os.umask(umask)
-    for file in folder.iterdir():
+    for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(0o666 & ~umask)
         sync(file)

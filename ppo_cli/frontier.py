@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ppo_cli.best_of_n import BestOfN
 from ppo_cli.errors import UsageError
-from ppo_cli.files import write_text
+from ppo_cli.files import refuse_stream, write_text
 from ppo_cli.plots import COLOURS, drawing, legend_labels
 from ppo_cli.run_directory import RunDirectory
 from ppo_cli.standing import Evaluation, Standing
@@ -79,6 +79,7 @@ def read_curve(runs: Sequence[RunDirectory]) -> BestOfN | None:
     """
     for run in runs:
         path = run.path / CURVE_FILE
+        refuse_stream(path)
         if not path.is_file():
             continue
         try:

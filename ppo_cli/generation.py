@@ -18,7 +18,7 @@ from ppo_cli.loading import check_trusted, load_policy, load_reward, load_tokeni
 from ppo_cli.prompts import Encoder
 from ppo_cli.reward import SentimentReward
 from ppo_cli.rollout import context_length
-from ppo_cli.run_directory import RunDirectory
+from ppo_cli.run_directory import RunDirectory, inputs_of
 from ppo_cli.runtime import resolve_device
 from ppo_cli.sampling import draw_samples
 from ppo_cli.sources import check_encodable, read_texts
@@ -58,6 +58,13 @@ class Request:
     device: torch.device
     trusted: Collection[str] = ()
     reference: Source | None = None
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of all models, of the classifier and of the run's prompts."""
+        found = [source.model for source in self.sources]
+        found += [self.reward.model] if self.reward else []
+        return [*found, *(inputs_of(self.run).values() if self.run else ())]
 
 
 @dataclass(frozen=True)

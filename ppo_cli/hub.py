@@ -23,6 +23,8 @@ from ppo_cli.errors import (
     causes_of,
     is_out_of_memory,
 )
+from ppo_cli.files import is_inside, refuse_stream
+from ppo_cli.text import shortened
 
 MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 WAITS = (1, 2, 4)  # seconds between questions to a hub that does not answer
@@ -192,7 +194,10 @@ def _check_folder(name: str) -> None:
         )
     if not folder.is_dir():
         raise ModelNotFoundError(f"{name} is a file: give the folder of a model, or a hub id")
+    _check_files(folder)
     if any((folder / file).is_file() for file in MODEL_FILES):
+        if (base := adapter_base(name)) and os.path.isdir(base):
+            _check_files(Path(base))
         return
     if (folder / "run.yaml").is_file():
         raise ModelNotFoundError(
@@ -208,6 +213,50 @@ def _check_folder(name: str) -> None:
         f"{name} holds no model (no config.json): give a run directory, or a folder that "
         "transformers' save_pretrained wrote"
     )
+
+
+def adapter_base(name: str) -> str | None:
+    """The model that an adapter in the folder `name` belongs to; None where no adapter is there."""
+    base = _read_object(Path(name) / "adapter_config.json").get("base_model_name_or_path")
+    return base if isinstance(base, str) and base else None
+
+
+def _check_files(folder: Path) -> None:
+    """Check what is read of a model's folder.
+
+    Raises:
+        UsageError: a device, pipe or socket is among it.
+        ModelError: a file names others outside of the folder, or it cannot be read.
+    """
+    try:
+        files = [*folder.iterdir()]
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be read: {error.strerror or error}") from error
+    for file in files:
+        refuse_stream(file)
+    configs = folder / "config.json", folder / "tokenizer_config.json"
+    for file in (*folder.glob("*.index.json"), *configs):
+        content = _read_object(file)
+        shards, tokenizers = content.get("weight_map"), content.get("fast_tokenizer_files")
+        named = [content.get("transformers_weights")]
+        named += shards.values() if isinstance(shards, dict) else ()
+        named += tokenizers if isinstance(tokenizers, list) else ()
+        for other in {name for name in named if isinstance(name, str)}:
+            if not is_inside(other):
+                raise ModelError(
+                    f"{file} names {shortened(other, 60)}, which is outside of the folder and is "
+                    "not read: copy it there, or give another model"
+                )
+            refuse_stream(folder / other)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none: loading says best what is wrong."""
+    try:
+        content = json.loads(file.read_bytes()) if os.path.isfile(file) else None
+    except (OSError, ValueError, RecursionError):
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
 @lru_cache(maxsize=64)

@@ -98,6 +98,7 @@ class Progress:
         """
         checkpoint = whole_checkpoint(self._directory.checkpoints)
         state = load_checkpoint(checkpoint, self._policy)
+        self._directory.check_records(state["records"])
         if rollbacks is not None:
             _slow_down(state["trainer"], 0.5 ** (rollbacks - state["rollbacks"]))
             seed = np.random.SeedSequence([self._settings.seed, rollbacks]).generate_state(1)[0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import platform
 import shutil
 import subprocess
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +18,28 @@ from typing import TYPE_CHECKING, Any
 from ppo_cli.config import RunConfig
 from ppo_cli.config_source import validate
 from ppo_cli.errors import UsageError, did_you_mean
-from ppo_cli.files import refuse_special, replacing, sync, write_text, writing
+from ppo_cli.files import (
+    contains,
+    is_same_place,
+    refuse_special,
+    refuse_stream,
+    replacing,
+    sync,
+    write_text,
+    writing,
+)
+from ppo_cli.hub import adapter_base
+from ppo_cli.inventory import (
+    CHECKPOINTS,
+    HOLDER_FILE,
+    LOCK_FILE,
+    LOCK_FILES,
+    MARKER,
+    RUN_FILE,
+    Inventory,
+    lies_in_checkpoints,
+    shown,
+)
 from ppo_cli.text import json_text, shortened
 from ppo_cli.yaml_io import dump_yaml, read_yaml
 
@@ -29,12 +51,12 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 PLOT_FILE = "training.png"
 CARD_FILE = "README.md"
-CHECKPOINTS = "checkpoints"
 EVALUATION = ("eval/", "time/evaluating")  # how the keys of an evaluation begin
-LOCK_FILE = ".lock"
-HOLDER_FILE = ".lock.json"
+RECORDS = (METRICS_FILE, SAMPLES_FILE)
+# Written at any time, also by other commands; a model's files are listed as they are written.
+LISTED = (CONFIG_FILE, *RECORDS, PLOT_FILE, "frontier.json", "frontier.png")
 # What is there before run.yaml is.
-BEGINNINGS = {CHECKPOINTS, LOCK_FILE, HOLDER_FILE, f".{HOLDER_FILE}.tmp", f".{CONFIG_FILE}.tmp"}
+BEGINNINGS = {f".{MARKER}.tmp", f".{CONFIG_FILE}.tmp"}
 LONGEST_NAME = 240  # of a folder, bytes; file systems take 255
 CHANGEABLE = (
     "run.steps",
@@ -66,6 +88,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.inventory = Inventory(self.path)
         self._lock: FileLock | None = None
 
     @property
@@ -80,7 +103,7 @@ class RunDirectory:
 
     def is_run(self) -> bool:
         """Whether a training run wrote this folder."""
-        return os.path.isfile(self.path / CONFIG_FILE)
+        return self.inventory.names() is not None
 
     @classmethod
     def existing(cls, path: str | Path) -> RunDirectory:
@@ -92,11 +115,15 @@ class RunDirectory:
         run = cls(path)
         if not str(path).strip():
             raise UsageError("the name of the run directory is empty: give one that is there")
+        for entry in run.path.iterdir() if os.path.isdir(path) else ():
+            refuse_stream(entry)
         if run.is_run():
             return run
         if os.path.exists(path):
+            has_file = os.path.exists(run.path / CONFIG_FILE)
+            why = "is another program's" if has_file else "is missing"
             raise UsageError(
-                f"{path} is no run directory (it has no {CONFIG_FILE}): give one that "
+                f"{path} is no run directory (its {CONFIG_FILE} {why}): give one that "
                 "'ppo-cli train' wrote"
             )
         parent = run.path.parent
@@ -107,14 +134,20 @@ class RunDirectory:
         raise UsageError(f"{path}: no such run directory.{near}")
 
     def check_resumable(self) -> None:
-        """Raise `UsageError` unless there is a checkpoint; changes nothing."""
+        """Raise `UsageError` unless a run can go on here, writing nowhere else; changes nothing."""
+        self._check_entries()
         if not any(self.checkpoints.glob("step-*")):
             raise UsageError(
                 f"{self.path} has no checkpoint to resume from: train anew with --overwrite"
             )
 
-    def check_writable(self, overwrite: bool) -> None:
-        """Raise `UsageError` unless a new run may be written here; changes nothing."""
+    def check_writable(self, overwrite: bool, inputs: Mapping[str, str]) -> None:
+        """Raise `UsageError` unless a new run may be written here; changes nothing.
+
+        Args:
+            overwrite: whether an older run may be replaced.
+            inputs: what the new run reads, which must not lie here: option or key -> name.
+        """
         longest = max((len(os.fsencode(part)) for part in self.path.parts), default=0)
         if longest > LONGEST_NAME:
             raise UsageError(
@@ -124,19 +157,13 @@ class RunDirectory:
         refuse_special(self.path)
         if os.path.exists(self.path) and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file: choose another folder with --output")
-        if self._lock is None and os.access(self.checkpoints / LOCK_FILE, os.W_OK):
-            self._acquired().release()
+        if lies_in_checkpoints(self.path):
+            raise UsageError(f"{self.path} lies among a run's checkpoints: choose another folder")
+        self._check_inputs(inputs)
         if self.path.is_dir() and not self._is_blank():
-            if not overwrite:
-                raise UsageError(
-                    f"{self.path} exists: continue it with --resume, replace it with --overwrite, "
-                    "or choose another folder with --output"
-                )
-            if not self.is_run():
-                raise UsageError(
-                    f"{self.path} is no run directory and is not overwritten: choose another "
-                    "folder with --output"
-                )
+            self._check_replaceable(overwrite)
+        elif self._lock is None:
+            self._check_lock()
         nearest = next(p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p))
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UsageError(
@@ -144,19 +171,61 @@ class RunDirectory:
                 "place with --output"
             )
 
-    def check_entries(self) -> None:
-        """Raise `UsageError` where a file to be written is a link to somewhere else."""
+    def _check_replaceable(self, overwrite: bool) -> None:
+        """Raise `UsageError` unless all that is here is a run that may be replaced."""
+        if not self.is_run():
+            raise UsageError(
+                f"{self.path} exists, is no run directory and is not overwritten: choose another "
+                "folder with --output"
+            )
+        if self._lock is None:
+            self._check_lock()
+        if not overwrite:
+            raise UsageError(
+                f"{self.path} exists: continue it with --resume, replace it with --overwrite, "
+                "or choose another folder with --output"
+            )
+        if strangers := self.inventory.strangers():
+            raise UsageError(
+                f"{self.path} holds {shown(strangers)}, which no run wrote, and is not "
+                "overwritten: move that elsewhere, or choose another folder with --output"
+            )
+
+    def _check_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Raise `UsageError` where something that a run reads lies here, or around here."""
+        for key, name in inputs.items():
+            for place in _places(name):
+                where = "is" if is_same_place(place, self.path) else None
+                if where is None and contains(self.path, place):
+                    where = "lies in"
+                if where is None and place.is_dir() and contains(place, self.path):
+                    where = "contains"
+                if where is not None:
+                    raise UsageError(
+                        f"{key} {name} {where} {self.path}, where the run is to be written: choose "
+                        "another folder with --output"
+                    )
+
+    def _check_entries(self) -> None:
+        """Raise `UsageError` where a file to be written is a link, or is not the run's."""
         refuse_special(self.path)
-        for folder in (self.path, self.checkpoints):
+        for folder in (self.path, self.checkpoints, *self.checkpoints.glob("step-*")):
+            refuse_special(folder)
             for entry in folder.iterdir() if folder.is_dir() else ():
                 refuse_special(entry)
+        if strange := [name for name in self.inventory.strangers() if RUN_FILE.fullmatch(name)]:
+            raise UsageError(
+                f"{self.path} holds {shown(strange)}, which the run would replace but did not "
+                "write: move that elsewhere"
+            )
 
     def create(self, config: RunConfig, overwrite: bool) -> None:
         """Make the folder, empty but for `run.yaml`, and lock it."""
-        self.check_writable(overwrite)
+        read = inputs_of(config)
+        self.check_writable(overwrite, read)
         self.lock()
-        self.check_writable(overwrite)  # another run may have come and gone
-        self._clear()
+        self.check_writable(overwrite, read)  # another run may have come and gone
+        self.inventory.begin(LISTED)
         self.record(config)
 
     def lock(self) -> None:
@@ -194,28 +263,27 @@ class RunDirectory:
             ) from None
         return lock
 
+    def _check_lock(self) -> None:
+        """Raise `UsageError` where another process writes here."""
+        lock = self.checkpoints / LOCK_FILE
+        if os.path.isfile(lock) and not os.path.islink(lock) and os.access(lock, os.W_OK):
+            self._acquired().release()
+
     def _is_blank(self) -> bool:
         """Whether nothing is in the folder but what a process killed at its beginning leaves."""
-        names = {path.name for path in self.path.iterdir()}
-        if CHECKPOINTS in names and not (self.path / CHECKPOINTS).is_symlink():
-            names |= {path.name for path in self.checkpoints.iterdir()}
-        return names <= BEGINNINGS
-
-    def _clear(self) -> None:
-        """Delete an older run: its checkpoints first, so that what a kill leaves is no mixture.
-
-        The lock stays, and `run.yaml`, which says that the folder is ours to overwrite.
-        """
-        for path in (*self.checkpoints.glob("*step-*"), *self.path.iterdir()):
-            if path.name in (CHECKPOINTS, CONFIG_FILE):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        marker = {MARKER} if self.is_run() else set()
+        if not os.path.lexists(self.checkpoints):
+            return _holds_only(self.path, BEGINNINGS | marker)
+        return (
+            self.checkpoints.is_dir()
+            and not self.checkpoints.is_symlink()
+            and _holds_only(self.path, BEGINNINGS | marker | {CHECKPOINTS})
+            and _holds_only(self.checkpoints, LOCK_FILES)
+        )
 
     def record(self, config: RunConfig) -> None:
         """Write `run.yaml`: configuration, versions, commit."""
+        self.inventory.add(LISTED)  # of an older release's run, which kept no list
         record = {
             "versions": versions(),
             "git_commit": _git_commit(),
@@ -264,7 +332,7 @@ class RunDirectory:
     def record_lengths(self) -> dict[str, int]:
         """Bytes in each of the run's records, once they are on the disk."""
         lengths = {}
-        for file in (METRICS_FILE, SAMPLES_FILE):
+        for file in RECORDS:
             path = self.path / file
             if path.exists():
                 with writing(path):
@@ -276,12 +344,21 @@ class RunDirectory:
         """Drop what was added to the records since they had `lengths`."""
         for file, length in lengths.items():
             path = self.path / file
+            _unshare(path)
             size = path.stat().st_size if path.exists() else 0
             if size < length:
                 warnings.warn(f"{path} is shorter than it was: steps are missing", stacklevel=2)
                 length = path.read_bytes().rfind(b"\n") + 1 if size else 0
             if size > length:
                 os.truncate(path, length)
+
+    def check_records(self, lengths: Mapping[str, int]) -> None:
+        """Raise `UsageError` where `lengths`, which a file holds, are not those of the records."""
+        if strange := [file for file in lengths if file not in RECORDS]:
+            raise UsageError(
+                f"{self.checkpoints}: a checkpoint names {shown(strange)} among the records of the "
+                "run, which no run writes: take another copy of it, or train anew with --overwrite"
+            )
 
     def put_evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
         """Make `numbers` the evaluation in a step's line of the metrics, in place of what is there.
@@ -312,6 +389,7 @@ class RunDirectory:
             UsageError: the run has no steps yet, or a line is no JSON.
         """
         path = self.path / METRICS_FILE
+        refuse_stream(path)
         rows = list(_json_lines(path)) if path.is_file() else []
         for row in rows:
             for key, value in row.items():
@@ -323,6 +401,46 @@ class RunDirectory:
         if not rows:
             raise UsageError(f"{self.path} has no steps in its {METRICS_FILE} yet")
         return rows
+
+
+def inputs_of(config: RunConfig) -> dict[str, str]:
+    """What a run reads: key of the configuration -> folder, file or name on the hub."""
+    found = {"prompts.source": config.prompts.source}
+    for key, model in (
+        ("policy.model", config.policy.model),
+        ("reward.model", config.reward.model),
+    ):
+        found[key] = model
+        if base := adapter_base(model):
+            found[f"the base model of {key}"] = base
+    return {key: name for key, name in found.items() if name != "embedded"}  # which is no folder
+
+
+def _places(name: str) -> list[Path]:
+    """The files and folders that a name stands for: itself, by a pattern, by links in a folder."""
+    name = os.path.expanduser(name)
+    found = [Path(name)] if os.path.exists(name) else [*map(Path, glob.glob(name, recursive=True))]
+    return found + [
+        inner
+        for place in found
+        if place.is_dir()
+        for inner in place.iterdir()
+        if inner.is_symlink() and inner.is_file()
+    ]
+
+
+def _unshare(path: Path) -> None:
+    """Give a file with further names, hard links, content of its own: theirs shall not change."""
+    if path.exists() and path.stat().st_nlink > 1:
+        with replacing(path) as unfinished:
+            shutil.copyfile(path, unfinished)
+
+
+def _holds_only(folder: Path, names: Collection[str]) -> bool:
+    return all(
+        entry.name in names and (entry.name == CHECKPOINTS or entry.is_file(follow_symlinks=False))
+        for entry in [*os.scandir(folder)]
+    )
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -339,6 +457,8 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -
 
 def _holder(path: Path) -> str:
     """Who has the lock, as far as is known."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return "another process"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         return f"process {about['pid']} on {about['host']} since {about['since']}"

@@ -15,20 +15,29 @@ from transformers.utils import logging as transformers_logging
 from ppo_cli.architecture import precision, same
 from ppo_cli.errors import ModelError, is_out_of_memory
 from ppo_cli.files import settle, writing
+from ppo_cli.inventory import UNFINISHED_MODEL, Inventory
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.trial import logits_of_trial
 
 
-def save_folder(policy: AutoModelForCausalLMWithValueHead, tokenizer: Any, folder: Path) -> None:
+def save_folder(
+    policy: AutoModelForCausalLMWithValueHead, tokenizer: Any, inventory: Inventory
+) -> None:
     """Write policy, value head and tokenizer as a plain model folder; an adapter is merged.
 
     Files appear whole, each replacing its forerunner, once transformers read from them a model that
     says what the policy says.
 
+    Args:
+        policy, tokenizer: what is written.
+        inventory: of the folder, which is there.
+
     Raises:
-        ModelError: it says something else; nothing is replaced.
+        ModelError: that model says something else; nothing is replaced.
+        UsageError: it would replace a file that is not on the folder's list.
     """
-    unfinished = folder / ".model.tmp"
+    folder = inventory.folder
+    unfinished = folder / UNFINISHED_MODEL
     try:
         with writing(folder):
             if not _is_written_rightly(policy, unfinished):
@@ -40,8 +49,15 @@ def save_folder(policy: AutoModelForCausalLMWithValueHead, tokenizer: Any, folde
                 )
             tokenizer.save_pretrained(unfinished)
             settle(unfinished)
-            for file in unfinished.iterdir():
-                file.replace(folder / file.name)
+            names = [
+                path.relative_to(unfinished).as_posix()
+                for path in sorted(unfinished.rglob("*"))
+                if path.is_file()
+            ]
+            inventory.add(names, unfinished)
+            for name in names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (unfinished / name).replace(folder / name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -51,6 +67,7 @@ def _is_written_rightly(policy: AutoModelForCausalLMWithValueHead, folder: Path)
     ways = [policy.merged, lambda: policy.merged(untied=True)] if policy.is_peft_model else []
     for whole in ways or [lambda: policy]:
         shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()  # fails where it is a link
         model = whole()
         if not same(logits_of_trial(model), expected, *_tolerance(policy, expected)):
             continue

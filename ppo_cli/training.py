@@ -28,7 +28,7 @@ from ppo_cli.preparation import check_context, make_trainer, try_models
 from ppo_cli.progress import Progress
 from ppo_cli.prompts import LengthSampler, collate, load_prompts
 from ppo_cli.rollout import Rollout, decode
-from ppo_cli.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory
+from ppo_cli.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory, inputs_of
 from ppo_cli.runtime import resolve_device, set_seed
 from ppo_cli.sampling import judge
 from ppo_cli.saving import save_folder
@@ -74,7 +74,7 @@ class Training:
             self.directory.check_resumable()
             self.directory.lock()
         else:
-            self.directory.check_writable(overwrite)
+            self.directory.check_writable(overwrite, inputs_of(config))
         set_seed(config.run.seed)
         self.device = resolve_device(config.run.device)
         self.tokenizer = load_tokenizer(config.policy.model, config.policy.revision, trusted)
@@ -192,6 +192,7 @@ class Training:
             after_samples=after.samples,
         )
         self._save_model()
+        self.directory.inventory.add([CARD_FILE])
         write_text(self.directory.path / CARD_FILE, run_card(summary, self.config))
         if self.config.run.best_of_n and not self.stopping:  # who stops a run does not want to wait
             write_curve(self.directory, self.examination.best_of_n(self.config.run.best_of_n))
@@ -344,6 +345,6 @@ class Training:
 
     def _save_model(self) -> None:
         """Write the policy as a plain folder, and the plot."""
-        save_folder(self._policy, self.tokenizer, self.directory.path)
+        save_folder(self._policy, self.tokenizer, self.directory.inventory)
         if self.step:
             plot_training({self.directory.path.name: self.directory.metrics()}, self.directory.plot)

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ppo_cli.errors import ConfigError
+from ppo_cli.files import refuse_stream
 from ppo_cli.text import escape_controls, shortened
 
 MOST_BYTES = 1024 * 1024
@@ -48,6 +49,7 @@ def read_yaml(path: Path, places: Places | None = None) -> Any:
     Raises:
         ConfigError: it cannot be read, is not YAML, or is larger than any configuration.
     """
+    refuse_stream(path)
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)

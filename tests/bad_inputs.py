@@ -114,6 +114,7 @@ CONFIGURATIONS: list[Case] = [
     config("surrogate.yaml", "UTF-8"),
     config("secret.yaml", "line 3", "ppo.tracker_kwargs.wandb.api_key", "environment"),
     config("trust.yaml", "line 2", "trust_remote_code", "no such key"),
+    config("pipe.yaml", "device, pipe or socket"),
     setting("policy.model=https://me:word@host/x", "--set policy.model:", "password"),
     setting("reward.revision=hf_abcdefghijklmnopqrstuvwxyz", "reward.revision", "token"),
     setting("ppo.tracker_kwargs={wandb: {tags: [hf_abcdefghijklmnopqrstuvwxyz]}}", "tags.0", "token"),
@@ -159,6 +160,13 @@ PLACES: list[Case] = [
     ([T, "--output", "{linked_folder}", "--overwrite"], 2, ["linked_folder", "is a link"]),
     ([T, "--output", "{dangling}"], 2, ["dangling", "is a link"]),
     ([T, "--output", "{pipe.txt}"], 2, ["pipe.txt", "device, pipe or socket"]),
+    ([T, "--output", "{workflow}"], 2, ["no run directory", "not overwritten"]),
+    ([T, "--output", "{workflow}", "--overwrite"], 2, ["no run directory", "not overwritten"]),
+    ([T, "--output", "{workflow}", "--resume"], 2, ["run.yaml", "another program's"]),
+    ([T, "--output", "{visited}", "--overwrite"], 2, ["thesis.txt", "not overwritten"]),
+    ([T, "--output", "{run}", "--overwrite", "--set", "policy.model={run}"], 2, ["policy.model", "--output"]),
+    ([T, "--output", "{visited}", "--overwrite", "--set", "prompts.source={visited}/thesis.txt"], 2, ["prompts.source", "lies in"]),
+    ([T, "--output", "{run}/checkpoints/run"], 2, ["run's checkpoints"]),
     ([T, "--output", "absent", "--resume"], 2, ["absent", "no such run directory"]),
     ([T, "--output", "{run}", "--resume"], 2, ["no checkpoint", "--overwrite"]),
     ([T, "--output", "{linked_run}", "--resume"], 2, ["metrics.jsonl", "is a link"]),
@@ -167,6 +175,12 @@ PLACES: list[Case] = [
     ([G, "{policy}", "--output", "{linked.txt}"], 2, ["linked.txt", "is a link"]),
     ([G, "{policy}", "--output", "{pipe.txt}"], 2, ["pipe.txt", "standard output"]),
     ([G, "{policy}", "--output", "/dev/null"], 2, ["/dev/null", "device"]),
+    ([G, "{policy}", "--output", "{run}/metrics.jsonl"], 2, ["file of the run", "not replaced"]),
+    ([G, "{policy}", "--output", "{policy}/config.json"], 2, ["file of the model", "not replaced"]),
+    ([G, "{policy}", "--prompts", "{few.txt}", "--output", "{few.txt}"], 2, ["same file", "not replaced"]),
+    ([C, "{run}", "--output", "x", "--html", "./x"], 2, ["--output x", "--html ./x", "one file"]),
+    ([C, "{run}", "--html", "{run}/run.yaml"], 2, ["file of the run", "not replaced"]),
+    (["plot", "{run}", "--output", "{run}/frontier.png"], 2, ["file of the run", "not replaced"]),
     ([C, "{run}", "--html", "absent/page.html"], 2, ["absent", "does not exist"]),
     ([C, "{run}", "--html", "{linked.txt}"], 2, ["linked.txt", "is a link"]),
     ([C, "{run}", "--output", "{folder}"], 2, ["folder", "give a file"]),
@@ -179,6 +193,8 @@ RUNS: list[Case] = [
     (["plot", "absent"], 2, ["absent", "no such run directory"]),
     (["plot", "{folder}"], 2, ["folder", "run.yaml"]),
     (["plot", "{notes.txt}"], 2, ["notes.txt", "no run directory"]),
+    (["plot", "{workflow}"], 2, ["no run directory", "another program's"]),
+    (["stats", "{piped_run}"], 2, ["metrics.jsonl", "device, pipe or socket"]),
     (["plot", ""], 2, ["run directory is empty"]),
     (["plot", "x" * 300], 2, ["no such run directory"]),
     (["stats", "{run}", "--step", "9"], 2, ["no step 9", "1 to 2"]),
@@ -208,6 +224,9 @@ MODELS: list[Case] = [
     setting("policy.model={folder}", "folder", "no model", "config.json"),
     setting("policy.model={notes.txt}", "notes.txt", "is a file"),
     setting("policy.model={classifier}", "ForSequenceClassification", "causal"),
+    setting("policy.model={piped}", "config.json", "device, pipe or socket"),
+    setting("reward.model={piped}", "config.json", "device, pipe or socket"),
+    setting("policy.model={outside}", "index.json names ../elsewhere/x", "outside of", code=1),
     setting("policy.model={encoder}", "T5ForConditionalGeneration", "causal"),
     setting("policy.model={unconfigured}", "unconfigured", "config.json", code=1),
     setting("policy.model={config_text}", "config_text", "config.json", code=1),
@@ -345,9 +364,10 @@ def make_world(folder: Path) -> dict[str, str]:
         (folder / name).mkdir()
         (folder / name / "something.txt").write_text("here\n")
     (folder / "hollow.txt").mkdir()
-    os.mkfifo(folder / "pipe.txt")
     _make_runs(folder)
     _make_models(folder)
+    for name in ("pipe.txt", "pipe.yaml", "piped_run/metrics.jsonl", "piped/config.json"):
+        os.mkfifo(folder / name)
     for name, target in (
         ("linked_folder", "folder"), ("linked.txt", "notes.txt"), ("dangling", "nowhere"),
         ("linked.png", "notes.txt"), ("linked_run/metrics.jsonl", "../notes.txt"),
@@ -436,6 +456,8 @@ def _make_runs(folder: Path) -> None:
     metrics: dict[str, bytes | None] = {
         "run": whole.encode(),
         "linked_run": None,
+        "piped_run": None,
+        "visited": whole.encode(),
         "damaged": b"{\n{}\n",
         "stepless": b'{"ppo/loss/total": 1}\n{}\n',
         "worded": b'{"step": 1, "ppo/loss/total": "low"}\n{"step": 2}\n',
@@ -455,6 +477,12 @@ def _make_runs(folder: Path) -> None:
             (folder / name / "metrics.jsonl").write_bytes(content)
     (folder / "unended" / "checkpoints" / "step-000001").mkdir(parents=True)
     (folder / "unended" / "checkpoints" / "step-000001" / "manifest.json").write_text("{}")
+    (folder / "visited" / "thesis.txt").write_text("three years\n")
+    (folder / "workflow").mkdir()
+    (folder / "workflow" / "run.yaml").write_text("name: my workflow\nsteps: [build]\n")
+    marker = json.dumps({"written_by": "ppo-cli", "files": ["run.yaml"]})
+    for name in ("listed", "bombed"):  # which are runs, as their lists say, but damaged
+        (folder / name / "ppo-cli.json").write_text(marker)
     (folder / "listed" / "run.yaml").write_text("- config\n")
     shutil.copy(folder / "bomb.yaml", folder / "bombed" / "run.yaml")
     values["ppo"]["new_idea"] = 1
@@ -478,6 +506,9 @@ def _make_models(folder: Path) -> None:
         return path
 
     model("unconfigured").joinpath("config.json").unlink()
+    model("piped").joinpath("config.json").unlink()
+    index = {"weight_map": {"transformer.wte.weight": "../elsewhere/x.safetensors"}}
+    (model("outside") / "model.safetensors.index.json").write_text(json.dumps(index))
     model("config_text", "{")
     model("config_list", "[]")
     model("config_empty", "{}")

@@ -175,7 +175,7 @@ def test_recordings_share_their_memory(replays: list[int]) -> None:
 def test_a_model_that_waits_for_the_gpu_is_sampled_from_all_the_same(
     replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = AutoModelForCausalLMWithValueHead(make_gpt2()).eval().cuda()
+    policy = tried(AutoModelForCausalLMWithValueHead(make_gpt2()).eval().cuda())
     queries = on_gpu(monkeypatch, QUERIES)
     expected = sample(policy, queries, LIMITS)
     assert replays

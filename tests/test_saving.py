@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ppo_cli import saving
 from ppo_cli.errors import ModelError
+from ppo_cli.inventory import Inventory
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead as Policy
 from ppo_cli.saving import save_folder
 
@@ -45,7 +46,7 @@ def test_a_merged_adapter_says_what_the_policy_said(name: str, tmp_path: Path) -
     family, settings, tied = ADAPTED[name]
     policy = Policy(with_adapter(make_model(family), **settings)).eval()
     expected = logits(policy.pretrained_model)
-    save_folder(policy, make_tokenizer(), tmp_path)
+    save_folder(policy, make_tokenizer(), Inventory(tmp_path))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(saved), expected, rtol=1e-4, atol=1e-4)
     assert (saved.get_input_embeddings().weight is saved.lm_head.weight) is tied
@@ -61,7 +62,7 @@ def test_a_model_that_divides_its_weights_in_eval_mode_saves_those_it_had(tmp_pa
     torch.testing.assert_close(logits(policy.pretrained_model), expected, rtol=1e-4, atol=1e-4)
     for name, parameter in policy.pretrained_model.named_parameters():
         assert torch.equal(parameter, weights[name]), name
-    save_folder(policy, make_tokenizer(), tmp_path)
+    save_folder(policy, make_tokenizer(), Inventory(tmp_path))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(saved), expected, rtol=1e-4, atol=1e-4)
 
@@ -74,14 +75,14 @@ class Shifted(nn.Linear):
 
 
 def test_a_model_that_its_files_do_not_hold_is_not_saved_over_another(tmp_path: Path) -> None:
-    save_folder(Policy(make_gpt2()), make_tokenizer(), tmp_path)
+    save_folder(Policy(make_gpt2()), make_tokenizer(), Inventory(tmp_path))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     model = make_gpt2(seed=1, tie_word_embeddings=False)
     layer = Shifted(16, 80, bias=False)
     layer.weight = model.lm_head.weight
     model.lm_head = layer
     with pytest.raises(ModelError, match="not the one that was trained"):
-        save_folder(Policy(model), make_tokenizer(), tmp_path)
+        save_folder(Policy(model), make_tokenizer(), Inventory(tmp_path))
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -93,5 +94,5 @@ def test_without_memory_for_the_check_the_model_is_saved_and_it_is_said(
 
     monkeypatch.setattr(saving.AutoModelForCausalLM, "from_pretrained", full)
     with pytest.warns(UserWarning, match="no memory is left to check"):
-        save_folder(Policy(make_gpt2()), make_tokenizer(), tmp_path)
+        save_folder(Policy(make_gpt2()), make_tokenizer(), Inventory(tmp_path))
     assert (tmp_path / "model.safetensors").is_file()

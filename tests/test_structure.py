@@ -41,7 +41,7 @@ ROWS = [
         "ppo.kl_controller",
         "ppo.advantages",
     ],
-    ["evaluation", "plots", "ppo.calibration", "sources", "tying"],
+    ["inventory", "evaluation", "plots", "ppo.calibration", "sources", "tying"],
     ["config", "ppo.losses", "ppo.learning_rate", "ppo.packing", "quality", "best_of_n"],
     ["config_source", "policy_files", "projection", "summary", "standing", "shaping"],
     ["verdict", "symptoms", "divergence"],

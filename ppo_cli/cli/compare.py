@@ -91,7 +91,7 @@ def compare(
 
     from ppo_cli.best_of_n import parse_counts
     from ppo_cli.cli.console import (
-        check_output,
+        check_outputs,
         hush,
         note,
         print_tables,
@@ -112,8 +112,8 @@ def compare(
     if min_gap is not None and not math.isfinite(min_gap):
         raise UsageError(f"--min-gap is {min_gap}: a number is needed, such as 0.5")
     counts = [] if best_of_n is None else parse_counts(best_of_n)
-    check_output(output)
-    check_output(html)
+    outputs = {"--output": output, "--html": html}
+    check_outputs(outputs, [*models, prompts, classifier])
 
     with for_sampling_alone():
         from ppo_cli import comparison, comparison_report, generation
@@ -129,6 +129,7 @@ def compare(
         device=device,
         trusted=trust_remote_code or (),
     )
+    check_outputs(outputs, request.inputs)
     texts = generation.read_prompts([], prompts, column)
     result = comparison.compare(
         request,

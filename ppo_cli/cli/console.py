@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,7 +13,8 @@ from rich.console import Console, RenderableType
 from rich.measure import Measurement
 
 from ppo_cli.errors import UsageError
-from ppo_cli.files import refuse_special, write_text
+from ppo_cli.files import is_same_place, refuse_special, write_text
+from ppo_cli.inventory import refuse_owned
 from ppo_cli.text import escape_controls, json_text
 
 TABLE_WIDTH = 80  # what tables are laid out for; on a narrower screen that breaks lines, not words
@@ -81,8 +82,16 @@ def write_result(text: str, output: str | None) -> None:
     note(f"wrote {output}")
 
 
-def check_output(output: str | None) -> None:
-    """Raise `UsageError` where a file cannot be written; called before the work begins."""
+def check_output(
+    output: str | None, inputs: Iterable[str | None] = (), allowed: Collection[Path] = ()
+) -> None:
+    """Raise `UsageError` where a file cannot be written; called before the work begins.
+
+    Args:
+        output: the file; None for standard output.
+        inputs: what is read, files, folders and other names: no file of them is replaced.
+        allowed: files of runs that may be replaced all the same.
+    """
     if output is None:
         return
     path = Path(output)
@@ -93,6 +102,17 @@ def check_output(output: str | None) -> None:
         raise UsageError(f"{output}: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"{output}: the folder {path.parent} cannot be written to")
+    refuse_owned(path, filter(None, inputs), allowed)
+
+
+def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | None]) -> None:
+    """`check_output` of several, option -> file, which must not be one and the same either."""
+    given = {option: output for option, output in outputs.items() if output is not None}
+    for option, output in given.items():
+        check_output(output, [*inputs])
+        for other, earlier in given.items():
+            if other != option and is_same_place(Path(earlier), Path(output)):
+                raise UsageError(f"{other} {earlier} and {option} {output} are one file: give two")
 
 
 def write_json(*values: Any, output: str | None = None, indent: int | None = None) -> None:

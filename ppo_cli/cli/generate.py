@@ -81,7 +81,7 @@ def generate(
         )
     if not 0 < top_p <= 1:
         raise UsageError(f"--top-p is {top_p}: it must be above 0 and at most 1")
-    check_output(output)
+    check_output(output, [*models, prompts, classifier])
 
     with for_sampling_alone():
         from ppo_cli import generation
@@ -100,6 +100,7 @@ def generate(
         device=device,
         trusted=trust_remote_code or (),
     )
+    check_output(output, request.inputs)
     judge = generation.load_judge(request)
     results = []
     for source in request.sources:

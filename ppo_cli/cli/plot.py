@@ -69,7 +69,7 @@ def plot(
         write_result("\n".join(lines).lstrip("\n"), None)
         return
     target = Path(output) if output else directories[0].plot
-    check_output(str(target))
+    check_output(str(target), runs, allowed=[directory.plot for directory in directories])
     plot_training(records, target, metrics, smooth)
     write_result(str(target), None)
 
@@ -83,7 +83,8 @@ def _plot_frontier(directories: "list[RunDirectory]", output: str | None, termin
 
     target = Path(output) if output else directories[0].path / frontier.PICTURE
     if not terminal:
-        check_output(str(target))
+        pictures = [run.path / frontier.PICTURE for run in directories]
+        check_output(str(target), [str(run.path) for run in directories], allowed=pictures)
     trails = [frontier.trail(run) for run in directories]
     curve = frontier.read_curve(directories)
     if terminal:

@@ -67,7 +67,7 @@ def train(
     """Tune a language model with PPO towards a sentiment."""
 
     from ppo_cli.cli.console import hush, note, print_tables, write_json
-    from ppo_cli.config_source import DEFAULT_CONFIG, change_config, load_config
+    from ppo_cli.config_source import DEFAULT_CONFIG, change_config, config_file, load_config
 
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other: keep the run or replace it")
@@ -86,11 +86,10 @@ def train(
         assignments=naming if as_made else changed,
         overrides=overrides,
     )
-    from ppo_cli.run_directory import RunDirectory
+    from ppo_cli.run_directory import RunDirectory, inputs_of
 
     if resume:
         run_directory = RunDirectory.existing(settings.output)
-        run_directory.check_entries()
         run_directory.check_resumable()
         if as_made:
             made_with = run_directory.config()
@@ -99,7 +98,10 @@ def train(
         if changes:
             note(f"resuming with changed settings: {', '.join(changes)}")
     else:
-        RunDirectory(settings.output).check_writable(overwrite)  # before the slow imports
+        read = inputs_of(settings) | (
+            {} if config is None else {"--config": str(config_file(config))}
+        )
+        RunDirectory(settings.output).check_writable(overwrite, read)  # before the slow imports
 
     from ppo_cli.cli.display import make_display
     from ppo_cli.report import summary_table

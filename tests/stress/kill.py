@@ -29,7 +29,14 @@ RUN = [
     "ppo.mini_batch_size=16", "--set", "prompts.limit=64", "--set", "prompts.held_out=8",
 ]  # fmt: skip
 RECORDS = ("metrics.jsonl", "samples.jsonl")
-SAME = ("README.md", "config.json", "generation_config.json", "tokenizer.json", "run.yaml")
+SAME = (
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "run.yaml",
+    "ppo-cli.json",
+)
 
 
 def contents(run: Path) -> dict[str, Any]:
