@@ -127,8 +127,8 @@ class RolloutConfig(Section):
     """Leave at 1 (off), for the same reason."""
     stop: list[Annotated[str, Field(min_length=1, max_length=100)]] = []
     """Texts that end a response, such as "." or "\\n": every token whose text holds one of them
-    does, as the end-of-text token always does, and is the response's last. Holds for the run's
-    models in `generate` and `compare` too."""
+    does, as every end-of-text token of tokenizer and model always does (chat models have several),
+    and is the response's last. Holds for the run's models in `generate` and `compare` too."""
 
     @model_validator(mode="after")
     def _ordered(self) -> RolloutConfig:

@@ -211,7 +211,7 @@ def load_model(source: Source, device: torch.device, trusted: Collection[str] = 
     tokenizer = load_tokenizer(source.model, source.revision, trusted)
     settings = PolicyConfig(model=source.model, revision=source.revision)
     policy = load_policy(settings, tokenizer, trusted)
-    ends = end_tokens(tokenizer, source.stop)
+    ends = end_tokens(tokenizer, source.stop, policy)
     return Loaded(source.name, policy.to(device).eval(), tokenizer, ends)
 
 

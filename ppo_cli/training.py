@@ -75,8 +75,6 @@ class Training:
         set_seed(config.run.seed)
         self.device = resolve_device(config.run.device)
         self.tokenizer = load_tokenizer(config.policy.model, config.policy.revision, trusted)
-        self.ends = end_tokens(self.tokenizer, config.rollout.stop)
-        check_terms(config.reward, self.ends)
         self.prompts = load_prompts(config.prompts, self.tokenizer, config.run.seed)
         queries = config.ppo.batch_size // config.ppo.responses_per_query
         if len(self.prompts.train) < queries:
@@ -94,6 +92,8 @@ class Training:
             seed=(config.run.seed + 1) % 2**32,  # not the seed of the queries' lengths
         )
         self.trainer = make_trainer(config, self.device, self.tokenizer, trusted)
+        self.ends = end_tokens(self.tokenizer, config.rollout.stop, self._policy)
+        check_terms(config.reward, self.ends)
         check_context(config, self._policy.config, self.prompts.train)
         self._say(filter(None, [sampling_advice(config)]))
         self.adviser = Adviser(config)
