@@ -9,13 +9,13 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from ppo_cli.config import PolicyConfig, RewardConfig
 from ppo_cli.embedded import classifier_folder, policy_folder
 from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.hub import loading_errors, refuse_empty
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.policy_files import tokenizer_of
 from ppo_cli.prompts import EMBEDDED
 from ppo_cli.reward import SentimentReward
 
@@ -34,7 +34,7 @@ def load_tokenizer(name: str, revision: str | None = None, trusted: Collection[s
     """The tokenizer of a model; its pad token is its end-of-text token where it has none."""
     source = str(policy_folder()) if name == EMBEDDED else name
     with loading_errors(source):
-        tokenizer = AutoTokenizer.from_pretrained(source, **_from(name, revision, trusted))
+        tokenizer = tokenizer_of(source, **_from(name, revision, trusted))
     refuse_empty(name, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from ppo_cli.config import RunConfig
+from ppo_cli.context import context_length
 from ppo_cli.errors import DataError
 from ppo_cli.loading import load_policy
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.prompts import Prompt
-from ppo_cli.rollout import context_length
 from ppo_cli.runtime import accelerator_settings
 
 
@@ -45,9 +45,9 @@ def make_trainer(
     )
 
 
-def check_context(config: RunConfig, model_config: Any, prompts: Sequence[Prompt]) -> None:
+def check_context(config: RunConfig, model: Any, prompts: Sequence[Prompt]) -> None:
     """Raise `DataError` where queries and responses are longer than the model can read."""
-    context = context_length(model_config)
+    context = context_length(model)
     longest = max(len(prompt.input_ids) for prompt in prompts)
     new = config.rollout.output_max_length - 1
     if context is not None and longest + new > context:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ppo_cli.architecture import reads_packed
+from ppo_cli.context import context_length as context_length
 from ppo_cli.decoding import decode_responses, not_finite
 from ppo_cli.errors import UsageError
 from ppo_cli.matmul import fast_matmul
@@ -236,11 +237,6 @@ def _pad_left(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
         ids[i, width - row.numel() :] = row
         mask[i, width - row.numel() :] = 1
     return ids, mask
-
-
-def context_length(config: Any) -> int | None:
-    """Most tokens that a model reads, None where positions are not limited."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _check_lengths(

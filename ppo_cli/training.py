@@ -94,7 +94,7 @@ class Training:
         self.trainer = make_trainer(config, self.device, self.tokenizer, trusted)
         self.ends = end_tokens(self.tokenizer, config.rollout.stop, self._policy)
         check_terms(config.reward, self.ends)
-        check_context(config, self._policy.config, self.prompts.train)
+        check_context(config, self._policy, self.prompts.train)
         self._say(filter(None, [sampling_advice(config)]))
         self.adviser = Adviser(config)
         self.trainer.advises = False  # the adviser does, and knows more
