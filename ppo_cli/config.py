@@ -58,7 +58,9 @@ class AdapterConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout inside the adapter."""
     target_modules: list[Name] | None = None
-    """Names of the modules to adapt; null for peft's choice for the architecture."""
+    """Names of the modules to adapt, such as [q_proj, v_proj]; null for peft's choice for the
+    architecture, and where peft has none for [all-linear]: every linear layer of the language model
+    but the output layer. A single regular expression is matched with modules' whole names."""
 
 
 class PolicyConfig(Section):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ppo_cli.adapter import new_adapter
 from ppo_cli.config import PolicyConfig, RewardConfig
 from ppo_cli.embedded import classifier_folder, policy_folder
 from ppo_cli.errors import ModelError, UsageError
@@ -48,6 +49,7 @@ def load_policy(
 
     Raises:
         ModelError: `tokenizer` has ids that the model has no embedding for, or peft is missing.
+        UsageError: the model is not causal, or an adapter does not fit it.
     """
     source = str(policy_folder()) if config.model == EMBEDDED else config.model
     head: dict[str, Any] = {
@@ -55,11 +57,10 @@ def load_policy(
         "v_head_initializer_range": config.v_head_initializer_range,
         "summary_dropout_prob": config.summary_dropout_prob,
     }
+    place = _from(config.model, config.revision, trusted)
+    adapter = None if config.adapter is None else new_adapter(config.adapter, source, **place)
     policy = AutoModelForCausalLMWithValueHead.from_pretrained(
-        source,
-        peft_config=_adapter(config),
-        **head,
-        **_from(config.model, config.revision, trusted),
+        source, peft_config=adapter, **head, **place
     )
     rows = policy.pretrained_model.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and len(tokenizer) > rows:
@@ -86,27 +87,6 @@ def load_reward(
         device=device,
         **_from(config.model, config.revision, trusted),
     )
-
-
-def _adapter(config: PolicyConfig) -> Any:
-    if config.adapter is None:
-        return None
-    try:
-        from trl import ModelConfig, get_peft_config
-
-        return get_peft_config(
-            ModelConfig(
-                use_peft=True,
-                lora_r=config.adapter.r,
-                lora_alpha=config.adapter.alpha,
-                lora_dropout=config.adapter.dropout,
-                lora_target_modules=config.adapter.target_modules,
-            )
-        )
-    except (ImportError, ValueError) as error:
-        raise ModelError(
-            f"policy.adapter needs peft: pip install 'ppo-cli[peft]' ({error})"
-        ) from error
 
 
 def _from(name: str, revision: str | None, trusted: Collection[str]) -> dict[str, Any]:

@@ -15,7 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -33,6 +36,9 @@ HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "rev
 def refuse_if_not_causal(config: Any, model_class: type | None = None) -> None:
     """Raise `UsageError`, naming the architecture, unless a model is a causal language model.
 
+    A model that reads pictures, too (`...ForConditionalGeneration`) is one where
+    AutoModelForCausalLM takes its configuration: what it loads may be the language model alone.
+
     Args:
         config: the model's; its `architectures` count where there is no class.
         model_class: the model's class.
@@ -46,11 +52,25 @@ def refuse_if_not_causal(config: Any, model_class: type | None = None) -> None:
     )
     encoder_decoder = getattr(config, "is_encoder_decoder", False)
     is_causal = any(name in known or name.endswith("ForCausalLM") for name in named)
+    if model_class is None and _has_language_model(config):
+        is_causal |= any(name.endswith("ForConditionalGeneration") for name in named)
     if encoder_decoder or (named and not is_causal):
         raise UsageError(
             f"{named[0] if named else config.model_type} is not a causal language model: choose "
             "one whose architecture ends in ForCausalLM or LMHeadModel, such as gpt2"
         )
+
+
+def _has_language_model(config: Any) -> bool:
+    """Whether AutoModelForCausalLM loads a model of several parts, and what is saved of it again.
+
+    Of some it loads, and saves, the language model alone, under a configuration of its own.
+    """
+    text = config.get_text_config()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or text is config:
+        return False
+    is_whole = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].config_class is type(config)
+    return is_whole or type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 @dataclass(frozen=True)
@@ -176,10 +196,11 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
     hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
     if (adapter := find_adapter(name, **hub)) is not None:
         return _load_adapted(name, adapter, is_trainable, **kwargs)
-    if "config" not in kwargs:
-        trust = {"trust_remote_code": kwargs["trust_remote_code"]}
-        config = AutoConfig.from_pretrained(name, **hub, **trust)
-        if not kwargs.get("trust_remote_code"):
+    config = kwargs.get("config")
+    if config is None:
+        trust = kwargs["trust_remote_code"]
+        config = AutoConfig.from_pretrained(name, **hub, trust_remote_code=trust)
+        if not trust:
             refuse_if_not_causal(config)
     # transformers' own report would name the value heads, too.
     verbosity = transformers_logging.get_verbosity()
@@ -192,7 +213,12 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
         transformers_logging.set_verbosity(verbosity)
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith("v_head.")]
     refuse_missing(name, info["missing_keys"])
-    if unexpected:
+    if type(model.config) is type(getattr(config, "text_config", None)):
+        warnings.warn(
+            f"{name}: its language model is taken alone, without what reads pictures or sounds",
+            stacklevel=4,
+        )
+    elif unexpected:
         names = ", ".join(sorted(unexpected)[:5]) + (" ..." if len(unexpected) > 5 else "")
         warnings.warn(f"{name}: the weights file has the unknown {names}", stacklevel=4)
     return model

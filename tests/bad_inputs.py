@@ -144,6 +144,10 @@ CONFIGURATIONS: list[Case] = [
     setting("policy.adapter.r=0", "policy.adapter.r", "greater"),
     setting("policy.adapter.dropout=1", "policy.adapter.dropout", "less than 1"),
     setting("policy.adapter.target_modules=q_proj", "target_modules", "valid array"),
+    setting("policy.adapter.target_modules=[c_atn]", "target_modules", "'c_atn'", "'c_attn'"),
+    setting("policy.adapter.target_modules=[c_fc,x]", "target_modules", "no module 'x'", "c_attn"),
+    setting("policy.adapter.target_modules=[ln_f]", "target_modules", "peft refuses", "c_attn"),
+    setting("policy.adapter.target_modules=[]", "target_modules", "peft refuses", "c_attn"),
 ]  # fmt: skip
 PLACES: list[Case] = [
     ([C, "{run}", "--sentiment", ""], 2, ["no label ''"]),
@@ -222,7 +226,8 @@ MODELS: list[Case] = [
     setting("policy.model={head_cut}", "head_cut", "cannot be loaded", code=1),
     setting("policy.model={head_wide}", "head_wide", "value head does not fit", code=1),
     setting("policy.model={coded}", "coded", "--trust-remote-code", code=1),
-    setting("policy.model={adapter}", "adapter", "cannot be loaded", code=1),
+    setting("policy.model={adapter}", "adapter", "base model", "./absent: no such", code=1),
+    setting("policy.model={judge_adapter}", "judge_adapter", "task_type SEQ_CLS", "CAUSAL_LM"),
     setting("policy.num_shared_layers=9", "num_shared_layers is 9", "4 layers"),
     setting("reward.model={policy}", "GPT2LMHeadModel", "sequence classifier", code=1),
     setting("reward.model=./absent", "./absent", "no such folder"),
@@ -231,6 +236,12 @@ MODELS: list[Case] = [
     setting("reward.model={judge_nan}", "judge_nan", "not finite", code=1),
     setting("reward.model={judge_coded}", "judge_coded", "--trust-remote-code", code=1),
     setting("reward.model={judge_blind}", "judge_blind", "does not tell sentiment apart"),
+    ([T, "--sentiment", "negative", "--set", "reward.model={judge_single}"], 2,
+     ["no label 'negative'", "single output is quality", "--sentiment quality"]),
+    ([T, "--sentiment", "same", "--set", "reward.model={judge_twins}"], 2, ["2 labels", "index"]),
+    setting("reward.model={judge_gap}", "judge_gap", "id2label", code=1),
+    setting("reward.model={adapter}", "adapter", "task_type CAUSAL_LM", "SEQ_CLS", code=1),
+    setting("reward.model={judge_adapter}", "judge_adapter", "./absent: no such", code=1),
     ([G, "no-such-org/no-such-model"], 1, ["no-such-org/no-such-model", "hub"]),
     ([G, ""], 2, ["model", "empty"]),
     ([G, "a\x07b"], 2, ["a\\x07b", "control character"]),
@@ -466,6 +477,11 @@ def _make_models(folder: Path) -> None:
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "./absent", "task_type": "CAUSAL_LM"}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
     make_tokenizer().save_pretrained(folder / "adapter")
+    (folder / "judge_adapter").mkdir()
+    adapter["task_type"] = "SEQ_CLS"
+    (folder / "judge_adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+    save_file({}, folder / "judge_adapter" / "adapter_model.safetensors")
+    make_tokenizer().save_pretrained(folder / "judge_adapter")
     _make_judges(folder)
 
 
@@ -482,6 +498,20 @@ def _make_judges(folder: Path) -> None:
             else:
                 state[key] = state[key] * (0 if name == "judge_blind" else float("nan"))
         save_file(state, weights, {"format": "pt"})
+    labels = {
+        "judge_single": {"0": "quality"},
+        "judge_twins": {"0": "same", "1": "same"},
+        "judge_gap": {"3": "bad", "9": "good"},
+    }
+    for name, names in labels.items():
+        shutil.copytree(classifier_folder(), folder / name)
+        file = folder / name / "config.json"
+        config = json.loads(file.read_text()) | {"id2label": names, "label2id": {}}
+        file.write_text(json.dumps(config))
+    weights = folder / "judge_single" / "model.safetensors"
+    state = load_file(weights)
+    last = {key: value for key, value in state.items() if key.startswith("classifier.")}
+    save_file(state | {key: value[:1] for key, value in last.items()}, weights, {"format": "pt"})
 
 
 def make_endless_model(folder: Path) -> None:

@@ -46,7 +46,7 @@ ROWS = [
     ["config_source", "policy_files", "projection", "summary", "standing", "shaping"],
     ["verdict", "symptoms", "divergence"],
     ["prompts", "architecture", "run_directory", "advice", "classifier"],
-    ["policy", "frontier"],
+    ["policy", "frontier", "adapter"],
     ["decoding", "reward", "reference"],
     ["rollout"],
     ["sampling", "potentials", "loading", "checkpoint", "model_card", "ppo.experience"],
