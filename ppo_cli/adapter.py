@@ -112,11 +112,14 @@ def _language_layers(plan: Any) -> set[str]:
     Left out: what reads pictures and sounds, and layers of Mamba blocks whose weights are read
     without the layer, and so without its adapter.
     """
-    head = plan.get_output_embeddings()
-    kept = {id(module) for module in plan.get_decoder().modules()} - {id(head)}
-    for tower in plan.modules():
-        if isinstance(tower, PreTrainedModel) and tower.main_input_name != "input_ids":
-            kept -= {id(module) for module in tower.modules()}
+    head, language = plan.get_output_embeddings(), plan.get_decoder()
+    if not isinstance(language, PreTrainedModel):
+        language = plan.base_model  # some call their output layer a decoder
+    kept = {id(module) for module in language.modules()} - {id(head)}
+    words = plan.get_input_embeddings()
+    for part in plan.modules():
+        if isinstance(part, PreTrainedModel) and words not in list(part.modules()):
+            kept -= {id(module) for module in part.modules()}
     for block in plan.modules():
         if isinstance(getattr(block, "conv1d", None), nn.Module):
             kept -= {id(getattr(block, layer, None)) for layer in ("out_proj", "dt_proj")}

@@ -67,7 +67,7 @@ class PolicyConfig(Section):
     """The model to tune."""
 
     model: Name = "embedded"
-    """`embedded`, a folder, or a hub id of a causal language model."""
+    """`embedded`, a folder, or a hub id of a causal language model, or of a peft adapter of one."""
     revision: Name | None = None
     """Branch, tag or commit of a hub model."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -142,11 +142,13 @@ class RewardConfig(Section):
     """The sentiment classifier."""
 
     model: Name = "embedded"
-    """`embedded`, a folder, or a hub id of a sequence classifier."""
+    """`embedded`, a folder, or a hub id of a sequence classifier, or of a peft adapter of one. Of a
+    text that is longer than it reads the end is scored."""
     revision: Name | None = None
     """Branch, tag or commit of a hub model."""
     sentiment: Name = "positive"
-    """Label to steer towards: its name, its index, or a synonym."""
+    """Label to steer towards: its name, its index, or a synonym; of a reward model's single output
+    its name, 0, or positive."""
     output: Literal["logit", "probability"] = "logit"
     """The score: the label's raw logit or its probability."""
     batch_size: Annotated[int, Field(ge=1)] = 64

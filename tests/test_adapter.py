@@ -25,6 +25,8 @@ def make_model(kind: str) -> Any:
     if kind == "GPT2":
         return make_gpt2()
     settings: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
+    if kind == "ModernBertDecoder":
+        settings["pad_token_id"] = 0
     if kind == "Phimoe":
         settings |= {"num_local_experts": 2, "num_experts_per_tok": 2}
     if kind in ("Mamba", "FalconMamba"):
@@ -73,6 +75,7 @@ def adapted(policy: Any) -> set[str]:
         ("FalconMamba", None, {"in_proj", "x_proj"}),
         ("Phimoe", None, {"q_proj", "k_proj", "v_proj", "o_proj"}),
         ("Helium", None, BLOCK),
+        ("ModernBertDecoder", None, {"q_proj", "k_proj", "v_proj", "Wo", "Wi"}),
     ],
 )
 def test_the_modules_that_are_adapted_are_those_asked_for_or_the_language_models(
