@@ -8,7 +8,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-gpu stress check lint types format embedded bench bench-gpu scaling install clean
+.PHONY: demo test test-gpu stress zoo check lint types format embedded bench bench-gpu scaling install clean
 
 install: $(READY)
 
@@ -34,6 +34,10 @@ test-gpu: $(READY)
 # Kills a training run at 50 random instants and resumes it; minutes.
 stress: $(READY)
 	$(BIN)/python tests/stress/kill.py
+
+# Trains a tiny model of every causal family that transformers has; half an hour.
+zoo: $(READY)
+	$(BIN)/python tests/stress/zoo.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

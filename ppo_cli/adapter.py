@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ppo_cli.config import AdapterConfig
 from ppo_cli.errors import ModelError, UsageError, did_you_mean
-from ppo_cli.hub import first_line, loading_errors
+from ppo_cli.hub import first_line, implementations, loading_errors
 from ppo_cli.policy_files import HUB_KEYWORDS, find_adapter, refuse_if_not_causal
 from ppo_cli.text import shortened
 
@@ -76,6 +76,9 @@ def _plan(name: str, **kwargs: Any) -> Any:
     trust = kwargs.get("trust_remote_code", False)
     if not trust:
         refuse_if_not_causal(config)
+    with warnings.catch_warnings():  # it warns where the model itself is loaded
+        warnings.simplefilter("ignore")
+        implementations(name, config, is_trusted=False)  # a plan runs none of them
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ppo_cli.errors import UnsuitableModel
+
 ALIGNMENT = 8  # tokens: attention on a GPU copies a mask whose rows are not a multiple of it
 
 
@@ -36,11 +38,11 @@ def hold_still(cache: DynamicCache, slot: Tensor) -> int:
         The tokens that the layers have room for.
 
     Raises:
-        TypeError: a layer has a window, or is of another kind.
+        UnsuitableModel: a layer has a window, or is of another kind.
     """
     for layer in cache.layers:
         if not isinstance(layer, _RoomyLayer):
-            raise TypeError(f"a {type(layer).__name__} has no fixed room")
+            raise UnsuitableModel(f"a {type(layer).__name__} has no fixed room")
         layer.hold_still(slot)
     return cache.layers[0].capacity
 
@@ -78,7 +80,7 @@ class _RoomyLayer(DynamicLayer):
     def hold_still(self, slot: Tensor) -> None:
         """As the function of this name says, once something was read."""
         if self._buffers is None:
-            raise TypeError("a layer that has read nothing has no room yet")
+            raise UnsuitableModel("a layer that has read nothing has no room yet")
         self._slot = slot
         for buffer in self._buffers:  # not a number, if that is there, would count though masked
             buffer[:, :, self._end :] = 0

@@ -11,7 +11,8 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ppo_cli.errors import PPOCliError
+from ppo_cli.errors import PPOCliError, is_out_of_memory
 from ppo_cli.files import settle, sync, writing
 
 STATE_FILE = "state.json"
@@ -150,6 +151,27 @@ def load_checkpoint(path: Path, model: torch.nn.Module) -> dict[str, Any]:
     tree = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     state: dict[str, Any] = _from_json(tree, load_file(path / TENSORS_FILE))
     return state
+
+
+@contextmanager
+def state_faults(folder: Path) -> Iterator[None]:
+    """Around taking up the newest state in `folder`: whole, and yet it may not be of this form.
+
+    Raises:
+        PPOCliError: for whatever that raises, but lack of memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PPOCliError) or is_out_of_memory(error):
+            raise
+        newest = _checkpoints(folder)[-1]
+        said = " ".join(str(error).split())[:100]
+        raise PPOCliError(
+            f"{newest} holds no state that this release can go on from ({type(error).__name__}: "
+            f"{said}): resume with the release that run.yaml names, delete that checkpoint if "
+            "there is an older one, or train anew with --overwrite"
+        ) from error
 
 
 def load_weights(path: Path, model: torch.nn.Module) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppo_cli.errors import ModelError
-from ppo_cli.hub import refuse_missing
+from ppo_cli.hub import implementations, refuse_misshaped, refuse_missing
 from ppo_cli.policy_files import HUB_KEYWORDS, base_errors, base_keywords, find_adapter
 
 Row = Mapping[str, Sequence[int]]
@@ -95,19 +95,22 @@ def _load_whole(
         sizes = [_outputs(config, head)]
     elif sorted(names) != list(range(len(names))):  # the weights know how many outputs there are
         sizes = [*sizes, len(names), max(names) + 1]
+    trust = kwargs.get("trust_remote_code", False)
     for size in dict.fromkeys(sizes):
         config.num_labels = size
+        chosen = {**kwargs, "config": config, **implementations(name, config, trust)}
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
-            config=config,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=head is not None or len(sizes) > 1,
-            **kwargs,
+            ignore_mismatched_sizes=True,  # refused here, by name
+            **chosen,
         )
         unfit = {key for key, *_ in info["mismatched_keys"]}
         if head is not None or not unfit:
             break
+        if len(sizes) == 1:
+            refuse_misshaped(name, info["mismatched_keys"])
     else:
         raise ModelError(
             f"{name}: its configuration names the labels {', '.join(map(str, names))} (id2label), "

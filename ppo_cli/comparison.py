@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ppo_cli.best_of_n import best_of_n, share
 from ppo_cli.errors import PPOCliError, UsageError
-from ppo_cli.generation import Loaded, Request, Source, encode, load_judge, load_model
+from ppo_cli.generation import (
+    Loaded,
+    Request,
+    Source,
+    check_room,
+    encode,
+    load_judge,
+    load_model,
+    sampling_errors,
+)
 from ppo_cli.likelihoods import likelihoods
 from ppo_cli.loading import load_tokenizer
-from ppo_cli.prompts import EMBEDDED, load_prompts
+from ppo_cli.prompts import Prompt, load_held_out
 from ppo_cli.reward import SentimentReward
 from ppo_cli.rollout import context_length
 from ppo_cli.sampling import draw_rollout, draw_scores, judge
+from ppo_cli.sources import EMBEDDED
 from ppo_cli.verdict import (
     Comparison,
     Judged,
@@ -30,10 +42,15 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class _Task:
-    """What every model has to answer, and who judges the answers."""
+    """What every model has to answer, and who judges the answers.
+
+    `ids` and `tokenizer` are those of held-out prompts, None for other texts.
+    """
 
     request: Request
     texts: list[str]
+    ids: list[Tensor] | None
+    tokenizer: Any
     max_new_tokens: int
     seed: int
     reward: SentimentReward
@@ -77,18 +94,26 @@ def compare(
             "--best-of-n draws from a run's reference, and none of the models is a run directory: "
             "give one that 'ppo-cli train' wrote, or leave --best-of-n out"
         )
-    texts = list(prompts) or _held_out(request, count)
+    texts, ids, tokenizer = list(prompts), None, None
+    if not texts:
+        held_out, tokenizer = _held_out(request, count)
+        texts, ids = [p.query for p in held_out], [p.input_ids for p in held_out]
+        ids = [ids[i % len(ids)] for i in range(count)]
     texts = [texts[i % len(texts)] for i in range(count)]
     if max_new_tokens is None:
         max_new_tokens = request.run.rollout.output_max_length - 1 if request.run else 30
     reward = load_judge(request)
     assert reward is not None and request.reward is not None
-    task = _Task(request, texts, max_new_tokens, seed, reward, progress)
+    task = _Task(request, texts, ids, tokenizer, max_new_tokens, seed, reward, progress)
     reference = _reference(task, needed=bool(best_of) or request.reference in request.sources)
-    models = [_judged(task, source, reference) for source in request.sources]
+    models = []
+    for source in request.sources:
+        with sampling_errors(source.name):
+            models.append(_judged(task, source, reference))
     curve, shares = None, []
     if best_of and reference is not None:
-        drawn = _drawn(task, reference, max(best_of))
+        with sampling_errors(reference.name):
+            drawn = _drawn(task, reference, max(best_of))
         curve = best_of_n(drawn, best_of, label=reward.label, seed=seed)
         shares = [
             share(model.model, model.scores, model.kl, drawn, best_of)
@@ -138,7 +163,7 @@ def _judged(task: _Task, source: Source, reference: Loaded | None) -> Judged:
         loaded = reference
     else:
         loaded = load_model(source, task.request.device, task.request.trusted)
-    queries = encode(loaded, task.texts, task.max_new_tokens)
+    queries = _queries(task, loaded)
     rollout = draw_rollout(
         loaded.model,
         loaded.tokenizer,
@@ -159,13 +184,25 @@ def _judged(task: _Task, source: Source, reference: Loaded | None) -> Judged:
     return Judged(source.name, samples, read, reference is not None and obstacle is None)
 
 
+def _queries(task: _Task, loaded: Loaded) -> list[Tensor]:
+    """The prompts as a model's tokens: held-out ones as they are, where it has the run's tokenizer.
+
+    Another tokenizer encodes their texts, which can differ from what the run's tokens stand for
+    where a query ends within a word or a character.
+    """
+    if task.ids is None or loaded.tokenizer.get_vocab() != task.tokenizer.get_vocab():
+        return encode(loaded, task.texts, task.max_new_tokens)
+    check_room(loaded, task.texts, task.ids, task.max_new_tokens)
+    return task.ids
+
+
 def _obstacle(loaded: Loaded, reference: Loaded, longest: int) -> str | None:
     """Why the reference cannot read what a model wrote, token by token; None where it can."""
     ours, theirs = loaded.tokenizer.get_vocab(), reference.tokenizer.get_vocab()
     sizes = {one.model.config.get_text_config().vocab_size for one in (loaded, reference)}
     if ours != theirs or len(sizes) > 1:
         return "its vocabulary is not that of the reference"
-    context = context_length(reference.model.config)
+    context = context_length(reference.model)
     if context is not None and longest > context:
         return f"its longest text has {longest} tokens, and the reference reads {context}"
     return None
@@ -187,7 +224,7 @@ def _drawn(task: _Task, reference: Loaded, count: int) -> np.ndarray:
     return draw_scores(
         reference.model,
         reference.tokenizer,
-        encode(reference, task.texts, task.max_new_tokens),
+        _queries(task, reference),
         count=count,
         max_new_tokens=task.max_new_tokens,
         seed=task.seed,
@@ -197,7 +234,8 @@ def _drawn(task: _Task, reference: Loaded, count: int) -> np.ndarray:
     )
 
 
-def _held_out(request: Request, count: int) -> list[str]:
+def _held_out(request: Request, count: int) -> tuple[list[Prompt], Any]:
+    """The held-out prompts of the first run, and the tokenizer that their ids belong to."""
     if request.run is None:
         raise UsageError("none of the models is a run directory with prompts: give --prompts FILE")
     settings = request.run.prompts
@@ -205,4 +243,4 @@ def _held_out(request: Request, count: int) -> list[str]:
         settings = settings.model_copy(update={"held_out": count})
     policy = request.run.policy
     tokenizer = load_tokenizer(policy.model, policy.revision, request.trusted)
-    return [p.query for p in load_prompts(settings, tokenizer, request.run.run.seed).held_out]
+    return load_held_out(settings, tokenizer, request.run.run.seed), tokenizer

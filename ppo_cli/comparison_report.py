@@ -13,7 +13,7 @@ from rich.text import Text
 from ppo_cli.best_of_n import BestOfN, Share
 from ppo_cli.evaluation import Interval
 from ppo_cli.quality import MEASURES
-from ppo_cli.report import cell, titled_table
+from ppo_cli.report import below, cell, titled_table
 from ppo_cli.text import markdown_text, spreadsheet_text
 from ppo_cli.verdict import Answer, Change, Comparison, ModelVerdict, PairedDifference
 
@@ -234,13 +234,13 @@ def _answer(answer: Answer) -> Text:
 
 
 def _table(title: str, heads: Sequence[str], lines: Sequence[Line]) -> Group:
-    """Names on the left, numbers on the right; the title may be wider than the table."""
+    """Names on the left, numbers on the right."""
     table = titled_table(None)
     for i, head in enumerate(heads):
         table.add_column(cell(head), justify="right" if i else "left")
     for line in lines:
         table.add_row(*(cell(value) for value in line))
-    return Group(cell(title, style="italic"), table)
+    return below(title, table)
 
 
 def _markdown_table(heads: Sequence[str], lines: Sequence[Line], right: bool = True) -> list[str]:

@@ -16,6 +16,7 @@ from ppo_cli.ppo.config import PPOSettings
 from ppo_cli.yaml_io import dump_yaml
 
 LONGEST_NAME = 1000
+MOST = 10**9  # of anything that is counted
 
 
 def check_name(text: str) -> str:
@@ -53,7 +54,7 @@ class AdapterConfig(Section):
 
     r: Annotated[int, Field(ge=1, le=65536)] = 16
     """Rank."""
-    alpha: Annotated[int, Field(ge=1)] = 32
+    alpha: Annotated[int, Field(ge=1, le=MOST)] = 32
     """Scale: updates are multiplied by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout inside the adapter."""
@@ -78,7 +79,7 @@ class PolicyConfig(Section):
     """`normal` draws the value head's weights from a normal distribution; null leaves torch's."""
     v_head_initializer_range: Annotated[float, Field(ge=0)] = 0.2
     """Standard deviation for `normal`."""
-    num_shared_layers: Annotated[int, Field(ge=0)] | None = None
+    num_shared_layers: Annotated[int, Field(ge=0, le=MOST)] | None = None
     """Lower layers that are frozen and shared with the reference."""
     adapter: AdapterConfig | None = None
     """Train a low-rank adapter; the run directory holds the merged model."""
@@ -88,14 +89,15 @@ class PromptsConfig(Section):
     """The texts whose first tokens are the queries."""
 
     source: Name = "embedded"
-    """`embedded`, a .csv, .jsonl, .parquet or .txt file, or a hub id of a dataset."""
+    """`embedded`; a .csv, .tsv, .json, .jsonl, .parquet, .arrow or .txt file, .gz and .zip too; the
+    https address of one; a pattern such as data/*.jsonl; a folder; or the hub id of a dataset."""
     subset: Name | None = None
-    """Configuration of a hub dataset."""
+    """Configuration of a hub dataset or a folder."""
     split: Name = "train"
-    """Split of a hub dataset."""
+    """Split of a hub dataset or a folder."""
     text_column: Name = "text"
-    """Column that holds the text."""
-    min_characters: Annotated[int, Field(ge=0)] = 0
+    """Column that holds the text. Rows without text are left out."""
+    min_characters: Annotated[int, Field(ge=0, le=MOST)] = 0
     """Only texts longer than this are used."""
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Use at most this many texts."""
@@ -119,11 +121,11 @@ class RolloutConfig(Section):
     """Shortest limit on a response, tokens."""
     output_max_length: Length = 16
     """Limits are lower than this, as with TRL's LengthSampler."""
-    batch_size: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=MOST)] | None = None
     """Sequences a forward pass while sampling; null for a whole batch."""
     temperature: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     """Divides the logits, in sampling and wherever probabilities are taken."""
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=0, le=MOST)] = 0
     """Leave at 0 (off): otherwise samples are not the policy's and KL is biased."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Leave at 1 (off), for the same reason."""
@@ -151,9 +153,9 @@ class RewardConfig(Section):
     its name, 0, or positive."""
     output: Literal["logit", "probability"] = "logit"
     """The score: the label's raw logit or its probability."""
-    batch_size: Annotated[int, Field(ge=1)] = 64
+    batch_size: Annotated[int, Field(ge=1, le=MOST)] = 64
     """Texts a forward pass."""
-    score_every: Annotated[int, Field(ge=1)] | None = None
+    score_every: Annotated[int, Field(ge=1, le=MOST)] | None = None
     """Also score the unfinished text, before every so many response tokens: each token is credited
     with the change that follows it, which learns from far fewer samples (potential-based shaping);
     most with ppo.lam well below 1. null: the finished text alone."""
@@ -165,7 +167,7 @@ class RewardConfig(Section):
     length_cost: Annotated[float, Field(ge=0)] = 0.0
     """Taken from the score for each token by which the response's length differs from
     `target_length`; 0 for off."""
-    target_length: Annotated[int, Field(ge=0)] = 0
+    target_length: Annotated[int, Field(ge=0, le=MOST)] = 0
     """Length, tokens, that costs nothing; 0 makes `length_cost` a plain price per token."""
     repetition_cost: Annotated[float, Field(ge=0)] = 0.0
     """Times the share of the response's word pairs that it contained already: taken from the
@@ -180,18 +182,18 @@ class RunSettings(Section):
 
     output: Name | None = None
     """Run directory; null for ppo-good, ppo-bad or ppo-LABEL."""
-    steps: Annotated[int, Field(ge=1)] = 100
+    steps: Annotated[int, Field(ge=1, le=MOST)] = 100
     """PPO steps, a batch each."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of everything random."""
     device: Name = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
-    checkpoint_every: Annotated[int, Field(ge=0)] = 50
+    checkpoint_every: Annotated[int, Field(ge=0, le=MOST)] = 50
     """Steps between checkpoints for --resume; 0 for one at the start and one at the end alone."""
-    keep: Annotated[int, Field(ge=1)] = 2
+    keep: Annotated[int, Field(ge=1, le=MOST)] = 2
     """Newest checkpoints kept, beside the one whose evaluation scored best. With 2, one is left
     should the newest turn out to be damaged."""
-    eval_every: Annotated[int, Field(ge=0)] = 10
+    eval_every: Annotated[int, Field(ge=0, le=MOST)] = 10
     """Steps between evaluations on the held-out prompts; 0 for one at the end alone."""
     weights: Literal["best", "last"] = "best"
     """What the run directory's own weights are at the end: those of the evaluation that scored best
@@ -201,7 +203,7 @@ class RunSettings(Section):
     for never."""
     stop_kl: Annotated[float, Field(gt=0)] | None = None
     """End the run once an evaluation's KL per response (nats) is over this; null for never."""
-    patience: Annotated[int, Field(ge=1)] | None = None
+    patience: Annotated[int, Field(ge=1, le=MOST)] | None = None
     """End the run after this many evaluations in a row without a new best; null for never."""
     on_divergence: Literal["stop", "rollback"] = "stop"
     """What to do when a step goes wrong: end with the last good checkpoint, or go on from it with
@@ -217,7 +219,7 @@ class RunSettings(Section):
     """At the end, score the best of n responses from the reference to each held-out prompt, for
     each n of this list, into frontier.json: the curve that `plot --frontier` draws. It costs as
     many responses a prompt as the largest n. Null for no such curve."""
-    samples_per_step: Annotated[int, Field(ge=0)] = 4
+    samples_per_step: Annotated[int, Field(ge=0, le=MOST)] = 4
     """Samples of each step that go into samples.jsonl."""
 
     @model_validator(mode="after")

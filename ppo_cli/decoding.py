@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -40,6 +40,7 @@ def decode_responses(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> list[Tensor]:
     """Sample a response to each query. The policy must allow `reads_packed`.
 
@@ -55,6 +56,8 @@ def decode_responses(
         temperature: divides the logits.
         top_k: draw among so many most probable tokens; 0 for all.
         top_p: draw among the most probable tokens that together have this probability.
+        watch: told with each token the rows (b,) that have one to come, and its logits (b, V);
+            nothing is recorded then.
 
     Returns:
         B tensors of token ids, 1-D, each with its end token if one was drawn.
@@ -67,14 +70,47 @@ def decode_responses(
 
     def start() -> tuple[_Drawn, _GrowingStep]:
         drawn = _Drawn(chances, limits, end_ids)
-        return drawn, _GrowingStep(policy, input_ids, attention_mask, warp, drawn)
+        return drawn, _GrowingStep(policy, input_ids, attention_mask, warp, drawn, watch)
 
-    if _is_worth_recording(policy, max(limits)):
+    if watch is None and _is_worth_recording(policy, max(limits)):
         try:
             return _by_replays(*start())
         except NotReplayable:
             _not_replayable.add(policy)
     return _step_by_step(*start())
+
+
+@torch.no_grad()
+def decode_whole(
+    policy: AutoModelForCausalLMWithValueHead,
+    input_ids: Tensor,
+    limits: Sequence[int],
+    end_ids: set[int],
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
+) -> list[Tensor]:
+    """As `decode_responses`, by a plain forward pass of the whole rows for each token.
+
+    Args:
+        policy: in eval mode; any causal model will do.
+        input_ids: (B, T) queries of equal length, without padding.
+        limits, end_ids, temperature, top_k, top_p, watch: as there.
+    """
+    chances = torch.rand(len(limits), max(limits), device=input_ids.device)
+    drawn, warp = _Drawn(chances, limits, end_ids), _warpers(temperature, top_k, top_p)
+    rows = torch.arange(len(limits), device=input_ids.device)
+    ids = input_ids
+    while True:
+        logits = policy.pretrained_model(input_ids=ids, use_cache=False).logits[:, -1].float()
+        if watch is not None:
+            watch(rows, logits)
+        tokens = drawn.add(warp(ids, logits), rows)
+        if not drawn.rows_left():
+            return drawn.responses()
+        ids = torch.cat([ids, tokens.unsqueeze(1)], 1)
 
 
 def _step_by_step(drawn: _Drawn, step: _GrowingStep) -> list[Tensor]:
@@ -181,7 +217,9 @@ class _GrowingStep:
         attention_mask: Tensor,
         warp: LogitsProcessorList,
         drawn: _Drawn,
+        watch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
+        self.watch = watch
         count, self.width = input_ids.shape
         self.policy, self.warp, self.drawn = policy, warp, drawn
         self.cache = roomy_cache(policy.config, self.width + drawn.longest)
@@ -203,6 +241,8 @@ class _GrowingStep:
         logits = self.policy.next_logits(
             ids, mask, positions, self.projection, past_key_values=self.cache
         )
+        if self.watch is not None:
+            self.watch(self.rows, logits)
         tokens = self.drawn.add(self.warp(ids, logits), self.rows)
         return tokens.unsqueeze(1), self.drawn.going[self.rows].unsqueeze(1)
 

@@ -6,13 +6,22 @@ Everything else that is raised is a defect of this program and keeps its traceba
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+
+from ppo_cli.text import without_secrets
 
 
 class PPOCliError(Exception):
-    """The request is understood but could not be carried out (exit code 1)."""
+    """The request is understood but could not be carried out (exit code 1).
+
+    Its message repeats no secret that it was made with.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
 
 
 class UsageError(PPOCliError, ValueError):
@@ -37,6 +46,10 @@ class ModelError(PPOCliError):
     """A model that is there but cannot be loaded or used, or a hub that does not answer."""
 
 
+class MissingPackageError(PPOCliError, ImportError):
+    """A setting that needs a package which is not installed."""
+
+
 class Interrupted(BaseException):
     """A signal that asks to stop at once; `number` is the signal's.
 
@@ -56,11 +69,28 @@ class NumericalError(DivergenceError):
     """Numbers that stopped being finite during training."""
 
 
+class UnsuitableModel(TypeError):
+    """A fast way does not suit a model, or it does not take such inputs: another way is taken."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out, on a processor of whatever kind."""
-    text = str(error).lower()
-    told = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(words in text for words in told)
+    """Whether memory ran out, on a processor of whatever kind: `error` or a cause of it says so."""
+    told = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "bad allocation")
+    return any(
+        isinstance(cause, MemoryError)
+        or getattr(cause, "errno", None) == errno.ENOMEM
+        or any(words in str(cause).lower() for words in told)
+        for cause in causes_of(error)
+    )
+
+
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """`error`, what it was raised from or while handling, and so on."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ppo_cli.errors import UnsuitableModel
+
 NAMES = {"mlp", "feed_forward", "ffn"}  # transformers' for it
 WORTHWHILE_SHARE = 0.9  # of the positions: copying more takes as long as the others would
 
@@ -31,11 +33,12 @@ def last_feed_forward_at(
         unread: what the network answers at all others.
 
     Raises:
-        TypeError: there is no such network, or it does not turn a tensor (B, T, H) into another.
+        UnsuitableModel: there is no such network, or it does not turn a tensor (B, T, H) into
+            another.
     """
     networks = [each for name, each in model.named_modules() if name.split(".")[-1] in NAMES]
     if not networks:
-        raise TypeError(f"{type(model).__name__} has no feed-forward network by a known name")
+        raise UnsuitableModel(f"{type(model).__name__} has no feed-forward network by a known name")
     thread = threading.get_ident()
     shapes: list[torch.Size] = []
 
@@ -43,7 +46,7 @@ def last_feed_forward_at(
         if threading.get_ident() != thread:
             return None
         if len(args) != 1 or args[0].dim() != 3:
-            raise TypeError(f"{type(module).__name__} takes more than one (B, T, H)")
+            raise UnsuitableModel(f"{type(module).__name__} takes more than one (B, T, H)")
         (hidden,) = args
         shapes.append(hidden.shape)
         return (hidden.flatten(0, 1).index_select(0, positions).unsqueeze(0),)
@@ -52,7 +55,7 @@ def last_feed_forward_at(
         if threading.get_ident() != thread:
             return None
         if not isinstance(output, Tensor):
-            raise TypeError(f"{type(module).__name__} returns more than one (B, T, H)")
+            raise UnsuitableModel(f"{type(module).__name__} returns more than one (B, T, H)")
         batch, length, _ = shapes.pop()
         width = output.shape[-1]
         whole = output.new_full((batch * length, width), unread)

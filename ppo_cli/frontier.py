@@ -13,8 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from ppo_cli.best_of_n import BestOfN
 from ppo_cli.errors import UsageError
-from ppo_cli.files import replacing, write_text
-from ppo_cli.plots import COLOURS, check_ending, plain
+from ppo_cli.files import write_text
+from ppo_cli.plots import COLOURS, drawing, legend_labels
 from ppo_cli.run_directory import RunDirectory
 from ppo_cli.standing import Evaluation, Standing
 from ppo_cli.text import json_text
@@ -24,8 +24,8 @@ PICTURE = "frontier.png"
 KEYS = ("eval/score", "eval/kl", "eval/reference_score")
 LABEL_GAP = 24  # between labels of the curve, points of a picture
 HOW_TO_GET_IT = (
-    "train with --set run.best_of_n=[1,2,4,8,16,32,64] for it, or with that and --resume add it to "
-    "a run"
+    "train with --set 'run.best_of_n=[1,2,4,8,16,32,64]' for it, or with that and --resume add it "
+    "to a run"
 )
 
 
@@ -101,44 +101,36 @@ def plot_frontier(trails: Sequence[Trail], curve: BestOfN | None, output: Path) 
     Raises:
         UsageError: `output` does not end as a picture does.
     """
-    check_ending(output)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 5.2), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    panel = figure.subplots()
-    panel.set_title("Score against KL on held-out prompts", fontsize=12, loc="left")
-    panel.set_xlabel("KL from the reference (nats per response)")
-    panel.set_ylabel("mean score")
-    for one, colour in zip(trails, cycle(COLOURS), strict=False):
-        _draw_trail(panel, one, colour)
-    start = sorted({one.reference_score for one in trails})
-    zeros = [0.0] * len(start)
-    panel.plot(zeros, start, "D", color="black", markersize=6, label="reference", zorder=5)
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
-    if curve is not None:
-        _draw_curve(panel, curve)
-    panel.plot([], [], "*", color="#666666", markersize=13, label="best evaluation")
-    panel.plot([], [], "s", color="#666666", markersize=7, label="last evaluation")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    if curve is not None:
-        _label_points(figure, panel, curve)
-    with replacing(output) as unfinished:
-        figure.savefig(unfinished, format=output.suffix[1:].lower())
+    with drawing(output, 7.2, 5.2) as figure:
+        panel = figure.subplots()
+        panel.set_title("Score against KL on held-out prompts", fontsize=12, loc="left")
+        panel.set_xlabel("KL from the reference (nats per response)")
+        panel.set_ylabel("mean score")
+        labels = legend_labels(one.name for one in trails)
+        for one, colour in zip(trails, cycle(COLOURS), strict=False):
+            _draw_trail(panel, one, labels[one.name], colour)
+        start = sorted({one.reference_score for one in trails})
+        zeros = [0.0] * len(start)
+        panel.plot(zeros, start, "D", color="black", markersize=6, label="reference", zorder=5)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        if curve is not None:
+            _draw_curve(panel, curve)
+        panel.plot([], [], "*", color="#666666", markersize=13, label="best evaluation")
+        panel.plot([], [], "s", color="#666666", markersize=7, label="last evaluation")
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        if curve is not None:
+            _label_points(figure, panel, curve)
 
 
-def _draw_trail(panel: Any, one: Trail, colour: str) -> None:
+def _draw_trail(panel: Any, one: Trail, run: str, colour: str) -> None:
     kl = [0.0, *(e.kl for e in one.evaluations)]
     score = [one.reference_score, *(e.score for e in one.evaluations)]
     last = one.evaluations[-1]
     steps = f"last: step {last.step}"
     if one.best is not None:
         steps = f"best: step {one.best.step}, {steps}"
-    panel.plot(
-        kl, score, color=colour, linewidth=1.3, alpha=0.8, label=f"{plain(one.name)} ({steps})"
-    )
+    panel.plot(kl, score, color=colour, linewidth=1.3, alpha=0.8, label=f"{run}\n({steps})")
     panel.plot(kl[1:], score[1:], "o", color=colour, markersize=4)
     panel.plot(last.kl, last.score, "s", color=colour, markersize=8, zorder=6)
     if one.best is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,16 @@ from typing import Any
 import torch
 
 from ppo_cli.config import PolicyConfig, RewardConfig, RunConfig, check_name
-from ppo_cli.errors import DataError, UsageError
+from ppo_cli.errors import DataError, ModelError, NumericalError, UsageError
 from ppo_cli.evaluation import Generated
 from ppo_cli.loading import check_trusted, load_policy, load_reward, load_tokenizer
-from ppo_cli.prompts import check_encodable, read_texts
+from ppo_cli.prompts import Encoder
 from ppo_cli.reward import SentimentReward
 from ppo_cli.rollout import context_length
 from ppo_cli.run_directory import RunDirectory
 from ppo_cli.runtime import resolve_device
 from ppo_cli.sampling import draw_samples
+from ppo_cli.sources import check_encodable, read_texts
 from ppo_cli.stopping import end_tokens
 from ppo_cli.text import shortened
 
@@ -153,7 +155,7 @@ def read_prompts(prompts: Sequence[str], file: str | None, column: str = "text")
             raise DataError("standard input holds no prompts")
         texts += found
     elif file is not None:
-        texts += read_texts(file, column=column, keep=lambda text: bool(text.strip()))
+        texts += read_texts(file, column=column)
     if file is not None and not texts:
         raise DataError(f"{file} holds no prompts")
     return texts
@@ -188,18 +190,35 @@ def generate(
     """
     loaded = load_model(source, device, trusted)
     ids = encode(loaded, prompts, max_new_tokens)
-    samples = draw_samples(
-        loaded.model,
-        loaded.tokenizer,
-        [row for row in ids for _ in range(samples_each)],
-        [text for text in prompts for _ in range(samples_each)],
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        reward=reward,
-        eos_token_id=loaded.ends or None,
-        **sampling,
-    )
+    with sampling_errors(source.name):
+        samples = draw_samples(
+            loaded.model,
+            loaded.tokenizer,
+            [row for row in ids for _ in range(samples_each)],
+            [text for text in prompts for _ in range(samples_each)],
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            reward=reward,
+            eos_token_id=loaded.ends or None,
+            **sampling,
+        )
     return Generated(source.name, samples)
+
+
+@contextmanager
+def sampling_errors(name: str) -> Iterator[None]:
+    """Around sampling from the model `name`, which is not being trained.
+
+    Raises:
+        ModelError: its probabilities are not finite.
+    """
+    try:
+        yield
+    except NumericalError as error:
+        raise ModelError(
+            f"{name}: its probabilities are not finite: its weights are damaged, or too large for "
+            "the precision. Give another copy of the model"
+        ) from error
 
 
 def load_model(source: Source, device: torch.device, trusted: Collection[str] = ()) -> Loaded:
@@ -221,17 +240,22 @@ def encode(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> list[
     Raises:
         DataError: a prompt has no tokens, or exceeds the model's context.
     """
-    context = context_length(loaded.model.config)
-    ids = []
-    for text in prompts:
-        tokens = loaded.tokenizer(text).input_ids
-        if not tokens:
+    rows = Encoder(loaded.tokenizer)(prompts)
+    check_room(loaded, prompts, rows, max_new_tokens)
+    return [torch.tensor(row) for row in rows]
+
+
+def check_room(
+    loaded: Loaded, prompts: Sequence[str], rows: Sequence[Sized], max_new_tokens: int
+) -> None:
+    """Raise `DataError` where one of `rows`, the tokens of `prompts`, is empty or too long."""
+    context = context_length(loaded.model)
+    for text, row in zip(prompts, rows, strict=True):
+        if not len(row):
             raise DataError(f"prompt {text!r} has no tokens for {loaded.name}")
-        if context is not None and len(tokens) + max_new_tokens > context:
+        if context is not None and len(row) + max_new_tokens > context:
             raise DataError(
-                f"prompt '{shortened(text, 40)}' has {len(tokens)} tokens; with {max_new_tokens} "
+                f"prompt '{shortened(text, 40)}' has {len(row)} tokens; with {max_new_tokens} "
                 f"new ones it exceeds the context of {loaded.name} ({context}): shorten it, or "
                 "lower --max-new-tokens"
             )
-        ids.append(torch.tensor(tokens))
-    return ids

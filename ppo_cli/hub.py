@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import time
 import warnings
 from collections.abc import Collection, Iterator
@@ -13,7 +15,14 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from ppo_cli.errors import ModelError, ModelNotFoundError, PPOCliError
+from ppo_cli.errors import (
+    ModelError,
+    ModelNotFoundError,
+    PPOCliError,
+    UsageError,
+    causes_of,
+    is_out_of_memory,
+)
 
 MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 WAITS = (1, 2, 4)  # seconds between questions to a hub that does not answer
@@ -43,17 +52,62 @@ def loading_errors(name: str, kind: str = "model") -> Iterator[None]:
             answers = _ask_hub(name, "dataset" if kind == "dataset" else "model")
         with nullcontext() if answers else _cache_alone(name):
             yield
-    except (PPOCliError, MemoryError):
+    except PPOCliError:
         raise
     except Exception as error:
-        if "out of memory" in str(error).lower():
-            raise
+        if is_out_of_memory(error):
+            raise _out_of_memory(name, kind) from error
         if not answers:
             raise ModelError(
                 f"{name}: the hub does not answer, and the cache does not hold all of it: check "
                 "the network, or give a local folder"
             ) from error
         raise _translated(name, kind, error) from error
+
+
+@contextmanager
+def trial_errors(name: str, kind: str = "model") -> Iterator[None]:
+    """Around the first use of what was loaded: files that can be read may yet make no sense.
+
+    Args:
+        name: folder or hub id.
+        kind: what it should be, for the message: "model", "classifier".
+
+    Raises:
+        ModelError: it does not work.
+    """
+    try:
+        yield
+    except PPOCliError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise _out_of_memory(name, kind) from error
+        raise ModelError(
+            f"{name} does not work as a {kind} ({first_line(error).rstrip('. ')}): look for a "
+            "wrong value in its config.json, or give another"
+        ) from error
+
+
+@contextmanager
+def adapter_errors(model: Any) -> Iterator[None]:
+    """Around peft's adding an adapter to `model`.
+
+    Raises:
+        UsageError: it refuses, mostly for modules that the model does not have.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+        weights = (
+            (name, getattr(module, "weight", None)) for name, module in model.named_modules()
+        )
+        names = {name.rpartition(".")[2] for name, w in weights if w is not None and w.ndim == 2}
+        raise UsageError(
+            f"the adapter does not fit the model: {first_line(error).partition('. ')[0]}. Name "
+            "modules of the model in target_modules (policy.adapter.target_modules), of "
+            f"{', '.join(sorted(names)[:20])}"
+        ) from error
 
 
 def is_path(name: str) -> bool:
@@ -71,10 +125,61 @@ def refuse_missing(name: str, missing: Collection[str]) -> None:
         )
 
 
+def refuse_misshaped(name: str, mismatched: Collection[tuple[str, Any, Any]]) -> None:
+    """Raise `ModelError` where weights have other shapes than the configuration gives them.
+
+    Args:
+        name: of the model.
+        mismatched: tensor, its shape in the file, and in the model; each.
+    """
+    if mismatched:
+        shown = [f"{key} is {tuple(file)}, not {tuple(model)}" for key, file, model in mismatched]
+        names = "; ".join(sorted(shown)[:3]) + (" ..." if len(shown) > 3 else "")
+        raise ModelError(
+            f"{name}: its weights do not fit its config.json: {names}. Put the config.json back "
+            "that belongs to them, or save the whole model anew"
+        )
+
+
 def refuse_empty(name: str, tokenizer: Any) -> None:
     """Raise `ModelError` for a tokenizer without words, which is made where none is found."""
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ModelError(f"{name} holds no tokenizer: save one beside the model (tokenizer.json)")
+
+
+def refuse_unusable(name: str, tokenizer: Any) -> None:
+    """Raise `ModelError` for a tokenizer whose files hold values that it cannot work with."""
+    length = tokenizer.model_max_length
+    if isinstance(length, bool) or not isinstance(length, (int, float)) or length != length:
+        raise ModelError(
+            f"{name}: model_max_length in its tokenizer_config.json is {str(length)[:40]!r}, which "
+            "is no number: put one there, or leave the key out"
+        )
+    try:
+        tokenizer("a", truncation=True, max_length=1)
+    except Exception as error:
+        raise ModelError(
+            f"{name}: its tokenizer does not work ({first_line(error)}): mend "
+            "tokenizer_config.json, or save the tokenizer anew"
+        ) from error
+
+
+def refuse_nan(name: str, model: Any) -> None:
+    """Raise `ModelError` for weights that are no numbers: whatever is computed with them is none.
+
+    Args:
+        name: of the model.
+        model: a `torch.nn.Module`; weights of other classes than torch's own are not looked at.
+    """
+    for key, weight in model.named_parameters():
+        plain = type(weight.data).__name__ == "Tensor" and not weight.is_meta
+        if not plain or not weight.is_floating_point() or weight.data.sum().isfinite():
+            continue
+        if weight.data.isnan().any():  # asked second, as it takes longer than a sum
+            raise ModelError(
+                f"{name}: its weights are damaged: {key.removeprefix('pretrained_model.')} holds "
+                "NaN. Give another copy of the model"
+            )
 
 
 def _check_folder(name: str) -> None:
@@ -87,11 +192,22 @@ def _check_folder(name: str) -> None:
         )
     if not folder.is_dir():
         raise ModelNotFoundError(f"{name} is a file: give the folder of a model, or a hub id")
-    if not any((folder / file).is_file() for file in MODEL_FILES):
+    if any((folder / file).is_file() for file in MODEL_FILES):
+        return
+    if (folder / "run.yaml").is_file():
         raise ModelNotFoundError(
-            f"{name} holds no model (no config.json): give a run directory, or a folder that "
-            "transformers' save_pretrained wrote"
+            f"{name} holds no model yet: its run has not ended, and checkpoints are for --resume "
+            f"alone. End it with: ppo-cli train --output {shlex.quote(name)} --resume"
         )
+    if (folder / "manifest.json").is_file() and folder.name.startswith("step-"):
+        raise ModelNotFoundError(
+            f"{name} is a checkpoint, from which a run is resumed, and no model: give the run "
+            "directory"
+        )
+    raise ModelNotFoundError(
+        f"{name} holds no model (no config.json): give a run directory, or a folder that "
+        "transformers' save_pretrained wrote"
+    )
 
 
 @lru_cache(maxsize=64)
@@ -197,12 +313,19 @@ def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
     from huggingface_hub import errors as hub
 
     # transformers and datasets wrap the hub's own errors; the first cause says what happened.
-    causes = list(_causes(error))
+    causes = list(causes_of(error))
 
     def caused_by(*types: type[BaseException]) -> BaseException | None:
         return next((cause for cause in causes if isinstance(cause, types)), None)
 
+    base = _base_of_adapter(name)
     if "trust_remote_code" in str(error):
+        if base is not None and base in str(error):
+            return ModelError(
+                f"{name} is an adapter of {base}, which needs code that it brings along: that is "
+                "not run for an adapter. Merge the two with peft's merge_and_unload, save them as "
+                "one folder, read its code, and give that folder, with --trust-remote-code for it"
+            )
         return ModelError(
             f"{name} needs code that it brings along, which is not run: read it, and if you trust "
             f"it, give --trust-remote-code {name}"
@@ -214,6 +337,8 @@ def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
     no_tokenizer = "the backend tokenizer" in str(error)
     if no_tokenizer and not any(map(_is_of_network, causes)):
         return ModelError(f"{name} holds no tokenizer that can be read: save one beside the model")
+    if (absent := caused_by(ImportError)) is not None:
+        return ModelError(_lacks_package(name, absent))
     if is_path(name):
         return ModelError(_unloadable(name, kind, error))
     if caused_by(hub.RevisionNotFoundError):
@@ -244,10 +369,41 @@ def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
     return ModelError(_unloadable(name, kind, error))
 
 
+def _out_of_memory(name: str, kind: str) -> ModelError:
+    return ModelError(
+        f"{name}: out of memory while it was loaded as a {kind}: end other programs, use a larger "
+        f"machine, or give a smaller {kind}"
+    )
+
+
 def _unloadable(name: str, kind: str, error: Exception) -> str:
     problem = first_line(error).rstrip(". ")
     remedy = "" if kind == "dataset" else "; save it anew with save_pretrained, or give another"
-    return f"{name} cannot be loaded as a {kind}: {problem}{remedy}"
+    if "ignore_mismatched_sizes" in problem:
+        problem = "its weights have other shapes than its config.json gives them"
+    base = _base_of_adapter(name)
+    adapter = f", an adapter of {base}," if base else ""
+    return f"{name}{adapter} cannot be loaded as a {kind}: {problem}{remedy}"
+
+
+def _lacks_package(name: str, error: BaseException) -> str:
+    problem = first_line(error).rstrip(". ")
+    if "kernels" in problem:
+        return (
+            f"{name} asks for code that the package kernels, which is not installed here, fetches "
+            "from the hub and runs: give a model that does without (its attn_implementation is "
+            "left out unless --trust-remote-code names it)"
+        )
+    return f"{name} needs a package that is not installed here: {problem}"
+
+
+def _base_of_adapter(name: str) -> str | None:
+    """The base model of an adapter's folder, as its files name it; None for anything else."""
+    try:
+        about = json.loads(Path(name, "adapter_config.json").read_text(encoding="utf-8"))
+        return str(about["base_model_name_or_path"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _answer(status: int) -> str:
@@ -259,15 +415,65 @@ def _answer(status: int) -> str:
     return f"the hub answers {status} ({phrase}), also when asked again: {remedy}"
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, at most 300 characters."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    """The first line of what an exception says, at most 300 characters.
+
+    With the next one where it ends in a colon.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return told[:300]
+
+
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+
+
+def implementations(name: str, config: Any, is_trusted: bool) -> dict[str, Any]:
+    """Keywords for `from_pretrained` that decide about code a configuration names elsewhere.
+
+    A configuration may name a kernel on the hub, `owner/name`, which transformers would fetch and
+    run, or a package's that is not here. Without consent transformers' own code takes its place;
+    a warning says so.
+
+    Args:
+        name: the model's.
+        config: its transformers configuration.
+        is_trusted: whether code that it names may run.
+    """
+    keywords: dict[str, Any] = {}
+    for key in IMPLEMENTATIONS:
+        elsewhere = [value for value in _all_values(config, f"_{key}") if _is_elsewhere(value)]
+        if not elsewhere:
+            continue
+        if is_trusted and "/" in elsewhere[0]:
+            keywords["allow_all_kernels"] = True
+            continue
+        consent = f"; to run it, read it and give --trust-remote-code {name}"
+        warnings.warn(
+            f"{name}: {key} {elsewhere[0]!r} in its config.json names code that it does not hold: "
+            f"transformers' own takes its place{consent if '/' in elsewhere[0] else ''}",
+            stacklevel=3,
+        )
+        setattr(config, f"_{key}", None)  # with the configurations inside it
+        keywords["config"] = config
+    return keywords
+
+
+def _all_values(config: Any, key: str) -> Iterator[str]:
+    """What a configuration and the configurations inside it have under `key`, if it is text."""
+    if isinstance(value := getattr(config, key, None), str):
+        yield value
+    for inner in getattr(config, "sub_configs", {}):
+        if (section := getattr(config, inner, None)) is not None:
+            yield from _all_values(section, key)
+
+
+def _is_elsewhere(implementation: str) -> bool:
+    """Whether an implementation is neither transformers' own nor an installed package's."""
+    from transformers import utils
+
+    flash = re.search(r"flash_attention_(\d)$", implementation)
+    available = flash and getattr(utils, f"is_flash_attn_{flash[1]}_available", None)
+    return "/" in implementation or bool(flash and not (available and available()))

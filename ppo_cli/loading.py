@@ -14,11 +14,12 @@ from ppo_cli.adapter import new_adapter
 from ppo_cli.config import PolicyConfig, RewardConfig
 from ppo_cli.embedded import classifier_folder, policy_folder
 from ppo_cli.errors import ModelError, UsageError
-from ppo_cli.hub import loading_errors, refuse_empty
+from ppo_cli.hub import loading_errors, refuse_empty, refuse_nan, refuse_unusable, trial_errors
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.policy_files import tokenizer_of
-from ppo_cli.prompts import EMBEDDED
 from ppo_cli.reward import SentimentReward
+from ppo_cli.runtime import modes_kept
+from ppo_cli.sources import EMBEDDED
 
 
 def check_trusted(trusted: Collection[str], names: Collection[str]) -> None:
@@ -36,9 +37,10 @@ def load_tokenizer(name: str, revision: str | None = None, trusted: Collection[s
     source = str(policy_folder()) if name == EMBEDDED else name
     with loading_errors(source):
         tokenizer = tokenizer_of(source, **_from(name, revision, trusted))
-    refuse_empty(name, tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        refuse_empty(name, tokenizer)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        refuse_unusable(name, tokenizer)
     return tokenizer
 
 
@@ -59,9 +61,14 @@ def load_policy(
     }
     place = _from(config.model, config.revision, trusted)
     adapter = None if config.adapter is None else new_adapter(config.adapter, source, **place)
-    policy = AutoModelForCausalLMWithValueHead.from_pretrained(
-        source, peft_config=adapter, **head, **place
-    )
+    with trial_errors(config.model):
+        policy = AutoModelForCausalLMWithValueHead.from_pretrained(
+            source, peft_config=adapter, **head, **place
+        )
+        refuse_nan(config.model, policy)
+        with modes_kept(policy), torch.no_grad():
+            ids = torch.zeros(1, 1, dtype=torch.long, device=policy.device)
+            policy.eval().pretrained_model(input_ids=ids, use_cache=False)
     rows = policy.pretrained_model.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and len(tokenizer) > rows:
         raise ModelError(
@@ -79,14 +86,17 @@ def load_reward(
 ) -> SentimentReward:
     """The classifier, set to the configured label or to `sentiment`."""
     source = str(classifier_folder()) if config.model == EMBEDDED else config.model
-    return SentimentReward(
-        source,
-        sentiment or config.sentiment,
-        output=config.output,
-        batch_size=config.batch_size,
-        device=device,
-        **_from(config.model, config.revision, trusted),
-    )
+    with trial_errors(config.model, "classifier"):
+        reward = SentimentReward(
+            source,
+            sentiment or config.sentiment,
+            output=config.output,
+            batch_size=config.batch_size,
+            device=device,
+            **_from(config.model, config.revision, trusted),
+        )
+        reward.scores(["a"])
+    return reward
 
 
 def _from(name: str, revision: str | None, trusted: Collection[str]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from __future__ import annotations
 import functools
 import platform
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from ppo_cli import attention
 from ppo_cli.runtime import computes_bfloat16
 
+_plain: ContextVar[bool] = ContextVar("plain", default=False)
 # oneDNN compiles a kernel for each shape. With small weights nothing was gained on Zen 4.
 SMALLEST_WEIGHT = 2**19
 TILE_BYTES = 2**22  # of a wide matrix that MKL multiplies by at a time
@@ -145,11 +147,15 @@ def _attention(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    if attention.suits(query, key, value, attn_mask, dropout_p):
+    if not _plain.get() and attention.suits(query, key, value, attn_mask, dropout_p):
         scale = kwargs.get("scale")
         return attention.short_attention(query, key, value, attn_mask, is_causal, scale)
     plain = _REPLACED.before["scaled_dot_product_attention"]
     return plain(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+
+
+PASSED_ON = {function.__code__ for function in (_linear, _addmm, _attention)}
+"""Code whose errors are those of the inputs that a model gave."""
 
 
 class _Replacements:
@@ -206,6 +212,16 @@ class _Replacements:
 _REPLACED = _Replacements()
 
 
+@contextmanager
+def plain_matmul() -> Iterator[None]:
+    """Inside, torch's own layers and attention, in a block of `fast_matmul` too."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def fast_matmul() -> AbstractContextManager[None]:
     """Inside, linear layers and attention take the fastest way known.
 
@@ -220,6 +236,8 @@ def fast_matmul() -> AbstractContextManager[None]:
 
 def _taken_over(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
     """In what type `_Linear` computes a layer; None for a layer that is left to torch."""
+    if _plain.get():
+        return None
     if torch.is_autocast_enabled("cpu"):
         # Without gradients autocast converts a weight once for all its uses inside it.
         learns = x.requires_grad or weight.requires_grad

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -15,6 +19,8 @@ from ppo_cli.text import escape_controls
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 """Name of a run -> its metrics, a dictionary a step."""
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Name of a run -> steps and values of one metric."""
 
 DEFAULT_METRICS = ("ppo/loss/total", "ppo/mean_scores")
 TITLES = {
@@ -31,7 +37,17 @@ SPARSE = "eval/"  # of metrics that only some steps have: points, joined by line
 ENDINGS = (".png", ".svg", ".pdf")
 # Okabe and Ito's colours, told apart with colour-blind eyes too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-BARS = " ▁▂▃▄▅▆▇█"
+GREY = "#666666"
+HOLLOW: dict[str, Any] = {
+    "linewidth": 1.2,
+    "linestyle": "--",
+    "marker": "o",
+    "markerfacecolor": "white",
+}
+BARS, AXES = " ▁▂▃▄▅▆▇█", "│└─"
+ASCII_BARS, ASCII_AXES = " ...:::##", "|+-"
+AXIS = 12  # columns left of a chart's bars
+LABEL = 40  # characters of a legend's line
 
 
 def plot_training(
@@ -51,74 +67,115 @@ def plot_training(
     Raises:
         UsageError: another ending, or a metric that a run does not have.
     """
-    check_ending(output)
     curves = {metric: _curves(runs, metric) for metric in metrics}
+    columns = min(len(metrics), 2)
+    rows = math.ceil(len(metrics) / columns)
+    labels = legend_labels(runs)
+    with drawing(output, 5.6 * columns, 3.8 * rows) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        longest = max(len(steps) for curve in curves.values() for steps, _ in curve.values())
+        window = min(smooth or max(longest // 20, 1), longest)
+        for (metric, curve), panel in zip(curves.items(), panels, strict=False):
+            own_window = (smooth or 1) if metric.startswith(SPARSE) else window
+            _draw_panel(panel, metric, curve, labels, own_window)
+            for name, colour in zip(curve, _cycle(COLOURS), strict=False):
+                _draw_companion(panel, metric, labels[name], runs[name], colour)
+        for panel in panels:  # what is left where metrics are odd in number
+            panel.set_visible(False)
+        _add_legend(figure, labels.values())
+        if window > 1:
+            figure.supxlabel(
+                f"pale: each step; strong: mean of {window} steps",
+                fontsize=8,
+                color=GREY,
+                x=0.99,
+                ha="right",
+            )
+
+
+@contextmanager
+def drawing(output: Path, width: float, height: float) -> Iterator[Any]:
+    """A figure of that many inches, saved when the block ends.
+
+    matplotlib's warnings are not for who asked for the picture: a font may lack a character of a
+    run's name.
+
+    Raises:
+        UsageError: `output` does not end as a picture does.
+    """
+    check_ending(output)
+    # Importing it says at this level that there is nowhere to keep its list of fonts.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(len(metrics), 2)
-    rows = math.ceil(len(metrics) / columns)
-    figure = Figure(figsize=(5.6 * columns, 3.8 * rows), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    longest = max(len(steps) for curve in curves.values() for steps, _ in curve.values())
-    window = min(smooth or max(longest // 20, 1), longest)
-    for (metric, curve), panel in zip(curves.items(), panels, strict=False):
-        shown = plain(metric)
-        title, label = TITLES.get(metric, (f"{shown} over time", shown))
-        panel.set_title(title, fontsize=12, loc="left")
-        panel.set_xlabel("PPO step")
-        panel.set_ylabel(label)
-        for (name, (steps, values)), colour in zip(curve.items(), _cycle(COLOURS), strict=False):
-            is_sparse = metric.startswith(SPARSE)
-            own_window = (smooth or 1) if is_sparse else window
-            marker = "o" if is_sparse or len(steps) == 1 else None
-            if own_window > 1:
-                panel.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
-            panel.plot(
-                steps,
-                moving_average(values, own_window),
-                color=colour,
-                linewidth=2,
-                label=plain(name),
-                marker=marker,
-            )
-            _draw_companion(panel, metric, name, runs[name], colour)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.margins(x=0.01)
-        if len(panel.get_legend_handles_labels()[0]) > 1 or metric == metrics[-1]:
-            panel.legend(frameon=False, fontsize=9)
-    for panel in panels:  # what is left where metrics are odd in number
-        panel.set_visible(False)
-    if window > 1:
-        figure.supxlabel(
-            f"pale: each step; strong: mean of {window} steps",
-            fontsize=8,
-            color="#666666",
-            x=0.99,
-            ha="right",
+    # Where a user's own settings ask for TeX, names would have to be TeX.
+    with warnings.catch_warnings(), matplotlib.rc_context({"text.usetex": False}):
+        warnings.simplefilter("ignore")
+        figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+        FigureCanvasAgg(figure)
+        yield figure
+        with replacing(output) as unfinished:
+            figure.savefig(unfinished, format=output.suffix[1:].lower())
+
+
+def _draw_panel(
+    panel: Any, metric: str, curve: Curves, labels: Mapping[str, str], window: int
+) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    shown = plain(metric)
+    title, label = TITLES.get(metric, (f"{shown} over time", shown))
+    panel.set_title(title, fontsize=12, loc="left")
+    panel.set_xlabel("PPO step")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    panel.set_ylabel(label)
+    for (name, (steps, values)), colour in zip(curve.items(), _cycle(COLOURS), strict=False):
+        marker = "o" if metric.startswith(SPARSE) or len(steps) == 1 else None
+        if window > 1:
+            panel.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
+        panel.plot(
+            steps,
+            moving_average(values, window),
+            color=colour,
+            linewidth=2,
+            label=labels[name],
+            marker=marker,
         )
-    with replacing(output) as unfinished:
-        figure.savefig(unfinished, format=output.suffix[1:].lower())
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.margins(x=0.01)
 
 
 def _draw_companion(
-    panel: Any, metric: str, name: str, rows: Sequence[Mapping[str, Any]], colour: str
+    panel: Any, metric: str, run: str, rows: Sequence[Mapping[str, Any]], colour: str
 ) -> None:
     """The metric that belongs into the same panel: hollow points, joined by a dashed line."""
     key, label = COMPANIONS.get(metric, ("", ""))
     if points := [(row["step"], row[key]) for row in rows if key in row]:
         panel.plot(
-            *zip(*points, strict=True),
-            color=colour,
-            linewidth=1.2,
-            linestyle="--",
-            marker="o",
-            markerfacecolor="white",
-            label=f"{plain(name)}, {label}",
-            zorder=3,
+            *zip(*points, strict=True), color=colour, label=f"{run}, {label}", zorder=3, **HOLLOW
         )
+
+
+def _add_legend(figure: Any, runs: Collection[str]) -> None:
+    """Below the panels: an entry a run, and one for the companions. The figure grows for it."""
+    from matplotlib.lines import Line2D
+
+    lines = {line.get_label(): line for panel in figure.axes for line in panel.get_lines()}
+    keys = [lines[run] for run in runs]
+    for _, label in COMPANIONS.values():
+        if any(f"{run}, {label}" in lines for run in runs):
+            keys.append(Line2D([], [], color=GREY, label=label, **HOLLOW))
+    widest = max(len(line) for run in runs for line in run.split("\n"))
+    width, height = figure.get_size_inches()
+    abreast = max(min(int(width / (0.6 + 0.08 * widest)), len(keys)), 1)  # inches, at this size
+    figure.legend(
+        handles=keys, loc="outside lower center", ncols=abreast, frameon=False, fontsize=9
+    )
+    further = sum(run.count("\n") + 1 for run in runs) // abreast - 1
+    figure.set_size_inches(width, height + 0.18 * max(further, 0))
 
 
 def check_ending(output: Path) -> None:
@@ -142,9 +199,12 @@ def moving_average(values: Sequence[float] | np.ndarray, window: int) -> np.ndar
     return np.divide(sums, counts, out=np.full(len(array), np.nan), where=counts > 0)
 
 
-def terminal_chart(runs: Runs, metric: str, width: int = 72, height: int = 8) -> list[str]:
+def terminal_chart(
+    runs: Runs, metric: str, width: int = 72, height: int = 8, ascii_only: bool = False
+) -> list[str]:
     """Lines of a chart of bars, one chart a run, each column the mean of its share of steps."""
     lines: list[str] = []
+    bars, axes = (ASCII_BARS, ASCII_AXES) if ascii_only else (BARS, AXES)
     for name, (steps, values) in _curves(runs, metric).items():
         kept = np.isfinite(values)
         steps, values = steps[kept], values[kept]
@@ -152,7 +212,9 @@ def terminal_chart(runs: Runs, metric: str, width: int = 72, height: int = 8) ->
         if not len(values):
             lines += ["", f"{shown}, {name}: no finite value"]
             continue
-        columns = [part.mean() for part in np.array_split(values, min(width - 12, len(values)))]
+        columns = [
+            part.mean() for part in np.array_split(values, min(max(width - AXIS, 1), len(values)))
+        ]
         low, high = min(columns), max(columns)
         span = (high - low) or 1.0
         levels = [1 + (value - low) / span * (height * 8 - 1) for value in columns]
@@ -161,15 +223,15 @@ def terminal_chart(runs: Runs, metric: str, width: int = 72, height: int = 8) ->
         for row in range(height - 1, -1, -1):
             edge = high if row == height - 1 else low if row == 0 else None
             label = " " * 10 if edge is None else f"{edge:10.4g}"
-            cells = "".join(BARS[int(min(max(level - row * 8, 0), 8))] for level in levels)
-            lines.append(f"{label} │{cells}")
-        lines.append(f"{'':10} └{'─' * len(columns)}")
-        lines.append(f"{'':12}step {steps[0]} to {steps[-1]}")
+            cells = "".join(bars[int(min(max(level - row * 8, 0), 8))] for level in levels)
+            lines.append(f"{label} {axes[0]}{cells}")
+        lines.append(f"{'':10} {axes[1]}{axes[2] * len(columns)}")
+        lines.append(f"{'':{AXIS}}step {steps[0]} to {steps[-1]}")
     return lines
 
 
-def _curves(runs: Runs, metric: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    curves = {}
+def _curves(runs: Runs, metric: str) -> Curves:
+    curves: Curves = {}
     for name, rows in runs.items():
         kept = [(row["step"], row[metric]) for row in rows if metric in row]
         if not kept:
@@ -189,6 +251,21 @@ def _cycle(colours: Sequence[str]) -> Any:
         yield from colours
 
 
-def plain(name: str) -> str:
-    """A name without what matplotlib would read as mathematics or as `no label`."""
-    return escape_controls(name).replace("$", r"\$").lstrip("_") or "run"
+def legend_labels(names: Iterable[str]) -> dict[str, str]:
+    """Runs' paths -> as few of their last parts as tell them apart, in lines for a legend."""
+    parts = {name: Path(name).parts for name in names}
+    labels = {}
+    for name, own in parts.items():
+        others = [part for other, part in parts.items() if other != name]
+        count = 1
+        while count < len(own) and any(part[-count:] == own[-count:] for part in others):
+            count += 1
+        end = escape_controls(str(Path(*own[-count:])))
+        labels[name] = plain(*wrap(end, LABEL))
+    return labels
+
+
+def plain(*lines: str) -> str:
+    """Lines without what matplotlib would read as mathematics or as `no label`."""
+    shown = "\n".join(map(escape_controls, lines))
+    return shown.replace("$", r"\$").lstrip("_") or "run"

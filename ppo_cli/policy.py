@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from ppo_cli.activations import fuse_activations
-from ppo_cli.architecture import ends_in_feed_forward, projects_plainly
-from ppo_cli.errors import ModelError
+from ppo_cli.architecture import PADDED_READING, Reading, fastest_reading, findings
+from ppo_cli.errors import ModelError, UnsuitableModel
 from ppo_cli.feed_forward import WORTHWHILE_SHARE, last_feed_forward_at
-from ppo_cli.hub import first_line, loading_errors
+from ppo_cli.hub import adapter_errors, first_line, loading_errors
 from ppo_cli.policy_files import (
     HUB_KEYWORDS,
     VALUE_HEAD_FILE,
@@ -33,6 +33,7 @@ from ppo_cli.projection import (
     token_logprobs,
     token_logprobs_and_entropies,
 )
+from ppo_cli.runtime import modes_kept
 from ppo_cli.tying import tied_gradient
 from ppo_cli.value_head import ValueHead
 
@@ -69,11 +70,12 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         )
         self.pretrained_model = pretrained_model
         fuse_activations(pretrained_model)
+        keep_weights_as_stored(self._base_model)
         refuse_if_not_causal(self._base_model.config, type(self._base_model))
         if summary_dropout_prob is None:
             summary_dropout_prob = getattr(self.config, "summary_dropout_prob", 0.1)
         self.v_head = ValueHead(
-            self._base_model.get_output_embeddings().weight.shape[-1],
+            hidden_size(self._base_model),
             dropout=summary_dropout_prob,
             init_strategy=v_head_init_strategy,
             initializer_range=v_head_initializer_range,
@@ -125,7 +127,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
                 warnings.warn("peft_config is ignored: the model has an adapter", stacklevel=2)
             else:
                 refuse_if_not_causal(model.config, type(model))
-                model = get_peft_model(model, peft_config)
+                with adapter_errors(model):
+                    model = get_peft_model(model, peft_config)
         policy = cls(model, **head_kwargs)
         if saved_head:
             try:
@@ -210,8 +213,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             `labels`. With `targets` `(logprobs, entropies, values)`, (N,) each, and the logits are
             never there whole.
         """
-        if positions is not None and self.allows(projects_plainly):
-            with tied_gradient(self._base_model) as tied, self._narrowed(positions, input_ids):
+        reading = None if positions is None else self.reading()
+        if positions is not None and reading is not None and reading.logits != "model":
+            fused = reading.logits == "weights" and targets is not None
+            narrowed = self._narrowed(positions, input_ids) if reading.narrow else nullcontext()
+            with tied_gradient(self._base_model) if fused else nullcontext() as tied, narrowed:
                 hidden = self._base_model.base_model(
                     input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
                 ).last_hidden_state
@@ -220,6 +226,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             head = self._base_model.get_output_embeddings()
             if targets is None:
                 return head(hidden).float() / temperature, None, values
+            if not fused:
+                logits = head(hidden).float() / temperature
+                return token_logprobs(logits, targets), entropy(logits), values
             bias = getattr(head, "bias", None)
             if temperature != 1:  # cheaper here than on the logits
                 hidden, bias = hidden / temperature, None if bias is None else bias / temperature
@@ -237,7 +246,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         )
         # Prompt tuning answers for its virtual tokens too, in front.
         length = output.logits.shape[1] if input_ids is None else input_ids.shape[1]
-        logits, hidden = output.logits[:, -length:], output.hidden_states[-1][:, -length:]
+        logits, hidden = output.logits[:, -length:], self.last_hidden_states(output)[:, -length:]
         if positions is not None:
             logits = logits.flatten(0, 1)[positions] / temperature
             hidden = hidden.flatten(0, 1)[positions]
@@ -252,9 +261,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
 
         None for an architecture that does more than that.
         """
-        if not self.allows(projects_plainly):
+        how, head = self.reading().logits, self._base_model.get_output_embeddings()
+        if how == "model":
             return None
-        head = self._base_model.get_output_embeddings()
+        if how == "layer":
+            return lambda hidden: head(hidden).float()
         return ready_projection(head.weight, getattr(head, "bias", None), rows=rows, times=times)
 
     def next_logits(
@@ -284,6 +295,33 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         """
         return not self._adds_tokens and question(self._base_model)
 
+    def reading(self) -> Reading:
+        """How it reads sequences: as its architecture allows, unless a trial said otherwise."""
+        answers = findings(self.pretrained_model)
+        if "reading" not in answers:
+            # Virtual tokens are put in front outside of the language model.
+            answers["reading"] = (
+                PADDED_READING if self._adds_tokens else fastest_reading(self._base_model)
+            )
+        return cast(Reading, answers["reading"])
+
+    def read_as(self, reading: Reading) -> None:
+        """Read sequences in this way from now on, until the model is changed."""
+        findings(self.pretrained_model)["reading"] = reading
+
+    def last_hidden_states(self, output: Any) -> Tensor:
+        """(B, T, H), what the value head reads, of an output with hidden states.
+
+        Raises:
+            UnsuitableModel: it has none of that form.
+        """
+        hidden: Tensor = output.hidden_states[-1]
+        if hidden.dim() == 4:  # Gemma 3n has several a position, the first is active
+            hidden = hidden[0]
+        if hidden.shape[:-1] != output.logits.shape[:-1]:
+            raise UnsuitableModel(f"its hidden states have the shape {tuple(hidden.shape)}")
+        return hidden
+
     def _narrowed(
         self, positions: Tensor, input_ids: Tensor | None
     ) -> AbstractContextManager[None]:
@@ -292,8 +330,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             input_ids is not None
             and self.device.type == "cpu"  # a GPU waits for launches, and these are more
             and positions.numel() <= WORTHWHILE_SHARE * input_ids.numel()
-            and not self._base_model.training  # where it may be checkpointed, and drops at random
-            and self.allows(ends_in_feed_forward)
+            # Where it may be checkpointed, and drops at random:
+            and not (self._base_model.training or self._base_model.base_model.training)
         ):
             return last_feed_forward_at(self._base_model, positions)
         return nullcontext()
@@ -333,10 +371,17 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             strict = False
         return self.pretrained_model.load_state_dict(body, strict=strict, assign=assign)
 
-    def merged(self) -> AutoModelForCausalLMWithValueHead:
-        """A copy without an adapter: its weights are added to those it adapts."""
+    def merged(self, *, untied: bool = False) -> AutoModelForCausalLMWithValueHead:
+        """A copy without an adapter: its weights are added to those it adapts.
+
+        Args:
+            untied: let input and output embeddings be two weights in it, where they are one and the
+                adapter changes them in different ways.
+        """
         twin = copy.deepcopy(self)
         adapted = cast(Any, twin.pretrained_model)
+        if untied:
+            _untie(twin._base_model)
         plain = AutoModelForCausalLMWithValueHead(adapted.merge_and_unload())
         plain.v_head = twin.v_head
         return plain
@@ -378,6 +423,43 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             PushToHubMixin.push_to_hub(
                 self, hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs
             )
+
+
+def keep_weights_as_stored(model: Any) -> None:
+    """Have RWKV keep its weights in eval mode, which it divides there, for the range of float16.
+
+    What is learnt, saved in a checkpoint or in a folder would be the divided ones. The function is
+    the same.
+    """
+    if not getattr(model.config, "rescale_every", 0):
+        return
+    for module in model.modules():
+        if getattr(module, "layers_are_rescaled", False):
+            with modes_kept(module):
+                module.train()
+                module._rescale_layers()
+    model.config.rescale_every = 0
+
+
+def hidden_size(model: Any) -> int:
+    """Width of a causal language model's last hidden states."""
+    config = model.config.get_text_config()
+    for name in ("word_embed_proj_dim", "hidden_size"):  # OPT projects its states to the first
+        if isinstance(width := getattr(config, name, None), int):
+            return width
+    return int(model.get_output_embeddings().weight.shape[-1])
+
+
+def _untie(model: Any) -> None:
+    """Give a model's output layer a weight of its own, if it shares that of the embeddings."""
+    config = model.config
+    layer = model.get_output_embeddings()
+    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}
 
 
 def _renamed(model: Any, name: str) -> Any:

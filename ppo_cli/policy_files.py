@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +23,13 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ppo_cli.errors import ModelError, PPOCliError, UsageError
-from ppo_cli.files import settle, writing
-from ppo_cli.hub import loading_errors, refuse_missing
+from ppo_cli.hub import implementations, loading_errors, refuse_misshaped, refuse_missing
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# transformers would refuse them with a report in its log; what it returns can be told better.
+SHAPES_LATER = {"ignore_mismatched_sizes": True}
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -99,7 +99,7 @@ def find_adapter(name: str, **hub: Any) -> Adapter | None:
         hub: says where on the hub, see `HUB_KEYWORDS`.
 
     Raises:
-        ModelError: it is an adapter, and peft is missing.
+        ModelError: it is an adapter, and peft is missing, or it names a module to import.
     """
     found = find_adapter_config_file(name, **hub)
     if found is None:
@@ -114,7 +114,13 @@ def find_adapter(name: str, **hub: Any) -> Adapter | None:
         if cached_file(name, weights, _raise_exceptions_for_missing_entries=False, **hub):
             break
     folder = str(Path(found).parent)
-    return Adapter(folder, PeftConfig.from_pretrained(folder))
+    config = PeftConfig.from_pretrained(folder)
+    if getattr(config, "megatron_config", None):
+        raise ModelError(
+            f"{name}: its adapter_config.json names code (megatron_core), which is not run: leave "
+            "megatron_config out of it"
+        )
+    return Adapter(folder, config)
 
 
 def base_keywords(adapter: Adapter, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -140,8 +146,10 @@ def base_errors(name: str, adapter: Adapter) -> Iterator[None]:
     except PPOCliError as error:
         if "--trust-remote-code" in str(error):
             raise ModelError(
-                f"{name} is an adapter of {adapter.base}, which needs code that it brings along; "
-                "that is not run for an adapter: merge the two where you trust it, give the result"
+                f"{name} is an adapter of {adapter.base}, which needs code that it brings along: "
+                "that is not run for an adapter. Merge the two with peft's merge_and_unload, save "
+                "them as one folder, read its code, and give that folder, with "
+                "--trust-remote-code for it"
             ) from error
         raise ModelError(
             f"{name} is an adapter, and its base model cannot be loaded: {error}"
@@ -202,16 +210,19 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
         config = AutoConfig.from_pretrained(name, **hub, trust_remote_code=trust)
         if not trust:
             refuse_if_not_causal(config)
+        chosen = implementations(name, config, kwargs["trust_remote_code"])
+        kwargs = chosen | kwargs
     # transformers' own report would name the value heads, too.
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            name, *args, **kwargs, output_loading_info=True
+            name, *args, **{**SHAPES_LATER, **kwargs}, output_loading_info=True
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith("v_head.")]
+    refuse_misshaped(name, () if "ignore_mismatched_sizes" in kwargs else info["mismatched_keys"])
     refuse_missing(name, info["missing_keys"])
     if type(model.config) is type(getattr(config, "text_config", None)):
         warnings.warn(
@@ -262,21 +273,3 @@ def _read_value_head(path: str) -> dict[str, Tensor]:
             return {key.removeprefix(prefix): file.get_tensor(key).float() for key in names}
     state = torch.load(path, map_location="cpu", weights_only=True)
     return {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
-
-
-def save_folder(policy: Any, tokenizer: Any, folder: Path) -> None:
-    """Write policy, value head and tokenizer as a plain model folder; an adapter is merged.
-
-    Files appear whole, each replacing its forerunner.
-    """
-    unfinished = folder / ".model.tmp"
-    try:
-        with writing(folder):
-            shutil.rmtree(unfinished, ignore_errors=True)
-            (policy.merged() if policy.is_peft_model else policy).save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
-            settle(unfinished)
-            for file in unfinished.iterdir():
-                file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

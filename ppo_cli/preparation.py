@@ -13,8 +13,10 @@ from ppo_cli.context import context_length
 from ppo_cli.errors import DataError
 from ppo_cli.loading import load_policy
 from ppo_cli.ppo.config import PPOConfig
+from ppo_cli.ppo.experience import check_reading
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.prompts import Prompt
+from ppo_cli.rollout import check_sampling
 from ppo_cli.runtime import accelerator_settings
 
 
@@ -43,6 +45,19 @@ def make_trainer(
         tokenizer,
         num_shared_layers=config.policy.num_shared_layers,
     )
+
+
+def try_models(trainer: PPOTrainer) -> None:
+    """See that what will be computed is what policy and reference say, before anything is written.
+
+    Raises:
+        UsageError: the policy looks ahead, so it is not causal.
+        ModelError: it cannot be sampled from, or read, in any way that is right.
+    """
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    check_sampling(policy, trainer.tokenizer.pad_token_id)
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        check_reading(model)
 
 
 def check_context(config: RunConfig, model: Any, prompts: Sequence[Prompt]) -> None:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from ppo_cli.errors import DataError, did_you_mean
-from ppo_cli.hub import is_path, loading_errors
+from ppo_cli.errors import DataError
 from ppo_cli.runtime import numpy_state, set_numpy_state
+from ppo_cli.sources import EMBEDDED, read_texts
 
-EMBEDDED = "embedded"
 EMBEDDED_REVIEWS = 4000
 MOST_EMBEDDED_REVIEWS = 100_000
-FILE_ENDINGS = (".csv", ".jsonl", ".parquet", ".txt")
+AT_ONCE = 1000  # texts that a tokenizer is given together
+TOLD_FROM = 20_000  # texts from which it is told how far tokenizing is
+PROBE = "a"
+CHARACTERS = 5  # a token: more than prose has
+BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
+ACROSS_WORDS = re.compile(
+    r"[^\sĠĊĉč▁][ Ġ▁]"
+)  # in a token, as byte-level and SentencePiece write it
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
 
 
 class LengthSampler:
@@ -45,8 +50,8 @@ class LengthSampler:
 
     def __call__(self) -> int:
         """One length."""
-        choice: Callable[[list[int]], Any] = (self._own or np.random).choice
-        return int(choice(self.values))
+        draw: Callable[[int], int] = (self._own or np.random).randint  # as `choice` does, faster
+        return self.values[draw(len(self.values))]
 
     def state_dict(self) -> dict[str, Any]:
         """The state of its own random numbers, plain values."""
@@ -60,7 +65,7 @@ class LengthSampler:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A query as text and as tokens: `input_ids` (query_length,) int64."""
+    """A query: its text for people, without special tokens; `input_ids` (query_length,) int64."""
 
     query: str
     input_ids: Any
@@ -79,49 +84,148 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def load_prompts(settings: Any, tokenizer: Any, seed: int) -> PromptSet:
+class Encoder:
+    """The one way from text to the tokens of a query.
+
+    What the tokenizer puts before a text, such as <s>, is part of the query; what it puts after it,
+    such as </s> or [SEP], is not: the model is to go on from there. Text that spells a special
+    token is text, where the tokenizer can tell the two apart.
+
+    Args:
+        tokenizer: of the model that reads the queries.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        whole = tokenizer(PROBE).input_ids
+        text = self._ids([PROBE])[0]
+        places = range(len(whole) - len(text) + 1)
+        before = next((i for i in places if whole[i : i + len(text)] == text), 0)
+        self._beginning = list(whole[:before])
+
+    def __call__(self, texts: Sequence[str], longest: int | None = None) -> list[list[int]]:
+        """The ids of each text, without end; none for a text without tokens of its own.
+
+        Args:
+            texts: what is to be continued.
+            longest: only so many ids of each are wanted, so that the rest of a text need not be
+                read where that is sure to change nothing.
+        """
+        starts = [self._start(text, longest) for text in texts]
+        rows = self._ids(starts)
+        if longest is not None:
+            wanted = longest - len(self._beginning)
+            short = [
+                i
+                for i, row in enumerate(rows)
+                if len(row) < wanted and len(starts[i]) < len(texts[i])
+            ]
+            for i, row in zip(short, self._ids([texts[i] for i in short]), strict=True):
+                rows[i] = row
+        return [(self._beginning + row)[:longest] if row else [] for row in rows]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of the texts alone."""
+        tokenizer, rows = self._tokenizer, []
+        is_fast = getattr(tokenizer, "is_fast", None)  # None: mistral-common's, which mixes up none
+        if is_fast:
+            for i in range(0, len(texts), AT_ONCE):
+                batch = list(texts[i : i + AT_ONCE])
+                rows += tokenizer(
+                    batch, add_special_tokens=False, split_special_tokens=True
+                ).input_ids
+            return rows
+        special = [] if is_fast is None else tokenizer.all_special_tokens
+        for text in texts:
+            # Asked to, tokenizers in Python leave all added tokens out, not just special ones.
+            spelled = any(token in text for token in special)
+            options = {"split_special_tokens": True} if spelled else {}
+            rows.append(list(tokenizer(text, add_special_tokens=False, **options).input_ids))
+        return rows
+
+    def _start(self, text: str, longest: int | None) -> str:
+        """The text up to a gap between words after which `longest` tokens should have come."""
+        if longest is None:
+            return text
+        size = CHARACTERS * longest + 64
+        if len(text) <= size or not self._reads_words_apart:
+            return text
+        gaps = [gap.start() for gap in BETWEEN_WORDS.finditer(text, size - 64, size)]
+        return text[: gaps[-3]] if len(gaps) > 2 else text  # two words decide how the last one ends
+
+    @cached_property
+    def _reads_words_apart(self) -> bool:
+        """Whether the tokens before a gap between words do not depend on what follows it.
+
+        BPE makes each token from two others of its vocabulary, and Unigram chooses among paths of
+        such tokens: where none reaches across a gap, the text falls apart there. What comes before
+        either, normalizer and pre-tokenizer, looks no further than the next word.
+        """
+        if not getattr(self._tokenizer, "is_fast", False):
+            return False
+        model = self._tokenizer.backend_tokenizer.model
+        kind = type(model).__name__
+        if kind != "Unigram" and (kind != "BPE" or model.end_of_word_suffix):
+            return False
+        return not any(map(ACROSS_WORDS.search, self._tokenizer.get_vocab()))
+
+
+def load_prompts(
+    settings: Any, tokenizer: Any, seed: int, tell: Callable[[str], None] = lambda _: None
+) -> PromptSet:
     """Read the source, keep texts long enough, hold some out, cut all to their first tokens.
 
     Args:
         settings: a `PromptsConfig`.
         tokenizer: the policy's.
         seed: decides which texts are held out and how long each query is.
+        tell: told how far it is, where that takes a while.
 
     Raises:
         DataError: the source is absent, unreadable, without its column, or yields no query.
     """
-    wanted = settings.limit and settings.limit + settings.held_out
-    if settings.source == EMBEDDED:
-        train, held_out = _embedded_texts(settings)
-    else:
-        texts = read_texts(
-            settings.source,
-            column=settings.text_column,
-            subset=settings.subset,
-            split=settings.split,
-            keep=lambda text: len(text) > settings.min_characters,
-            limit=wanted,
-        )
-        texts = list(dict.fromkeys(texts))  # what is held out is not trained on
-        if not texts:
-            raise DataError(
-                f"{settings.source}: no text is longer than {settings.min_characters} characters; "
-                "lower prompts.min_characters"
-            )
-        held_out_size = min(settings.held_out, len(texts) // 2)
-        order = np.random.RandomState(seed).permutation(len(texts))
-        held_out = [texts[i] for i in order[:held_out_size]]
-        train = [texts[i] for i in order[held_out_size:]][: settings.limit]
-    lengths = LengthSampler(
-        settings.input_min_text_length, settings.input_max_text_length, seed=seed
-    )
+    train, held_out = _split_texts(settings, seed)
+    lengths = _lengths(settings, seed)
     prompts = PromptSet(
-        train=list(_cut(train, tokenizer, lengths)),
-        held_out=list(_cut(held_out, tokenizer, lengths)),
+        train=list(_cut(train, tokenizer, lengths, tell)),
+        held_out=list(_cut(held_out, tokenizer, lengths, tell)),
     )
     if not prompts.train:
         raise DataError(f"{settings.source}: no text yields a query")
     return prompts
+
+
+def load_held_out(settings: Any, tokenizer: Any, seed: int) -> list[Prompt]:
+    """The held-out prompts of `load_prompts`, without tokenizing the others."""
+    train, held_out = _split_texts(settings, seed)
+    lengths = _lengths(settings, seed)
+    for _ in train:  # each has drawn its length before
+        lengths()
+    return list(_cut(held_out, tokenizer, lengths))
+
+
+def _split_texts(settings: Any, seed: int) -> tuple[list[str], list[str]]:
+    """Texts to train on and others, held out."""
+    if settings.source == EMBEDDED:
+        return _embedded_texts(settings)
+    texts = read_texts(
+        settings.source,
+        column=settings.text_column,
+        subset=settings.subset,
+        split=settings.split,
+        keep=lambda text: len(text) > settings.min_characters,
+        limit=settings.limit and settings.limit + settings.held_out,
+        distinct=True,  # what is held out is not trained on
+    )
+    if not texts:
+        raise DataError(
+            f"{settings.source}: no text is longer than {settings.min_characters} characters; "
+            "lower prompts.min_characters"
+        )
+    held_out_size = min(settings.held_out, len(texts) // 2)
+    order = np.random.RandomState(seed).permutation(len(texts))
+    held_out = [texts[i] for i in order[:held_out_size]]
+    return [texts[i] for i in order[held_out_size:]][: settings.limit], held_out
 
 
 def _embedded_texts(settings: Any) -> tuple[list[str], list[str]]:
@@ -135,183 +239,30 @@ def _embedded_texts(settings: Any) -> tuple[list[str], list[str]]:
     )
 
 
-def _cut(texts: Iterable[str], tokenizer: Any, lengths: LengthSampler) -> Iterator[Prompt]:
+def _lengths(settings: Any, seed: int) -> LengthSampler:
+    return LengthSampler(settings.input_min_text_length, settings.input_max_text_length, seed=seed)
+
+
+def _cut(
+    texts: Sequence[str],
+    tokenizer: Any,
+    lengths: LengthSampler,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Iterator[Prompt]:
     import torch
 
-    texts = list(texts)
-    # The start of a text is enough: no tokenizer spends more than 32 characters a token on prose.
-    most = 32 * lengths.values[-1]
-    encoded = tokenizer([text[:most] for text in texts]).input_ids if texts else []
-    for ids in encoded:
-        if kept := ids[: lengths()]:
-            yield Prompt(tokenizer.decode(kept), torch.tensor(kept, dtype=torch.long))
-
-
-def read_texts(
-    source: str,
-    *,
-    column: str = "text",
-    subset: str | None = None,
-    split: str = "train",
-    keep: Callable[[str], bool] = bool,
-    limit: int | None = None,
-) -> list[str]:
-    """The texts of a file or a hub dataset that `keep` accepts, at most `limit` of them.
-
-    Args:
-        source: a `.txt` (one a line), `.csv`, `.jsonl` or `.parquet` file, or a dataset's hub id.
-        column: the column that holds the text; `.txt` files have none.
-        subset, split: of a hub dataset.
-
-    Raises:
-        DataError: absent, unreadable, empty, in another encoding than UTF-8, or without `column`.
-    """
-    path = Path(source)
-    if path.suffix.lower() in FILE_ENDINGS or is_path(source):
-        texts: Iterable[str] = _read_file(path, column)
-    else:
-        texts = _read_hub(source, column, subset, split)
-    kept: list[str] = []
-    seen_any = False
-    for number, text in enumerate(texts, start=1):
-        seen_any = True
-        check_encodable(text, f"{source}, text {number}")
-        if keep(text):
-            kept.append(text)
-            if limit and len(kept) >= limit:
-                break
-    if not seen_any:
-        raise DataError(f"{source} holds no texts: it is empty")
-    return kept
-
-
-def check_encodable(text: str, place: str) -> None:
-    """Raise `DataError` for halves of surrogate pairs, which stand for bytes that are no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: character {error.start + 1} ({text[error.start]!r}) is no text: it must be "
-            "UTF-8"
-        ) from error
-
-
-def _read_file(path: Path, column: str) -> Iterator[str]:
-    if not os.path.exists(path):
-        raise DataError(
-            f"{path}: no such file; give one ending in {', '.join(FILE_ENDINGS)}, or the hub id of "
-            "a dataset"
-        )
-    readers = {".txt": _read_lines, ".csv": _read_csv, ".jsonl": _read_jsonl}
-    ending = path.suffix.lower()
-    if not path.is_file() or ending not in FILE_ENDINGS:
-        raise DataError(f"{path}: a file ending in {', '.join(FILE_ENDINGS)} is needed")
-    try:
-        if ending == ".parquet":
-            yield from _read_parquet(path, column)
-        else:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                yield from readers[ending](file, path, column)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {_first_bad_byte(path)} is not UTF-8; convert the file, for example "
-            "with iconv -f latin1 -t utf-8"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _first_bad_byte(path: Path) -> int:
-    """The reader decodes in chunks and counts from the start of one."""
-    try:
-        path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        return error.start
-    return 0
-
-
-def _read_lines(file: Iterable[str], path: Path, column: str) -> Iterator[str]:
-    return (line.rstrip("\r\n") for line in file if line.strip())
-
-
-def _read_csv(file: Iterable[str], path: Path, column: str) -> Iterator[str]:
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(file)
-    try:
-        if rows.fieldnames is None:
-            return
-        _need_column(path, column, rows.fieldnames)
-        for row in rows:
-            if row[column]:
-                yield row[column]
-    except csv.Error as error:
-        raise DataError(f"{path}, line {rows.line_num}: {error}") from error
-
-
-def _read_jsonl(file: Iterable[str], path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise DataError(f"{path}, line {number}: not JSON ({problem})") from error
-        if isinstance(row, str):
-            yield row
-            continue
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: an object or a string is needed")
-        _need_column(f"{path}, line {number}", column, row)
-        if not isinstance(row[column], str):
-            raise DataError(f"{path}, line {number}: '{column}' is not a text")
-        yield row[column]
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-        _need_column(path, column, file.schema_arrow.names)
-        for batch in file.iter_batches(columns=[column]):
-            yield from _only_texts(path, column, batch.column(0).to_pylist())
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not a whole Parquet file: {error}") from error
-
-
-def _read_hub(name: str, column: str, subset: str | None, split: str) -> Iterator[str]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    with loading_errors(name, "dataset"):
-        try:
-            data = load_dataset(name, subset, split=split)
-        except DatasetNotFoundError as error:
-            raise DataError(
-                f"{name}: neither a file here nor a dataset on the hub (a private one needs "
-                "HF_TOKEN); files end in " + ", ".join(FILE_ENDINGS)
-            ) from error
-        except ValueError as error:  # an unknown subset or split; the message lists what there is
-            raise DataError(f"{name}: {str(error).splitlines()[0]}") from error
-    _need_column(name, column, data.column_names)
-    for batch in data.select_columns([column]).iter(batch_size=1000):
-        yield from _only_texts(name, column, batch[column])
-
-
-def _only_texts(source: Any, column: str, values: Sequence[Any]) -> Iterator[str]:
-    for value in values:
-        if value is not None and not isinstance(value, str):
-            raise DataError(f"{source}: column '{column}' holds {type(value).__name__}, not text")
-        if value:
-            yield value
-
-
-def _need_column(source: Any, column: str, names: Iterable[str]) -> None:
-    names = list(names)
-    if column not in names:
-        raise DataError(
-            f"{source}: no column '{column}'; it has {', '.join(names)}."
-            f"{did_you_mean(column, names)} (set prompts.text_column)"
-        )
+    encode = Encoder(tokenizer)
+    told = 0
+    for start in range(0, len(texts), AT_ONCE):
+        batch = texts[start : start + AT_ONCE]
+        rows = [ids[: lengths()] for ids in encode(batch, longest=lengths.values[-1])]
+        for ids, text in zip(
+            rows, tokenizer.batch_decode(rows, skip_special_tokens=True), strict=True
+        ):
+            if ids:
+                # The cut may go through a character, whose part is no text.
+                yield Prompt(text.rstrip(BROKEN) or text, torch.tensor(ids, dtype=torch.long))
+        quarter = 4 * (start + len(batch)) // len(texts)
+        if told < quarter and len(texts) >= TOLD_FROM:
+            told = quarter
+            tell(f"{start + len(batch)} of {len(texts)} texts tokenized")

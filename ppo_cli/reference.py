@@ -37,6 +37,24 @@ def create_reference_model(
     return reference.requires_grad_(False).eval()
 
 
+def create_adapter_reference(
+    model: AutoModelForCausalLMWithValueHead,
+) -> AutoModelForCausalLMWithValueHead:
+    """A frozen copy of a policy with an adapter as it is; weights that do not train are shared."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, memo).requires_grad_(False).eval()
+
+
+def refuse_shared_weights(model: nn.Module, reference: nn.Module) -> None:
+    """Raise `UsageError` where a reference holds weights that are trained: it would move along."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if any(id(p) in trained for p in reference.parameters()):
+        raise UsageError(
+            "ref_model holds the very weights that are trained, so KL would stay 0 however far "
+            "they move: pass None for a frozen copy, or create_reference_model(model)"
+        )
+
+
 def _lower_parameters(model: nn.Module, num_layers: int, pattern: str | None) -> list[nn.Parameter]:
     """Parameters of the embeddings and the first `num_layers` layers."""
     if pattern is not None:
@@ -46,8 +64,11 @@ def _lower_parameters(model: nn.Module, num_layers: int, pattern: str | None) ->
         ]
         prefix = layers[0].rpartition(".")[0] if layers else ""
     else:
-        stacks = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-        # The decoder's stack is the outermost list of modules; experts and the like lie inside.
+        lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+        # The decoder's stack is the outermost list of as many modules as the model has layers;
+        # experts and the like lie inside, projections of inputs beside it.
+        count = _number_of_layers(model)
+        stacks = [name for name, m in lists.items() if len(m) == count] or list(lists)
         prefix = min(stacks, key=lambda name: (name.count("."), name), default="")
     if not prefix:
         raise UsageError(
@@ -66,6 +87,12 @@ def _lower_parameters(model: nn.Module, num_layers: int, pattern: str | None) ->
         elif _is_embedding(model, name):
             shared.append(parameter)
     return shared
+
+
+def _number_of_layers(model: Any) -> int | None:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "num_hidden_layers", None)
 
 
 def _layer_index(name: str, prefix: str) -> int | None:

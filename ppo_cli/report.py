@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -20,11 +20,9 @@ if TYPE_CHECKING:
     from ppo_cli.summary import TrainingSummary
 
 
-def summary_table(summary: TrainingSummary) -> Table:
+def summary_table(summary: TrainingSummary) -> Group:
     """Reference and tuned model on the held-out prompts."""
-    table = titled_table(
-        f"{len(summary.after_samples)} held-out prompts, weights of {summary.weights}"
-    )
+    table = titled_table(None)
     for heading in ("", "reference", summary.run, "change"):
         table.add_column(cell(heading), justify="left" if heading == "" else "right")
     before, after = summary.before, summary.after
@@ -32,7 +30,8 @@ def summary_table(summary: TrainingSummary) -> Table:
         low, high, places = getattr(before, field), getattr(after, field), measure.places
         numbers = f"{low:.{places}f}", f"{high:.{places}f}", f"{high - low:+.{places}f}"
         table.add_row(cell(measure.name.format(label=summary.label)), *numbers)
-    return table
+    prompts = len(summary.after_samples)
+    return below(f"{prompts} held-out prompts, weights of {summary.weights}", table)
 
 
 def sample_lines(samples: Sequence[Sample], count: int) -> list[Text]:
@@ -91,9 +90,9 @@ def generation_table(models: Sequence[Generated], scored: bool) -> Table:
     return table
 
 
-def frontier_table(trail: Trail, curve: BestOfN | None) -> Table:
+def frontier_table(trail: Trail, curve: BestOfN | None) -> Group:
     """A run's evaluations: KL, score, and beside them best-of-n at the same KL."""
-    table = titled_table(f"{trail.name}: score against KL on held-out prompts")
+    table = titled_table(None)
     for heading in ("step", "KL", "score", "best-of-n there", "share", ""):
         table.add_column(heading, justify="right" if heading else "left")
     start = "-" if curve is None else f"{curve.reference_score:.3f}"
@@ -114,12 +113,17 @@ def frontier_table(trail: Trail, curve: BestOfN | None) -> Table:
             "-" if share is None else f"{share:.2f}",
             ", ".join(mark for mark in marks if mark),
         )
-    return table
+    return below(f"{trail.name}: score against KL on held-out prompts", table)
 
 
 def cell(text: str, style: str = "") -> Text:
     """Text from models, data or files: no markup, no control characters."""
-    return Text(escape_controls(text), style=style)
+    return Text(escape_controls(text), style=style, overflow="fold")
+
+
+def below(title: str, table: Table) -> Group:
+    """`table` below a title, which may be wider than the table."""
+    return Group(cell(title, style="italic"), table)
 
 
 def titled_table(title: str | None) -> Table:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ppo_cli.classifier import Padding, Row, is_same, load_classifier, rows_of
 from ppo_cli.context import UNLIMITED, context_length
 from ppo_cli.errors import ModelError, UsageError, did_you_mean
-from ppo_cli.hub import loading_errors, refuse_empty
+from ppo_cli.hub import loading_errors, refuse_empty, refuse_unusable
 from ppo_cli.matmul import fast_matmul
 from ppo_cli.policy_files import tokenizer_of
 
@@ -96,6 +96,7 @@ class SentimentReward:
             classifier, self.labels = load_classifier(self.name, **kwargs)
             self.classifier = classifier.to(device).eval()
             self.tokenizer = tokenizer_of(self.name, **kwargs)
+            refuse_unusable(self.name, self.tokenizer)
         refuse_empty(self.name, self.tokenizer)
         self.device = torch.device(device)
         self.tokenizer.truncation_side = "left"  # a response is at the end

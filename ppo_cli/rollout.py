@@ -9,15 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from ppo_cli.architecture import reads_packed
+from ppo_cli.architecture import reads_packed, rope_switch
 from ppo_cli.context import context_length as context_length
-from ppo_cli.decoding import decode_responses, not_finite
+from ppo_cli.decoding import decode_responses, decode_whole, not_finite
 from ppo_cli.errors import UsageError
 from ppo_cli.matmul import fast_matmul
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.prompts import BROKEN
 from ppo_cli.runtime import modes_kept
+from ppo_cli.trial import SamplingWay, Watch, sampling_way
 
 # Every setting that shapes the distribution, at the value that leaves it alone. Without them
 # `generate` would fill what is not given from the model's own generation_config, whose top-k or
@@ -75,14 +83,30 @@ def sample_texts(
 
 
 def decode(tokenizer: Any, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> Rollout:
-    """B queries and responses as texts, special tokens left out."""
+    """B queries and responses as texts, special tokens left out.
+
+    A response's text is what it adds to its query's: many tokenizers drop a space at the beginning
+    of what they decode, and the last character of a query may end in the response.
+    """
     whole = [torch.cat([q.to(r.device), r]) for q, r in zip(queries, responses, strict=True)]
+    texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
+    starts = tokenizer.batch_decode(list(queries), skip_special_tokens=True)
     return Rollout(
         queries=list(queries),
         responses=list(responses),
-        texts=tokenizer.batch_decode(whole, skip_special_tokens=True),
-        response_texts=tokenizer.batch_decode(responses, skip_special_tokens=True),
+        texts=texts,
+        response_texts=[
+            _added(start, text)
+            if text.startswith(start.rstrip(BROKEN))
+            else tokenizer.decode(response, skip_special_tokens=True)
+            for start, text, response in zip(starts, texts, responses, strict=True)
+        ],
     )
+
+
+def _added(start: str, text: str) -> str:
+    """What `text` has after `start`, a broken character at whose end it may have mended."""
+    return text[len(start if text.startswith(start) else start.rstrip(BROKEN)) :]
 
 
 @torch.no_grad()
@@ -120,47 +144,168 @@ def sample_responses(
         UsageError: an empty query, or one that with its response exceeds the model's context.
     """
     queries = [query.to(model.device) for query in queries]
-    _check_lengths(queries, max_new_tokens, context_length(model.config))
+    _check_lengths(queries, max_new_tokens, context_length(model))
     if isinstance(eos_token_id, int):
         eos_token_id = [eos_token_id]
-    end_ids = set(eos_token_id or ())
     if generation_kwargs.get("num_return_sequences", 1) != 1:
         raise UsageError("num_return_sequences must be 1: repeat the queries instead")
-    base = generation_config or GenerationConfig(**PURE_SAMPLING)
     pad = 0 if pad_token_id is None else pad_token_id
     stopping = generation_kwargs.pop("stopping_criteria", None) or []
-
-    plain = None
-    if generation_config is None and not stopping and _knows_positions(model):
-        plain = _plain_sampling(generation_kwargs)
-
+    shaping = None
+    if (
+        generation_config is None
+        and not stopping
+        and isinstance(model, AutoModelForCausalLMWithValueHead)
+    ):
+        shaping = _plain_sampling(generation_kwargs)
+    call = _Call(
+        model,
+        eos_token_id,
+        pad,
+        generation_config or GenerationConfig(**PURE_SAMPLING),
+        stopping,
+        generation_kwargs,
+    )
+    if not queries:
+        return []
+    way = _way(model, pad, is_plain=shaping is not None)
     responses: list[Tensor] = []
     # Our own loop lets a row that has ended stay where it is; transformers reads on.
-    context = None if plain is not None else context_length(model.config)
+    context = None if way == "loop" else context_length(model)
     with modes_kept(model), fast_matmul():
         model.eval()
         for batch in _batches(queries, max_new_tokens, batch_size or len(queries), context):
             limits = list(max_new_tokens[batch])
-            ids, mask = _pad_left(queries[batch], pad)
-            if plain is not None:
-                responses += decode_responses(model, ids, mask, limits, end_ids, **plain)
-                continue
-            row_limits = torch.tensor(limits, device=model.device)
-            with _generation_config(model, base), _finite_probabilities():
-                output = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    stopping_criteria=StoppingCriteriaList(
-                        [*stopping, _RowLimits(row_limits + ids.shape[1])]
-                    ),
-                    max_new_tokens=max(limits),
-                    pad_token_id=pad,
-                    eos_token_id=eos_token_id,
-                    **generation_kwargs,
-                )
-            for row, limit in zip(output[:, ids.shape[1] :], limits, strict=True):
-                responses.append(_until_end(row[:limit], end_ids))
+            responses += _sample(call, way, queries[batch], limits, shaping)
     return responses
+
+
+def check_sampling(model: Any, pad_token_id: int | None) -> None:
+    """Try how responses are best sampled from a model, where that was not tried yet.
+
+    Raises:
+        UsageError: it looks ahead, so it is not causal.
+        ModelError: what is sampled is not what it says of each text alone.
+    """
+    is_policy = isinstance(model, AutoModelForCausalLMWithValueHead)
+    _way(model, 0 if pad_token_id is None else pad_token_id, is_plain=is_policy)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call of `sample_responses` asks of each batch."""
+
+    model: Any
+    eos_token_id: list[int] | None
+    pad_token_id: int
+    generation_config: GenerationConfig
+    stopping: Sequence[StoppingCriteria]
+    generation_kwargs: dict[str, Any]
+
+
+def _way(model: Any, pad: int, *, is_plain: bool) -> SamplingWay:
+    """The fastest way of sampling that is right; our own loops do nothing but plain sampling."""
+    ways: list[SamplingWay] = ["padded", "equal", "uncached"]
+    if is_plain:
+        ways = ["padded", "equal", "whole"]
+        if model.allows(reads_packed):
+            ways.insert(0, "loop")
+    pure = _Call(model, None, pad, GenerationConfig(**PURE_SAMPLING), (), {})
+
+    def sample(
+        way: SamplingWay, queries: list[Tensor], limits: list[int], watch: Watch
+    ) -> list[Tensor]:
+        with fast_matmul():
+            return _sample(pure, way, queries, limits, {}, watch)
+
+    return sampling_way(model, ways, sample, pad_token_id=pad)
+
+
+def _sample(
+    call: _Call,
+    way: SamplingWay,
+    queries: Sequence[Tensor],
+    limits: list[int],
+    shaping: dict[str, Any] | None,
+    watch: Watch | None = None,
+) -> list[Tensor]:
+    """A response to each of a batch's queries, by one of the ways.
+
+    Rows that leave the length at which the model turns positions otherwise are read whole, those
+    of equal length together.
+    """
+    switch = rope_switch(call.model.config)
+    groups: dict[tuple[SamplingWay, int], list[int]] = {}
+    for i, (query, limit) in enumerate(zip(queries, limits, strict=True)):
+        is_long = switch is not None and len(query) + limit > switch
+        row_way = way
+        if is_long:
+            row_way = "uncached" if shaping is None else "whole"
+        alike = len(query) if row_way in ("equal", "uncached", "whole") else 0
+        groups.setdefault((row_way, alike), []).append(i)
+    responses: list[Tensor] = [queries[0].new_empty(0)] * len(queries)
+    for (row_way, _), rows in groups.items():
+        ids, mask = _pad_left([queries[i] for i in rows], call.pad_token_id)
+        row_limits = [limits[i] for i in rows]
+        told = None if watch is None else _of_rows(watch, rows)
+        ends, settings = set(call.eos_token_id or ()), {**(shaping or {}), "watch": told}
+        if row_way == "loop":
+            found = decode_responses(call.model, ids, mask, row_limits, ends, **settings)
+        elif row_way == "whole":
+            found = decode_whole(call.model, ids, row_limits, ends, **settings)
+        else:
+            found = _generate(call, ids, mask, row_limits, told, cached=row_way != "uncached")
+        for i, response in zip(rows, found, strict=True):
+            responses[i] = response
+    return responses
+
+
+def _generate(
+    call: _Call,
+    ids: Tensor,
+    mask: Tensor,
+    limits: list[int],
+    watch: Watch | None,
+    *,
+    cached: bool,
+) -> list[Tensor]:
+    """Responses by transformers' own `generate`."""
+    model, settings = call.model, dict(call.generation_kwargs)
+    if not cached:
+        settings["use_cache"] = False
+    if watch is not None:
+        settings["logits_processor"] = LogitsProcessorList([_Watcher(watch)])
+    row_limits = torch.tensor(limits, device=model.device) + ids.shape[1]
+    with _generation_config(model, call.generation_config), _finite_probabilities():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            stopping_criteria=StoppingCriteriaList([*call.stopping, _RowLimits(row_limits)]),
+            max_new_tokens=max(limits),
+            pad_token_id=call.pad_token_id,
+            eos_token_id=call.eos_token_id,
+            **settings,
+        )
+    ends = set(call.eos_token_id or ())
+    rows = zip(output[:, ids.shape[1] :], limits, strict=True)
+    return [_until_end(row[:limit], ends) for row, limit in rows]
+
+
+class _Watcher(LogitsProcessor):
+    """Tells of all rows' logits, and leaves them as they are."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.watch(torch.arange(len(scores)), scores)
+        return scores
+
+
+def _of_rows(watch: Watch, rows: list[int]) -> Watch:
+    """`watch`, told of the batch's rows where some of them, `rows`, were sampled together."""
+    places = torch.tensor(rows)
+    return lambda chosen, logits: watch(places[chosen.cpu()], logits)
 
 
 def new_token_limits(
@@ -189,10 +334,6 @@ def _plain_sampling(generation_kwargs: dict[str, Any]) -> dict[str, Any] | None:
     if (settings["min_length"] or 0) <= 0:
         settings["min_length"] = PURE_SAMPLING["min_length"]
     return shaping if settings == PURE_SAMPLING and None not in shaping.values() else None
-
-
-def _knows_positions(model: Any) -> bool:
-    return isinstance(model, AutoModelForCausalLMWithValueHead) and model.allows(reads_packed)
 
 
 class _RowLimits(StoppingCriteria):

@@ -315,7 +315,7 @@ class RunDirectory:
         rows = list(_json_lines(path)) if path.is_file() else []
         for row in rows:
             for key, value in row.items():
-                if not isinstance(value, (int, float)):
+                if not _is_number(value):
                     raise UsageError(
                         f"{path}, step {row['step']}: '{key}' is {shortened(repr(value), 40)}, "
                         "which is no number: the file is damaged"
@@ -373,7 +373,8 @@ def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            step = row.get("step") if isinstance(row, dict) else None
+            if not isinstance(step, int) or not _is_number(step):
                 raise ValueError("no step")
         except (ValueError, RecursionError) as error:
             if number == len(lines):
@@ -382,3 +383,8 @@ def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
                 f"{path}, line {number}: not a record of a step; the file is damaged there"
             ) from error
         yield row
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can be; true and false are none."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)

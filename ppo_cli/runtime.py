@@ -192,7 +192,7 @@ def mixed_precision(name: str | bool, device: torch.device) -> str:
     if name == "fp16" and device.type != "cuda":
         raise UsageError(f"precision fp16 needs a CUDA GPU, not {device.type}: use bf16 or fp32")
     known = {"fp32": "no", "no": "no", False: "no", "bf16": "bf16", "fp16": "fp16", "fp8": "fp8"}
-    if name not in known:  # False is how YAML reads a bare no
+    if not isinstance(name, (str, bool)) or name not in known:  # False is how YAML reads a bare no
         raise UsageError(f"precision {name!r} is none of auto, fp32, bf16, fp16")
     return known[name]
 

@@ -1,18 +1,58 @@
 """Untrusted text made safe to show: models, data and files decide what is in it.
 
 What a reader would not see, or what steers a terminal, is written as an escape: control characters
-(C0 and C1, so ANSI codes too), format characters (bidirectional overrides, zero-width ones).
+(C0 and C1, so ANSI codes too), format characters (bidirectional overrides, zero-width ones), and
+what Unicode calls default ignorable: fillers, variation selectors, tags. They stay where the
+writing needs them: inside emoji, and one at a time behind the letters that they shape.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable
 from typing import Any
 
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
-JOINERS = "\u200c\u200d"  # belong to emoji and to Persian and Indic words, but not between letters
+# Default_Ignorable_Code_Point, as far as it is in none of these categories; then blank symbols.
+INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8"
+    "\U000e0000-\U000e0fff\U00013430-\U0001343f\u2800\U00016fe4\U0001d159]"
+)
+_EMOJI = (
+    "[\u00a9\u00ae\u203c\u2049\u2100-\u214f\u2190-\u23ff\u2460-\u24ff\u25a0-\u27bf\u2900-\u297f"
+    "\u2b00-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff][\ufe0e\ufe0f]?"
+    "[\U0001f3fb-\U0001f3ff]?"
+)
+_SUBDIVISIONS = "|".join(
+    "".join(chr(0xE0000 + ord(letter)) for letter in name) for name in ("gbeng", "gbsct", "gbwls")
+)
+# What is left as it is; any other character that may be invisible is looked at by itself.
+_PIECES = re.compile(
+    f"\U0001f3f4(?:{_SUBDIVISIONS})\U000e007f"  # flags of England, Scotland, Wales
+    f"|{_EMOJI}(?:\u200d{_EMOJI})*"
+    "|[0-9#*]\ufe0f?\u20e3"
+    # joiners shape the letters of Arabic, Indic and other scripts; selectors choose among forms
+    "|(?<=[\u0600-\u109f\u1780-\u18af\u1a20-\u1cff\ua800-\uabff\ufb50-\ufdff\ufe70-\ufefc"
+    "\U00011000-\U00011fff])[\u200c\u200d]"
+    "|(?<=[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])[\ufe00-\ufe02\U000e0100-\U000e01ef]"
+    "|(?<=[\u2200-\u22ff\u1000-\u109f])\ufe00"  # mathematics, Myanmar
+    "|(?<=[\u1820-\u18aa])[\u180b-\u180f]"  # Mongolian
+    "|(?<=[\u05b0-\u05ea])\u034f"  # Hebrew points in their order
+    "|(?P<alone>[^ -~])"
+)
+SECRET = (
+    re.compile(  # by their shape: what services begin their keys with, and passwords in addresses
+        r"(?P<before>://)[^/@\s]*:[^/@\s]+(?=@)"
+        r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+        r"|\b(?:hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z]{20,}|gh[oprsu]_[A-Za-z0-9]{20,}"
+        r"|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-(?:[a-z]+[0-9]*-)*[A-Za-z0-9_]{20,}"
+        r"|[rs]k_(?:live|test)_[A-Za-z0-9]{10,}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}"
+        r"|xox[a-z]-[A-Za-z0-9-]{10,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,}|wandb_v\d_\w{20,}"
+        r"|eyJ[\w-]{8,}\.eyJ[\w-]{4,}\.[\w-]*|[Bb]earer\s+[\w.~+/-]{16,}=*)"
+    )
+)
 FORMULA_STARTS = tuple("=+-@\t\r＝＋－＠")
 
 
@@ -26,9 +66,9 @@ def json_text(value: Any, **options: Any) -> str:
 
     Args:
         value: plain values.
-        options: of `json.dumps`.
+        options: of `json.dumps`, whose `ensure_ascii` is off unless given.
     """
-    text = json.dumps(value, ensure_ascii=False, **options)
+    text = json.dumps(value, **{"ensure_ascii": False, **options})
     return _escaped(text, lambda c: c if c == "\n" else json.dumps(c)[1:-1])
 
 
@@ -57,20 +97,27 @@ def markdown_code(text: str) -> str:
     return markdown_text(text) if not shown.strip() or set("`|") & set(shown) else f"`{shown}`"
 
 
+def without_secrets(text: str) -> str:
+    """`text` with `***` in place of what has the shape of a password, token or key."""
+    return SECRET.sub(lambda found: f"{found['before'] or ''}***", text)
+
+
 def shortened(text: str, width: int) -> str:
-    """`text` cut to `width` characters, with an ellipsis where it was cut."""
-    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+    """`text` cut to `width` characters, with an ellipsis, which ASCII has, where it was cut."""
+    return text if len(text) <= width else text[: max(width - 3, 0)] + "..."
 
 
 def _escaped(text: str, escape: Callable[[str], str]) -> str:
     """`text` with its hidden characters replaced by what `escape` makes of them."""
-    if text.isprintable():
+    if text.isascii() and text.isprintable():
         return text
-    shown = []
-    before = ""
-    for character in text:
-        joins = character in JOINERS and before and not before.isascii()
-        hidden = unicodedata.category(character) in HIDDEN and not joins
-        shown.append(escape(character) if hidden else character)
-        before = character
-    return "".join(shown)
+
+    def shown(piece: re.Match[str]) -> str:
+        character = piece["alone"]
+        return escape(character) if character and _is_hidden(character) else piece[0]
+
+    return _PIECES.sub(shown, text)
+
+
+def _is_hidden(character: str) -> bool:
+    return unicodedata.category(character) in HIDDEN or INVISIBLE.match(character) is not None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from ppo_cli.advice import Adviser
+from ppo_cli.checkpoint import state_faults
 from ppo_cli.config import RunConfig
 from ppo_cli.divergence import check_numbers, check_texts, check_weights, classifier_faults
 from ppo_cli.errors import DataError, DivergenceError, UsageError
@@ -21,16 +22,16 @@ from ppo_cli.frontier import write_curve
 from ppo_cli.loading import check_trusted, load_reward, load_tokenizer
 from ppo_cli.model_card import run_card
 from ppo_cli.plots import plot_training
-from ppo_cli.policy_files import save_folder
 from ppo_cli.potentials import potentials
 from ppo_cli.ppo.statistics import scalars
-from ppo_cli.preparation import check_context, make_trainer
+from ppo_cli.preparation import check_context, make_trainer, try_models
 from ppo_cli.progress import Progress
 from ppo_cli.prompts import LengthSampler, collate, load_prompts
 from ppo_cli.rollout import Rollout, decode
 from ppo_cli.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory
 from ppo_cli.runtime import resolve_device, set_seed
 from ppo_cli.sampling import judge
+from ppo_cli.saving import save_folder
 from ppo_cli.shaping import check_terms, penalties, shaped, shaping_statistics
 from ppo_cli.standing import Standing
 from ppo_cli.stopping import end_tokens
@@ -48,6 +49,7 @@ class Training:
         resume: go on from the newest checkpoint of the run directory.
         overwrite: replace a run directory that exists.
         trusted: models, as `config` names them, whose own code may run.
+        tell: told how far the prompts are, where reading them takes a while.
 
     Raises:
         PPOCliError: whatever of the request cannot be met, before anything is created.
@@ -60,6 +62,7 @@ class Training:
         resume: bool = False,
         overwrite: bool = False,
         trusted: Collection[str] = (),
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         check_trusted(trusted, (config.policy.model, config.reward.model))
         self.config = config
@@ -75,7 +78,7 @@ class Training:
         set_seed(config.run.seed)
         self.device = resolve_device(config.run.device)
         self.tokenizer = load_tokenizer(config.policy.model, config.policy.revision, trusted)
-        self.prompts = load_prompts(config.prompts, self.tokenizer, config.run.seed)
+        self.prompts = load_prompts(config.prompts, self.tokenizer, config.run.seed, tell)
         queries = config.ppo.batch_size // config.ppo.responses_per_query
         if len(self.prompts.train) < queries:
             raise DataError(
@@ -95,6 +98,7 @@ class Training:
         self.ends = end_tokens(self.tokenizer, config.rollout.stop, self._policy)
         check_terms(config.reward, self.ends)
         check_context(config, self._policy, self.prompts.train)
+        try_models(self.trainer)
         self._say(filter(None, [sampling_advice(config)]))
         self.adviser = Adviser(config)
         self.trainer.advises = False  # the adviser does, and knows more
@@ -109,7 +113,8 @@ class Training:
         )
         self.progress = Progress(self.directory, self.trainer, self.lengths, config.run)
         if resume:
-            self.progress.go_back()
+            with state_faults(self.directory.checkpoints):
+                self.progress.go_back()
             if self.step > config.run.steps:
                 raise UsageError(
                     f"{config.output} has made {self.step} steps already, more than "

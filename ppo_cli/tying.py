@@ -128,7 +128,7 @@ def tied_gradient(model: Any) -> Iterator[TiedGradient | None]:
         looked_up: Tensor = _Lookup.apply(module.weight, *args, module.padding_idx, gradient)
         return looked_up
 
-    with embedding.register_forward_hook(look_up):
+    with embedding.register_forward_hook(look_up, prepend=True):  # others see what it returns
         yield gradient
 
 
@@ -136,6 +136,7 @@ def _suits(embedding: Any) -> bool:
     """Whether `_Lookup` does what a module does."""
     return (
         type(embedding) is nn.Embedding
+        and "forward" not in vars(embedding)
         and embedding.weight.requires_grad
         and embedding.weight.is_leaf
         and embedding.weight.dtype == torch.float32

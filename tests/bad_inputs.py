@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -115,7 +116,9 @@ CONFIGURATIONS: list[Case] = [
     config("trust.yaml", "line 2", "trust_remote_code", "no such key"),
     setting("policy.model=https://me:word@host/x", "--set policy.model:", "password"),
     setting("reward.revision=hf_abcdefghijklmnopqrstuvwxyz", "reward.revision", "token"),
-    setting("ppo.batch_size=100", "100", "16 x 1 = 16"),
+    setting("ppo.tracker_kwargs={wandb: {tags: [hf_abcdefghijklmnopqrstuvwxyz]}}", "tags.0", "token"),
+    setting("ppo.tracker_kwargs={wandb: {settings: [{api-key: 1234}]}}", "settings.0.api-key"),
+    setting("ppo.batch_size=100", "100", "16 x 1 = 16", "--set ppo.batch_size=100"),
     setting("ppo.kl_penalty=huge", "ppo.kl_penalty", "'k3', 'abs', 'mse' or 'full'"),
     setting("ppo.kl_penalty=кл", "ppo.kl_penalty", "'k3', 'abs', 'mse' or 'full'"),
     setting("learning_rate=1", "section.key=value"),
@@ -136,7 +139,8 @@ CONFIGURATIONS: list[Case] = [
     setting("run.weights=newest", "run.weights", "'best' or 'last'"),
     setting("run.steps.x=1", "'steps' is a value"),
     setting("prompts.input_max_text_length=2", "input_max_text_length (2)", "exceed"),
-    setting("rollout.output_max_length=12", "output_max_length (12)", "exceed"),
+    setting("rollout.output_max_length=12", "--set rollout.output_max_length=12: output", "exceed"),
+    setting("rollout.top_k=" + "9" * 400, "rollout.top_k", "less than or equal to 1000000000"),
     setting("rollout.stop=.", "valid array", "'.'"),
     setting('rollout.stop=[""]', "rollout.stop.0", "at least 1 character"),
     setting("reward.length_cost=-1", "greater than or equal to 0", "-1"),
@@ -218,7 +222,7 @@ MODELS: list[Case] = [
     setting("policy.model={weightless}", "weightless", "model.safetensors", code=1),
     setting("policy.model={empty_weights}", "empty_weights", "cannot be loaded", code=1),
     setting("policy.model={lacking}", "lacking", "lack transformer.h.1.ln_1.bias", code=1),
-    setting("policy.model={misshaped}", "misshaped", "cannot be loaded", code=1),
+    setting("policy.model={misshaped}", "misshaped", "wpe.weight is (3, 3), not (48, 16)", code=1),
     setting("policy.model={mismatched}", "mismatched", "80 tokens", "60", code=1),
     setting("policy.model={tokenless}", "tokenless", "no tokenizer", code=1),
     ([G, "{tokenless}", "--no-score"], 1, ["tokenless", "no tokenizer"]),
@@ -228,12 +232,30 @@ MODELS: list[Case] = [
     setting("policy.model={coded}", "coded", "--trust-remote-code", code=1),
     setting("policy.model={adapter}", "adapter", "base model", "./absent: no such", code=1),
     setting("policy.model={judge_adapter}", "judge_adapter", "task_type SEQ_CLS", "CAUSAL_LM"),
+    setting("policy.model={nan_weights}", "nan_weights", "wte.weight holds NaN", code=1),
+    setting("policy.model={worded_length}", "worded_length", "model_max_length", "'abc'", code=1),
+    setting("policy.model={odd_dropout}", "odd_dropout", "does not work as a model", code=1),
+    setting("policy.model={adapter_coded}", "adapter_coded is an adapter of", "merge_and_unload", code=1),
+    ([G, "{adapter_coded}", "--no-score", "--trust-remote-code", "{adapter_coded}"], 1, ["Merge the two"]),
+    ([G, "{adapter_coded}", "--no-score"], 1, ["an adapter of", "which needs code"]),
+    ([G, "{unended}"], 2, ["unended", "has not ended", "--resume"]),
+    ([C, "{unended}"], 2, ["unended", "has not ended", "--resume"]),
+    setting("policy.model={unended}", "unended", "has not ended", "--resume"),
+    ([G, "{unended}/checkpoints/step-000001", "--no-score"], 2, ["is a checkpoint", "run directory"]),
+    setting("policy.adapter.target_modules=[nosuch]", "policy.adapter.target_modules", "c_attn"),
+    setting("policy.adapter.target_modules=[]", "policy.adapter.target_modules", "c_attn"),
+    setting("ppo.accelerator_kwargs={split_batchs: true}", "'split_batchs'", "'split_batches'"),
+    setting("ppo.accelerator_kwargs={mixed_precision: [1]}", "precision [1]"),
+    setting("ppo.accelerator_kwargs={dynamo_backend: 5}", "ppo.accelerator_kwargs"),
+    setting("ppo.project_kwargs={nosuch: 1}", "ppo.project_kwargs", "'nosuch'", "logging_dir"),
     setting("policy.num_shared_layers=9", "num_shared_layers is 9", "4 layers"),
     setting("reward.model={policy}", "GPT2LMHeadModel", "sequence classifier", code=1),
     setting("reward.model=./absent", "./absent", "no such folder"),
     setting("reward.model={folder}", "folder", "no model"),
     setting("reward.model={judge_lacking}", "judge_lacking", "lack classifier", code=1),
     setting("reward.model={judge_nan}", "judge_nan", "not finite", code=1),
+    setting("reward.model={judge_misshaped}", "position_embeddings.weight is (128, 64), not (3, 64)", code=1),
+    setting("reward.model={judge_headless}", "does not work as a classifier", "config.json", code=1),
     setting("reward.model={judge_coded}", "judge_coded", "--trust-remote-code", code=1),
     setting("reward.model={judge_blind}", "judge_blind", "does not tell sentiment apart"),
     ([T, "--sentiment", "negative", "--set", "reward.model={judge_single}"], 2,
@@ -265,7 +287,23 @@ MODELS: list[Case] = [
 ]  # fmt: skip
 TEXTS: list[Case] = [
     setting("prompts.source=absent.csv", "absent.csv", "no such file"),
-    setting("prompts.source={folder.txt}", "folder.txt", "a file ending in"),
+    setting("prompts.source={hollow.txt}", "hollow.txt", "no data", "a file ending in"),
+    ([T, "--set", "prompts.source={folder.txt}", "--set", "prompts.split=tests"], 2, ["no split 'tests'", "it has train"]),
+    setting("prompts.source={folder.txt}/*.csv", "folder.txt/*.csv", "no file has a name like"),
+    setting("prompts.source=~/absent.csv", "/absent.csv", "no such file"),
+    setting("prompts.source=https://example.com/a.csv", "https://example.com/a.csv", "HF_HUB_OFFLINE"),
+    setting("prompts.source=https://huggingface.co/datasets/a/b", "owner/name"),
+    setting("prompts.source=s3://a/b.csv", "s3://a/b.csv", "https://"),
+    setting("prompts.source={long.csv}", "long.csv", "row has 2 cells", "quotation marks"),
+    setting("prompts.source={later.csv}", "later.csv", "line 3", "quotation marks"),
+    setting("prompts.source={open.csv}", "open.csv", "row 1", "never closed"),
+    setting("prompts.source={broken.json}", "broken.json, line 2", "not JSON (Expecting"),
+    setting("prompts.source={numbers.json}", "numbers.json", "holds list, not text"),
+    setting("prompts.source={mixed.json}", "mixed.json", "a list of objects or of strings"),
+    setting("prompts.source={utf16.json}", "utf16.json", "UTF-16", "iconv"),
+    setting("prompts.source={cut.csv.gz}", "cut.csv.gz", "cannot be read"),
+    setting("prompts.source={text.zip}", "text.zip", "not a whole zip file"),
+    setting("prompts.source={cut.arrow}", "cut.arrow", "not a whole Arrow file"),
     setting("prompts.source={pipe.txt}", "pipe.txt", "a file ending in"),
     setting("prompts.source={notes.text}", "notes.text", "a file ending in"),
     setting("prompts.source={reviews.csv}", "'text'", "review, stars", "text_column"),
@@ -294,7 +332,7 @@ TEXTS: list[Case] = [
     ([G, "{policy}", "--prompt", " \t\n"], 2, ["prompt is empty", "give some text"]),
     ([G, "{policy}", "--prompt", "\udcff\udcfe"], 2, ["--prompt", "UTF-8"]),
     ([G, "{policy}", "--prompts", "absent.txt"], 2, ["absent.txt", "no such file"]),
-    ([G, "{policy}", "--prompts", "{folder}"], 2, ["folder", "a file ending in"]),
+    ([G, "{policy}", "--prompts", "{hollow.txt}"], 2, ["hollow.txt", "no data"]),
     ([G, "{policy}", "--prompts", "{empty.txt}"], 2, ["empty.txt", "empty"]),
     ([G, "{policy}", "--prompts", "{reviews.csv}"], 2, ["reviews.csv", "'text'"]),
     ([G, "{policy}", "--prompts", "{reviews.csv}", "--column", "revew"], 2, ["'review'"]),
@@ -317,6 +355,7 @@ def make_world(folder: Path) -> dict[str, str]:
     for name in ("folder", "folder.txt"):
         (folder / name).mkdir()
         (folder / name / "something.txt").write_text("here\n")
+    (folder / "hollow.txt").mkdir()
     os.mkfifo(folder / "pipe.txt")
     _make_runs(folder)
     _make_models(folder)
@@ -377,6 +416,16 @@ def _files() -> dict[str, bytes]:
         "list.jsonl": b"[1, 2]\n",
         "column.jsonl": b'{"body": "fine"}\n',
         "surrogate.jsonl": b'{"text": "half \\ud800 a pair"}\n',
+        "long.csv": b"text\nfine, really\n",
+        "later.csv": b"text\nfine\nfine, really\n",
+        "open.csv": b'text\n"fine\nfine\n',
+        "broken.json": b'[{"text": "fine"},\n{"text": }]\n',
+        "numbers.json": b"[[1, 2],\n[3]]\n",
+        "mixed.json": b'[{"text": "fine"},\n"fine", 3]\n',
+        "utf16.json": '["fine"]'.encode("utf-16"),
+        "cut.csv.gz": gzip.compress(b"text\nfine\n" * 1000)[:-20],
+        "text.zip": b"text\nfine\n",
+        "cut.arrow": b"ARROW1\0\0fine",
         "few.txt": b"This film is fine.\n" * 20,
     }  # fmt: skip
 
@@ -405,6 +454,7 @@ def _make_runs(folder: Path) -> None:
         "nested": b"[" * 100_000 + b"\n{}\n",
         "unstarted": None,
         "blank": b"",
+        "unended": whole.encode(),
         "listed": None,
         "bombed": None,
         "later": None,
@@ -414,6 +464,8 @@ def _make_runs(folder: Path) -> None:
         (folder / name / "run.yaml").write_text(record)
         if content is not None:
             (folder / name / "metrics.jsonl").write_bytes(content)
+    (folder / "unended" / "checkpoints" / "step-000001").mkdir(parents=True)
+    (folder / "unended" / "checkpoints" / "step-000001" / "manifest.json").write_text("{}")
     (folder / "listed" / "run.yaml").write_text("- config\n")
     shutil.copy(folder / "bomb.yaml", folder / "bombed" / "run.yaml")
     values["ppo"]["new_idea"] = 1
@@ -455,6 +507,12 @@ def _make_models(folder: Path) -> None:
     save_file(
         load_file(weights) | {"transformer.wpe.weight": torch.ones(3, 3)}, weights, {"format": "pt"}
     )
+    weights = model("nan_weights") / "model.safetensors"
+    state = load_file(weights)
+    state["transformer.wte.weight"][3, 5] = float("nan")
+    save_file(state, weights, {"format": "pt"})
+    change_json(model("worded_length") / "tokenizer_config.json", model_max_length="abc")
+    change_json(model("odd_dropout") / "config.json", summary_dropout_prob=[1])
     for file in model("tokenless").glob("tokenizer*"):
         file.unlink()
     weights = model("pickled") / "model.safetensors"
@@ -473,21 +531,32 @@ def _make_models(folder: Path) -> None:
     }
     for name in ("coded", "judge_coded"):
         (model(name, json.dumps(code)) / "own.py").write_text("import os\nos.mkdir('executed')\n")
-    (folder / "adapter").mkdir()
-    adapter = {"peft_type": "LORA", "base_model_name_or_path": "./absent", "task_type": "CAUSAL_LM"}
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
-    make_tokenizer().save_pretrained(folder / "adapter")
-    (folder / "judge_adapter").mkdir()
-    adapter["task_type"] = "SEQ_CLS"
-    (folder / "judge_adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+    for name, base, task in (
+        ("adapter", "./absent", "CAUSAL_LM"),
+        ("judge_adapter", "./absent", "SEQ_CLS"),
+        ("adapter_coded", str(folder / "coded"), "CAUSAL_LM"),
+    ):
+        (folder / name).mkdir()
+        about = {"peft_type": "LORA", "base_model_name_or_path": base, "task_type": task}
+        (folder / name / "adapter_config.json").write_text(json.dumps(about))
+        make_tokenizer().save_pretrained(folder / name)
     save_file({}, folder / "judge_adapter" / "adapter_model.safetensors")
-    make_tokenizer().save_pretrained(folder / "judge_adapter")
     _make_judges(folder)
+
+
+def change_json(file: Path, **changes: Any) -> None:
+    """Give keys of a JSON file other values."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def _make_judges(folder: Path) -> None:
     from ppo_cli.embedded import classifier_folder
 
+    for name, changes in (
+        ("judge_misshaped", {"max_position_embeddings": 3}), ("judge_headless", {"n_heads": -1}),
+    ):  # fmt: skip
+        shutil.copytree(classifier_folder(), folder / name)
+        change_json(folder / name / "config.json", **changes)
     for name in ("judge_lacking", "judge_nan", "judge_blind"):
         shutil.copytree(classifier_folder(), folder / name)
         weights = folder / name / "model.safetensors"

@@ -23,6 +23,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_cli.ppo.experience import check_reading
+from ppo_cli.rollout import check_sampling
 
 torch.set_num_threads(1)
 
@@ -103,6 +105,13 @@ def make_policy(seed: int = 0, **changes: Any) -> AutoModelForCausalLMWithValueH
     model = make_gpt2(seed, **changes)
     torch.manual_seed(seed)
     return AutoModelForCausalLMWithValueHead(model, summary_dropout_prob=0.0)
+
+
+def tried(policy: AutoModelForCausalLMWithValueHead) -> AutoModelForCausalLMWithValueHead:
+    """`policy` after its trial: the forwards that follow are those that a test asks for."""
+    check_sampling(policy, 0)
+    check_reading(policy)
+    return policy
 
 
 def make_silent_policy() -> AutoModelForCausalLMWithValueHead:

@@ -111,7 +111,8 @@ def no_device_memory(call: int) -> None:
     before_call(torch.optim.Adam, "step", call, fail)
 
 
-# The classifier is called twice before the first step: to probe it and for the reference.
+# The classifier is called three times before the first step: to try it, to probe it, and for the
+# reference.
 
 
 def broken_classifier(step: int) -> None:
@@ -122,7 +123,7 @@ def broken_classifier(step: int) -> None:
         for weights in reward.classifier.parameters():
             weights.data.fill_(float("nan"))
 
-    before_call(SentimentReward, "scores", step + 2, spoil)
+    before_call(SentimentReward, "scores", step + 3, spoil)
 
 
 def failing_classifier(step: int) -> None:
@@ -132,7 +133,7 @@ def failing_classifier(step: int) -> None:
     def fail(*_: Any) -> None:
         raise IndexError("index out of range in self")
 
-    before_call(SentimentReward, "scores", step + 2, fail)
+    before_call(SentimentReward, "scores", step + 3, fail)
 
 
 def collapsed_text(step: int) -> None:
@@ -150,3 +151,62 @@ def slow_step(step: int) -> None:
     from ppo_cli import training
 
     before_call(training, "decode", step, lambda *_: time.sleep(30))
+
+
+def no_reader(*descriptors: int) -> None:
+    """What is written to `descriptors` has nobody who reads it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for descriptor in descriptors:
+        os.dup2(writer, descriptor)
+    os.close(writer)
+
+
+def full_disk_behind(descriptor: int) -> None:
+    """What is written to `descriptor` finds no space on its disk."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)
+
+
+def closed_streams(*descriptors: int) -> None:
+    """As a process begins whose parent closed `descriptors`."""
+    for descriptor in descriptors:
+        os.close(descriptor)
+        setattr(sys, ("stdin", "stdout", "stderr")[descriptor], None)
+
+
+def read_only(descriptor: int) -> None:
+    """`descriptor` is open, but not for writing."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), descriptor)
+
+
+def on_terminal(name: str, nohup: bool = False, **variables: str) -> None:
+    """The process leads a session on the terminal `name`, which is all of its streams."""
+    if nohup:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)  # of a leader without a terminal it becomes the terminal
+    for descriptor in range(3):
+        os.dup2(terminal, descriptor)
+    os.close(terminal)
+    os.environ |= {"TERM": "xterm", **variables}
+
+
+def surroundings(**variables: str) -> None:
+    """Environment variables."""
+    os.environ |= variables
+
+
+def ascii_streams() -> None:
+    """Standard output and error know ASCII alone."""
+    sys.stdout = open(1, "w", encoding="ascii", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="ascii", closefd=False)  # noqa: SIM115
+
+
+def tracker_leaves() -> None:
+    """The program behind a tracker ends: writing to it fails from the second step on."""
+    from ppo_cli import PPOTrainer
+
+    def fail(*_: Any) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    before_call(PPOTrainer, "log_stats", 2, fail)

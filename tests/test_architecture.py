@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppo_cli.architecture import (
     ends_in_feed_forward,
-    projects_plainly,
+    ends_in_output_layer,
     reads_block_mask,
     reads_packed,
     reads_still_cache,
@@ -26,7 +26,7 @@ GROUPED = {**SMALL, "num_key_value_heads": 1, "head_dim": 8}
 ALIBI = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
 EAGER = {"attn_implementation": "eager"}
 WINDOW = {"num_key_value_heads": 1, "sliding_window": 4}  # shorter than the sequences below
-# Architecture, settings, reads_packed, projects_plainly.
+# Architecture, settings, reads_packed, ends_in_output_layer.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool, bool]] = {
     "gpt2": ("GPT2", {}, True, True),
     "gpt2, eager": ("GPT2", EAGER, True, True),
@@ -116,11 +116,11 @@ def test_the_probes_tell_architectures_apart(name: str) -> None:
     _, _, packed, plain = ARCHITECTURES[name]
     model = make_model(name)
     assert reads_packed(model) is packed
-    assert projects_plainly(model) is plain
+    assert ends_in_output_layer(model) is plain
     # OPT and Mamba have no module for it, Bloom's takes the residual too.
     assert ends_in_feed_forward(model) is packed
     policy = AutoModelForCausalLMWithValueHead(model)
-    assert tuple(map(policy.allows, (reads_packed, projects_plainly))) == (packed, plain)
+    assert tuple(map(policy.allows, (reads_packed, ends_in_output_layer))) == (packed, plain)
     assert policy.allows(reads_block_mask) is (name in MASKED)
     assert policy.allows(reads_still_cache) is (name in MASKED | {"opt, learned positions"})
 
@@ -225,7 +225,7 @@ def test_logits_changed_after_the_output_embeddings_are_not_projected_plainly() 
         return output
 
     model.register_forward_hook(double)
-    assert not projects_plainly(model)
+    assert not ends_in_output_layer(model)
     queries, responses = ragged()
     torch.testing.assert_close(
         in_a_batch(model, queries, responses),
@@ -242,9 +242,9 @@ def test_a_model_is_asked_once_and_left_in_its_mode_without_gradients() -> None:
     calls: list[bool] = []
     model.base_model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert reads_packed(model) and projects_plainly(model)
+        assert reads_packed(model) and ends_in_output_layer(model)
         asked = len(calls)
-        assert reads_packed(model) and projects_plainly(model)
+        assert reads_packed(model) and ends_in_output_layer(model)
     assert len(calls) == asked
     assert not any(calls)
     assert [module.training for module in model.modules()] == modes

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import EOS, SMALL, VOCABULARY, make_gpt2
+from conftest import EOS, SMALL, VOCABULARY, make_gpt2, tried
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -50,7 +50,7 @@ def make_policy(name: str = "gpt2") -> AutoModelForCausalLMWithValueHead:
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
     policy = AutoModelForCausalLMWithValueHead(model).eval()
     assert policy.allows(reads_packed)
-    return policy
+    return tried(policy)
 
 
 def sample(policy: Any, queries: list[Tensor], limits: list[int], **kwargs: Any) -> list[list[int]]:
@@ -71,7 +71,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     sizes: list[int] = []
 
     def spy(policy: Any, ids: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
-        sizes.append(len(ids))
+        if kwargs.get("watch") is None:  # not in a model's trial
+            sizes.append(len(ids))
         return decode_responses(policy, ids, *args, **kwargs)
 
     monkeypatch.setattr(rollout, "decode_responses", spy)
@@ -179,7 +180,9 @@ def test_tokens_are_as_frequent_as_the_settings_say(
     settings: dict[str, Any], taken: list[int]
 ) -> None:
     """First tokens, and second tokens after the most frequent first one."""
-    policy = AutoModelForCausalLMWithValueHead(make_gpt2(vocab_size=9, initializer_range=0.5))
+    policy = tried(
+        AutoModelForCausalLMWithValueHead(make_gpt2(vocab_size=9, initializer_range=0.5))
+    )
     query, repeats = torch.tensor([3, 1]), 4000
     torch.manual_seed(0)
     responses = sample(policy, [query] * repeats, [2] * repeats, eos_token_id=None, **settings)
@@ -201,7 +204,9 @@ def test_each_token_gets_its_share_of_evenly_spread_chances(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same without chance, and so a hundred times sharper."""
-    policy = AutoModelForCausalLMWithValueHead(make_gpt2(vocab_size=9, initializer_range=0.5))
+    policy = tried(
+        AutoModelForCausalLMWithValueHead(make_gpt2(vocab_size=9, initializer_range=0.5))
+    )
     query, repeats = torch.tensor([3, 1]), 4000
     even = ((torch.arange(repeats) + 0.5) / repeats).unsqueeze(1)
     monkeypatch.setattr(decoding.torch, "rand", lambda *shape, **kwargs: even)
@@ -266,7 +271,7 @@ def test_probabilities_that_are_not_finite_are_told(value: float | None) -> None
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_policy_gone_wrong_is_an_error_not_a_sample(value: float, taken: list[int]) -> None:
-    policy = AutoModelForCausalLMWithValueHead(make_gpt2()).eval()
+    policy = tried(AutoModelForCausalLMWithValueHead(make_gpt2()).eval())
     assert policy.allows(reads_packed)
     with torch.no_grad():
         policy.pretrained_model.transformer.ln_f.bias[0] = value
@@ -461,7 +466,7 @@ def test_replays_stop_once_all_rows_have_ended(
 def test_a_step_that_cannot_be_replayed_is_taken_anew_and_the_model_remembered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tried = []
+    attempts = []
 
     class Refused:
         def __init__(self, step: Any, device: torch.device, *, proven: bool) -> None:
@@ -469,11 +474,11 @@ def test_a_step_that_cannot_be_replayed_is_taken_anew_and_the_model_remembered(
             self.step = step
 
         def __call__(self) -> None:
-            tried.append(1)
+            attempts.append(1)
             self.step()
             raise NotReplayable("it waits")
 
-    policy = AutoModelForCausalLMWithValueHead(make_gpt2()).eval()
+    policy = tried(AutoModelForCausalLMWithValueHead(make_gpt2()).eval())
     with_chances(monkeypatch, list(range(len(QUERIES))))
     expected = sample(policy, QUERIES, LIMITS)
     worth = decoding._is_worth_recording
@@ -484,7 +489,7 @@ def test_a_step_that_cannot_be_replayed_is_taken_anew_and_the_model_remembered(
     )
     monkeypatch.setattr(decoding, "Replayed", Refused)
     assert [sample(policy, QUERIES, LIMITS) for _ in range(2)] == [expected] * 2
-    assert len(tried) == 1
+    assert len(attempts) == 1
     assert not worth(policy, 100)
     assert policy in decoding._not_replayable
 
@@ -499,7 +504,7 @@ def test_a_model_is_watched_the_first_time_and_when_it_has_other_hooks(
             seen.append(proven)
             super().__init__(step, device, proven=proven)
 
-    policy = AutoModelForCausalLMWithValueHead(make_gpt2()).eval()
+    policy = tried(AutoModelForCausalLMWithValueHead(make_gpt2()).eval())
     monkeypatch.setattr(decoding, "_is_worth_recording", lambda *_: True)
     monkeypatch.setattr(decoding, "Replayed", Known)
     for _ in range(3):
@@ -518,7 +523,7 @@ def test_a_row_takes_its_own_random_numbers_in_its_own_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Uniform probabilities: each token is its chance times the vocabulary."""
-    policy = AutoModelForCausalLMWithValueHead(make_gpt2()).eval()
+    policy = tried(AutoModelForCausalLMWithValueHead(make_gpt2()).eval())
     with torch.no_grad():
         policy.pretrained_model.transformer.ln_f.weight.zero_()
     with_chances(monkeypatch, list(range(6)))

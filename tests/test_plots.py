@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ppo_cli.errors import UsageError
-from ppo_cli.plots import BARS, moving_average, plot_training, terminal_chart
+from ppo_cli.plots import BARS, legend_labels, moving_average, plot_training, terminal_chart
 
 LOSS, SCORE = "ppo/loss/total", "ppo/mean_scores"
 
@@ -179,8 +179,8 @@ def sparse(steps: int = 40, every: int = 10) -> list[dict[str, Any]]:
     return rows
 
 
-def drawn(path: Path, *args: Any, **kwargs: Any) -> list[dict[str, tuple[list[float], str]]]:
-    """Of each panel the labelled curves: their steps and their markers."""
+def saved(path: Path, *args: Any, **kwargs: Any) -> Any:
+    """The figure that was saved."""
     from matplotlib.figure import Figure
 
     seen: list[Any] = []
@@ -193,13 +193,18 @@ def drawn(path: Path, *args: Any, **kwargs: Any) -> list[dict[str, tuple[list[fl
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", savefig)
         plot_training(*args, output=path, **kwargs)
+    return seen[0]
+
+
+def drawn(path: Path, *args: Any, **kwargs: Any) -> list[dict[str, tuple[list[float], str]]]:
+    """Of each panel the labelled curves: their steps and their markers."""
     return [
         {
             line.get_label(): (list(line.get_xdata()), line.get_marker())
             for line in panel.get_lines()
             if not line.get_label().startswith("_")
         }
-        for panel in seen[0].axes
+        for panel in saved(path, *args, **kwargs).axes
     ]
 
 
@@ -220,3 +225,65 @@ def test_a_metric_that_some_steps_have_is_drawn_at_those(tmp_path: Path) -> None
     rows = sparse(45)  # the last step has none: the metric is known all the same
     with pytest.raises(UsageError, match=r"no metric 'eval/k'.*eval/kl"):
         plot_training({"good": rows}, tmp_path / "q.png", ["eval/k"])
+
+
+DEEP = "/home/user-with-a-long-name/experiments-2026/sentiment-steering/gpt2-imdb-shaped-seed-17"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["good"],
+        [f"{DEEP}/ppo-good", f"{DEEP}/ppo-bad"],
+        [f"{DEEP}/{'very-' * 40}long"],
+        [f"{DEEP}/seed-{i}" for i in range(30)],
+    ],
+)
+def test_panels_keep_their_size_whatever_the_runs_are_called(
+    names: list[str], tmp_path: Path
+) -> None:
+    figure = saved(tmp_path / "p.png", {name: sparse() for name in names})
+    width, height = figure.get_size_inches()
+    for panel in figure.axes:
+        box = panel.get_position()
+        assert box.width * width > 4.5
+        assert box.height * height > 2.2
+    (legend,) = figure.legends
+    inside = legend.get_window_extent()
+    assert inside.x0 >= 0 and inside.x1 <= figure.bbox.width
+    assert inside.y0 >= 0 and inside.y1 <= min(p.get_window_extent().y0 for p in figure.axes)
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert len(set(shown)) == len(names) + 1 and shown[-1] == "held-out"
+
+
+def test_runs_are_called_by_what_tells_them_apart() -> None:
+    names = ["/x/a/good", "/x/b/good", "/x/b/bad", "good", "."]
+    assert [*legend_labels(names).values()] == ["a/good", "b/good", "bad", "good", "."]
+    (long,) = legend_labels(["a/" + "word_" * 30]).values()
+    assert max(map(len, long.split("\n"))) <= 40
+    assert long.replace("\n", "") == "word_" * 30
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 100])
+def test_steps_are_whole_numbers(steps: int, tmp_path: Path) -> None:
+    figure = saved(tmp_path / "p.png", {"good": run(steps)})
+    ticks = [tick for panel in figure.axes for tick in panel.get_xticks()]
+    assert ticks and all(tick == round(tick) for tick in ticks)
+
+
+def test_a_chart_in_ascii_has_the_same_shape() -> None:
+    fine = terminal_chart({"good": run()}, SCORE)
+    coarse = terminal_chart({"good": run()}, SCORE, ascii_only=True)
+    assert "".join(coarse).isascii()
+    assert [len(line) for line in coarse] == [len(line) for line in fine]
+    for one, other in zip(fine[2:10], coarse[2:10], strict=True):
+        bars, ascii_bars = one.partition("│")[2], other.partition("|")[2]
+        assert [bar == " " for bar in bars] == [bar == " " for bar in ascii_bars]
+
+
+def test_no_setting_of_the_user_s_reaches_the_picture(tmp_path: Path) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"text.usetex": True}):  # names of runs are no TeX
+        plot_training({"50%_of_{it}": run()}, tmp_path / "p.png")
+        assert matplotlib.rcParams["text.usetex"] is True

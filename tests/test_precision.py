@@ -15,6 +15,7 @@ from conftest import SMALL_RUN, make_batch, make_gpt2, make_policy, make_trainer
 from ppo_cli import runtime
 from ppo_cli.config_source import load_config
 from ppo_cli.errors import UsageError
+from ppo_cli.ppo.experience import check_reading
 from ppo_cli.runtime import computes_bfloat16, keep_freed_memory, mixed_precision
 from ppo_cli.training import Training
 
@@ -101,10 +102,12 @@ def test_a_step_trains_float32_weights_with_float32_gradients(
     inner = trainer.accelerator.unwrap_model(trainer.model).pretrained_model
 
     def see(module: Any, args: Any, output: torch.Tensor) -> None:
-        if torch.is_grad_enabled():  # not the probes of the architecture
-            multiplied.add(output.dtype)
+        multiplied.add(output.dtype)
 
     inner.transformer.h[0].mlp.c_fc.register_forward_hook(see)
+    check_reading(trainer.model)
+    check_reading(trainer.ref_model)
+    multiplied.clear()
     before = weights(trainer.model)
     stats = trainer.step(*make_batch())
     assert trainer.accelerator.mixed_precision == used

@@ -15,7 +15,8 @@ from pyarrow import parquet
 
 from ppo_cli.config import PromptsConfig
 from ppo_cli.errors import DataError
-from ppo_cli.prompts import LengthSampler, Prompt, collate, load_prompts, read_texts
+from ppo_cli.prompts import LengthSampler, Prompt, collate, load_prompts
+from ppo_cli.sources import read_texts
 
 # ---------------------------------------------------------------- LengthSampler
 
@@ -202,22 +203,15 @@ def test_absent_files_folders_and_unknown_endings_are_refused(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"gone\.csv: no such file"):
         read_texts(str(tmp_path / "gone.csv"))
     (tmp_path / "folder.csv").mkdir()
-    for source in (
-        str(tmp_path),
-        str(tmp_path / "folder.csv"),
-        write(tmp_path / "a.xlsx", "x"),
-    ):
-        with pytest.raises(DataError, match=r"\.csv, \.jsonl, \.parquet, \.txt is needed"):
-            read_texts(source)
+    with pytest.raises(DataError, match=r"folder\.csv holds no data: a file ending in"):
+        read_texts(str(tmp_path / "folder.csv"))
+    with pytest.raises(DataError, match=r"a\.xlsx: a file ending in .*\.csv, .* is needed"):
+        read_texts(write(tmp_path / "a.xlsx", "x"))
 
 
-def test_a_csv_with_a_stray_quote_to_the_end_of_the_file_keeps_to_one_message(
-    tmp_path: Path,
-) -> None:
-    """Python's reader is lenient here; whatever it makes of it, no other exception comes out."""
-    assert read_texts(write(tmp_path / "a.csv", 'text\n"never closed\nmore\n')) == [
-        "never closed\nmore\n"
-    ]
+def test_a_quotation_mark_that_is_never_closed_does_not_swallow_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.csv.*quotation mark in row 1 is never closed"):
+        read_texts(write(tmp_path / "a.csv", 'text\n"never closed\nmore\n'))
 
 
 # ---------------------------------------------------------------- load_prompts

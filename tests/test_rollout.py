@@ -358,4 +358,4 @@ def test_a_rollout_holds_queries_responses_and_their_texts_without_special_token
     assert rollout.response_texts == ["", ""]
     rollout = sample_texts(always(4), tokenizer, QUERIES[:2], [3, 1])
     assert rollout.texts == ["t5 t4 t4 t4", "t7 t8 t9 t10 t11 t4"]
-    assert rollout.response_texts == ["t4 t4 t4", "t4"]
+    assert rollout.response_texts == [" t4 t4 t4", " t4"]  # what they add to their queries

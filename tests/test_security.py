@@ -8,24 +8,34 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import regex
 import torch
 from conftest import make_gpt2, make_tokenizer
+from peft import LoraConfig
 from rich.console import Console
+from test_bad_input import run_here  # noqa: F401
 from test_cli import QUICK, environment
 from test_structure import modules
+from transformers import modeling_utils
+from transformers.integrations import hub_kernels
 
 from ppo_cli import comparison_report, report
 from ppo_cli.best_of_n import best_of_n, share
 from ppo_cli.comparison_page import comparison_html
 from ppo_cli.config import PolicyConfig
-from ppo_cli.errors import ModelError, UsageError
+from ppo_cli.config_source import load_config
+from ppo_cli.embedded import classifier_folder, policy_folder
+from ppo_cli.errors import ConfigError, ModelError, UsageError
 from ppo_cli.evaluation import Generated, Sample
 from ppo_cli.files import refuse_special, write_text
 from ppo_cli.loading import load_policy, load_tokenizer
@@ -148,6 +158,156 @@ def test_code_of_a_model_runs_only_where_it_is_named(
     assert Path("executed").exists()
 
 
+def with_kernel(folder: Path, name: str, *keys: str) -> str:
+    """A copy of a model whose configuration names code of the hub."""
+    config = json.loads((folder / "config.json").read_text())
+    shutil.copytree(folder, name)
+    Path(name, "config.json").write_text(
+        json.dumps(config | {"attn_implementation": "evil/kernel"})
+    )
+    return name
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["attn_implementation"],
+        ["_attn_implementation"],
+        ["attn_implementation", "_attn_implementation"],
+    ],
+)
+def test_code_that_a_configuration_names_elsewhere_needs_the_same_consent(
+    keys: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[Any] = []
+    monkeypatch.setattr(hub_kernels, "load_and_register_attn_kernel", asked.append)
+    monkeypatch.setattr(
+        modeling_utils, "lazy_import_flash_attention", lambda *a, **k: asked.append(k)
+    )
+    policy = with_kernel(policy_folder(), "policy", *keys)
+    judge = with_kernel(classifier_folder(), "judge", *keys)
+    plain = load_policy(PolicyConfig(model=str(policy_folder())))
+    ids = torch.arange(5).unsqueeze(0)
+    with pytest.warns(UserWarning, match=r"'evil/kernel' .* --trust-remote-code policy"):
+        loaded = load_policy(PolicyConfig(model=policy))
+    assert torch.equal(loaded(ids)[0], plain(ids)[0])
+    with pytest.warns(UserWarning, match=r"'evil/kernel' .* --trust-remote-code judge"):
+        SentimentReward(judge)
+    adapter = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    base = AutoModelForCausalLMWithValueHead.from_pretrained(policy_folder(), peft_config=adapter)
+    base.save_pretrained("adapter")
+    about = json.loads(Path("adapter/adapter_config.json").read_text())
+    about |= {"base_model_name_or_path": policy, "task_type": "CAUSAL_LM"}
+    Path("adapter/adapter_config.json").write_text(json.dumps(about))
+    with pytest.warns(UserWarning, match="'evil/kernel'"):
+        load_policy(PolicyConfig(model="adapter"), trusted=["adapter"])
+    about |= {"megatron_config": {"x": 1}, "megatron_core": "evil"}
+    Path("adapter/adapter_config.json").write_text(json.dumps(about))
+    with pytest.raises(ModelError, match="megatron_core"):
+        load_policy(PolicyConfig(model="adapter"), trusted=["adapter"])
+    assert asked == []
+    with pytest.raises(ModelError):  # the stand-in registers no such attention
+        load_policy(PolicyConfig(model=policy), trusted=[policy])
+    assert asked and {"allow_all_kernels": False} not in asked
+
+
+def test_without_the_package_that_fetches_kernels_none_is_told_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    policy = with_kernel(policy_folder(), "policy", "attn_implementation")
+    with pytest.raises(ModelError, match="asks for code") as caught:
+        load_policy(PolicyConfig(model=policy), trusted=[policy])
+    assert "pip install" not in str(caught.value)
+
+
+SECRETS = [
+    "hf_" + "a" * 30, "ghp_" + "b" * 36, "gho_" + "b" * 36, "github_pat_" + "c_1" * 10,
+    "sk-" + "d" * 40, "sk-proj-" + "e" * 30, "AKIA" + "F" * 16, "xoxb-12345-67890-abcdef",
+    "glpat-" + "g" * 20, "eyJhbGciOiJI.eyJzdWIiOiIx.c2ln", "https://me:word@host/x",
+    "Bearer abcdefghijklmnop123", "-----BEGIN RSA PRIVATE KEY-----",
+]  # fmt: skip
+SECRET_NAMES = """
+password passwd pwd passphrase secret client_secret token hf_token HF_TOKEN slack-token apiKey
+api-key API_KEY X-Api-Key access_key aws_secret_access_key private_key auth authorization bearer
+credentials password2
+"""
+HARMLESS_NAMES = """
+pad_token eos_token max_tokens max_new_tokens num_tokens token_type_ids tokenizer pad_token_id
+special_token key keys monkey author passes tags entity secretary image_token
+"""
+
+
+@pytest.mark.parametrize("form", ["{S}", "[a, ['{S}']]", "{{a: [{{b: '{S}'}}]}}", "{{'{S}': 1}}"])
+def test_secrets_are_known_by_their_shape_wherever_they_stand(form: str) -> None:
+    for secret in SECRETS:
+        value = "{x: " + form.format(S=secret) + "}" if form != "{S}" else "{x: '" + secret + "'}"
+        with pytest.raises(ConfigError, match="password or token") as caught:
+            load_config("tiny", assignments=[f"ppo.tracker_kwargs={value}"])
+        assert secret not in str(caught.value)
+
+
+def test_secrets_are_known_by_their_names() -> None:
+    for name in SECRET_NAMES.split():
+        for value in ("x", 12345, {"inner": "x"}, ["x"]):
+            setting = f"ppo.tracker_kwargs={json.dumps({'wandb': [{name: value}]})}"
+            with pytest.raises(ConfigError, match="password or token"):
+                load_config("tiny", assignments=[setting])
+        for value in ("", None, False):  # none is given
+            load_config("tiny", assignments=[f"ppo.tracker_kwargs={json.dumps({name: value})}"])
+    for name in HARMLESS_NAMES.split():
+        load_config("tiny", assignments=[f"ppo.tracker_kwargs={json.dumps({name: 'x', 'n': 5})}"])
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    load_config("tiny", assignments=[f"policy.revision={commit}"])
+    with pytest.raises(ConfigError, match="password or token"):
+        load_config("tiny", assignments=[f"ppo.tracker_kwargs={{wandb: {{key: {commit}}}}}"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["config", "tiny", "--set", "policy.token={S}"],
+        ["config", "tiny", "--set", "nosuch.key={S}"],
+        ["config", "tiny", "--set", "{S}"],
+        ["config", "tiny", "--set", "{S}.x=1"],
+        ["config", "tiny", "--set", "ppo.gamma={S}"],
+        ["config", "tiny", "--set", "policy.model=[{S}]"],
+        ["config", "tiny", "--set", "ppo.tracker_kwargs={{a: '{S}'"],
+        ["config", "{S}"],
+        ["config", "tiny", "--{S}"],
+        ["{S}"],
+        ["train", "--device", "{S}"],
+        ["stats", "{S}"],
+        ["generate", "{S}", "--no-score"],
+    ],
+)
+def test_no_message_repeats_a_secret(
+    arguments: list[str],
+    tmp_path: Path,
+    run_here: Callable[..., tuple[int, str, str]],  # noqa: F811
+) -> None:
+    for secret in SECRETS[:3]:
+        code, stdout, stderr = run_here([a.format(S=secret) for a in arguments], tmp_path)
+        assert code in (1, 2) and "error: " in stderr
+        assert secret not in stdout + stderr
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "policy.password=opensesame", "policy={password: opensesame}",
+        "policy.model={pwd: opensesame}", "ppo.tracker_kwargs={wandb: {api_key: opensesame",
+        "ppo.tracker_kwargs={passwd: [opensesame]}", "password=opensesame",
+        "run.steps={auth: opensesame}", "run.x.secret=opensesame",
+    ],
+)  # fmt: skip
+def test_no_message_repeats_what_stands_under_a_secrets_name(setting: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("tiny", assignments=[setting])
+    assert "opensesame" not in str(caught.value)
+
+
 SAMPLES = [Sample(EVIL, EVIL, 1.0, 0.5), Sample("=1", "+2", 1.0, 0.5)]
 
 
@@ -223,7 +383,31 @@ def test_no_cell_is_a_formula(text: str) -> None:
     assert spreadsheet_text("a" + text).startswith("a")
 
 
-@pytest.mark.parametrize("text", ["👩‍👩‍👧", "می‌خواهم", "שלום", "naïve 日本語"])
+def test_every_character_that_is_not_seen_is_escaped() -> None:
+    unseen = regex.compile(r"[\p{Default_Ignorable_Code_Point}\u2800[\p{C}--\p{Cn}]]", regex.V1)
+    for code in range(0x110000):
+        character = chr(code)
+        if unseen.match(character) and character != "\n":
+            assert character not in escape_controls(f"a{character}b"), f"U+{code:04X}"
+    for joined in (
+        "é",
+        "👩",
+        "می",
+        "日",
+        "क",
+    ):  # nothing is told by runs of what belongs there once
+        for run in ("\u200d" * 5, "\u200c\u200d", "\ufe0f" * 5, "\U000e0101" * 2):
+            assert escape_controls(f"{joined}{run}b").count("\\") >= len(run) - 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "👩‍👩‍👧", "🧑🏻‍❤️‍💋‍🧑🏿", "🏳️‍🌈", "👁️‍🗨️", "☺︎ ©️ 1️⃣ #⃣", "🇩🇪 👍🏽", "🏴󠁧󠁢󠁥󠁮󠁧󠁿",
+        "می‌خواهم", "شه‍", "क्‍ष", "श्री‌मान", "ශ්‍රී", "葛󠄀城", "ᠠ᠊ᠨ᠋ᠠ",
+        "שלום", "naïve 日本語", "한국어", "ไทย", "a\u00a0b\u3000c",
+    ],
+)  # fmt: skip
 def test_writing_of_the_world_is_left_alone(text: str) -> None:
     assert escape_controls(text) == text
     assert json.loads(json_text(text)) == text

@@ -20,7 +20,8 @@ PACKAGE = Path(ppo_cli.__file__).parent
 
 # Data flows down: a module imports only from rows above its own.
 ROWS = [
-    ["errors", "text", "light_import", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
+    ["text", "light_import", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
+    ["errors"],
     [
         "files",
         "stopping",
@@ -41,15 +42,15 @@ ROWS = [
         "ppo.kl_controller",
         "ppo.advantages",
     ],
-    ["evaluation", "plots", "ppo.calibration", "tying"],
+    ["evaluation", "plots", "ppo.calibration", "sources", "tying"],
     ["config", "ppo.losses", "ppo.learning_rate", "ppo.packing", "quality", "best_of_n"],
     ["config_source", "policy_files", "projection", "summary", "standing", "shaping"],
     ["verdict", "symptoms", "divergence"],
     ["prompts", "architecture", "run_directory", "advice", "classifier"],
     ["policy", "frontier", "adapter"],
-    ["decoding", "reward", "reference"],
+    ["decoding", "reward", "reference", "trial"],
     ["rollout"],
-    ["sampling", "potentials", "loading", "checkpoint", "model_card", "ppo.experience"],
+    ["sampling", "potentials", "loading", "checkpoint", "model_card", "ppo.experience", "saving"],
     ["ppo.measurements", "ppo.optimizer_step", "likelihoods"],
     ["ppo.update", "ppo.setup"],
     ["ppo.trainer"],
@@ -59,7 +60,7 @@ ROWS = [
     ["report"],
     ["comparison_report"],
     ["comparison_page"],
-    ["cli", "cli.console", "cli.options"],
+    ["cli", "cli.console", "cli.options", "cli.streams"],
     ["cli.display"],
     ["cli.train", "cli.generate", "cli.compare", "cli.plot", "cli.stats", "cli.config"],
     ["cli.app"],

@@ -229,11 +229,11 @@ def test_reference_response_of_a_peft_policy_is_sampled_without_the_adapter() ->
     policy = Policy.from_pretrained(
         base, peft_config=LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
     )
+    trainer = make_trainer(policy)
+    assert trainer.ref_model is None
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=2.0)
-    trainer = make_trainer(policy)
-    assert trainer.ref_model is None
     tuned, reference = trainer.generate(
         torch.tensor([1, 2, 3]), generate_ref_response=True, do_sample=False, max_new_tokens=12
     )
@@ -248,11 +248,11 @@ def test_peft_step_measures_kl_from_the_base_model() -> None:  # 12
     policy = Policy.from_pretrained(
         copy.deepcopy(base), peft_config=LoraConfig(r=4, target_modules=["c_attn"])
     )
+    batch, trainer = make_batch(), make_trainer(policy)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
-    batch = make_batch()
-    with_adapter = make_trainer(policy).step(*batch)
+    with_adapter = trainer.step(*batch)
     explicit = make_trainer(make_policy(), base).step(*batch)
     np.testing.assert_allclose(
         with_adapter["objective/ref_logprobs"], explicit["objective/ref_logprobs"], atol=1e-5

@@ -21,8 +21,8 @@ from conftest import (
 )
 from torch import Tensor
 
-from ppo_cli import AutoModelForCausalLMWithValueHead, PPOTrainer, tying
-from ppo_cli.architecture import projects_plainly, reads_packed
+from ppo_cli import AutoModelForCausalLMWithValueHead, PPOTrainer, architecture, tying
+from ppo_cli.architecture import ends_in_output_layer, reads_packed
 from ppo_cli.ppo import optimizer_step
 from ppo_cli.ppo.update import Update
 from ppo_cli.tying import TiedGradient
@@ -72,12 +72,7 @@ def answer(
     monkeypatch: pytest.MonkeyPatch, question: Callable[[Any], bool], answered: bool
 ) -> None:
     """Whatever the model, one of the questions of its architecture gets this answer."""
-    allows = AutoModelForCausalLMWithValueHead.allows
-
-    def replaced(self: Any, asked: Callable[[Any], bool]) -> bool:
-        return answered if asked is question else allows(self, asked)
-
-    monkeypatch.setattr(AutoModelForCausalLMWithValueHead, "allows", replaced)
+    monkeypatch.setattr(architecture, question.__name__, lambda model: answered)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -619,7 +614,7 @@ def test_a_temperature_is_part_of_the_policy_wherever_probabilities_are_taken(
     plain: bool, penalty: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against models whose output embeddings are divided by it, untied from the others."""
-    answer(monkeypatch, projects_plainly, plain)
+    answer(monkeypatch, ends_in_output_layer, plain)
     results = []
     for temperature in (0.5, 1.0):
         models = [make_policy(seed, tie_word_embeddings=False) for seed in (0, 1)]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import gc
-import io
 import os
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+from ppo_cli.cli import streams
 from ppo_cli.cli.compare import compare
 from ppo_cli.cli.config import config
 from ppo_cli.cli.generate import generate
@@ -21,17 +22,20 @@ from ppo_cli.cli.plot import plot
 from ppo_cli.cli.stats import stats
 from ppo_cli.cli.train import train
 from ppo_cli.errors import Interrupted, PPOCliError, did_you_mean, is_out_of_memory
-from ppo_cli.text import escape_controls
+from ppo_cli.text import escape_controls, without_secrets
 
 
 class _Group(TyperGroup):
-    """Does not look at its own options where a command comes first.
+    """Without a command it shows its help; before one it does not look at its own options.
 
     Typer would have pydantic check even those that are not given, and importing pydantic takes as
     long as typer itself: twice the time until a mistyped option is answered.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            print(ctx.get_help(), file=sys.stderr)
+            raise typer.Exit(2)
         options = self.params, self.add_help_option
         if args and not args[0].startswith("-"):
             self.params, self.add_help_option = [], False
@@ -40,12 +44,22 @@ class _Group(TyperGroup):
         finally:
             self.params, self.add_help_option = options
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            # No reader of ours, whose leaving `streams` sees to. Typer would exit without a word.
+            lost: Any = PPOCliError(
+                "broken pipe: a program that this one writes to, such as a tracker's, has ended"
+            )
+            lost.__notes__ = getattr(error, "__notes__", [])
+            raise lost from error
+
 
 app = typer.Typer(
     name="ppo-cli",
     cls=_Group,
     help="Steer a language model's sentiment with Proximal Policy Optimization.",
-    no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -59,6 +73,16 @@ REMEDIES = {
     errno.EACCES: PLACE,
     errno.EPERM: PLACE,
     errno.EROFS: PLACE,
+}
+# What may be lowered where a command runs out of memory.
+SMALLER = {
+    "train": "lower ppo.mini_batch_size (raise ppo.gradient_accumulation_steps as much and the "
+    "result stays the same), rollout.batch_size or reward.batch_size, set "
+    "ppo.gradient_checkpointing=true, or use a smaller model",
+    "generate": "ask for fewer samples (-n) or shorter ones (--max-new-tokens), give fewer prompts "
+    "at a time, or use a smaller model",
+    "compare": "lower --samples, --max-new-tokens or the numbers of --best-of-n, or use smaller "
+    "models",
 }
 for command in (train, generate, compare, plot, stats, config):
     app.command()(command)
@@ -83,9 +107,7 @@ def _main(
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show becomes an escape
-            stream.reconfigure(errors="backslashreplace")
+    streams.settle()
     _quieten()
     # Importing torch and transformers makes millions of lasting objects; looking through them for
     # garbage again and again was a fifth of `generate`'s time.
@@ -105,10 +127,6 @@ def _run() -> int:
         return _fail("interrupted", 128 + error.number, error)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except BrokenPipeError:
-        # The reader has gone, as in `ppo-cli generate ... | head`: that is no fault.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         if (usage := _usage_message(error, command)) is not None:
             return _fail(usage, 2)
@@ -131,7 +149,7 @@ def _usage_message(error: Exception, command: Any) -> str | None:
         if "Did you mean" not in message:
             message += did_you_mean(typed, names) or f" There are {', '.join(names)}."
     path = context.command_path if context is not None else "ppo-cli"
-    return f"{' '.join(message.split())} (see '{path} --help')"
+    return f"{without_secrets(' '.join(message.split()))} (see '{path} --help')"
 
 
 def _explain(error: Exception) -> str:
@@ -139,17 +157,13 @@ def _explain(error: Exception) -> str:
     text = str(error).strip().splitlines()
     first = text[0] if text else type(error).__name__
     if is_out_of_memory(error):
-        return (
-            "out of memory: for train, lower ppo.mini_batch_size (raise "
-            "ppo.gradient_accumulation_steps as much and the result stays the same), "
-            "rollout.batch_size or reward.batch_size, or set ppo.gradient_checkpointing=true; "
-            "otherwise ask for fewer or shorter samples, or use a smaller model"
-        )
+        asked = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        return f"out of memory: {SMALLER.get(asked, 'end other programs, or use a larger machine')}"
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}{REMEDIES.get(error.errno, '')}"
     return (
-        f"unexpected {type(error).__name__}: {first} "
+        f"unexpected {type(error).__name__}: {without_secrets(first)} "
         "(PPO_CLI_DEBUG=1 shows where; please report it)"
     )
 
@@ -158,11 +172,15 @@ def _fail(message: str, code: int, error: BaseException | None = None) -> int:
     """Print the message, and below it the notes that `error` carries, as PEP 678 has them."""
     if os.environ.get("PPO_CLI_DEBUG") == "1":
         traceback.print_exc()
-    lines = [*(message.splitlines() or [""]), *getattr(error, "__notes__", ())]
-    for number, line in enumerate(lines):
-        prefix = "error: " if number == 0 else "       "
-        print(prefix + escape_controls(line), file=sys.stderr)
+    _say("error: ", [*message.splitlines(), *getattr(error, "__notes__", ())])
     return code
+
+
+def _say(label: str, lines: Sequence[str]) -> None:
+    """Lines on standard error, below each other behind a label."""
+    for number, line in enumerate(lines or [""]):
+        prefix = " " * len(label) if number else label
+        print(prefix + escape_controls(line), file=sys.stderr)
 
 
 def _quieten() -> None:
@@ -171,15 +189,16 @@ def _quieten() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ["MPLBACKEND"] = "agg"  # no windows: a notebook's need not even be installed
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if os.environ.get("PPO_CLI_DEBUG") == "1":
         return
     warnings.simplefilter("ignore")
-    warnings.filterwarnings("default", module=r"ppo_cli\..*")
+    warnings.filterwarnings("default", category=UserWarning, module=r"ppo_cli\..*")
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"warning: {escape_controls(str(message))}", file=sys.stderr)
+        _say("warning: ", str(message).splitlines())
 
     warnings.showwarning = show

@@ -90,10 +90,16 @@ def compare(
     import math
 
     from ppo_cli.best_of_n import parse_counts
-    from ppo_cli.cli.console import check_output, hush, note, print_tables, write_result
+    from ppo_cli.cli.console import (
+        check_output,
+        hush,
+        note,
+        print_tables,
+        write_json,
+        write_result,
+    )
     from ppo_cli.errors import UsageError
     from ppo_cli.light_import import for_sampling_alone
-    from ppo_cli.text import json_text
     from ppo_cli.verdict import json_schema
 
     if schema:
@@ -136,13 +142,12 @@ def compare(
     )
     if format is Format.table:
         print_tables(comparison_report.comparison_tables(result, rows), output)
+    elif format is Format.json:
+        write_json(result.as_dict(), output=output, indent=2)
+    elif format is Format.csv:
+        write_result(comparison_report.comparison_csv(result), output)
     else:
-        written = {
-            Format.json: lambda: json_text(result.as_dict(), indent=2),
-            Format.csv: lambda: comparison_report.comparison_csv(result),
-            Format.markdown: lambda: comparison_report.comparison_markdown(result),
-        }[format]()
-        write_result(written, output)
+        write_result(comparison_report.comparison_markdown(result), output)
     if html is not None:
         write_result(comparison_html(result), html)
     if min_gap is not None and not result.gap >= min_gap:

@@ -7,27 +7,32 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
 
 from ppo_cli.errors import UsageError
 from ppo_cli.files import refuse_special, write_text
-from ppo_cli.text import escape_controls
+from ppo_cli.text import escape_controls, json_text
+
+TABLE_WIDTH = 80  # what tables are laid out for; on a narrower screen that breaks lines, not words
 
 
-def is_plain() -> bool:
-    """Whether to write plain lines: no terminal, or NO_COLOR or CI set."""
-    return not sys.stderr.isatty() or bool(os.environ.get("NO_COLOR") or os.environ.get("CI"))
+def is_plain(stream: TextIO) -> bool:
+    """Whether to write plain lines: no terminal or a dumb one, or NO_COLOR or CI set."""
+    asked = os.environ.get("NO_COLOR") or os.environ.get("CI")
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    return not stream.isatty() or dumb or bool(asked)
 
 
 def console(*, stderr: bool) -> Console:
     """A console on one of the streams; without a terminal 80 columns wide and free of codes."""
     stream = sys.stderr if stderr else sys.stdout
-    plain = not stream.isatty() or bool(os.environ.get("NO_COLOR") or os.environ.get("CI"))
-    width = None if stream.isatty() else int(os.environ.get("COLUMNS") or 80)
+    plain = is_plain(stream)
     return Console(
         file=stream,
-        width=width,
+        width=_width(stream),
         no_color=plain or None,
         force_terminal=False if plain else None,
         color_system=None if plain else "auto",
@@ -37,9 +42,25 @@ def console(*, stderr: bool) -> Console:
     )
 
 
-def note(message: str) -> None:
-    """A line for people, on standard error."""
-    console(stderr=True).print(escape_controls(message), soft_wrap=True)
+def _width(stream: TextIO) -> int | None:
+    """COLUMNS, as far as a terminal has them; None for whatever the terminal has at the time."""
+    asked = os.environ.get("COLUMNS")
+    if not stream.isatty():
+        return int(asked or 80)
+    if asked is None:
+        return None
+    try:
+        there = os.get_terminal_size(stream.fileno()).columns
+    except OSError:  # it is gone
+        there = 0
+    return min(int(asked), there or 80)
+
+
+def note(*lines: str) -> None:
+    """Lines for people, on standard error."""
+    target = console(stderr=True)
+    for line in lines:
+        target.print(escape_controls(line), soft_wrap=True)
 
 
 def hush() -> None:
@@ -53,6 +74,7 @@ def write_result(text: str, output: str | None) -> None:
     """A result as text: to standard output, or to a file, whole or not at all."""
     if output is None:
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        sys.stdout.flush()  # so that a full disk is an error here, not at the end of the process
         return
     check_output(output)
     write_text(Path(output), text if text.endswith("\n") else text + "\n")
@@ -73,23 +95,31 @@ def check_output(output: str | None) -> None:
         raise UsageError(f"{output}: the folder {path.parent} cannot be written to")
 
 
+def write_json(*values: Any, output: str | None = None, indent: int | None = None) -> None:
+    """JSON as a result, a document a value; where standard output lacks a character, its escape."""
+    ascii_only = output is None and console(stderr=False).options.ascii_only
+    texts = [json_text(value, indent=indent, ensure_ascii=ascii_only) for value in values]
+    write_result("\n".join(texts), output)
+
+
 def print_tables(tables: Sequence[RenderableType], output: str | None = None) -> None:
     """Tables to standard output, or as plain text to a file."""
     target = console(stderr=False)
+    target.width = max(target.width, min(TABLE_WIDTH, _least_width(target, tables)))
     if output is None and target.is_terminal:
         for table in tables:
             target.print(table)
         return
-    buffer = io.StringIO()
-    plain = Console(
-        file=buffer,
-        width=target.width,
-        color_system=None,
-        highlight=False,
-        emoji=False,
-        markup=False,
-    )
-    for table in tables:
-        plain.print(table)
-    lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
+    if output is not None:  # which is in UTF-8, whatever standard output is
+        target = Console(file=io.StringIO(), width=target.width, color_system=None, markup=False)
+    with target.capture() as written:
+        for table in tables:
+            target.print(table)
+    lines = [line.rstrip() for line in written.get().splitlines()]
     write_result("\n".join(lines).strip("\n"), output)
+
+
+def _least_width(target: Console, tables: Sequence[RenderableType]) -> int:
+    """Columns below which words and figures of a table would be cut."""
+    unlimited = target.options.update(width=10_000)
+    return max(Measurement.get(target, unlimited, table).minimum for table in tables)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from rich.text import Text
 from ppo_cli.cli.console import console, is_plain
 from ppo_cli.report import sample_lines
 from ppo_cli.summary import Pace, StepReport
-from ppo_cli.text import shortened
 
 PLAIN_LINES = 20
 SHOWN_SAMPLES = 2
+GAP = "  "
+FIGURE = 9  # columns that the shortest figure is given
+SHORTEST_BAR, LONGEST_BAR = 8, 30
 
 
 class Display(Protocol):
@@ -42,7 +45,7 @@ def make_display(quiet: bool) -> Display:
     """The display that fits standard error."""
     if quiet:
         return QuietDisplay()
-    return PlainDisplay() if is_plain() else LiveDisplay(console(stderr=True))
+    return PlainDisplay() if is_plain(sys.stderr) else LiveDisplay(console(stderr=True))
 
 
 class QuietDisplay:
@@ -134,13 +137,7 @@ class LiveDisplay:
     def _view(self) -> RenderableType:
         parts: list[RenderableType] = []
         if (report := self._report) is not None:
-            head = Table.grid(padding=(0, 2))
-            head.add_row(
-                Text(f"step {report.step}/{report.steps}", style="bold"),
-                ProgressBar(total=report.steps, completed=report.step, width=30),
-                Text(f"{self._left} left", style="dim"),
-            )
-            parts += [head, self._figures(report)]
+            parts += [self._head(report), self._figures(report)]
             if (found := self._evaluated) is not None:
                 best = " (best)" if found.is_best else ""
                 figures = {
@@ -151,15 +148,52 @@ class LiveDisplay:
                     "distinct-2": found.distinct,
                     "perplexity": found.perplexity,
                 }
-                parts.append(_figures_table(figures))
+                parts.append(self._laid_out(figures))
             for line in sample_lines(report.samples, SHOWN_SAMPLES):
-                line.truncate(self._console.width - 1, overflow="ellipsis")
-                parts.append(line)
+                parts.append(self._cut(line))
         if self._status:
-            parts.append(Text(shortened(self._status, self._console.width - 1), style="dim"))
+            parts.append(Text(self._status, style="dim"))
         return Group(*parts)
 
-    def _figures(self, report: StepReport) -> Table:
+    def _head(self, report: StepReport) -> RenderableType:
+        """Where the run is; the bar takes what is left of the line, or one of its own."""
+        step = Text(f"step {report.step}/{report.steps}", style="bold")
+        left = Text(f"{self._left} left", style="dim")
+        free = self._console.width - len(step) - len(left) - 2 * len(GAP)
+        width = min(free if free >= SHORTEST_BAR else self._console.width - 1, LONGEST_BAR)
+        bar = ProgressBar(total=report.steps, completed=report.step, width=width)
+        head = Table.grid(padding=(0, len(GAP)))
+        if free < SHORTEST_BAR:
+            head.add_row(bar)
+            return Group(Text.assemble(step, GAP, left), head)
+        head.add_row(step, bar, left)
+        return head
+
+    def _cut(self, line: Text) -> Text:
+        """A line of text from models, no wider than the screen."""
+        room = self._console.width - 1
+        if line.cell_len > room:
+            ellipsis = "..." if self._console.options.ascii_only else "…"
+            line.truncate(max(room - len(ellipsis), 0))
+            line.append(ellipsis)
+        return line
+
+    def _laid_out(self, figures: Mapping[str, str]) -> RenderableType:
+        """Figures below their names, in as many rows as it takes to show them in full."""
+        rows: list[dict[str, str]] = []
+        used = 0
+        for name, value in figures.items():
+            width = max(len(name), len(value), FIGURE) + len(GAP)
+            if not rows or used + width > self._console.width:
+                rows.append({})
+                used = 0
+            rows[-1][name] = value
+            used += width
+        if len(rows) == len(figures):  # on a screen so narrow, rather beside their names
+            return Group(*(Text.assemble((name, "dim"), " ", figures[name]) for name in figures))
+        return Group(*map(_figures_table, rows))
+
+    def _figures(self, report: StepReport) -> RenderableType:
         s = report.stats
         pace = Pace.of([s])
         figures = {
@@ -170,7 +204,7 @@ class LiveDisplay:
             "tokens/s": f"{pace.tokens_per_second:,.0f}",
             "sample/score/ppo": f"{pace.sampling:.0%}/{pace.scoring:.0%}/{pace.optimising:.0%}",
         }
-        return _figures_table(figures)
+        return self._laid_out(figures)
 
 
 @dataclass(frozen=True)
@@ -209,9 +243,9 @@ class _Evaluated:
 
 def _figures_table(figures: Mapping[str, str]) -> Table:
     """Figures in one row, below their names."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, len(GAP), 0, 0), header_style="dim")
     for name in figures:
-        table.add_column(name, justify="right", min_width=9)
+        table.add_column(name, justify="right", min_width=FIGURE, overflow="fold")
     table.add_row(*figures.values())
     return table
 

@@ -28,7 +28,9 @@ def generate(
     prompts: Annotated[
         str | None,
         typer.Option(
-            "--prompts", metavar="FILE", help=".txt, .csv, .jsonl, .parquet; - for stdin."
+            "--prompts",
+            metavar="FILE",
+            help="As prompts.source: .txt, .csv, .jsonl, .parquet ...; - for stdin.",
         ),
     ] = None,
     column: options.Column = "text",
@@ -61,10 +63,17 @@ def generate(
     output: options.Output = None,
 ) -> None:
     """Write text with tuned models, and score it."""
-    from ppo_cli.cli.console import check_output, hush, note, print_tables, write_result
+    from ppo_cli.cli.console import (
+        check_output,
+        hush,
+        note,
+        print_tables,
+        write_json,
+        write_result,
+    )
     from ppo_cli.errors import UsageError
     from ppo_cli.light_import import for_sampling_alone
-    from ppo_cli.text import escape_controls, json_text
+    from ppo_cli.text import escape_controls
 
     if not 1e-6 <= temperature <= 1e6:
         raise UsageError(
@@ -112,12 +121,14 @@ def generate(
             )
         )
     if format is Format.jsonl:
-        lines = [
-            json_text({"model": result.model, **sample.as_dict()})
-            for result in results
-            for sample in result.samples
-        ]
-        write_result("\n".join(lines), output)
+        write_json(
+            *(
+                {"model": result.model, **sample.as_dict()}
+                for result in results
+                for sample in result.samples
+            ),
+            output=output,
+        )
     elif format is Format.text:
         lines = [
             escape_controls(sample.query + sample.response)

@@ -33,5 +33,5 @@ Output = Annotated[
     typer.Option("--output", help="Write there instead of to standard output."),
 ]
 Column = Annotated[
-    str, typer.Option("--column", help="Column of a .csv or .jsonl file of prompts.")
+    str, typer.Option("--column", help="Column of a file of prompts that has several.")
 ]

@@ -62,8 +62,10 @@ def plot(
     metrics = tuple(metric or DEFAULT_METRICS)
     records = {str(directory.path): directory.metrics() for directory in directories}
     if terminal:
-        width = console(stderr=False).width
-        lines = [line for key in metrics for line in terminal_chart(records, key, width=width)]
+        screen = console(stderr=False)
+        ascii_only = screen.options.ascii_only
+        charts = [terminal_chart(records, m, screen.width, ascii_only=ascii_only) for m in metrics]
+        lines = [line for chart in charts for line in chart]
         write_result("\n".join(lines).lstrip("\n"), None)
         return
     target = Path(output) if output else directories[0].plot

@@ -21,11 +21,10 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
     """Show what a PPO step returned."""
-    from ppo_cli.cli.console import print_tables, write_result
+    from ppo_cli.cli.console import print_tables, write_json
     from ppo_cli.errors import UsageError
     from ppo_cli.ppo.statistics import grouped
     from ppo_cli.run_directory import RunDirectory
-    from ppo_cli.text import json_text
 
     rows = RunDirectory.existing(run).metrics()
     by_step = {row["step"]: row for row in rows}
@@ -42,7 +41,7 @@ def stats(
     }
     if as_json:
         values = {key: value for entries in groups.values() for key, value, _ in entries}
-        write_result(json_text({"step": number, **values}, indent=2), None)
+        write_json({"step": number, **values}, indent=2)
         return
     from ppo_cli.report import statistics_tables
 

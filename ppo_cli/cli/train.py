@@ -1,6 +1,5 @@
 """`ppo-cli train`."""
 
-import os
 import shlex
 import signal
 from collections.abc import Iterator
@@ -11,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ppo_cli.cli import options
+from ppo_cli.cli.streams import say_at_once
 from ppo_cli.errors import DivergenceError, Interrupted, UsageError
 
 if TYPE_CHECKING:
     from ppo_cli.config import RunConfig
     from ppo_cli.summary import TrainingSummary
     from ppo_cli.training import Training
+
+HANGUP = {signal.SIGHUP} if hasattr(signal, "SIGHUP") else set()  # Windows has none
 
 
 def train(
@@ -64,7 +66,7 @@ def train(
 ) -> int:
     """Tune a language model with PPO towards a sentiment."""
 
-    from ppo_cli.cli.console import hush, note, print_tables, write_result
+    from ppo_cli.cli.console import hush, note, print_tables, write_json
     from ppo_cli.config_source import DEFAULT_CONFIG, change_config, load_config
 
     if resume and overwrite:
@@ -85,7 +87,6 @@ def train(
         overrides=overrides,
     )
     from ppo_cli.run_directory import RunDirectory
-    from ppo_cli.text import json_text
 
     if resume:
         run_directory = RunDirectory.existing(settings.output)
@@ -113,7 +114,11 @@ def train(
         )
     with _StopRequest(quiet) as stop:
         training = Training(
-            settings, resume=resume, overwrite=overwrite, trusted=trust_remote_code or ()
+            settings,
+            resume=resume,
+            overwrite=overwrite,
+            trusted=trust_remote_code or (),
+            tell=(lambda _: None) if quiet else note,
         )
         if dry_run:
             training.directory.unlock()
@@ -138,11 +143,12 @@ def train(
             display.status("judging the tuned model, saving")
             summary = training.finish()
     if as_json:
-        write_result(json_text({**summary.as_dict(), "interrupted": stop.signal is not None}), None)
+        write_json({**summary.as_dict(), "interrupted": stop.signal is not None})
     else:
         print_tables([summary_table(summary)])
     if stop.signal is not None:
-        note(f"stopped after step {summary.steps}; go on with:\n  {_resume_command(summary.run)}")
+        command = _resume_command(summary.run)
+        note(f"stopped after step {summary.steps}; go on with:", f"  {command}")
         return 128 + stop.signal
     if not quiet:
         _closing_notes(summary, settings)
@@ -206,9 +212,10 @@ def _advice(training: "Training", error: BaseException) -> list[str]:
 
 
 class _StopRequest:
-    """Turns the first SIGINT or SIGTERM into a wish to stop after the step; the second stops.
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a wish to stop after the step; another stops.
 
-    As long as no training has begun the first one stops, too.
+    As long as no training has begun the first one stops, too. SIGHUP, which a terminal that goes
+    sends more than once, is never that other; a run that `nohup` started does not hear it.
     """
 
     def __init__(self, quiet: bool) -> None:
@@ -218,7 +225,9 @@ class _StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, *HANGUP):
+            if number in HANGUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._ask)
         return self
 
@@ -227,9 +236,11 @@ class _StopRequest:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if number in HANGUP and self.signal is not None:
+            return
         if self.signal is not None or self.training is None:
             raise Interrupted(number)
         self.signal = number
         self.training.stopping = True
-        if not self._quiet:  # past Python's buffers, which the signal may have interrupted
-            os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+        if not self._quiet:
+            say_at_once("stopping after this step; a second signal stops at once")

@@ -17,11 +17,12 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+MOST = 10**15  # of anything that is counted; float64 holds it exactly
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
 KLPenalty = Literal["kl", "k1", "k2", "k3", "abs", "mse", "full"]
 
 
@@ -83,7 +84,7 @@ class PPOSettings:
     responses_per_query: Count = 1
     """Samples in a row that answer the same query; with more than one, each score is compared with
     the mean of the others' (leave-one-out baseline)."""
-    value_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    value_warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 0
     """Steps in which the value head alone learns, before the policy moves."""
     advantage_norm: Literal["batch", "mini_batch", "none"] = "batch"
     """Where advantages are scaled to mean 0 and variance 1: over the batch, over each mini-batch,
@@ -100,7 +101,7 @@ class PPOSettings:
     desired_kl: Positive = 0.015
     """`ppo/policy/approxkl`, nats per token, that the adaptive learning rate aims at in the first
     step; in later ones at less, by the square of what the rate has fallen by."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 0
     """Steps over which the learning rate rises from 0 first."""
     min_lr_ratio: UnitInterval = 0.0
     """Share of the learning rate that `linear`, `cosine` and `adaptive` end at."""

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ppo_cli.architecture import reads_block_mask, reads_packed
+from ppo_cli.architecture import rope_switch
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.ppo import advantages as adv
 from ppo_cli.ppo import losses
 from ppo_cli.ppo.config import PPOConfig, PPOSettings
 from ppo_cli.ppo.packing import TokenBatch
 from ppo_cli.projection import token_logprobs
+from ppo_cli.trial import refuse_noise, settle_reading
 
 READ_AT_ONCE = 4
 """Mini-batches that are read together before the update."""
@@ -138,9 +140,7 @@ def _with_full_kl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities of policy and reference, values, and exact KL, (N,) each."""
     targets = tokens.flat_targets
-    inputs, positions = _inputs(policy, tokens)
-    logits, _, values = policy(**inputs, positions=positions, temperature=temperature)
-    logits = logits.float()
+    logits, values = _forward(policy, tokens, temperature)
     with as_reference():
         ref_logits = token_logits(reference, tokens, temperature)
     penalties = losses.full_kl(logits, ref_logits)
@@ -206,26 +206,111 @@ def make_experience(
 
 
 def token_forward(model: Any, tokens: TokenBatch, temperature: float = 1.0) -> TokenOutputs:
-    """A model with a value head over sequences, at the N positions that count."""
-    inputs, positions = _inputs(model, tokens)
-    outputs = model(
-        **inputs, positions=positions, targets=tokens.flat_targets, temperature=temperature
-    )
-    return TokenOutputs(*(output.float() for output in outputs))
+    """A model with a value head over sequences, at the N positions that count.
+
+    Raises:
+        UsageError, ModelError: as of `check_reading`.
+    """
+    check_reading(model)
+    return _token_forward(model, tokens, temperature)
 
 
 def token_logits(model: Any, tokens: TokenBatch, temperature: float = 1.0) -> Tensor:
     """Logits (N, V), float32, of a model with a value head at the N positions that count."""
-    inputs, positions = _inputs(model, tokens)
-    logits, _, _ = model(**inputs, positions=positions, temperature=temperature)
-    return logits.float()
+    return _forward(model, tokens, temperature)[0]
+
+
+def check_reading(model: Any) -> None:
+    """Try how a model with a value head is best read, where that was not tried yet.
+
+    Raises:
+        UsageError: it looks ahead, so it is not causal.
+        ModelError: what it says of several sequences is not what it says of each alone.
+    """
+    inner = _unwrapped(model)
+    settle_reading(inner, _reader(inner))
+
+
+def check_noise(model: Any) -> None:
+    """See that a model in its present modes is what it is in eval mode, if that is not known yet.
+
+    Raises:
+        ModelError: it is not.
+    """
+    inner = _unwrapped(model)
+    refuse_noise(inner, _reader(inner))
+
+
+def _reader(policy: Any) -> Callable[[Sequence[Tensor], Sequence[Tensor]], TokenOutputs]:
+    """Queries and responses -> what `policy` says of each token of the responses."""
+    # accelerate puts autocast around the forward of the object itself.
+    forward = partial(type(policy).forward, policy)
+
+    def read(queries: Sequence[Tensor], responses: Sequence[Tensor]) -> TokenOutputs:
+        device = queries[0].device
+        tokens = TokenBatch.from_lists(queries, responses, None, pad_token_id=0, device=device)
+        return _token_forward(policy, tokens, 1.0, forward)
+
+    return read
+
+
+def _token_forward(
+    model: Any,
+    tokens: TokenBatch,
+    temperature: float,
+    forward: Callable[..., tuple[Tensor, ...]] | None = None,
+) -> TokenOutputs:
+    forward = forward or model
+
+    def run(part: TokenBatch) -> tuple[Tensor, ...]:
+        inputs, positions = _inputs(model, part)
+        targets = part.flat_targets
+        outputs = forward(**inputs, positions=positions, targets=targets, temperature=temperature)
+        return tuple(output.float() for output in outputs)
+
+    return TokenOutputs(*_together(model, tokens, run))
+
+
+def _forward(model: Any, tokens: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logits (N, V) and values (N,), float32."""
+    check_reading(model)
+
+    def run(part: TokenBatch) -> tuple[Tensor, ...]:
+        inputs, positions = _inputs(model, part)
+        logits, _, values = model(**inputs, positions=positions, temperature=temperature)
+        return logits.float(), values.float()
+
+    logits, values = _together(model, tokens, run)
+    return logits, values
+
+
+def _together(
+    model: Any, tokens: TokenBatch, run: Callable[[TokenBatch], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """What `run` says of each token, by as few forwards as the model allows."""
+    inner = _unwrapped(model)
+    switch, equal = rope_switch(inner.config), inner.reading().rows == "equal"
+    if not equal and switch is None:
+        return run(tokens)
+    groups = tokens.alike(switch, equal=equal)
+    if len(groups) == 1:
+        return run(tokens)
+    places = torch.cat([tokens.flat_places(group) for group in groups])
+    parts = [torch.cat(part) for part in zip(*(run(tokens.select(g)) for g in groups), strict=True)]
+    return tuple(torch.empty_like(part).index_copy(0, places, part) for part in parts)
 
 
 def _inputs(model: Any, tokens: TokenBatch) -> tuple[dict[str, Tensor], Tensor]:
-    inner: AutoModelForCausalLMWithValueHead = getattr(model, "module", model)
-    if not inner.allows(reads_packed):
+    reading = _unwrapped(model).reading()
+    if reading.rows != "packed":
         return tokens.padded
     inputs, positions = tokens.packed
-    if inner.allows(reads_block_mask):
+    if reading.masked:
         inputs = {**inputs, "attention_mask": tokens.packed_mask}
     return inputs, positions
+
+
+def _unwrapped(model: Any) -> AutoModelForCausalLMWithValueHead:
+    """The policy that accelerate may have wrapped."""
+    inner: AutoModelForCausalLMWithValueHead = getattr(model, "module", model)
+    return inner

@@ -173,6 +173,23 @@ class TokenBatch:
         inputs = {key: send(value, self.device) for key, value in inputs.items()}
         return inputs, send(positions, self.device)
 
+    def alike(self, switch: int | None, *, equal: bool) -> list[Tensor]:
+        """Sequences that are read together, (b,) indices of each group.
+
+        Args:
+            switch: longer ones are read apart from the others; None for no such length.
+            equal: only sequences of equal length are read together.
+        """
+        lengths = self._read
+        keys = lengths if equal else lengths > (switch or lengths.max())
+        return [(keys == key).nonzero().squeeze(1) for key in keys.unique()]
+
+    def flat_places(self, indices: Tensor) -> Tensor:
+        """(n,) where the tokens of the sequences at `indices` stand in `flat_targets`."""
+        starts = self.counts.cumsum(0) - self.counts
+        places = [torch.arange(int(self.counts[i])) + starts[i] for i in indices]
+        return send(torch.cat(places), self.device)
+
     def to_grid(self, flat: Tensor) -> Tensor:
         """(N,) numbers, one a counted token -> (B, R), zero outside the mask."""
         empty = flat.new_zeros(self.targets.numel())

@@ -28,6 +28,8 @@ from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import (
     Probabilities,
     TokenOutputs,
+    check_noise,
+    check_reading,
     known_probabilities,
     make_experience,
     read_probabilities,
@@ -46,10 +48,15 @@ from ppo_cli.ppo.setup import (
     require,
 )
 from ppo_cli.ppo.update import Update, dropout_off, head_alone
-from ppo_cli.reference import create_reference_model
+from ppo_cli.reference import (
+    create_adapter_reference,
+    create_reference_model,
+    refuse_shared_weights,
+)
 from ppo_cli.rollout import new_token_limits, sample_responses
 from ppo_cli.runtime import RandomStream, keep_freed_memory, numpy_state, set_numpy_state
 from ppo_cli.stopping import end_tokens
+from ppo_cli.trial import starts_as_its_base
 
 
 class PPOTrainer:
@@ -59,8 +66,8 @@ class PPOTrainer:
         config: the settings; `world_size` and the like are filled in.
         model: the policy.
         ref_model: what KL is measured from: a model with or without a value head. None makes a
-            frozen copy of `model`; a peft model needs no copy, its reference is the same model
-            with the adapter off.
+            frozen copy of `model`. A peft model whose adapter is new needs no copy: its reference
+            is the same model with the adapter off.
         tokenizer: its pad and end-of-text tokens are used.
         dataset: rows with the queries; makes `dataloader`.
         optimizer: None for Adam over the trainable parameters.
@@ -268,6 +275,9 @@ class PPOTrainer:
         dropout = dropout_off(self.model, keep_training_mode=config.gradient_checkpointing)
         warming_up = self.current_step < config.value_warmup_steps
         with dropout, head_alone(self.model) if warming_up else nullcontext(), fast_matmul():
+            check_reading(self.model)
+            if config.gradient_checkpointing:
+                check_noise(self.model)
             update.optimizer_step.make_state()
             probabilities, first = self._read(tokens, update)
             clock.lap("forward_pass")
@@ -540,8 +550,12 @@ class PPOTrainer:
                 warnings.warn("num_shared_layers is ignored: ref_model was passed", stacklevel=3)
             if isinstance(given, PreTrainedModel):  # the head is not used, the forward is
                 given = AutoModelForCausalLMWithValueHead(given)
+            refuse_shared_weights(model, given)
             return given
-        return None if self.is_peft_model else create_reference_model(model, num_shared_layers)
+        if not self.is_peft_model:
+            return create_reference_model(model, num_shared_layers)
+        # The policy as it starts, which an adapter that was trained before is a part of.
+        return None if starts_as_its_base(model) else create_adapter_reference(model)
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """Where the policy without its adapter is the reference: switch the adapter off."""

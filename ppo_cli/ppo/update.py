@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -209,19 +209,25 @@ def dropout_off(model: torch.nn.Module, *, keep_training_mode: bool) -> Iterator
     """No dropout inside the block: ratios compare with probabilities that were taken without it.
 
     Eval mode does that. Gradient checkpointing works in training mode alone; with
-    `keep_training_mode` the dropout probabilities are set to zero instead. Modes and
-    probabilities are as before afterwards.
+    `keep_training_mode` the modules that are checkpointed keep it, and what they drop or add at
+    random, by their own settings or the configuration's, is set to zero. All is as before
+    afterwards.
     """
-    dropouts = _dropout_probabilities(model) if keep_training_mode else []
+    checkpointed = []
+    if keep_training_mode:
+        checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    noises = _noises(checkpointed)
     with modes_kept(model):
-        model.train(keep_training_mode)
-        for module, name, _ in dropouts:
-            setattr(module, name, 0.0)
+        model.eval()
+        for module in checkpointed:
+            module.training = True
+        for owner, name, _ in noises:
+            setattr(owner, name, 0.0)
         try:
             yield
         finally:
-            for module, name, value in dropouts:
-                setattr(module, name, value)
+            for owner, name, value in noises:
+                setattr(owner, name, value)
 
 
 @contextmanager
@@ -241,12 +247,12 @@ def head_alone(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _dropout_probabilities(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, float]]:
-    """Module, attribute and value of every dropout probability, functional ones included."""
-    found = []
-    for module in model.modules():
-        is_dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in name or (is_dropout and name == "p")):
-                found.append((module, name, value))
-    return found
+def _noises(modules: Sequence[torch.nn.Module]) -> list[tuple[Any, str, float]]:
+    """Owner, attribute and value of every share that modules drop, or scale of noise they add."""
+    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}
+    return [
+        (owner, name, value)
+        for owner in (*modules, *configs.values())
+        for name, value in vars(owner).items()
+        if isinstance(value, float) and any(word in name for word in ("drop", "jitter", "noise"))
+    ]
