@@ -202,7 +202,7 @@ def _obstacle(loaded: Loaded, reference: Loaded, longest: int) -> str | None:
     sizes = {one.model.config.get_text_config().vocab_size for one in (loaded, reference)}
     if ours != theirs or len(sizes) > 1:
         return "its vocabulary is not that of the reference"
-    context = context_length(reference.model.config)
+    context = context_length(reference.model)
     if context is not None and longest > context:
         return f"its longest text has {longest} tokens, and the reference reads {context}"
     return None

@@ -59,14 +59,16 @@ class AdapterConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout inside the adapter."""
     target_modules: list[Name] | None = None
-    """Names of the modules to adapt; null for peft's choice for the architecture."""
+    """Names of the modules to adapt, such as [q_proj, v_proj]; null for peft's choice for the
+    architecture, and where peft has none for [all-linear]: every linear layer of the language model
+    but the output layer. A single regular expression is matched with modules' whole names."""
 
 
 class PolicyConfig(Section):
     """The model to tune."""
 
     model: Name = "embedded"
-    """`embedded`, a folder, or a hub id of a causal language model."""
+    """`embedded`, a folder, or a hub id of a causal language model, or of a peft adapter of one."""
     revision: Name | None = None
     """Branch, tag or commit of a hub model."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -129,8 +131,8 @@ class RolloutConfig(Section):
     """Leave at 1 (off), for the same reason."""
     stop: list[Annotated[str, Field(min_length=1, max_length=100)]] = []
     """Texts that end a response, such as "." or "\\n": every token whose text holds one of them
-    does, as the end-of-text token always does, and is the response's last. Holds for the run's
-    models in `generate` and `compare` too."""
+    does, as every end-of-text token of tokenizer and model always does (chat models have several),
+    and is the response's last. Holds for the run's models in `generate` and `compare` too."""
 
     @model_validator(mode="after")
     def _ordered(self) -> RolloutConfig:
@@ -142,11 +144,13 @@ class RewardConfig(Section):
     """The sentiment classifier."""
 
     model: Name = "embedded"
-    """`embedded`, a folder, or a hub id of a sequence classifier."""
+    """`embedded`, a folder, or a hub id of a sequence classifier, or of a peft adapter of one. Of a
+    text that is longer than it reads the end is scored."""
     revision: Name | None = None
     """Branch, tag or commit of a hub model."""
     sentiment: Name = "positive"
-    """Label to steer towards: its name, its index, or a synonym."""
+    """Label to steer towards: its name, its index, or a synonym; of a reward model's single output
+    its name, 0, or positive."""
     output: Literal["logit", "probability"] = "logit"
     """The score: the label's raw logit or its probability."""
     batch_size: Annotated[int, Field(ge=1, le=MOST)] = 64

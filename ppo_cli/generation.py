@@ -237,7 +237,7 @@ def load_model(source: Source, device: torch.device, trusted: Collection[str] = 
     tokenizer = load_tokenizer(source.model, source.revision, trusted)
     settings = PolicyConfig(model=source.model, revision=source.revision)
     policy = load_policy(settings, tokenizer, trusted)
-    ends = end_tokens(tokenizer, source.stop)
+    ends = end_tokens(tokenizer, source.stop, policy)
     return Loaded(source.name, policy.to(device).eval(), tokenizer, ends)
 
 
@@ -256,7 +256,7 @@ def check_room(
     loaded: Loaded, prompts: Sequence[str], rows: Sequence[Sized], max_new_tokens: int
 ) -> None:
     """Raise `DataError` where one of `rows`, the tokens of `prompts`, is empty or too long."""
-    context = context_length(loaded.model.config)
+    context = context_length(loaded.model)
     for text, row in zip(prompts, rows, strict=True):
         if not len(row):
             raise DataError(f"prompt {text!r} has no tokens for {loaded.name}")

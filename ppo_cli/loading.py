@@ -9,13 +9,14 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
+from ppo_cli.adapter import new_adapter
 from ppo_cli.config import PolicyConfig, RewardConfig
 from ppo_cli.embedded import classifier_folder, policy_folder
 from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.hub import loading_errors, refuse_empty, refuse_nan, refuse_unusable, trial_errors
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.policy_files import tokenizer_of
 from ppo_cli.reward import SentimentReward
 from ppo_cli.runtime import modes_kept
 from ppo_cli.sources import EMBEDDED
@@ -35,7 +36,7 @@ def load_tokenizer(name: str, revision: str | None = None, trusted: Collection[s
     """The tokenizer of a model; its pad token is its end-of-text token where it has none."""
     source = str(policy_folder()) if name == EMBEDDED else name
     with loading_errors(source):
-        tokenizer = AutoTokenizer.from_pretrained(source, **_from(name, revision, trusted))
+        tokenizer = tokenizer_of(source, **_from(name, revision, trusted))
         refuse_empty(name, tokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -50,6 +51,7 @@ def load_policy(
 
     Raises:
         ModelError: `tokenizer` has ids that the model has no embedding for, or peft is missing.
+        UsageError: the model is not causal, or an adapter does not fit it.
     """
     source = str(policy_folder()) if config.model == EMBEDDED else config.model
     head: dict[str, Any] = {
@@ -57,13 +59,11 @@ def load_policy(
         "v_head_initializer_range": config.v_head_initializer_range,
         "summary_dropout_prob": config.summary_dropout_prob,
     }
-    adapter = _adapter(config)
+    place = _from(config.model, config.revision, trusted)
+    adapter = None if config.adapter is None else new_adapter(config.adapter, source, **place)
     with trial_errors(config.model):
         policy = AutoModelForCausalLMWithValueHead.from_pretrained(
-            source,
-            peft_config=adapter,
-            **head,
-            **_from(config.model, config.revision, trusted),
+            source, peft_config=adapter, **head, **place
         )
         refuse_nan(config.model, policy)
         with modes_kept(policy), torch.no_grad():
@@ -97,27 +97,6 @@ def load_reward(
         )
         reward.scores(["a"])
     return reward
-
-
-def _adapter(config: PolicyConfig) -> Any:
-    if config.adapter is None:
-        return None
-    try:
-        from trl import ModelConfig, get_peft_config
-
-        return get_peft_config(
-            ModelConfig(
-                use_peft=True,
-                lora_r=config.adapter.r,
-                lora_alpha=config.adapter.alpha,
-                lora_dropout=config.adapter.dropout,
-                lora_target_modules=config.adapter.target_modules,
-            )
-        )
-    except (ImportError, ValueError) as error:
-        raise ModelError(
-            f"policy.adapter needs peft: pip install 'ppo-cli[peft]' ({error})"
-        ) from error
 
 
 def _from(name: str, revision: str | None, trusted: Collection[str]) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from ppo_cli.config import RunConfig
+from ppo_cli.context import context_length
 from ppo_cli.errors import DataError
 from ppo_cli.loading import load_policy
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import check_reading
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.prompts import Prompt
-from ppo_cli.rollout import check_sampling, context_length
+from ppo_cli.rollout import check_sampling
 from ppo_cli.runtime import accelerator_settings
 
 
@@ -59,9 +60,9 @@ def try_models(trainer: PPOTrainer) -> None:
         check_reading(model)
 
 
-def check_context(config: RunConfig, model_config: Any, prompts: Sequence[Prompt]) -> None:
+def check_context(config: RunConfig, model: Any, prompts: Sequence[Prompt]) -> None:
     """Raise `DataError` where queries and responses are longer than the model can read."""
-    context = context_length(model_config)
+    context = context_length(model)
     longest = max(len(prompt.input_ids) for prompt in prompts)
     new = config.rollout.output_max_length - 1
     if context is not None and longest + new > context:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from ppo_cli.classifier import Padding, Row, is_same, load_classifier, rows_of
+from ppo_cli.context import UNLIMITED, context_length
 from ppo_cli.errors import ModelError, UsageError, did_you_mean
-from ppo_cli.hub import (
-    implementations,
-    loading_errors,
-    refuse_empty,
-    refuse_misshaped,
-    refuse_missing,
-    refuse_unusable,
-)
+from ppo_cli.hub import loading_errors, refuse_empty, refuse_unusable
 from ppo_cli.matmul import fast_matmul
+from ppo_cli.policy_files import tokenizer_of
 
 POSITIVE_NAMES = ("positive", "pos", "good", "favorable", "favourable", "5 stars", "very positive")
 NEGATIVE_NAMES = (
@@ -52,10 +50,16 @@ class RewardFunction(Protocol):
 class SentimentReward:
     """The score that a sequence classifier gives to one of its labels.
 
+    A text's score is what the classifier says of that text alone, whatever else is scored with it.
+    Of a text that is longer than the classifier reads it is the score of the text's end, and a
+    warning says so once.
+
     Args:
-        model: hub id or folder of a `transformers` sequence classifier.
+        model: hub id or folder of a `transformers` sequence classifier, or of a peft adapter of
+            one.
         sentiment: a label's name, its index, or a synonym: `positive`, `NEGATIVE`, `LABEL_1`,
-            `5 stars`, `1`. Case does not matter.
+            `5 stars`, `1`. Case does not matter. The single output of a reward model is meant by
+            its own name, by `0` and by `positive`.
         output: `"logit"` for the raw logit of the label, `"probability"` for its probability.
         batch_size: texts a forward pass.
         device: where the classifier runs.
@@ -63,6 +67,8 @@ class SentimentReward:
 
     Attributes:
         label: the label's name as the classifier has it.
+        labels: the names of all of them, in the order of the logits.
+        max_length: tokens of a text that are read, special tokens included.
 
     Raises:
         ModelNotFoundError: no such folder or hub model.
@@ -80,8 +86,6 @@ class SentimentReward:
         device: torch.device | str = "cpu",
         **kwargs: Any,
     ) -> None:
-        from transformers import AutoTokenizer
-
         if output not in ("logit", "probability"):
             raise UsageError(f"reward output {output!r} is neither 'logit' nor 'probability'")
         self.name = str(model)
@@ -89,19 +93,19 @@ class SentimentReward:
         self.output = output
         self.batch_size = batch_size
         with loading_errors(self.name, "classifier"):
-            self.classifier = _load_classifier(self.name, **kwargs).to(device).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(self.name, **kwargs)
+            classifier, self.labels = load_classifier(self.name, **kwargs)
+            self.classifier = classifier.to(device).eval()
+            self.tokenizer = tokenizer_of(self.name, **kwargs)
             refuse_unusable(self.name, self.tokenizer)
         refuse_empty(self.name, self.tokenizer)
         self.device = torch.device(device)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
-        # Decoder classifiers look for the last token that is not padding.
-        self.classifier.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        if self.classifier.config.model_type != "xlnet":  # which reads the last place
-            self.tokenizer.padding_side = "right"
+        self.tokenizer.truncation_side = "left"  # a response is at the end
+        # What spells a special token is text: no response ends the classifier's sentence.
+        self.tokenizer.split_special_tokens = True
         self.max_length = self._max_length()
-        self.labels = _labels(self.classifier.config)
+        self._padding = Padding(self.classifier, self.tokenizer)
+        self._has_warned = False
+        self.sentiment = sentiment
         self.index = resolve_label(sentiment, self.labels)
         self.label = self.labels[self.index]
 
@@ -114,28 +118,12 @@ class SentimentReward:
     def scores(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B texts -> logits (B,) and probabilities (B,) of the label, float32, on the CPU.
 
-        Texts are cut to the classifier's length. A classifier with a single output is read as a
-        logistic one: its negative label has minus its logit.
+        A classifier with a single output is read as a logistic one.
 
         Raises:
-            ModelError: a score is not finite.
+            ModelError: a score is not finite, or random.
         """
-        if not self.tokenizer("").input_ids:  # no special tokens: nothing to score
-            texts = [t if self.tokenizer(t).input_ids else self.tokenizer.pad_token for t in texts]
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths together
-        logits = torch.empty(len(texts), max(len(self.labels), 2))
-        for start in range(0, len(texts), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            batch = self.tokenizer(
-                [texts[i] for i in rows],
-                padding=True,
-                truncation=True,
-                max_length=self.max_length,
-                return_tensors="pt",
-            ).to(self.device)
-            with fast_matmul():
-                out = self.classifier(**batch).logits.float().cpu()
-            logits[rows] = torch.cat([-out, out], dim=1) if out.shape[1] == 1 else out
+        logits = self._logits(texts, self._rows(texts))
         if not logits.isfinite().all():
             bad = int((~logits.isfinite().all(dim=1)).nonzero()[0])
             raise ModelError(
@@ -143,13 +131,50 @@ class SentimentReward:
                 "the classifier's weights are damaged, or its precision is too low"
             )
         chosen = logits[:, self.index]
-        single = self.classifier.config.num_labels == 1
-        probabilities = (
-            chosen.sigmoid()
-            if single or self._is_multi_label()
-            else logits.softmax(1)[:, self.index]
-        )
-        return chosen, probabilities
+        is_logistic = len(self.labels) == 1 or self._is_multi_label()
+        return chosen, chosen.sigmoid() if is_logistic else logits.softmax(1)[:, self.index]
+
+    def _rows(self, texts: Sequence[str]) -> list[Row]:
+        """What the classifier reads of each text; of those that are too long the end."""
+        tokenize = partial(self.tokenizer, return_attention_mask=False, verbose=False)
+        rows = rows_of(tokenize(list(texts))) if texts else []
+        long = [i for i, row in enumerate(rows) if len(row["input_ids"]) > self.max_length]
+        if long:
+            cut = tokenize([texts[i] for i in long], truncation=True, max_length=self.max_length)
+            for i, row in zip(long, rows_of(cut), strict=True):
+                rows[i] = row
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"{len(long)} of {len(texts)} texts are longer than the {self.max_length} "
+                    f"tokens that {self.name} reads: their ends alone are scored. Give shorter "
+                    "prompts, or a classifier that reads more",
+                    stacklevel=4,
+                )
+        return rows
+
+    def _logits(self, texts: Sequence[str], rows: Sequence[Row]) -> Tensor:
+        """Rows -> their logits (B, labels)."""
+        logits = torch.empty(len(rows), len(self.labels))
+        for chosen in self._padding.batches(texts, rows, self.batch_size):
+            batch = [rows[i] for i in chosen]
+            logits[chosen] = self._forward(batch)
+            if tried := self._padding.untried(batch):
+                alone = torch.cat([self._forward([batch[i]]) for i in tried])
+                if not self._padding.is_harmless(logits[[chosen[i] for i in tried]], alone):
+                    again = torch.cat([self._forward([batch[i]]) for i in tried])
+                    if not is_same(alone, again):
+                        raise ModelError(
+                            f"{self.name} gives one text another score each time: choose another "
+                            "classifier"
+                        )
+                    return self._logits(texts, rows)  # this time without padding
+        return logits
+
+    def _forward(self, rows: Sequence[Row]) -> Tensor:
+        batch = {key: value.to(self.device) for key, value in self._padding.padded(rows).items()}
+        with fast_matmul():
+            return self.classifier(**batch).logits.float().cpu()
 
     def probe(self) -> None:
         """Score clearly positive and clearly negative sentences.
@@ -172,52 +197,59 @@ class SentimentReward:
                 "(reward.model), or set reward.probe=false if that is meant"
             )
         expected = _polarity(self.label) or _polarity_of_index(self.index, self.labels)
+        if len(self.labels) == 1:
+            expected = _polarity(self.label) or _polarity(self.sentiment)
         if expected and (gap > 0) != (expected > 0):
+            remedy = f"Choose the other label (labels: {', '.join(self.labels)})"
+            if len(self.labels) == 1:
+                remedy = "Choose another classifier (reward.model)"
             raise UsageError(
-                f"{seen}: its labels are reversed. Choose the other label (labels: "
-                f"{', '.join(self.labels)}), or set reward.probe=false if that is meant"
+                f"{seen}: its labels are reversed. {remedy}, or set reward.probe=false if that is "
+                "meant"
             )
 
     def _is_multi_label(self) -> bool:
         return self.classifier.config.problem_type == "multi_label_classification"
 
     def _max_length(self) -> int:
-        config = self.classifier.config.get_text_config()
-        limits = [
-            getattr(config, "max_position_embeddings", None),
-            self.tokenizer.model_max_length,
-        ]
-        known = [limit for limit in limits if limit is not None and 0 < limit < 10**6]
-        # Positions that begin after the padding index, as RoBERTa's, leave the first rows unused.
-        unused = [
-            module.padding_idx + 1
-            for name, module in self.classifier.named_modules()
-            if name.endswith("position_embeddings")
-            and getattr(module, "padding_idx", None) is not None
-        ]
-        if unused and known:
-            known.append(config.max_position_embeddings - unused[0])
-        return min(known, default=512)
+        limits = [context_length(self.classifier), self.tokenizer.model_max_length]
+        known = [limit for limit in limits if limit is not None and 0 < limit < UNLIMITED]
+        adapters = getattr(self.classifier, "peft_config", {}).values()
+        virtual = sum(getattr(adapter, "num_virtual_tokens", None) or 0 for adapter in adapters)
+        return min(known, default=512) - virtual
 
 
 def resolve_label(sentiment: str, labels: Sequence[str]) -> int:
     """Index of the label that `sentiment` names.
 
     Tried in turn, case ignored: a label's own name; its index; for a word that means positive or
-    negative, a label that means the same; and for two labels without a meaning (`LABEL_0`,
-    `LABEL_1`) the second as positive, the first as negative, which `SentimentReward.probe` checks.
+    negative, a label that means the same; for two labels without a meaning (`LABEL_0`, `LABEL_1`)
+    the second as positive, the first as negative, which `SentimentReward.probe` checks; and for a
+    reward model's single output, unless its name means negative, positive.
 
     Raises:
-        UsageError: nothing matches; the message lists the labels.
+        UsageError: nothing matches, or several labels have that name; the message lists the labels.
     """
     wanted = _normal(sentiment)
     names = [_normal(label) for label in labels]
+    if names.count(wanted) > 1:
+        raise UsageError(
+            f"the classifier has {names.count(wanted)} labels named '{sentiment}'; its labels are "
+            f"{', '.join(labels)}. Choose one by its index, 0 to {len(labels) - 1}"
+        )
     if wanted in names:
         return names.index(wanted)
     index = sentiment.strip()
     if index.isascii() and index.isdigit() and int(index) < len(labels):
         return int(index)
     polarity = _polarity(sentiment)
+    if len(labels) == 1 and polarity:
+        if polarity * _polarity(labels[0]) > 0 or (polarity > 0 and not _polarity(labels[0])):
+            return 0
+        raise UsageError(
+            f"the classifier has no label '{sentiment}': its single output is {labels[0]}, which "
+            f"is not turned round. Choose it with --sentiment {labels[0]}, or another classifier"
+        )
     if polarity:
         synonyms = POSITIVE_NAMES if polarity > 0 else NEGATIVE_NAMES
         for synonym in synonyms:
@@ -229,37 +261,6 @@ def resolve_label(sentiment: str, labels: Sequence[str]) -> int:
         f"the classifier has no label '{sentiment}'; its labels are "
         f"{', '.join(labels)}.{did_you_mean(sentiment, labels) or ' Choose one with --sentiment'}"
     )
-
-
-def _load_classifier(name: str, **kwargs: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    config = AutoConfig.from_pretrained(name, **kwargs)
-    architectures = config.architectures or []
-    if architectures and not any(
-        item.endswith("ForSequenceClassification") for item in architectures
-    ):
-        raise ModelError(
-            f"{name} is a {architectures[0]}, not a sequence classifier: choose one whose "
-            "architecture ends in ForSequenceClassification"
-        )
-    kwargs |= implementations(name, config, kwargs["trust_remote_code"])
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        name,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused here, by name
-        **kwargs,
-    )
-    refuse_misshaped(name, info["mismatched_keys"])
-    refuse_missing(name, info["missing_keys"])
-    return model
-
-
-def _labels(config: Any) -> list[str]:
-    if config.num_labels == 1:
-        return ["NEGATIVE", "POSITIVE"]
-    return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 
 def _normal(name: str) -> str:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from ppo_cli.architecture import reads_packed, rope_switch
+from ppo_cli.context import context_length as context_length
 from ppo_cli.decoding import decode_responses, decode_whole, not_finite
 from ppo_cli.errors import UsageError
 from ppo_cli.matmul import fast_matmul
@@ -143,7 +144,7 @@ def sample_responses(
         UsageError: an empty query, or one that with its response exceeds the model's context.
     """
     queries = [query.to(model.device) for query in queries]
-    _check_lengths(queries, max_new_tokens, context_length(model.config))
+    _check_lengths(queries, max_new_tokens, context_length(model))
     if isinstance(eos_token_id, int):
         eos_token_id = [eos_token_id]
     if generation_kwargs.get("num_return_sequences", 1) != 1:
@@ -170,7 +171,7 @@ def sample_responses(
     way = _way(model, pad, is_plain=shaping is not None)
     responses: list[Tensor] = []
     # Our own loop lets a row that has ended stay where it is; transformers reads on.
-    context = None if way == "loop" else context_length(model.config)
+    context = None if way == "loop" else context_length(model)
     with modes_kept(model), fast_matmul():
         model.eval()
         for batch in _batches(queries, max_new_tokens, batch_size or len(queries), context):
@@ -377,11 +378,6 @@ def _pad_left(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
         ids[i, width - row.numel() :] = row
         mask[i, width - row.numel() :] = 1
     return ids, mask
-
-
-def context_length(config: Any) -> int | None:
-    """Most tokens that a model reads, None where positions are not limited."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _check_lengths(

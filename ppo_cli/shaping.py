@@ -28,8 +28,8 @@ def check_terms(settings: RewardConfig, end_ids: Collection[int]) -> None:
     """Raise `UsageError` where responses shall be fined for not ending, and none can end."""
     if settings.missing_eos_penalty and not end_ids:
         raise UsageError(
-            "reward.missing_eos_penalty: the tokenizer has no end-of-text token, so no response "
-            "ends by itself: say with rollout.stop what ends one, or set the penalty to 0"
+            "reward.missing_eos_penalty: neither tokenizer nor model has an end-of-text token, so "
+            "no response ends by itself: say with rollout.stop what does, or set the penalty to 0"
         )
 
 

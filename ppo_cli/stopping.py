@@ -1,4 +1,4 @@
-"""Which tokens end a response: the end-of-text token, and those that hold a stop text."""
+"""Which tokens end a response: end-of-text tokens, and those that hold a stop text."""
 
 from __future__ import annotations
 
@@ -11,17 +11,30 @@ from ppo_cli.text import shortened
 SPACE_MARK = "▁"  # what SentencePiece writes for a space, which decoding drops at the beginning
 
 
-def end_tokens(tokenizer: Any, stop: Sequence[str] = ()) -> list[int]:
+def end_tokens(tokenizer: Any, stop: Sequence[str] = (), model: Any = None) -> list[int]:
     """Ids of the tokens that end a response, in ascending order; none where there is nothing.
+
+    They are the tokenizer's end-of-text token, all those that the model's configurations name
+    (chat models have one for a turn beside the one for a text), and those that hold a text of
+    `stop`. Ids outside the vocabulary, which small models keep from a large one, do not count.
 
     A text stops where one token holds it, alone or with other characters: "." is in " ." and
     '."' too. It may be a special token's own text, such as "<|im_end|>", too. A text that the
     model spells with several tokens does not stop.
 
+    Args:
+        tokenizer: the model's.
+        stop: texts that end a response.
+        model: has `config` and `generation_config`, as `transformers` does; None to leave out
+            what it says.
+
     Raises:
         UsageError: no token holds one of `stop`.
     """
-    ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    vocabulary = _vocabulary(tokenizer, model)
+    named = [tokenizer, *_configurations(model)]
+    ids = [i for one in named for i in _listed(getattr(one, "eos_token_id", None))]
+    ends = {i for i in ids if 0 <= i < vocabulary}
     if stop:
         texts = _texts(tokenizer)
         special = set(tokenizer.all_special_ids)
@@ -39,6 +52,25 @@ def end_tokens(tokenizer: Any, stop: Sequence[str] = ()) -> list[int]:
                 )
             ends |= found
     return sorted(ends)
+
+
+def _listed(ids: Any) -> list[int]:
+    """Ids as a list, which a configuration gives as one number, as several, or not at all."""
+    if ids is None:
+        return []
+    return [int(i) for i in ids] if isinstance(ids, (list, tuple)) else [int(ids)]
+
+
+def _configurations(model: Any) -> list[Any]:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    return [config, text, getattr(model, "generation_config", None)]
+
+
+def _vocabulary(tokenizer: Any, model: Any) -> int:
+    """How many ids there are: the model's, which may be more than the tokenizer's."""
+    sizes = [getattr(one, "vocab_size", None) or 0 for one in _configurations(model)]
+    return max(len(tokenizer), *sizes)
 
 
 def _texts(tokenizer: Any) -> list[str]:

@@ -78,8 +78,6 @@ class Training:
         set_seed(config.run.seed)
         self.device = resolve_device(config.run.device)
         self.tokenizer = load_tokenizer(config.policy.model, config.policy.revision, trusted)
-        self.ends = end_tokens(self.tokenizer, config.rollout.stop)
-        check_terms(config.reward, self.ends)
         self.prompts = load_prompts(config.prompts, self.tokenizer, config.run.seed, tell)
         queries = config.ppo.batch_size // config.ppo.responses_per_query
         if len(self.prompts.train) < queries:
@@ -97,7 +95,9 @@ class Training:
             seed=(config.run.seed + 1) % 2**32,  # not the seed of the queries' lengths
         )
         self.trainer = make_trainer(config, self.device, self.tokenizer, trusted)
-        check_context(config, self._policy.config, self.prompts.train)
+        self.ends = end_tokens(self.tokenizer, config.rollout.stop, self._policy)
+        check_terms(config.reward, self.ends)
+        check_context(config, self._policy, self.prompts.train)
         try_models(self.trainer)
         self._say(filter(None, [sampling_advice(config)]))
         self.adviser = Adviser(config)

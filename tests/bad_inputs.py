@@ -149,6 +149,10 @@ CONFIGURATIONS: list[Case] = [
     setting("policy.adapter.r=0", "policy.adapter.r", "greater"),
     setting("policy.adapter.dropout=1", "policy.adapter.dropout", "less than 1"),
     setting("policy.adapter.target_modules=q_proj", "target_modules", "valid array"),
+    setting("policy.adapter.target_modules=[c_atn]", "target_modules", "'c_atn'", "'c_attn'"),
+    setting("policy.adapter.target_modules=[c_fc,x]", "target_modules", "no module 'x'", "c_attn"),
+    setting("policy.adapter.target_modules=[ln_f]", "target_modules", "peft refuses", "c_attn"),
+    setting("policy.adapter.target_modules=[]", "target_modules", "peft refuses", "c_attn"),
 ]  # fmt: skip
 PLACES: list[Case] = [
     ([C, "{run}", "--sentiment", ""], 2, ["no label ''"]),
@@ -245,7 +249,8 @@ MODELS: list[Case] = [
     setting("policy.model={head_cut}", "head_cut", "cannot be loaded", code=1),
     setting("policy.model={head_wide}", "head_wide", "value head does not fit", code=1),
     setting("policy.model={coded}", "coded", "--trust-remote-code", code=1),
-    setting("policy.model={adapter}", "adapter", "cannot be loaded", code=1),
+    setting("policy.model={adapter}", "adapter", "base model", "./absent: no such", code=1),
+    setting("policy.model={judge_adapter}", "judge_adapter", "task_type SEQ_CLS", "CAUSAL_LM"),
     setting("policy.model={nan_weights}", "nan_weights", "wte.weight holds NaN", code=1),
     setting("policy.model={worded_length}", "worded_length", "model_max_length", "'abc'", code=1),
     setting("policy.model={odd_dropout}", "odd_dropout", "does not work as a model", code=1),
@@ -272,6 +277,12 @@ MODELS: list[Case] = [
     setting("reward.model={judge_headless}", "does not work as a classifier", "config.json", code=1),
     setting("reward.model={judge_coded}", "judge_coded", "--trust-remote-code", code=1),
     setting("reward.model={judge_blind}", "judge_blind", "does not tell sentiment apart"),
+    ([T, "--sentiment", "negative", "--set", "reward.model={judge_single}"], 2,
+     ["no label 'negative'", "single output is quality", "--sentiment quality"]),
+    ([T, "--sentiment", "same", "--set", "reward.model={judge_twins}"], 2, ["2 labels", "index"]),
+    setting("reward.model={judge_gap}", "judge_gap", "id2label", code=1),
+    setting("reward.model={adapter}", "adapter", "task_type CAUSAL_LM", "SEQ_CLS", code=1),
+    setting("reward.model={judge_adapter}", "judge_adapter", "./absent: no such", code=1),
     ([G, "no-such-org/no-such-model"], 1, ["no-such-org/no-such-model", "hub"]),
     ([G, ""], 2, ["model", "empty"]),
     ([G, "a\x07b"], 2, ["a\\x07b", "control character"]),
@@ -551,11 +562,16 @@ def _make_models(folder: Path) -> None:
     }
     for name in ("coded", "judge_coded"):
         (model(name, json.dumps(code)) / "own.py").write_text("import os\nos.mkdir('executed')\n")
-    for name, base in (("adapter", "./absent"), ("adapter_coded", str(folder / "coded"))):
+    for name, base, task in (
+        ("adapter", "./absent", "CAUSAL_LM"),
+        ("judge_adapter", "./absent", "SEQ_CLS"),
+        ("adapter_coded", str(folder / "coded"), "CAUSAL_LM"),
+    ):
         (folder / name).mkdir()
-        about = {"peft_type": "LORA", "base_model_name_or_path": base, "task_type": "CAUSAL_LM"}
+        about = {"peft_type": "LORA", "base_model_name_or_path": base, "task_type": task}
         (folder / name / "adapter_config.json").write_text(json.dumps(about))
         make_tokenizer().save_pretrained(folder / name)
+    save_file({}, folder / "judge_adapter" / "adapter_model.safetensors")
     _make_judges(folder)
 
 
@@ -582,6 +598,20 @@ def _make_judges(folder: Path) -> None:
             else:
                 state[key] = state[key] * (0 if name == "judge_blind" else float("nan"))
         save_file(state, weights, {"format": "pt"})
+    labels = {
+        "judge_single": {"0": "quality"},
+        "judge_twins": {"0": "same", "1": "same"},
+        "judge_gap": {"3": "bad", "9": "good"},
+    }
+    for name, names in labels.items():
+        shutil.copytree(classifier_folder(), folder / name)
+        file = folder / name / "config.json"
+        config = json.loads(file.read_text()) | {"id2label": names, "label2id": {}}
+        file.write_text(json.dumps(config))
+    weights = folder / "judge_single" / "model.safetensors"
+    state = load_file(weights)
+    last = {key: value for key, value in state.items() if key.startswith("classifier.")}
+    save_file(state | {key: value[:1] for key, value in last.items()}, weights, {"format": "pt"})
 
 
 def make_endless_model(folder: Path) -> None:

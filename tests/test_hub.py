@@ -22,11 +22,13 @@ import torch
 import transformers
 from conftest import make_gpt2, make_tokenizer
 from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
 
-from ppo_cli import hub
-from ppo_cli.config import PolicyConfig
+from ppo_cli import AutoModelForCausalLMWithValueHead, hub
+from ppo_cli.config import PolicyConfig, RewardConfig
+from ppo_cli.embedded import classifier_folder
 from ppo_cli.errors import ModelError, ModelNotFoundError, PPOCliError
-from ppo_cli.loading import load_policy, load_tokenizer
+from ppo_cli.loading import load_policy, load_reward, load_tokenizer
 
 NAME = "org/name"
 COMMIT = "0" * 40
@@ -53,6 +55,7 @@ class Hub(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.folder = folder
         self.faults: list[Fault] = []
+        self.asked: list[str] = []
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -76,8 +79,11 @@ class Answer(BaseHTTPRequestHandler):
             fault = None
         if path == f"/api/models/{NAME}":
             return self.answer(json.dumps({"id": NAME, "sha": COMMIT, "siblings": []}).encode())
-        file = self.server.folder / path.rpartition("/")[2]
-        if path.startswith(f"/{NAME}/resolve/") and file.is_file():
+        asked = path.removeprefix(f"/{NAME}/resolve/")
+        file = self.server.folder / asked.partition("/")[2]
+        if asked != path:
+            self.server.asked.append(asked)
+        if asked != path and file.is_file():
             return self.answer(file.read_bytes(), cut_after=fault and fault.cut_after)
         return self.answer(b"{}", 404, {"X-Error-Code": "EntryNotFound"})
 
@@ -225,3 +231,48 @@ def test_a_model_in_the_cache_needs_no_hub(
             load()
         assert not constants.HF_HUB_OFFLINE
     assert slept == []
+
+
+@pytest.mark.parametrize("subfolder", ["", "inner"])
+def test_an_adapter_on_the_hub_is_loaded_and_then_found_in_the_cache(
+    subfolder: str,
+    server: Hub,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(1)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, fan_in_fan_out=True)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    model = get_peft_model(base, config).eval()
+    server.folder = tmp_path / "hub"
+    model.save_pretrained(server.folder / subfolder)
+    make_tokenizer().save_pretrained(server.folder / subfolder)
+    ids = torch.tensor([[1, 2, 3]])
+    place = {"revision": "branch", **({"subfolder": subfolder} if subfolder else {})}
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        policy = AutoModelForCausalLMWithValueHead.from_pretrained(NAME, **place)
+        assert policy.is_peft_model
+        torch.testing.assert_close(policy(ids)[0], model(ids).logits)
+        if not subfolder:  # which a configuration has no key for
+            settings = PolicyConfig(model=NAME, revision="branch")
+            assert load_tokenizer(NAME, "branch").get_vocab() == make_tokenizer().get_vocab()
+            torch.testing.assert_close(load_policy(settings)(ids)[0], model(ids).logits)
+    weights = f"{subfolder}/adapter_model.safetensors".lstrip("/")
+    assert any(asked.endswith(f"/{weights}") for asked in server.asked)
+    assert {asked.partition("/")[0] for asked in server.asked} <= {"branch", COMMIT}
+
+
+def test_an_adapter_of_a_classifier_on_the_hub_is_loaded(server: Hub, tmp_path: Path) -> None:
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(classifier_folder())
+    torch.manual_seed(1)
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_lin"], init_lora_weights=False)
+    model = get_peft_model(base, config).eval()
+    server.folder = tmp_path / "hub"
+    model.save_pretrained(server.folder)
+    reward = load_reward(RewardConfig(model=NAME, revision="branch"), torch.device("cpu"))
+    tokens = reward.tokenizer("This movie was wonderful", return_tensors="pt")
+    expected = model(input_ids=tokens.input_ids).logits[0, reward.index]
+    assert reward(["This movie was wonderful"]).item() == pytest.approx(expected.item(), abs=1e-4)
+    assert {asked.partition("/")[0] for asked in server.asked} <= {"branch", COMMIT}

@@ -529,6 +529,84 @@ def test_a_push_uploads_weights_and_value_head(
     assert uploads.files >= {"config.json", "model.safetensors", VALUE_HEAD_FILE, "README.md"}
 
 
+# ---------------------------------------------------------------- models of several parts
+
+
+def whole(kind: str) -> Any:
+    """A random model that reads pictures, too, as such are published."""
+    torch.manual_seed(0)
+    text: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
+    vision: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    vision |= {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    settings: dict[str, Any] = {}
+    if kind == "Qwen3_5":
+        text |= {"layer_types": ["linear_attention", "full_attention"]}
+        text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+        text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
+        vision |= {"out_hidden_size": 16}
+    if kind == "Llama4":
+        text |= {"intermediate_size_mlp": 16, "num_local_experts": 2, "attention_chunk_size": 8}
+        vision |= {"vision_output_dim": 8, "projector_input_dim": 8, "projector_output_dim": 8}
+    if kind == "Gemma3":
+        text |= {"sliding_window": 8}
+        settings = {"mm_tokens_per_image": 4, "image_token_index": 70, "boi_token_index": 71}
+        settings |= {"eoi_token_index": 72}
+    if kind == "Mllama":
+        text |= {"cross_attention_layers": [1], "pad_token_id": 0}
+        vision = {"hidden_size": 8, "intermediate_size": 8, "attention_heads": 2}
+        vision |= {"num_hidden_layers": 1, "num_global_layers": 1, "image_size": 28}
+        vision |= {"patch_size": 14, "vision_output_dim": 16, "intermediate_layers_indices": [0]}
+    config_class = getattr(transformers, f"{kind}Config")
+    config = config_class(text_config=text, vision_config=vision, **settings)
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "alone"), [("Qwen3_5", True), ("Llama4", True), ("Gemma3", False)]
+)
+def test_a_model_of_several_parts_is_loaded_and_what_is_saved_loads_again(
+    kind: str, alone: bool, tmp_path: Path
+) -> None:
+    model = whole(kind)
+    model.save_pretrained(tmp_path / "whole")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        policy = Policy.from_pretrained(tmp_path / "whole").eval()
+    told = [str(one.message) for one in said if "pictures" in str(one.message)]
+    assert len(told) == alone
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        torch.testing.assert_close(policy(ids)[0], expected, rtol=1e-4, atol=1e-4)
+        policy.save_pretrained(tmp_path / "saved")
+        plain, info = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "saved", output_loading_info=True
+        )
+        assert not info["missing_keys"]
+        torch.testing.assert_close(plain.eval()(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        again = Policy.from_pretrained(tmp_path / "saved").eval()
+        torch.testing.assert_close(again(ids)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_language_model_without_a_folder_of_its_own_is_refused(tmp_path: Path) -> None:
+    """What AutoModelForCausalLM makes of it is saved so that nothing loads it again."""
+    whole("Mllama").save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="MllamaForConditionalGeneration is not a causal"):
+        Policy.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2VL", "Llava", "T5", "Whisper"])
+def test_what_reads_more_than_text_and_has_no_causal_form_is_refused(
+    kind: str, tmp_path: Path
+) -> None:
+    config = getattr(transformers, f"{kind}Config")()
+    config.architectures = [f"{kind}ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=f"{kind}ForConditionalGeneration is not a causal"):
+        Policy.from_pretrained(tmp_path)
+
+
 # ---------------------------------------------------------------- adapters
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS, SMALL_RUN, make_policy, make_tokenizer
+from conftest import EOS, SMALL_RUN, VOCABULARY, make_gpt2, make_policy, make_tokenizer
 
+from ppo_cli.comparison import compare
 from ppo_cli.config import RewardConfig
 from ppo_cli.config_source import load_config
 from ppo_cli.errors import UsageError
-from ppo_cli.generation import generate, resolve
+from ppo_cli.generation import Request, generate, resolve
 from ppo_cli.loading import load_tokenizer
 from ppo_cli.ppo.statistics import RUN_STATISTICS
 from ppo_cli.run_directory import RunDirectory
@@ -99,6 +100,35 @@ def test_of_special_tokens_the_whole_text_stops_alone() -> None:
     assert end_tokens(tokenizer, ["<|done|>"]) == [EOS, done]
     with pytest.raises(UsageError, match=r"'\|'"):
         end_tokens(tokenizer, ["t1", "|"])
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (EOS, None, [EOS]),
+        (3, 4, [3, 4, EOS]),
+        ([3, 5], [4, 3], [3, 4, 5, EOS]),
+        (None, [EOS], [EOS]),
+        (50256, [128001, 7], [7, EOS]),  # ids of a vocabulary that this model has not
+        (VOCABULARY, -1, [EOS]),
+    ],
+)
+def test_every_end_token_of_tokenizer_and_model_counts(
+    config: Any, generation: Any, expected: list[int]
+) -> None:
+    policy = make_policy(eos_token_id=config)
+    policy.generation_config.eos_token_id = generation
+    assert end_tokens(make_tokenizer(), model=policy) == expected
+    assert end_tokens(make_tokenizer(), ["t6"], policy) == sorted({*expected, *SIXES})
+
+
+SIXES = [6, *range(60, 70)]  # the tokens that hold "t6"
+
+
+def test_an_id_that_the_model_embeds_and_the_tokenizer_lacks_ends_too() -> None:
+    policy = make_policy(vocab_size=VOCABULARY + 8)
+    policy.generation_config.eos_token_id = VOCABULARY + 2
+    assert end_tokens(make_tokenizer(), model=policy) == [EOS, VOCABULARY + 2]
 
 
 def test_spaces_at_the_beginning_of_a_sentencepiece_token_count() -> None:
@@ -193,3 +223,52 @@ def test_a_stop_text_that_no_token_holds_is_refused(
     with pytest.raises(UsageError, match=r"rollout\.stop.*'the very end'"):
         Training(config)
     assert list(tmp_path.iterdir()) == []
+
+
+def make_chat_model(folder: Path) -> None:
+    """A random model whose turns end by many tokens, of which its tokenizer knows none."""
+    bpe = load_tokenizer("embedded")
+    bpe.eos_token, bpe.pad_token = None, bpe.convert_ids_to_tokens(bpe.eos_token_id)
+    bpe.save_pretrained(folder)
+    model = make_gpt2(vocab_size=len(bpe), initializer_range=0.02)
+    model.generation_config.eos_token_id = list(range(len(bpe) // 2))
+    model.config.eos_token_id = None
+    model.save_pretrained(folder)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_models_own_end_tokens_end_what_is_trained_evaluated_and_generated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_chat_model(tmp_path / "chat")
+    lengths = ["rollout.output_min_length=1", "rollout.output_max_length=4"]
+    changes = ["reward.missing_eos_penalty=1.5", "policy.model=chat", *lengths]
+    training = Training(load_config(SMALL_RUN, assignments=[*SMALL, *changes]))
+    assert training.ends == list(range(len(training.tokenizer) // 2))
+    fines = [report.stats["env/missing_eos_penalty"] for report in training.steps()]
+    assert 0 < sum(fines) / 2 < 1.5 / 2  # half of the tokens end
+    summary = training.finish()
+    training.directory.unlock()
+    assert 1 < summary.before.length < 3
+    assert 1 < summary.after.length < 3
+
+    def asked(*models: str) -> Request:
+        return resolve(
+            models, reference=True, score=True, sentiment=None, classifier="embedded", device="cpu"
+        )
+
+    verdict = compare(asked("ppo-good"), [], count=32, max_new_tokens=30, seed=0)
+    assert [1 < model.length < 3 for model in verdict.models] == [True, True]
+    request = asked("chat")
+    samples = generate(
+        request.sources[0],
+        ["This movie"],
+        samples_each=32,
+        max_new_tokens=30,
+        seed=0,
+        device=request.device,
+        reward=None,
+    ).samples
+    lengths = [len(training.tokenizer(sample.response).input_ids) for sample in samples]
+    assert 1 < sum(lengths) / 32 < 4

@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import EOS, make_batch, make_gpt2, make_policy, make_tokenizer, make_trainer, weights
 from datasets import Dataset
+from transformers import GenerationConfig
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_cli.ppo.statistics import STATISTICS
@@ -267,6 +268,39 @@ def test_eos_in_the_prompt_cuts_nothing() -> None:  # 14
     ):
         assert output[: len(query)].tolist() == query.tolist()
         assert len(output) == len(query) + 3
+
+
+@pytest.mark.parametrize(
+    ("given", "ends"),
+    [
+        ({}, {0, 1, EOS}),  # what tokenizer, configuration and generation_config name together
+        ({"eos_token_id": [5, 6]}, {5, 6}),
+        ({"eos_token_id": torch.tensor([5, 6])}, {5, 6}),
+        ({"eos_token_id": torch.tensor(5)}, {5}),
+        ({"eos_token_id": -1}, set()),
+        ({"eos_token_id": None}, set()),
+        ({"generation_config": GenerationConfig(eos_token_id=[5, 6], do_sample=True)}, {5, 6}),
+        ({"generation_config": GenerationConfig(do_sample=True)}, {0, 1, EOS}),
+        (
+            {"generation_config": GenerationConfig(eos_token_id=0, top_k=0), "eos_token_id": 5},
+            {5},
+        ),
+    ],
+)
+def test_responses_end_by_all_that_model_and_tokenizer_name_or_by_what_the_caller_gives(
+    given: dict[str, Any], ends: set[int]
+) -> None:
+    policy = make_policy(vocab_size=12, initializer_range=0.02, eos_token_id=1, bos_token_id=1)
+    policy.generation_config.eos_token_id = [0, 50256]
+    tokenizer = make_tokenizer(vocabulary=12, eos=11, pad=11)
+    ends = {11 if end == EOS else end for end in ends}
+    trainer = make_trainer(policy, tokenizer=tokenizer)
+    queries = [torch.tensor([EOS % 12, 2, 3])] * 32
+    settings = {"top_k": 0, "do_sample": True, "max_new_tokens": 12, "return_prompt": False}
+    rows = [row.tolist() for row in trainer.generate(queries, **settings, **given)]
+    assert all(ends.isdisjoint(row[:-1]) for row in rows)
+    assert all(len(row) == 12 or row[-1] in ends for row in rows)
+    assert {row[-1] for row in rows if len(row) < 12} == ends
 
 
 def test_single_query_gives_a_row_and_return_prompt_false_the_response_alone() -> None:

@@ -55,6 +55,7 @@ from ppo_cli.reference import (
 )
 from ppo_cli.rollout import new_token_limits, sample_responses
 from ppo_cli.runtime import RandomStream, keep_freed_memory, numpy_state, set_numpy_state
+from ppo_cli.stopping import end_tokens
 from ppo_cli.trial import starts_as_its_base
 
 
@@ -175,7 +176,8 @@ class PPOTrainer:
             generate_ref_response: also sample from the reference.
             generation_kwargs: of `transformers`' `generate`. Where they are silent sampling is
                 pure: the configuration's `temperature`, no top-k, no top-p, whatever the model's
-                own `generation_config` says; pass a `generation_config` to have one used.
+                own `generation_config` says; pass a `generation_config` to have one used. Without
+                an `eos_token_id` in either every end token of tokenizer and model ends a response.
 
         Returns:
             For one query a (1, length) tensor, for a list a list of 1-D tensors, each ending with
@@ -193,8 +195,8 @@ class PPOTrainer:
         limits = new_token_limits(queries, length_sampler, generation_kwargs)
         settings = {
             "pad_token_id": self.tokenizer.pad_token_id,
-            "eos_token_id": self.tokenizer.eos_token_id,
             **generation_kwargs,
+            "eos_token_id": self._end_tokens(generation_kwargs),
         }
         if "generation_config" not in settings:
             settings.setdefault("temperature", self.config.temperature)
@@ -217,6 +219,16 @@ class PPOTrainer:
             return response
         with self.adapter_off():
             return response, sample(self.model if self.ref_model is None else self.ref_model)
+
+    def _end_tokens(self, generation_kwargs: Mapping[str, Any]) -> int | list[int] | None:
+        """What ends a response: the caller's own word on it, else what tokenizer and model say."""
+        own = getattr(generation_kwargs.get("generation_config"), "eos_token_id", None)
+        if "eos_token_id" in generation_kwargs:
+            own = generation_kwargs["eos_token_id"]
+        elif own is None:
+            policy = self.accelerator.unwrap_model(self.model)
+            return end_tokens(self.tokenizer, model=policy) or None
+        return own.tolist() if isinstance(own, Tensor) else own
 
     # ------------------------------------------------------------------ learning
 
