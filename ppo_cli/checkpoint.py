@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ppo_cli.errors import PPOCliError
 from ppo_cli.files import settle, sync, writing
+from ppo_cli.run_directory import STATE_FILE
 
-STATE_FILE = "state.json"
 TENSORS_FILE = "tensors.safetensors"
 WEIGHTS_FILE = "weights.safetensors"
 MANIFEST_FILE = "manifest.json"

@@ -9,7 +9,8 @@ import numpy as np
 
 from ppo_cli.best_of_n import best_of_n, share
 from ppo_cli.errors import PPOCliError, UsageError
-from ppo_cli.generation import Loaded, Request, Source, encode, load_judge, load_model
+from ppo_cli.fingerprint import POLICY, PROMPTS, trusted_too
+from ppo_cli.generation import Loaded, Request, Source, encode, find_input, load_judge, load_model
 from ppo_cli.likelihoods import likelihoods
 from ppo_cli.loading import load_tokenizer
 from ppo_cli.prompts import EMBEDDED, load_prompts
@@ -203,6 +204,10 @@ def _held_out(request: Request, count: int) -> list[str]:
     settings = request.run.prompts
     if settings.source == EMBEDDED:  # there are as many as anyone wants
         settings = settings.model_copy(update={"held_out": count})
+    source, _ = find_input(request.inputs, PROMPTS, settings.source)
+    settings = settings.model_copy(update={"source": source})
     policy = request.run.policy
-    tokenizer = load_tokenizer(policy.model, policy.revision, request.trusted)
+    name, revision = find_input(request.inputs, POLICY, policy.model, policy.revision)
+    trusted = trusted_too(request.trusted, {policy.model: name})
+    tokenizer = load_tokenizer(name, revision, trusted)
     return [p.query for p in load_prompts(settings, tokenizer, request.run.run.seed).held_out]

@@ -45,7 +45,7 @@ ROWS = [
     ["config_source", "policy_files", "projection", "summary", "standing", "shaping"],
     ["verdict", "symptoms", "divergence"],
     ["prompts", "architecture", "run_directory", "advice"],
-    ["policy", "frontier"],
+    ["policy", "frontier", "fingerprint"],
     ["decoding", "reward", "reference"],
     ["rollout"],
     ["sampling", "potentials", "loading", "checkpoint", "model_card", "ppo.experience"],

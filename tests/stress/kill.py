@@ -49,7 +49,7 @@ def contents(run: Path) -> dict[str, Any]:
         }
     for path in run.glob("checkpoints/step-*/state.json"):
         state = json.loads(path.read_text())
-        del state["seconds"], state["records"]
+        del state["seconds"], state["records"], state["settings"]  # which run.yaml has
         found[str(path.relative_to(run))] = state
     found["names"] = sorted(
         str(p.relative_to(run)) for p in run.rglob("*") if not p.name.startswith(".lock")
