@@ -355,19 +355,19 @@ class RunDirectory:
             step: the checkpoint's.
         """
         lost = {}
-        for file in {METRICS_FILE, SAMPLES_FILE} & set(lengths):
-            path, length = self.path / file, lengths[file]
+        for file in (METRICS_FILE, SAMPLES_FILE):
+            path, length = self.path / file, lengths.get(file, 0)
             content = path.read_bytes() if path.is_file() else b""
-            rows = _whole_rows(content[:length], step)
-            if b"".join(line for _, line in rows) == content[:length] and len(content) >= length:
+            found = _whole_rows(content[:length], step, numbers=file == METRICS_FILE)
+            if sum(len(line) for _, line in found) == length:
                 self.cut_records({file: length})
                 continue
-            rows = _whole_rows(content, step)
+            found = _whole_rows(content, step, numbers=file == METRICS_FILE)
             if file == METRICS_FILE:  # one a step, the newest
-                rows = sorted(dict(rows).items())
+                found = sorted(dict(found).items())
             with replacing(path) as unfinished:
-                unfinished.write_bytes(b"".join(line for _, line in rows))
-            missing = sorted(set(range(1, step + 1)) - {number for number, _ in rows})
+                unfinished.write_bytes(b"".join(line for _, line in found))
+            missing = sorted(set(range(1, step + 1)) - {number for number, _ in found})
             lost[file] = f"{file} (nothing of {_ranges(missing)})" if missing else file
         if lost:
             warnings.warn(
@@ -468,16 +468,21 @@ def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
         yield row
 
 
-def _whole_rows(content: bytes, last: int) -> list[tuple[int, bytes]]:
-    """Step and line of the lines of a record that are whole, up to step `last`."""
+def _whole_rows(content: bytes, last: int, *, numbers: bool) -> list[tuple[int, bytes]]:
+    """Step and line of the lines of a record that are whole, up to step `last`.
+
+    Args:
+        numbers: whether all values of such a line are numbers.
+    """
     found = []
     for line in content.splitlines(keepends=True):
         try:
             row = json.loads(line)
-            step = row["step"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            step, values = row["step"], row.values()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
-        if isinstance(step, int) and 1 <= step <= last and line.endswith(b"\n"):
+        is_whole = isinstance(step, int) and 1 <= step <= last and line.endswith(b"\n")
+        if is_whole and not (numbers and any(not isinstance(v, (int, float)) for v in values)):
             found.append((step, line))
     return found
 
