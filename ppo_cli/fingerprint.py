@@ -69,7 +69,9 @@ class Inputs:
     def __init__(self, records: Any) -> None:
         known = records.items() if isinstance(records, dict) else ()
         self.records: dict[str, Record] = {
-            key: record for key, record in known if isinstance(record, dict) and record.get("name")
+            key: record
+            for key, record in known
+            if isinstance(record, dict) and "name" in record and _identity(record)
         }
 
     @classmethod
@@ -110,7 +112,7 @@ class Inputs:
         if was is None:
             return Found(name, revision)
         is_same_name = (name, revision) == (was["name"], was.get("revision"))
-        if is_same_name and was.get("commit"):
+        if is_same_name and was.get("commit") and not _files(key, name):
             return _find_commit(key, was)
         places = [name]
         if is_same_name and isinstance(was.get("path"), str) and was["path"] != name:
@@ -316,7 +318,7 @@ def _changes(what: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     elif _identity(was) != _identity(now) and None not in (_identity(was), _identity(now)):
         changes.append(f"{what} was {_identity(was)}, now {_identity(now)}")
     base, new_base = _dict(was, "base"), _dict(now, "base")
-    if base.get("name") != new_base.get("name"):
+    if base and base.get("name") != new_base.get("name"):
         changes.append(f"{what} is an adapter of {new_base.get('name')}, was of {base.get('name')}")
     elif base:
         changes += _changes(f"{what}: its base model {base.get('name')}", base, new_base)
@@ -326,7 +328,8 @@ def _changes(what: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 def _identity(record: Mapping[str, Any]) -> str | None:
     if commit := record.get("commit"):
         return f"commit {str(commit)[:12]}"
-    return f"the files of {record.get('path', record.get('name'))}" if record.get("files") else None
+    files = isinstance(record.get("files"), dict)
+    return f"the files of {record.get('path', record.get('name'))}" if files else None
 
 
 def _file_change(name: str, was: str | None, now: str | None) -> str:
