@@ -282,11 +282,14 @@ def _digests(files: Sequence[Path]) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
-    size = path.stat().st_size
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in _whole(file) if size <= WHOLE else _pieces(file, size):
-            digest.update(block)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for block in _whole(file) if size <= WHOLE else _pieces(file, size):
+                digest.update(block)
+    except OSError as error:  # what needs the file says so; not all of them are needed
+        return f"not readable: {error.strerror}"
     of = "" if size <= WHOLE else f"{size} bytes, in pieces "
     return f"{of}sha256 {digest.hexdigest()}"
 
