@@ -181,7 +181,9 @@ def data_files(source: str) -> list[Path]:
         return sorted(file for file in path.rglob("*") if file.is_file())
     if path.is_file():
         return [path]
-    return sorted(Path(name) for name in glob.glob(str(path)) if os.path.isfile(name))
+    return sorted(
+        Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)
+    )
 
 
 def what_differs(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -60,7 +60,7 @@ CHANGEABLE = (
 )
 # These may change where their product, the samples of an optimizer step, does not.
 BACKWARD_BATCH = ("ppo.mini_batch_size", "ppo.gradient_accumulation_steps")
-# These name the run's inputs, which are recorded.
+# These name inputs: where one is recorded it is known by that record, not by its name.
 INPUTS = ("policy.model", "policy.revision", "reward.model", "reward.revision", "prompts.source")
 VERSIONED = ("ppo-cli", "torch", "transformers", "accelerate", "trl", "datasets")
 
@@ -274,8 +274,9 @@ class RunDirectory:
         free = set(CHANGEABLE)
         if made_with.ppo.backward_batch_size == wanted.ppo.backward_batch_size:
             free.update(BACKWARD_BATCH)
-        if self.recorded().get("inputs"):
-            free.update(INPUTS)
+        inputs = self.recorded().get("inputs")
+        known = {str(key).partition(".")[0] for key in inputs} if isinstance(inputs, dict) else ()
+        free.update(key for key in INPUTS if key.partition(".")[0] in known)
         if fixed := {key: change for key, change in changes.items() if key not in free}:
             edits = _differences(
                 made_with.model_dump(mode="json"), self.config().model_dump(mode="json")
