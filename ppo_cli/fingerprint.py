@@ -177,9 +177,9 @@ def record_of(
 def data_files(source: str) -> list[Path]:
     """The files that a prompts source names: itself, those of a folder or of a pattern; or none."""
     path = Path(os.path.expanduser(source))
-    if path.is_dir():
+    if os.path.isdir(path):
         return sorted(file for file in path.rglob("*") if file.is_file())
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
     return sorted(
         Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)
@@ -221,7 +221,7 @@ def _files(key: str, name: str) -> list[Path]:
     if key == PROMPTS:
         return data_files(name)
     folder = Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return []
     return sorted(
         path
