@@ -32,8 +32,9 @@ test-gpu: $(READY)
 	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest tests/test_gpu.py
 
 # Kills a training run at 50 random instants and resumes it; minutes.
+# make stress SETTINGS=all KILLS=5 does so with other settings, SETTINGS=adapter,rollback with those.
 stress: $(READY)
-	$(BIN)/python tests/stress/kill.py
+	$(BIN)/python tests/stress/kill.py $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(KILLS),--kills $(KILLS))
 
 # Trains a tiny model of every causal family that transformers has; half an hour.
 zoo: $(READY)

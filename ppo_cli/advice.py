@@ -69,7 +69,7 @@ class Adviser:
         """Begin anew with steps that were made, and advised on, before."""
         self._history = History()
         for row in rows:
-            if "objective/kl" in row:
+            if all(key in row for key in symptoms.READ):
                 self.take(row)
 
     def closing(self) -> list[str]:
@@ -79,7 +79,7 @@ class Adviser:
     def _new(self, rules: Iterable[Rule]) -> list[str]:
         found = []
         for rule in rules:
-            if rule.name in self._said or self._history.step < rule.needs:
+            if rule.name in self._said or self._history.count < rule.needs:
                 continue
             if (advice := rule.find(self._history, self._config)) is not None:
                 self._said.add(rule.name)

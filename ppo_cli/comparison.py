@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ppo_cli.best_of_n import best_of_n, share
 from ppo_cli.errors import PPOCliError, UsageError
+from ppo_cli.fingerprint import POLICY, PROMPTS, trusted_too
 from ppo_cli.generation import (
     Loaded,
     Request,
     Source,
     check_room,
     encode,
+    find_input,
     load_judge,
     load_model,
     sampling_errors,
@@ -241,6 +243,10 @@ def _held_out(request: Request, count: int) -> tuple[list[Prompt], Any]:
     settings = request.run.prompts
     if settings.source == EMBEDDED:  # there are as many as anyone wants
         settings = settings.model_copy(update={"held_out": count})
+    source, _ = find_input(request.inputs, PROMPTS, settings.source)
+    settings = settings.model_copy(update={"source": source})
     policy = request.run.policy
-    tokenizer = load_tokenizer(policy.model, policy.revision, request.trusted)
+    name, revision = find_input(request.inputs, POLICY, policy.model, policy.revision)
+    trusted = trusted_too(request.trusted, {policy.model: name})
+    tokenizer = load_tokenizer(name, revision, trusted)
     return load_held_out(settings, tokenizer, request.run.run.seed), tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from ppo_cli.config import PolicyConfig, RewardConfig, RunConfig, check_name
 from ppo_cli.errors import DataError, ModelError, NumericalError, UsageError
 from ppo_cli.evaluation import Generated
+from ppo_cli.fingerprint import CLASSIFIER, POLICY, Inputs, trusted_too
 from ppo_cli.loading import check_trusted, load_policy, load_reward, load_tokenizer
 from ppo_cli.prompts import Encoder
 from ppo_cli.reward import SentimentReward
@@ -31,12 +33,20 @@ DEFAULT_NEW_TOKENS = 30
 
 @dataclass(frozen=True)
 class Source:
-    """A model to sample from: its name on the screen, what loads it, and what ends a response."""
+    """A model to sample from.
+
+    Attributes:
+        name: on the screen.
+        model, revision: what loads it.
+        stop: what ends a response.
+        inputs: of the run whose policy it was at the start, by which it is found and known.
+    """
 
     name: str
     model: str
     revision: str | None = None
     stop: tuple[str, ...] = ()
+    inputs: Inputs | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class Request:
         device: where all of it runs.
         trusted: models whose own code may run.
         reference: that run's reference, whether it is among `sources` or not.
+        inputs: of that run, where the classifier is its own.
     """
 
     sources: list[Source]
@@ -58,9 +69,10 @@ class Request:
     device: torch.device
     trusted: Collection[str] = ()
     reference: Source | None = None
+    inputs: Inputs | None = None
 
     @property
-    def inputs(self) -> list[str]:
+    def input_names(self) -> list[str]:
         """Names of all models, of the classifier and of the run's prompts."""
         found = [source.model for source in self.sources]
         found += [self.reward.model] if self.reward else []
@@ -109,14 +121,16 @@ def resolve(
             check_name("-" if name is None else name)
         except ValueError as error:
             raise UsageError(f"{what} '{shortened(str(name), 40)}' {error}") from error
-    runs = [RunDirectory(model).config() for model in models if RunDirectory(model).is_run()]
-    run = runs[0] if runs else None
+    runs = [RunDirectory(model) for model in models if RunDirectory(model).is_run()]
+    configs = [directory.config() for directory in runs]
+    run = configs[0] if configs else None
+    inputs = Inputs(runs[0].recorded().get("inputs")) if runs else None
     names = [str(Path(model)) if RunDirectory(model).is_run() else model for model in models]
     stop = tuple(run.rollout.stop) if run is not None else ()
     sources = [Source(name, model, None, stop) for name, model in zip(names, models, strict=True)]
     base = None
     if run is not None:
-        base = Source(REFERENCE, run.policy.model, run.policy.revision, stop)
+        base = Source(REFERENCE, run.policy.model, run.policy.revision, stop, inputs)
     if reference and base is not None:
         sources.append(base)
     reward = None
@@ -136,7 +150,7 @@ def resolve(
     loaded += [reward.model] if reward else []
     loaded += [run.policy.model] if run else []
     check_trusted(trusted, loaded)
-    return Request(sources, reward, run, resolve_device(device), trusted, base)
+    return Request(sources, reward, run, resolve_device(device), trusted, base, inputs)
 
 
 def read_prompts(prompts: Sequence[str], file: str | None, column: str = "text") -> list[str]:
@@ -172,7 +186,30 @@ def load_judge(request: Request) -> SentimentReward | None:
     """The classifier of a request, if one is wanted."""
     if request.reward is None:
         return None
-    return load_reward(request.reward, request.device, trusted=request.trusted)
+    settings, trusted = request.reward, request.trusted
+    if request.run is not None and settings.model == request.run.reward.model:
+        name, revision = find_input(request.inputs, CLASSIFIER, settings.model, settings.revision)
+        trusted = trusted_too(trusted, {settings.model: name})
+        settings = settings.model_copy(update={"model": name, "revision": revision})
+    return load_reward(settings, request.device, trusted=trusted)
+
+
+def find_input(
+    inputs: Inputs | None, key: str, name: str, revision: str | None = None
+) -> tuple[str, str | None]:
+    """What to load for an input of a run; warns where it has changed since the run began.
+
+    Args:
+        inputs: the run's; None where there is no run.
+        key: of the input.
+        name, revision: as the run's settings have them.
+    """
+    if inputs is None:
+        return name, revision
+    found = inputs.find(key, name, revision)
+    for change in found.changes:
+        warnings.warn(f"not as it was when the run began: {change}", stacklevel=1)  # once
+    return found.name, found.revision
 
 
 def generate(
@@ -234,8 +271,10 @@ def load_model(source: Source, device: torch.device, trusted: Collection[str] = 
     Raises:
         ModelError: it cannot be loaded.
     """
-    tokenizer = load_tokenizer(source.model, source.revision, trusted)
-    settings = PolicyConfig(model=source.model, revision=source.revision)
+    name, revision = find_input(source.inputs, POLICY, source.model, source.revision)
+    trusted = trusted_too(trusted, {source.model: name})
+    tokenizer = load_tokenizer(name, revision, trusted)
+    settings = PolicyConfig(model=name, revision=revision)
     policy = load_policy(settings, tokenizer, trusted)
     ends = end_tokens(tokenizer, source.stop, policy)
     return Loaded(source.name, policy.to(device).eval(), tokenizer, ends)

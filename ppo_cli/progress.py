@@ -17,7 +17,7 @@ from ppo_cli.checkpoint import (
     save_checkpoint,
     whole_checkpoint,
 )
-from ppo_cli.config import RunSettings
+from ppo_cli.config import RunConfig
 from ppo_cli.errors import PPOCliError
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.prompts import LengthSampler
@@ -36,7 +36,7 @@ class Progress:
         directory: where checkpoints and records lie.
         trainer: policy, optimizer, KL coefficient, reward moments, random numbers of its own.
         lengths: the sampler of the responses' limits.
-        settings: the run's.
+        config: the run's; a checkpoint holds it, so that it can be told what made it.
 
     Attributes:
         seconds: time spent in steps.
@@ -52,12 +52,13 @@ class Progress:
         directory: RunDirectory,
         trainer: PPOTrainer,
         lengths: LengthSampler,
-        settings: RunSettings,
+        config: RunConfig,
     ) -> None:
         self._directory = directory
         self._trainer = trainer
         self._lengths = lengths
-        self._settings = settings
+        self._config = config
+        self._settings = config.run
         self.seconds = 0.0
         self.kl = 0.0
         self.standing = Standing()
@@ -80,6 +81,7 @@ class Progress:
             "kl": self.kl,
             "standing": self.standing.as_dict(),
             "rollbacks": self.rollbacks,
+            "settings": self._config.model_dump(mode="json"),
         }
         folder, keep = self._directory.checkpoints, self._settings.keep
         self.checkpoint = save_checkpoint(folder, step, self._policy, state, keep, self._best_step)
@@ -115,7 +117,7 @@ class Progress:
         self.checkpoint, self.saved_step = checkpoint, self._trainer.current_step
 
     def drop_what_followed(self) -> None:
-        """Cut the records where the checkpoint has their ends; damaged newer checkpoints go.
+        """Make the records end where the checkpoint has it; damaged newer checkpoints go.
 
         So does an evaluation that was made only because the run ended there.
         """
@@ -124,7 +126,7 @@ class Progress:
         prune(self._directory.checkpoints, self._settings.keep, self._best_step)
         if not self.is_evaluated:
             self._directory.put_evaluation(self.saved_step, {})
-        self._directory.cut_records(self._record_lengths)
+        self._directory.restore_records(self._record_lengths, self.saved_step)
 
     def take_weights(self, standing: Standing) -> Weights:
         """Give the policy the weights that the run directory shall have, by `run.weights`.

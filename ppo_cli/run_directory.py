@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +36,7 @@ from ppo_cli.inventory import (
     LOCK_FILES,
     MARKER,
     RUN_FILE,
+    STATE_FILE,
     Inventory,
     lies_in_checkpoints,
     shown,
@@ -57,6 +58,7 @@ RECORDS = (METRICS_FILE, SAMPLES_FILE)
 LISTED = (CONFIG_FILE, *RECORDS, PLOT_FILE, "frontier.json", "frontier.png")
 # What is there before run.yaml is.
 BEGINNINGS = {f".{MARKER}.tmp", f".{CONFIG_FILE}.tmp"}
+MOST_RANGES = 5  # of steps that a message names
 LONGEST_NAME = 240  # of a folder, bytes; file systems take 255
 CHANGEABLE = (
     "run.steps",
@@ -80,15 +82,23 @@ CHANGEABLE = (
 )
 # These may change where their product, the samples of an optimizer step, does not.
 BACKWARD_BATCH = ("ppo.mini_batch_size", "ppo.gradient_accumulation_steps")
+# These name inputs: where one is recorded it is known by that record, not by its name.
+INPUTS = ("policy.model", "policy.revision", "reward.model", "reward.revision", "prompts.source")
 VERSIONED = ("ppo-cli", "torch", "transformers", "accelerate", "trl", "datasets")
 
 
 class RunDirectory:
-    """A run directory at `path`, whether it exists or not."""
+    """A run directory at `path`, whether it exists or not.
+
+    Attributes:
+        path: the folder.
+        facts: what `record` writes beside configuration, versions and commit.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.inventory = Inventory(self.path)
+        self.facts: dict[str, Any] = {}
         self._lock: FileLock | None = None
 
     @property
@@ -282,14 +292,17 @@ class RunDirectory:
         )
 
     def record(self, config: RunConfig) -> None:
-        """Write `run.yaml`: configuration, versions, commit."""
+        """Write `run.yaml`: configuration, versions, commit, `facts`."""
         self.inventory.add(LISTED)  # of an older release's run, which kept no list
-        record = {
-            "versions": versions(),
-            "git_commit": _git_commit(),
-            "config": config.model_dump(mode="json"),
-        }
+        record = {**code(), **self.facts, "config": config.model_dump(mode="json")}
         write_text(self.path / CONFIG_FILE, dump_yaml(record))
+
+    def recorded(self) -> dict[str, Any]:
+        """What `run.yaml` holds beside the configuration."""
+        record = read_yaml(self.path / CONFIG_FILE)
+        if not isinstance(record, dict):
+            return {}
+        return {key: value for key, value in record.items() if key != "config"}
 
     def config(self) -> RunConfig:
         """The configuration that the run was made with."""
@@ -302,22 +315,50 @@ class RunDirectory:
             )
         return validate(settings, str(path))
 
+    def made_with(self) -> RunConfig:
+        """The configuration that the newest checkpoint was made with, whoever edits `run.yaml`.
+
+        That of `run.yaml` where no checkpoint says, as those of earlier releases do not.
+        """
+        for state in sorted(self.checkpoints.glob(f"step-*/{STATE_FILE}"), reverse=True):
+            if not state.is_file():
+                continue
+            try:
+                return validate(json.loads(state.read_bytes())["settings"], str(state))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # damaged, or of another version
+        return self.config()
+
     def resumed_config(self, wanted: RunConfig) -> tuple[RunConfig, list[str]]:
         """`wanted`, and what differs in it from the run's own, as lines such as `run.steps 4 -> 6`.
+
+        Where the inputs are recorded their names may differ: by what they name they are known.
 
         Raises:
             UsageError: it differs in what would make it another run.
         """
-        made_with = self.config()
+        made_with = self.made_with()
         changes = _differences(made_with.model_dump(mode="json"), wanted.model_dump(mode="json"))
         free = set(CHANGEABLE)
         if made_with.ppo.backward_batch_size == wanted.ppo.backward_batch_size:
             free.update(BACKWARD_BATCH)
-        if fixed := [change for key, change in changes.items() if key not in free]:
+        inputs = self.recorded().get("inputs")
+        known = {str(key).partition(".")[0] for key in inputs} if isinstance(inputs, dict) else ()
+        free.update(key for key in INPUTS if key.partition(".")[0] in known)
+        if fixed := {key: change for key, change in changes.items() if key not in free}:
+            edits = _differences(
+                made_with.model_dump(mode="json"), self.config().model_dump(mode="json")
+            )
+            if edited := [change for key, change in fixed.items() if edits.get(key) == change]:
+                raise UsageError(
+                    f"{self.path / CONFIG_FILE} was edited after its newest checkpoint was made "
+                    f"({', '.join(edited)}): put back what it was, or train anew with --overwrite"
+                )
             raise UsageError(
-                f"{self.path} was made with other settings ({', '.join(fixed)}): resume it with "
-                f"the options it was started with, or train anew with --overwrite. Free to change: "
-                f"{', '.join(CHANGEABLE)}; {' and '.join(BACKWARD_BATCH)} with an equal product"
+                f"{self.path} was made with other settings ({', '.join(fixed.values())}): resume "
+                "it with the options it was started with, or train anew with --overwrite. Free to "
+                f"change: {', '.join(CHANGEABLE)}; {' and '.join(BACKWARD_BATCH)} with an equal "
+                "product"
             )
         here = wanted.run.model_copy(update={"output": str(self.path)})
         return wanted.model_copy(update={"run": here}), list(changes.values())
@@ -382,11 +423,52 @@ class RunDirectory:
                         unfinished.write_bytes(b"\n".join(lines))
                 return
 
+    def restore_records(self, lengths: Mapping[str, int], step: int) -> None:
+        """Make the records what they were at a checkpoint; warns once of what is lost of them.
+
+        Of a record that was damaged or shortened since, what is left of the steps is kept.
+
+        Args:
+            lengths: bytes that each had then.
+            step: the checkpoint's.
+        """
+        lost = {}
+        for file in (METRICS_FILE, SAMPLES_FILE):
+            path, length = self.path / file, lengths.get(file, 0)
+            content = path.read_bytes() if path.is_file() else b""
+            found = _whole_rows(content[:length], step, numbers=file == METRICS_FILE)
+            if sum(len(line) for _, line in found) == length:
+                self.cut_records({file: length})
+                continue
+            found = _whole_rows(content, step, numbers=file == METRICS_FILE)
+            if file == METRICS_FILE:  # one a step, the newest
+                found = sorted(dict(found).items())
+            with replacing(path) as unfinished:
+                unfinished.write_bytes(b"".join(line for _, line in found))
+            missing = sorted(set(range(1, step + 1)) - {number for number, _ in found})
+            lost[file] = f"{file} (nothing of {_ranges(missing)})" if missing else file
+        if lost:
+            warnings.warn(
+                f"{self.path}: records were damaged or lost and hold what is left of them: "
+                f"{', '.join(lost.values())}. The checkpoint is whole: training goes on as before",
+                stacklevel=3,
+            )
+
     def metrics(self) -> list[dict[str, Any]]:
         """A dictionary a step, oldest first.
 
         Raises:
             UsageError: the run has no steps yet, or a line is no JSON.
+        """
+        if rows := self.rows():
+            return rows
+        raise UsageError(f"{self.path} has no steps in its {METRICS_FILE} yet")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """`metrics`, none where there are none: a run whose record was lost may go on.
+
+        Raises:
+            UsageError: a line is no JSON.
         """
         path = self.path / METRICS_FILE
         refuse_stream(path)
@@ -398,8 +480,6 @@ class RunDirectory:
                         f"{path}, step {row['step']}: '{key}' is {shortened(repr(value), 40)}, "
                         "which is no number: the file is damaged"
                     )
-        if not rows:
-            raise UsageError(f"{self.path} has no steps in its {METRICS_FILE} yet")
         return rows
 
 
@@ -477,6 +557,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def code() -> dict[str, Any]:
+    """The code that makes a run: versions, and the commit of the repository around it, if any."""
+    return {"versions": versions(), "git_commit": _git_commit()}
+
+
 def _git_commit() -> str | None:
     try:
         done = subprocess.run(
@@ -508,3 +593,35 @@ def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
 def _is_number(value: Any) -> bool:
     """Whether a value of JSON is a number that a float can be; true and false are none."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+def _whole_rows(content: bytes, last: int, *, numbers: bool) -> list[tuple[int, bytes]]:
+    """Step and line of the lines of a record that are whole, up to step `last`.
+
+    Args:
+        numbers: whether all values of such a line are numbers.
+    """
+    found = []
+    for line in content.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            step, values = row["step"], row.values()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        is_whole = isinstance(step, int) and 1 <= step <= last and line.endswith(b"\n")
+        if is_whole and not (numbers and not all(map(_is_number, values))):
+            found.append((step, line))
+    return found
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`steps 1 to 3, 5`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    told = [" to ".join(str(number) for number in part) for part in parts[:MOST_RANGES]]
+    more = " and others" if len(parts) > MOST_RANGES else ""
+    return f"step{'s' if len(numbers) > 1 else ''} {', '.join(told)}{more}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -176,6 +177,43 @@ def resolve_device(name: str) -> torch.device:
         )
         raise UsageError(f"device {name!r} is not on this machine; there is {there} (or use auto)")
     return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device(kind)
+
+
+def machine(device: torch.device, precision: str) -> dict[str, Any]:
+    """What surrounds a run's numbers, for its record: with another they end in other digits.
+
+    Args:
+        device: where it runs.
+        precision: as accelerate calls it.
+    """
+    name = device.type
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        name = f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+    precision = "fp32" if precision == "no" else precision
+    return {"device": name, "precision": precision, "threads": torch.get_num_threads()}
+
+
+def take_threads(recorded: Any) -> str | None:
+    """Compute with the number of threads that a run was started with: sums depend on it.
+
+    A machine that has fewer processors keeps its own.
+
+    Args:
+        recorded: the number, as a file has it.
+
+    Returns:
+        What is said of it; None where nothing changes.
+    """
+    here = torch.get_num_threads()
+    if not isinstance(recorded, int) or not 0 < recorded <= (os.cpu_count() or 1):
+        return None
+    if recorded == here:
+        return None
+    torch.set_num_threads(recorded)
+    threads = "1 thread" if recorded == 1 else f"{recorded} threads"
+    return f"computing with {threads}, as the run was started, not with {here}"
 
 
 def mixed_precision(name: str | bool, device: torch.device) -> str:

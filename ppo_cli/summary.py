@@ -58,11 +58,13 @@ class Pace:
 
     @classmethod
     def of(cls, metrics: Sequence[Mapping[str, float]]) -> Pace:
-        """Of the metrics of any number of steps; zeros for none."""
-        total = sum(row["time/step"] for row in metrics) or 1.0
-        tokens = sum(row["perf/tokens_per_second"] * row["time/step"] for row in metrics)
+        """Of the metrics of any number of steps; zeros for none that are whole."""
         parts = ("time/sampling", "time/scoring", "time/optimising")
-        return cls(tokens / total, *(sum(row[part] for row in metrics) / total for part in parts))
+        needed = {"time/step", "perf/tokens_per_second", *parts}
+        whole = [row for row in metrics if needed <= row.keys()]
+        total = sum(row["time/step"] for row in whole) or 1.0
+        tokens = sum(row["perf/tokens_per_second"] * row["time/step"] for row in whole)
+        return cls(tokens / total, *(sum(row[part] for row in whole) / total for part in parts))
 
     def __str__(self) -> str:
         return (

@@ -34,27 +34,36 @@ GAIN = 0.25  # of the scores' standard deviation at the beginning
 FAR = 10.0  # nats per response
 
 Row = Mapping[str, float]
+READ = (
+    "objective/kl", "objective/entropy", "ppo/policy/approxkl", "ppo/policy/entropy",
+    "ppo/policy/clipfrac", "ppo/val/var_explained", "ppo/returns/var", "ppo/std_scores",
+    "tokens/responses_len_mean", "env/reward_mean", "env/reward_std",
+)  # fmt: skip
+"""What is read of every step."""
 
 
 @dataclass
 class History:
-    """The steps seen so far: their number, the first and the newest ones.
+    """The steps seen so far, the first and the newest: not all, where a record of them was lost.
 
     Attributes:
         step: number of the newest.
+        count: how many were seen.
         first: the first `BEGINNING` steps.
         recent: the newest `MEMORY` steps.
         skipping: steps in which a mini-batch was skipped.
     """
 
     step: int = 0
+    count: int = 0
     first: list[Row] = field(default_factory=list)
     recent: deque[Row] = field(default_factory=lambda: deque(maxlen=MEMORY))
     skipping: int = 0
 
     def add(self, row: Row) -> None:
         """Take in the next step."""
-        self.step += 1
+        self.step = int(row.get("step", self.step + 1))
+        self.count += 1
         if len(self.first) < BEGINNING:
             self.first.append(row)
         self.recent.append(row)
@@ -253,7 +262,7 @@ def count_skips(history: History, config: RunConfig) -> str | None:
     """In how many steps mini-batches were skipped."""
     if not history.skipping:
         return None
-    return f"in {history.skipping} of {history.step} steps mini-batches were skipped"
+    return f"in {history.skipping} of {history.count} steps mini-batches were skipped"
 
 
 def climbing(history: History, config: RunConfig) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,18 +18,26 @@ from ppo_cli.errors import DataError, DivergenceError, UsageError
 from ppo_cli.evaluation import Sample, mean_probability
 from ppo_cli.examination import Examination
 from ppo_cli.files import write_text
+from ppo_cli.fingerprint import Inputs, trusted_too, what_differs
 from ppo_cli.frontier import write_curve
 from ppo_cli.loading import check_trusted, load_reward, load_tokenizer
 from ppo_cli.model_card import run_card
-from ppo_cli.plots import plot_training
+from ppo_cli.plots import DEFAULT_METRICS, plot_training
 from ppo_cli.potentials import potentials
 from ppo_cli.ppo.statistics import scalars
 from ppo_cli.preparation import check_context, make_trainer, try_models
 from ppo_cli.progress import Progress
 from ppo_cli.prompts import LengthSampler, collate, load_prompts
 from ppo_cli.rollout import Rollout, decode
-from ppo_cli.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory, inputs_of
-from ppo_cli.runtime import resolve_device, set_seed
+from ppo_cli.run_directory import (
+    CARD_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    RunDirectory,
+    code,
+    inputs_of,
+)
+from ppo_cli.runtime import machine, resolve_device, set_seed, take_threads
 from ppo_cli.sampling import judge
 from ppo_cli.saving import save_folder
 from ppo_cli.shaping import check_terms, penalties, shaped, shaping_statistics
@@ -39,6 +47,7 @@ from ppo_cli.summary import Pace, StepReport, TrainingSummary
 from ppo_cli.symptoms import sampling_advice
 
 MAX_ROLLBACKS = 3
+DRAWN = set(DEFAULT_METRICS)
 
 
 class Training:
@@ -50,6 +59,10 @@ class Training:
         overwrite: replace a run directory that exists.
         trusted: models, as `config` names them, whose own code may run.
         tell: told how far the prompts are, where reading them takes a while.
+        allow_changed_inputs: resume although a model or the prompts are not those that the run was
+            started with.
+
+    Resumed, a run takes the number of threads that it was started with, for the whole process.
 
     Raises:
         PPOCliError: whatever of the request cannot be met, before anything is created.
@@ -63,16 +76,23 @@ class Training:
         overwrite: bool = False,
         trusted: Collection[str] = (),
         tell: Callable[[str], None] = lambda _: None,
+        allow_changed_inputs: bool = False,
     ) -> None:
         check_trusted(trusted, (config.policy.model, config.reward.model))
         self.config = config
-        self.trusted = trusted
         self.directory = RunDirectory(config.output)
         self.overwrite = overwrite
         self.stopping = False
+        given, inputs = config, None  # from here on `config` says where the inputs are
         if resume:
             self.directory.check_resumable()
+            config, inputs = self._located(allow_changed_inputs)
+            names = {
+                given.policy.model: config.policy.model, given.reward.model: config.reward.model
+            }  # fmt: skip
+            trusted = trusted_too(trusted, names)
             self.directory.lock()
+            self._say(filter(None, [take_threads(self._recorded_machine.get("threads"))]))
         else:
             self.directory.check_writable(overwrite, inputs_of(config))
         set_seed(config.run.seed)
@@ -111,7 +131,8 @@ class Training:
             max_new_tokens=config.rollout.output_max_length - 1,
             **self._sampling,
         )
-        self.progress = Progress(self.directory, self.trainer, self.lengths, config.run)
+        self.progress = Progress(self.directory, self.trainer, self.lengths, given)
+        facts = {"machine": machine(self.device, self.trainer.accelerator.mixed_precision)}
         if resume:
             with state_faults(self.directory.checkpoints):
                 self.progress.go_back()
@@ -120,6 +141,9 @@ class Training:
                     f"{config.output} has made {self.step} steps already, more than "
                     f"run.steps ({config.run.steps}): give a larger number with --steps"
                 )
+            self._say(self._unlike_before({**code(), **facts}))
+        recorded = inputs or Inputs.of(config)
+        self.directory.facts = {**facts, "inputs": recorded.records}
 
     @property
     def step(self) -> int:
@@ -152,7 +176,7 @@ class Training:
         else:
             self.progress.drop_what_followed()
             self.directory.record(self.config)
-            self.adviser.recall(self.directory.metrics() if self.step else [])
+            self.adviser.recall(self.directory.rows())
         self.examination.begin()
         while self.step < self.config.run.steps and not (self.stopping or self.stopped_early):
             number = self.step + 1
@@ -185,7 +209,7 @@ class Training:
             before=before.quality,
             after=after.quality,
             kl=self.progress.kl,
-            pace=Pace.of(self.directory.metrics()) if self.step else Pace.of([]),
+            pace=Pace.of(self.directory.rows()),
             weights=weights,
             stopped_early=stopped_early,
             before_samples=before.samples,
@@ -200,13 +224,59 @@ class Training:
             self._say(self.adviser.closing())
         return summary
 
+    def _located(self, allow_changed: bool) -> tuple[RunConfig, Inputs | None]:
+        """Where the inputs of a run that goes on are, and their records; None of an old run.
+
+        Raises:
+            UsageError: they are not those that it was started with.
+        """
+        was = Inputs(self.directory.recorded().get("inputs"))
+        if not was.records:
+            self._say(
+                [
+                    f"{self.directory.path} has no record of its inputs, as runs of earlier "
+                    "releases: whether models and prompts are still the same is not checked"
+                ]
+            )
+            return self.config, None
+        config, changes, inputs = was.locate(self.config)
+        if changes and not allow_changed:
+            raise UsageError(
+                f"{self.directory.path} was started with other inputs. {'; '.join(changes)}. Put "
+                "back what it was, or give --allow-changed-inputs to go on with what is there now, "
+                "as another run"
+            )
+        self._say(f"going on with changed inputs: {change}" for change in changes)
+        return config, inputs
+
+    def _unlike_before(self, now: Mapping[str, Any]) -> Iterator[str]:
+        """In what a run that goes on cannot be the one that never paused.
+
+        Args:
+            now: code and machine, as `run.yaml` has them.
+        """
+        was = self.directory.recorded()
+        if differences := what_differs(was, now):
+            yield (
+                f"this run was made with {', '.join(differences)}: its numbers may go on with "
+                "other digits than there"
+            )
+        steps, before = self.config.run.steps, self.directory.made_with().run.steps
+        if steps != before and self.config.ppo.rate_depends_on_steps and self.step < steps:
+            yield (
+                "the learning rate's course depends on run.steps (ppo.lr_scheduler_type: "
+                f"{self.config.ppo.lr_scheduler_type}): up to step {self.step} it was that of "
+                f"{before} steps, from here on it is that of {steps}, so the result is not that of "
+                f"one run of {steps} steps"
+            )
+
     def _diverged(self, what: str) -> None:
         """Go back to the last good checkpoint; raise unless training may try again from there."""
         rollbacks = self.progress.rollbacks + 1
         if self.config.run.on_divergence == "rollback" and rollbacks <= MAX_ROLLBACKS:
             self.progress.go_back(rollbacks)
             self.progress.drop_what_followed()
-            self.adviser.recall(self.directory.metrics() if self.step else [])
+            self.adviser.recall(self.directory.rows())
             rate = self.trainer.optimizer.param_groups[0]["lr"]
             warnings.warn(
                 f"{what}. Back to step {self.step}, with a learning rate of {rate:g} and other "
@@ -267,7 +337,7 @@ class Training:
         numbers |= self._evaluation_if_due()
         shown = samples[: max(self.config.run.samples_per_step, 1)]
         self._record(numbers, shown)
-        self._say(self.adviser.take(numbers))
+        self._say(self.adviser.take({"step": self.step, **numbers}))
         best, stops = self.progress.standing.best, self.stopped_early is not None
         return StepReport(
             self.step, self.config.run.steps, numbers, shown, best.step if best else None, stops
@@ -326,6 +396,11 @@ class Training:
         return collate([vars(prompts[i]) for i in chosen for _ in range(each)])
 
     @property
+    def _recorded_machine(self) -> Mapping[str, Any]:
+        machine = self.directory.recorded().get("machine")
+        return machine if isinstance(machine, dict) else {}
+
+    @property
     def _sampling(self) -> dict[str, Any]:
         rollout = self.config.rollout
         return {
@@ -346,5 +421,6 @@ class Training:
     def _save_model(self) -> None:
         """Write the policy as a plain folder, and the plot."""
         save_folder(self._policy, self.tokenizer, self.directory.inventory)
-        if self.step:
-            plot_training({self.directory.path.name: self.directory.metrics()}, self.directory.plot)
+        rows = [row for row in self.directory.rows() if row.keys() >= DRAWN]
+        if rows:
+            plot_training({self.directory.path.name: rows}, self.directory.plot)

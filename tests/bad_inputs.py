@@ -46,6 +46,7 @@ COMMAND_LINE: list[Case] = [
     ([T, "--seed", "-1"], 2, ["--seed", "greater than or equal to 0"]),
     ([T, "--seed", "4294967296"], 2, ["--seed", "4294967295"]),
     ([T, "--resume", "--overwrite"], 2, ["--resume", "--overwrite"]),
+    ([T, "--allow-changed-inputs"], 2, ["--allow-changed-inputs", "--resume"]),
     ([T, "--config", ""], 2, ["no configuration is named ''"]),
     ([T, "--sentiment", ""], 2, ["--sentiment", "empty"]),
     ([T, "--sentiment", "  "], 2, ["--sentiment", "empty"]),

@@ -16,7 +16,7 @@ from ppo_cli.config_source import load_config
 from ppo_cli.divergence import check_numbers, check_texts, check_weights
 from ppo_cli.errors import DivergenceError
 from ppo_cli.ppo.statistics import RUN_STATISTICS, STATISTICS
-from ppo_cli.symptoms import MEMORY, sampling_advice
+from ppo_cli.symptoms import MEMORY, READ, sampling_advice
 from ppo_cli.training import Training
 
 STEPS = 60
@@ -259,6 +259,35 @@ def test_what_was_said_before_a_resume_is_not_said_again_and_the_rest_is_as_with
         resumed.recall([*rows[:stop], {"step": stop, "eval/score": 1.0}])
         assert [resumed.take(row) for row in rows[stop:]] == said[stop:]
         assert resumed.closing() == Adviser.closing(_after(config, rows))
+
+
+def test_after_steps_that_were_lost_advice_names_the_step_that_it_is() -> None:
+    rows: list[Row] = [{**healthy(step), "step": step} for step in range(1, 60)]
+    skipped = {**rows[-1], "ppo/policy/skipped": 0.5}
+    for left in ([], rows[:5], rows[40:58], [*rows[:5], {"step": 6}, *rows[50:58]]):
+        adviser = Adviser(configuration())
+        adviser.recall(left)
+        (text,) = adviser.take(skipped)
+        assert text.startswith("step 59: ")
+        closing = [text for text in adviser.closing() if "skipped" in text]
+        whole = [row for row in left if len(row) > 1]
+        assert closing == (
+            [f"in 1 of {len(whole) + 1} steps mini-batches were skipped"] * bool(whole)
+        )
+
+
+@pytest.mark.parametrize("key", READ)
+def test_steps_that_lack_what_rules_read_are_not_recalled(key: str) -> None:
+    rows: list[Row] = [{**healthy(step), "step": step} for step in range(1, STEPS + 1)]
+    assert key in rows[0]
+    adviser = Adviser(configuration())
+    adviser.recall([{k: v for k, v in row.items() if k != key} for row in rows])
+    assert adviser.closing() == []  # as of a run without steps
+
+
+def test_rules_read_nothing_else_of_every_step() -> None:
+    rows: list[Row] = [{key: healthy(step)[key] for key in READ} for step in range(1, STEPS + 1)]
+    _after(configuration(), rows).closing()
 
 
 def _after(config: RunConfig, rows: list[Row]) -> Adviser:

@@ -15,7 +15,7 @@ import torch
 from conftest import SMALL_RUN
 from forked import Done, Fault, ppo_cli, start
 from safetensors.torch import load_file
-from stress.kill import contents, differences, go_on
+from stress.kill import RUN, SETTINGS, contents, differences, go_on
 
 from ppo_cli.checkpoint import find_damage
 
@@ -102,6 +102,30 @@ def test_a_kill_does_not_change_evaluations_and_what_was_best(
     assert differences(expected, contents(tmp_path / "run")) == []
     found = ["eval/score" in row for row in expected["metrics.jsonl"]]
     assert found == [False, True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "killed_at"), [("adapter", 4, 4), ("scaling", 4, 4), ("rollback", 12, 10)]
+)
+def test_what_other_settings_make_a_run_remember_survives_a_kill(
+    name: str, steps: int, killed_at: int, tmp_path: Path
+) -> None:
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    settings = [word for a in SETTINGS[name].assignments for word in ("--set", a)]
+    run = [*RUN, "--steps", steps, *settings]
+    done = ppo_cli(*run, cwd=tmp_path / "whole", fault=partial(faults.list_writes, "../writes"))
+    assert done.code == 0, done.err
+    expected = contents(tmp_path / "whole" / "run")
+    assert steps < 12 or SETTINGS[name].shown(expected["metrics.jsonl"])
+    writes = (tmp_path / "writes").read_text().splitlines()
+    place = f"run/checkpoints/.step-{killed_at:06}.tmp"
+    last = max(i for i, path in enumerate(writes, start=1) if path.startswith(place))
+    fault = partial(faults.kill_at_write, last)
+    assert ppo_cli(*run, cwd=tmp_path / "killed", fault=fault).code == -signal.SIGKILL
+    done = ppo_cli(*run, "--resume", cwd=tmp_path / "killed")
+    assert done.code == 0, done.err
+    assert differences(expected, contents(tmp_path / "killed" / "run")) == []
 
 
 def test_from_a_damaged_checkpoint_the_one_before_is_taken(

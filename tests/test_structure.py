@@ -47,7 +47,7 @@ ROWS = [
     ["config_source", "policy_files", "projection", "summary", "standing", "shaping"],
     ["verdict", "symptoms", "divergence"],
     ["prompts", "architecture", "run_directory", "advice", "classifier"],
-    ["policy", "frontier", "adapter"],
+    ["policy", "frontier", "adapter", "fingerprint"],
     ["decoding", "reward", "reference", "trial"],
     ["rollout"],
     ["sampling", "potentials", "loading", "checkpoint", "model_card", "ppo.experience", "saving"],

@@ -31,8 +31,13 @@ def row(step: float, sampling: float, scoring: float, optimising: float, rate: f
             (1600 / 4, 0.25, 0.125, 0.625),
             "400 tokens/s: sampling 25%, scoring 12%, optimising 62%",
         ),
+        (
+            [row(4, 1, 0.5, 2, 2500), {"step": 2, "time/step": 9.0}],
+            (2500, 0.25, 0.125, 0.5),
+            "2,500 tokens/s: sampling 25%, scoring 12%, optimising 50%",
+        ),
     ],
-    ids=["no steps", "one step", "two steps"],
+    ids=["no steps", "one step", "two steps", "a damaged step"],
 )
 def test_the_pace_of_a_run_is_tokens_and_times_over_the_time_of_its_steps(
     metrics: list[dict], expected: tuple[float, ...], text: str

@@ -129,7 +129,7 @@ def compare(
         device=device,
         trusted=trust_remote_code or (),
     )
-    check_outputs(outputs, request.inputs)
+    check_outputs(outputs, request.input_names)
     texts = generation.read_prompts([], prompts, column)
     result = comparison.compare(
         request,

@@ -100,7 +100,7 @@ def generate(
         device=device,
         trusted=trust_remote_code or (),
     )
-    check_output(output, request.inputs)
+    check_output(output, request.input_names)
     judge = generation.load_judge(request)
     results = []
     for source in request.sources:

@@ -53,6 +53,13 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run directory's newest checkpoint.")
     ] = False,
+    allow_changed_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changed-inputs",
+            help="With --resume: go on although a model or the prompts have changed since.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a run directory that exists.")
     ] = False,
@@ -71,6 +78,8 @@ def train(
 
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other: keep the run or replace it")
+    if allow_changed_inputs and not resume:
+        raise UsageError("--allow-changed-inputs is for --resume: leave it out, or resume a run")
     overrides = {
         ("reward", "sentiment"): sentiment,
         ("run", "output"): output,
@@ -121,6 +130,7 @@ def train(
             overwrite=overwrite,
             trusted=trust_remote_code or (),
             tell=(lambda _: None) if quiet else note,
+            allow_changed_inputs=allow_changed_inputs,
         )
         if dry_run:
             training.directory.unlock()

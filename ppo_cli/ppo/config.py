@@ -145,6 +145,11 @@ class PPOSettings:
         """The field that decides how far a step moves the policy, to be named in advice."""
         return "desired_kl" if self.lr_scheduler_type == "adaptive" else "learning_rate"
 
+    @property
+    def rate_depends_on_steps(self) -> bool:
+        """Whether the learning rate's course depends on the number of steps."""
+        return self.lr_scheduler_type != "constant" and self.min_lr_ratio < 1
+
     def check_batch_arithmetic(self) -> None:
         """Raise `ValueError` unless whole optimizer steps fit into a batch."""
         if self.batch_size % self.backward_batch_size:

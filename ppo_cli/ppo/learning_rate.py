@@ -42,6 +42,18 @@ def learning_rate_factor(config: PPOConfig, step: int) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * falling
 
 
+def follow(schedule: LambdaLR) -> None:
+    """Set the learning rates that a schedule has for its next step.
+
+    When its state is loaded they are those of the schedule that was saved, which may have had
+    another number of steps.
+    """
+    for group, base, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(schedule.last_epoch)
+
+
 class AdaptiveLearningRate:
     """A learning rate that steps move the policy by `desired_kl` with, falling over the run.
 

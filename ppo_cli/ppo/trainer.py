@@ -38,7 +38,7 @@ from ppo_cli.ppo.experience import (
     token_rewards,
 )
 from ppo_cli.ppo.kl_controller import AdaptiveKLController, FixedKLController
-from ppo_cli.ppo.learning_rate import AdaptiveLearningRate, make_scheduler
+from ppo_cli.ppo.learning_rate import AdaptiveLearningRate, follow, make_scheduler
 from ppo_cli.ppo.measurements import Stopwatch, length_statistics, step_statistics, to_numbers
 from ppo_cli.ppo.packing import TokenBatch, checked_batch
 from ppo_cli.ppo.setup import (
@@ -124,8 +124,10 @@ class PPOTrainer:
             trainable = [p for p in model.parameters() if p.requires_grad]
             fused = {p.device.type for p in trainable} <= {"cpu", "cuda"}
             optimizer = torch.optim.Adam(trainable, lr=config.learning_rate, fused=fused)
+        self._schedule = None  # our own
         if lr_scheduler is None:
-            lr_scheduler = make_scheduler(config, optimizer, self.accelerator.num_processes)
+            self._schedule = make_scheduler(config, optimizer, self.accelerator.num_processes)
+            lr_scheduler = self._schedule
         self._adaptation: AdaptiveLearningRate | None = None
         if lr_scheduler is None and config.lr_scheduler_type == "adaptive":
             self._adaptation = AdaptiveLearningRate(optimizer, config)
@@ -519,6 +521,8 @@ class PPOTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self._schedule is not None:
+            follow(self._schedule)
         self.kl_ctl.value = state["kl_coef"]
         self.running.load_state_dict(state["running"])
         self._calibration.load_state_dict(state["calibration"])
