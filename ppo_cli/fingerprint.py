@@ -64,9 +64,13 @@ class Inputs:
 
     Args:
         records: as `run.yaml` has them; of what is no record nothing is known.
+
+    Attributes:
+        told: changes that the user was told of already.
     """
 
     def __init__(self, records: Any) -> None:
+        self.told: set[str] = set()
         known = records.items() if isinstance(records, dict) else ()
         self.records: dict[str, Record] = {
             key: record

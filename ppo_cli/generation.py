@@ -208,7 +208,9 @@ def find_input(
         return name, revision
     found = inputs.find(key, name, revision)
     for change in found.changes:
-        warnings.warn(f"not as it was when the run began: {change}", stacklevel=1)  # once
+        if change not in inputs.told:
+            inputs.told.add(change)
+            warnings.warn(f"not as it was when the run began: {change}", stacklevel=2)
     return found.name, found.revision
 
 

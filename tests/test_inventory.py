@@ -28,9 +28,9 @@ from ppo_cli.embedded import policy_folder
 from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.inventory import Inventory
 from ppo_cli.loading import load_policy, load_tokenizer
-from ppo_cli.policy_files import save_folder
 from ppo_cli.reward import SentimentReward
 from ppo_cli.run_directory import RunDirectory, inputs_of
+from ppo_cli.saving import save_folder
 
 TRAIN = [
     "train", "--config", SMALL_RUN, "--quiet", "--output", "run", "--steps", 2,
