@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ppo_cli.errors import UsageError
+from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.text import shortened
 
 SPACE_MARK = "▁"  # what SentencePiece writes for a space, which decoding drops at the beginning
@@ -30,6 +30,7 @@ def end_tokens(tokenizer: Any, stop: Sequence[str] = (), model: Any = None) -> l
 
     Raises:
         UsageError: no token holds one of `stop`.
+        ModelError: a configuration names something that is no id.
     """
     vocabulary = _vocabulary(tokenizer, model)
     named = [tokenizer, *_configurations(model)]
@@ -55,10 +56,18 @@ def end_tokens(tokenizer: Any, stop: Sequence[str] = (), model: Any = None) -> l
 
 
 def _listed(ids: Any) -> list[int]:
-    """Ids as a list, which a configuration gives as one number, as several, or not at all."""
-    if ids is None:
-        return []
-    return [int(i) for i in ids] if isinstance(ids, (list, tuple)) else [int(ids)]
+    """Ids as a list, which a configuration gives as one number, as several, or not at all.
+
+    Raises:
+        ModelError: something else is among them.
+    """
+    several = list(ids) if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
+    if odd := [i for i in several if type(i) is not int]:
+        raise ModelError(
+            f"eos_token_id is {shortened(str(odd[0]), 40)!r} in a model's configuration, where the "
+            "id of a token belongs: mend its config.json or generation_config.json"
+        )
+    return several
 
 
 def _configurations(model: Any) -> list[Any]:

@@ -38,7 +38,7 @@ from ppo_cli.errors import PPOCliError
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.training import Training
 
-SECONDS = 120
+SECONDS = 300
 MOST_PARAMETERS = 30_000_000
 VOCABULARY = len(AutoTokenizer.from_pretrained(policy_folder()))
 SETTINGS = [
