@@ -21,7 +21,7 @@ from ppo_cli.attention import block_mask
 from ppo_cli.cache import has_windows, hold_still, roomy_cache
 from ppo_cli.errors import UnsuitableModel, is_out_of_memory
 from ppo_cli.feed_forward import last_feed_forward_at
-from ppo_cli.matmul import PASSED_ON
+from ppo_cli.matmul import PASSED_ON, fast_matmul
 from ppo_cli.runtime import modes_kept
 
 REFUSALS = (TypeError, AttributeError, ValueError, LookupError, RuntimeError, AssertionError)
@@ -113,7 +113,7 @@ def _once_a_model(question: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def ask(model: Any) -> bool:
         answers = findings(model)
         if question not in answers:
-            with torch.no_grad(), modes_kept(model), no_autocast(model):
+            with torch.no_grad(), modes_kept(model), no_autocast(model), fast_matmul():
                 model.eval()
                 try:
                     answers[question] = question(model)
@@ -200,8 +200,7 @@ def looks_ahead(model: Any) -> bool:
     """Whether what a model says at a position depends on the tokens that come later."""
     rows = _tokens(model, [[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 9, 10, 11]])
     with asking():
-        logits = [model(input_ids=row[None], use_cache=False).logits[0, -8:-3] for row in rows]
-    first, other = logits
+        first, other = model(input_ids=rows, use_cache=False).logits[:, -8:-3]
     return bool(first.isfinite().all()) and not same(other, first, precision(model))
 
 
@@ -220,13 +219,13 @@ def reads_packed(model: Any) -> bool:
         with asking():
             return _hidden(model.base_model(input_ids=tokens, use_cache=False, **inputs))
 
-    packed = read(ids, position_ids=positions)
-    other = read(changed, position_ids=positions)
+    both = read(torch.cat([ids, changed]), position_ids=torch.cat([positions, positions]))
+    packed, other = both.chunk(2)
     leaks = not (
         torch.equal(packed[0, 3:], other[0, 3:]) and torch.equal(packed[1, 2:], other[1, 2:])
     )
-    alone = torch.cat([read(ids[0:1, 3:])[0], read(ids[1:2, 2:6])[0]])
-    together = torch.cat([packed[0, 3:], packed[1, 2:6]])
+    alone = read(torch.stack([ids[0, 3:], ids[1, 2:6]]))
+    together = torch.stack([packed[0, 3:], packed[1, 2:6]])
     return not leaks and same(together, alone, precision(model))
 
 

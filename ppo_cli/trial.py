@@ -29,9 +29,13 @@ from ppo_cli.matmul import plain_matmul
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.runtime import RandomStream, modes_kept
 
-LENGTHS = ((5, 3), (1, 7), (12, 2), (5, 1))
-"""Tokens of each query and response: ragged, one that goes on long after the others ended, two
+LENGTHS = ((9, 2), (1, 4), (9, 1))
+"""Tokens of each query and response: ragged, a short one that goes on after the others ended, two
 queries that are alike in length."""
+LOOKED_AT = (0, 1)
+"""The sequences whose samples are compared: a long one beside its like, and the short one."""
+SHORT = 1
+"""The one whose reading is compared: packed it comes behind the others, padded it is padded."""
 SMALL = 2**16
 """Numbers in a weight whose gradient is looked at; of larger ones, one of each shape."""
 
@@ -96,10 +100,11 @@ def _samples_rightly(
                 responses = sample(queries, limits, watch)
         except UnsuitableModel:
             return False
-        for query, response, logits in zip(queries, responses, seen, strict=True):
+        for i in LOOKED_AT:
+            query, response = queries[i], responses[i]
             with plain_matmul():
                 expected, _ = _plain_outputs(model, torch.cat([query, response]))
-            found = torch.stack(logits[: len(response)])
+            found = torch.stack(seen[i][: len(response)])
             if not same(found, expected[len(query) - 1 : -1], precision(_language_model(model))):
                 return False
     return True
@@ -129,29 +134,42 @@ def settle_reading(
     parameters, dtype = _few_of_each_kind(policy), precision(policy.pretrained_model)
 
     def with_gradients(run: Callable[[], Outputs]) -> tuple[Outputs, list[Tensor]]:
+        """Outputs of the short response, and gradients of a sum in which no two weigh alike."""
         with torch.set_grad_enabled(bool(parameters)):
-            outputs = run()
-            gradients = _gradients(outputs, parameters) if parameters else []
-        logprobs, entropies, values = (output.detach() for output in outputs)
-        return (logprobs, entropies, values), gradients
+            logprobs, entropies, values = run()
+            found = (logprobs.detach(), entropies.detach(), values.detach())
+            if not parameters:
+                return found, []
+            weights = torch.linspace(1, 2, len(logprobs), device=logprobs.device)
+            total = (logprobs * weights + entropies * weights.square()).sum()
+            total = total + (values * weights.to(values.device)).sum()
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        return found, [
+            torch.zeros_like(parameter) if gradient is None else gradient
+            for parameter, gradient in zip(parameters, gradients, strict=True)
+        ]
+
+    def read_short() -> Outputs:
+        start = sum(len(response) for response in responses[:SHORT])
+        kept = slice(start, start + len(responses[SHORT]))
+        logprobs, entropies, values = read(queries, responses)
+        return logprobs[kept], entropies[kept], values[kept]
 
     def is_right(reading: Reading) -> bool:
         policy.read_as(reading)
         try:
             with asking():
-                found = with_gradients(lambda: read(queries, responses))
+                found = with_gradients(read_short)
         except UnsuitableModel:
             return False
-        outputs_agree = _outputs_agree(found[0], outputs, scale, dtype)
+        outputs_agree = _outputs_agree(found[0], outputs, plain.scale, dtype)
         return outputs_agree and _gradients_agree(found[1], gradients, dtype)
 
     with _undisturbed(policy):
         try:
             with plain_matmul(), asking():
-                scale = _scale(policy, queries)
-                outputs, gradients = with_gradients(
-                    lambda: _plain_reading(policy, queries, responses)
-                )
+                plain = _PlainReading(policy)
+                outputs, gradients = with_gradients(lambda: plain(queries[SHORT], responses[SHORT]))
         except UnsuitableModel as error:
             raise ModelError(f"{_name(policy)} cannot be tuned: {error}") from error
         fastest = policy.reading()
@@ -182,7 +200,7 @@ def refuse_noise(
         with RandomStream(0, torch.device(policy.device)).active(), no_autocast(policy):
             found = read(queries, responses)
         with _undisturbed(policy):
-            expected, scale = read(queries, responses), _scale(policy, queries)
+            expected, scale = read(queries, responses), logits_of_trial(policy).abs().max()
     if not _outputs_agree(found, expected, scale, precision(policy.pretrained_model)):
         raise ModelError(
             f"{_name(policy)} adds noise in training mode, in which alone gradient checkpointing "
@@ -228,24 +246,25 @@ def starts_as_its_base(policy: AutoModelForCausalLMWithValueHead) -> bool:
                 parameter.copy_(value)
 
 
-def _plain_reading(
-    policy: AutoModelForCausalLMWithValueHead, queries: list[Tensor], responses: list[Tensor]
-) -> Outputs:
-    rows = []
-    for query, response in zip(queries, responses, strict=True):
-        logits, hidden = _plain_outputs(policy, torch.cat([query, response]))
-        log_p = logits[len(query) - 1 : -1].log_softmax(-1)
-        values = policy.v_head(hidden[len(query) - 1 : -1].to(policy.device)).squeeze(-1).float()
+class _PlainReading:
+    """What a policy says of a response's tokens, by a plain forward of the sequence alone.
+
+    Attributes:
+        scale: the largest logit, by which probabilities are rounded.
+    """
+
+    def __init__(self, policy: AutoModelForCausalLMWithValueHead) -> None:
+        self.policy = policy
+        self.scale = torch.zeros((), device=policy.device)
+
+    def __call__(self, query: Tensor, response: Tensor) -> Outputs:
+        logits, hidden = _plain_outputs(self.policy, torch.cat([query, response]))
+        logits, hidden = logits[len(query) - 1 : -1], hidden[len(query) - 1 : -1]
+        self.scale = logits.detach().abs().max()
+        log_p = logits.log_softmax(-1)
+        values = self.policy.v_head(hidden.to(self.policy.device)).squeeze(-1).float()
         entropies = -(log_p.exp() * log_p).sum(-1)
-        rows.append((log_p.gather(1, response.unsqueeze(1)).squeeze(1), entropies, values))
-    logprobs, entropies, values = (torch.cat(parts) for parts in zip(*rows, strict=True))
-    return logprobs, entropies, values
-
-
-@torch.no_grad()
-def _scale(model: Any, queries: list[Tensor]) -> Tensor:
-    """Size of the logits, whose rounding is that of probabilities."""
-    return _plain_outputs(model, max(queries, key=len))[0].abs().max()
+        return log_p.gather(1, response.unsqueeze(1)).squeeze(1), entropies, values
 
 
 def _plain_outputs(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,27 +302,14 @@ def _outputs_agree(found: Outputs, expected: Outputs, scale: Tensor, dtype: torc
 def _gradients_agree(
     found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype
 ) -> bool:
+    sizes = [float(gradient.norm()) for gradient in expected]
     # A gradient that is nothing but rounding, as that of keys' biases, may differ in all of it.
-    noise = 1e-3 * max((float(gradient.norm()) for gradient in expected), default=0.0)
-
+    noise = 1e-3 * max(sizes, default=0.0)
     share = 0.01 if torch.finfo(dtype).bits >= 32 else 0.2
-
-    def agree(a: Tensor, b: Tensor) -> bool:
-        return float((a - b).norm()) <= share * float(b.norm()) + noise
-
-    return all(map(agree, found, expected))
-
-
-def _gradients(outputs: Outputs, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of a sum in which no two tokens weigh alike."""
-    weights = torch.linspace(-1, 1, len(outputs[0]), device=outputs[0].device)
-    logprobs, entropies, values = (output.to(weights.device) for output in outputs)
-    total = ((logprobs + values) * weights + entropies * weights.flip(0)).sum()
-    found = torch.autograd.grad(total, parameters, allow_unused=True)
-    return [
-        torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient in zip(parameters, found, strict=True)
-    ]
+    return all(
+        float((a - b).norm()) <= share * size + noise
+        for a, b, size in zip(found, expected, sizes, strict=True)
+    )
 
 
 def _few_of_each_kind(policy: AutoModelForCausalLMWithValueHead) -> list[Tensor]:

@@ -349,8 +349,8 @@ def test_a_trial_leaves_modes_gradients_and_random_numbers_alone() -> None:
 
 def test_a_model_is_tried_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
-    plain = trial._plain_reading
-    monkeypatch.setattr(trial, "_plain_reading", lambda *args: (tried.append(1), plain(*args))[1])
+    plain = trial._PlainReading
+    monkeypatch.setattr(trial, "_PlainReading", lambda *args: (tried.append(1), plain(*args))[1])
     policy = make_policy()
     for _ in range(2):
         check_reading(policy)
