@@ -190,7 +190,8 @@ def _load_adapted(name: str, adapter: Adapter, is_trainable: bool, **kwargs: Any
 def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> PreTrainedModel:
     """A causal language model, or one with an adapter, from a folder or the hub.
 
-    Warns of weights that the model does not have; TRL's value heads among them are no cause.
+    Warns of weights that the model does not have; TRL's value heads among them are no cause. Its
+    attribute `stored_dtype` says in what type its configuration has the weights, if it does.
 
     Args:
         name: folder or hub id.
@@ -204,10 +205,11 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
     hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
     if (adapter := find_adapter(name, **hub)) is not None:
         return _load_adapted(name, adapter, is_trainable, **kwargs)
-    config = kwargs.get("config")
+    config, stored = kwargs.get("config"), None
     if config is None:
         trust = kwargs["trust_remote_code"]
         config = AutoConfig.from_pretrained(name, **hub, trust_remote_code=trust)
+        stored = getattr(config, "dtype", None)
         if not trust:
             refuse_if_not_causal(config)
         chosen = implementations(name, config, kwargs["trust_remote_code"])
@@ -232,6 +234,7 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
     elif unexpected:
         names = ", ".join(sorted(unexpected)[:5]) + (" ..." if len(unexpected) > 5 else "")
         warnings.warn(f"{name}: the weights file has the unknown {names}", stacklevel=4)
+    model.stored_dtype = stored if isinstance(stored, torch.dtype) else None
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -71,10 +72,27 @@ def _is_written_rightly(policy: AutoModelForCausalLMWithValueHead, folder: Path)
         model = whole()
         if not same(logits_of_trial(model), expected, *_tolerance(policy, expected)):
             continue
-        model.save_pretrained(folder)
+        _write(model, folder, getattr(policy.pretrained_model, "stored_dtype", None))
         if _says(model, folder, expected):
             return True
     return False
+
+
+def _write(
+    policy: AutoModelForCausalLMWithValueHead, folder: Path, stored: torch.dtype | None
+) -> None:
+    """Write a policy, in the type that its weights were stored in if none changes by it."""
+    weights = policy.state_dict()
+    lower = {} if stored is None else {key: value.to(stored) for key, value in weights.items()}
+    body = [key for key in lower if not key.startswith("v_head.")]
+    if not body or not all(torch.equal(lower[k].to(weights[k].dtype), weights[k]) for k in body):
+        policy.save_pretrained(folder)
+        return
+    policy.save_pretrained(folder, state_dict={**weights, **{key: lower[key] for key in body}})
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["dtype"] = str(stored).removeprefix("torch.")
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _says(policy: AutoModelForCausalLMWithValueHead, folder: Path, expected: Tensor) -> bool:
@@ -86,7 +104,9 @@ def _says(policy: AutoModelForCausalLMWithValueHead, folder: Path, expected: Ten
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=policy.pretrained_model.dtype, trust_remote_code=own_code
+        )
         logits = logits_of_trial(model.eval())
     except Exception as error:
         if not is_out_of_memory(error):

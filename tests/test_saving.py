@@ -96,3 +96,20 @@ def test_without_memory_for_the_check_the_model_is_saved_and_it_is_said(
     with pytest.warns(UserWarning, match="no memory is left to check"):
         save_folder(Policy(make_gpt2()), make_tokenizer(), Inventory(tmp_path))
     assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_type_of_the_base_is_kept_where_it_loses_nothing(moved: bool, tmp_path: Path) -> None:
+    make_gpt2().bfloat16().save_pretrained(tmp_path / "base")
+    policy = Policy.from_pretrained(tmp_path / "base")
+    assert policy.pretrained_model.dtype == torch.float32
+    if moved:  # by less than bfloat16 can tell
+        with torch.no_grad():
+            policy.pretrained_model.transformer.ln_f.weight.add_(1e-5)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_folder(policy, make_tokenizer(), Inventory(folder))
+    saved = AutoModelForCausalLM.from_pretrained(folder)
+    assert saved.dtype == (torch.float32 if moved else torch.bfloat16)
+    for name, weight in saved.state_dict().items():
+        assert torch.equal(weight.float(), policy.pretrained_model.state_dict()[name]), name
