@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ppo_cli.architecture import rope_switch
 from ppo_cli.config import RunConfig
 from ppo_cli.context import context_length
 from ppo_cli.errors import DataError
@@ -61,7 +62,11 @@ def try_models(trainer: PPOTrainer) -> None:
 
 
 def check_context(config: RunConfig, model: Any, prompts: Sequence[Prompt]) -> None:
-    """Raise `DataError` where queries and responses are longer than the model can read."""
+    """Raise `DataError` where queries and responses have lengths that do not suit the model.
+
+    They are longer than it can read, or cross the length from which on it turns all positions
+    otherwise: then what is sampled token by token is not what it says of the whole.
+    """
     context = context_length(model)
     longest = max(len(prompt.input_ids) for prompt in prompts)
     new = config.rollout.output_max_length - 1
@@ -70,4 +75,14 @@ def check_context(config: RunConfig, model: Any, prompts: Sequence[Prompt]) -> N
             f"queries of up to {longest} tokens and responses of up to {new} exceed the "
             f"model's context of {context}: lower prompts.input_max_text_length or "
             "rollout.output_max_length"
+        )
+    switch = rope_switch(model.config)
+    if switch is not None and any(
+        len(prompt.input_ids) <= switch < len(prompt.input_ids) + new for prompt in prompts
+    ):
+        raise DataError(
+            f"some queries (of up to {longest} tokens) with their responses (of up to {new}) cross "
+            f"{switch} tokens, from which on the model's positions turn otherwise (longrope), so "
+            "their samples would not be the policy's: keep both below that with a lower "
+            "prompts.input_max_text_length, or all queries above it"
         )

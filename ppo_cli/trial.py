@@ -24,6 +24,7 @@ from ppo_cli.architecture import (
     safer_readings,
     same,
 )
+from ppo_cli.context import context_length
 from ppo_cli.errors import ModelError, UnsuitableModel, UsageError
 from ppo_cli.matmul import plain_matmul
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
@@ -334,8 +335,8 @@ def _queries_and_responses(model: Any) -> tuple[list[Tensor], list[Tensor]]:
         if key.endswith(("token_id", "token_index")) and isinstance(value, int)
     }
     ids = torch.tensor([i for i in range(min(count, 1000)) if i not in reserved] or [0])
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    room = min(filter(None, (context, rope_switch(config))), default=100)
+    limits = context_length(language_model), rope_switch(config)
+    room = min((limit for limit in limits if limit is not None), default=100)
     half = max(room // 2, 1)
     generator = torch.Generator().manual_seed(0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ppo_cli import architecture, trial
-from ppo_cli.errors import ModelError, UsageError
+from ppo_cli.config_source import load_config
+from ppo_cli.errors import DataError, ModelError, UsageError
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead as Policy
 from ppo_cli.ppo.experience import check_reading, token_forward, token_logits
 from ppo_cli.ppo.packing import TokenBatch
+from ppo_cli.preparation import check_context
+from ppo_cli.prompts import Prompt
 from ppo_cli.rollout import sample_responses
 
 QUERIES = [torch.tensor(ids) for ids in ([5], [7, 8, 9, 10, 11, 12], [1, 2], [3, 30, 40], [60])]
@@ -406,6 +410,20 @@ def test_a_short_row_beside_one_whose_positions_turn_otherwise_is_read_as_alone(
         for _ in range(limit):
             ids = torch.cat([ids, alone(model, ids)[-1].argmax()[None]])
         assert response.tolist() == ids[len(query) :].tolist()
+
+
+@pytest.mark.parametrize(("length", "is_refused"), [(4, False), (8, True), (12, True), (13, False)])
+def test_queries_whose_responses_cross_that_length_are_refused(
+    length: int, is_refused: bool
+) -> None:
+    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**LONG))
+    config = load_config(
+        "tiny", assignments=["rollout.output_min_length=2", "rollout.output_max_length=9"]
+    )
+    prompts = [Prompt("a film", torch.arange(2)), Prompt("films", torch.arange(length))]
+    expected = pytest.raises(DataError, match=r"cross 12 tokens.*prompts\.input_max_text_length")
+    with expected if is_refused else nullcontext():
+        check_context(config, model, prompts)
 
 
 # ---------------------------------------------------------------- the reference
