@@ -176,17 +176,19 @@ def test_a_model_that_waits_for_the_gpu_is_sampled_from_all_the_same(
     replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = tried(AutoModelForCausalLMWithValueHead(make_gpt2()).eval().cuda())
+    waiting = copy.deepcopy(policy)
+    waiting.pretrained_model.transformer.h[1].register_forward_hook(
+        lambda module, args, output: args[0].sum().item() and None
+    )
+    tried(waiting)
     queries = on_gpu(monkeypatch, QUERIES)
     expected = sample(policy, queries, LIMITS)
     assert replays
     replays.clear()
-    policy.pretrained_model.transformer.h[1].register_forward_hook(
-        lambda module, args, output: args[0].sum().item() and None
-    )
     for _ in range(2):
-        assert sample(policy, queries, LIMITS) == expected
+        assert sample(waiting, queries, LIMITS) == expected
     assert not replays
-    assert policy in decoding._not_replayable
+    assert waiting in decoding._not_replayable
     torch.ones(10**7, device="cuda").sum().item()  # nothing is left in a recording's hands
 
 
