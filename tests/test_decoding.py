@@ -561,6 +561,7 @@ def test_what_the_loop_does_not_do_goes_through_transformers(
     settings: dict[str, Any], ours: bool, taken: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = make_policy()
+    rollout._way(policy, 0, is_plain=False)  # the trial asks transformers, too
     asked: list[dict[str, Any]] = []
     generate = policy.generate
 

@@ -104,9 +104,7 @@ def test_a_kill_does_not_change_evaluations_and_what_was_best(
     assert found == [False, True, False, True, True]
 
 
-@pytest.mark.parametrize(
-    ("name", "steps", "killed_at"), [("adapter", 4, 4), ("scaling", 4, 4), ("rollback", 12, 10)]
-)
+@pytest.mark.parametrize(("name", "steps", "killed_at"), [("adapter", 4, 4), ("rollback", 12, 10)])
 def test_what_other_settings_make_a_run_remember_survives_a_kill(
     name: str, steps: int, killed_at: int, tmp_path: Path
 ) -> None:

@@ -215,13 +215,13 @@ def test_a_terminal_that_goes_stops_the_run_after_the_step_with_everything_saved
 def test_a_run_that_nohup_started_outlives_its_terminal(tmp_path: Path) -> None:
     terminal = Terminal()
     running = start(
-        "train", "--output", "run", "--steps", 40, *QUICK, cwd=tmp_path,
+        "train", "--output", "run", "--steps", 24, *QUICK, cwd=tmp_path,
         fault=partial(faults.on_terminal, terminal.name, nohup=True),
     )  # fmt: skip
-    terminal.wait_for(r"step \d+/40")
+    terminal.wait_for(r"step \d+/24")
     terminal.close()
     assert running.wait().code == 0
-    assert_saved(tmp_path, 40)
+    assert_saved(tmp_path, 24)
 
 
 @pytest.mark.parametrize("columns", ["abc", "", "0", "-5", "10", "1000000", "9" * 5000])

@@ -274,10 +274,10 @@ class PPOTrainer:
         update = Update(
             self.model, self.optimizer, self.accelerator, self._shuffle, config, kl_coef
         )
+        check_reading(self.model)  # while all that is to learn does
         dropout = dropout_off(self.model, keep_training_mode=config.gradient_checkpointing)
         warming_up = self.current_step < config.value_warmup_steps
         with dropout, head_alone(self.model) if warming_up else nullcontext(), fast_matmul():
-            check_reading(self.model)
             if config.gradient_checkpointing:
                 check_noise(self.model)
             update.optimizer_step.make_state()
