@@ -36,7 +36,7 @@ test-gpu: $(READY)
 stress: $(READY)
 	$(BIN)/python tests/stress/kill.py $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(KILLS),--kills $(KILLS))
 
-# Trains a tiny model of every causal family that transformers has; minutes.
+# Trains a tiny model of every causal family that transformers has; seven minutes.
 zoo: $(READY)
 	$(BIN)/python tests/stress/zoo.py
 
