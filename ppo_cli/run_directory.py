@@ -381,18 +381,6 @@ class RunDirectory:
             lengths[file] = path.stat().st_size if path.exists() else 0
         return lengths
 
-    def cut_records(self, lengths: Mapping[str, int]) -> None:
-        """Drop what was added to the records since they had `lengths`."""
-        for file, length in lengths.items():
-            path = self.path / file
-            _unshare(path)
-            size = path.stat().st_size if path.exists() else 0
-            if size < length:
-                warnings.warn(f"{path} is shorter than it was: steps are missing", stacklevel=2)
-                length = path.read_bytes().rfind(b"\n") + 1 if size else 0
-            if size > length:
-                os.truncate(path, length)
-
     def check_records(self, lengths: Mapping[str, int]) -> None:
         """Raise `UsageError` where `lengths`, which a file holds, are not those of the records."""
         if strange := [file for file in lengths if file not in RECORDS]:
@@ -438,7 +426,9 @@ class RunDirectory:
             content = path.read_bytes() if path.is_file() else b""
             found = _whole_rows(content[:length], step, numbers=file == METRICS_FILE)
             if sum(len(line) for _, line in found) == length:
-                self.cut_records({file: length})
+                _unshare(path)
+                if len(content) > length:  # what followed the checkpoint
+                    os.truncate(path, length)
                 continue
             found = _whole_rows(content, step, numbers=file == METRICS_FILE)
             if file == METRICS_FILE:  # one a step, the newest
