@@ -16,9 +16,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ppo_cli.config import AdapterConfig, RunConfig
-from ppo_cli.errors import ConfigError, did_you_mean
+from ppo_cli.errors import SECRET, ConfigError, did_you_mean
 from ppo_cli.files import refuse_stream
-from ppo_cli.text import SECRET, shortened
+from ppo_cli.text import shortened
 from ppo_cli.yaml_io import Places, load_yaml, read_yaml
 
 DEFAULT_CONFIG = "tiny"

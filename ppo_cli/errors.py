@@ -7,9 +7,20 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable, Iterator
 
-from ppo_cli.text import without_secrets
+SECRET = (
+    re.compile(  # by their shape: what services begin their keys with, and passwords in addresses
+        r"(?P<before>://)[^/@\s]*:[^/@\s]+(?=@)"
+        r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+        r"|\b(?:hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z]{20,}|gh[oprsu]_[A-Za-z0-9]{20,}"
+        r"|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-(?:[a-z]+[0-9]*-)*[A-Za-z0-9_]{20,}"
+        r"|[rs]k_(?:live|test)_[A-Za-z0-9]{10,}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}"
+        r"|xox[a-z]-[A-Za-z0-9-]{10,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,}|wandb_v\d_\w{20,}"
+        r"|eyJ[\w-]{8,}\.eyJ[\w-]{4,}\.[\w-]*|[Bb]earer\s+[\w.~+/-]{16,}=*)"
+    )
+)
 
 
 class PPOCliError(Exception):
@@ -98,3 +109,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     by_lower = {item.lower(): item for item in known}
     nearest = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
     return f" Did you mean '{by_lower[nearest[0]]}'?" if nearest else ""
+
+
+def without_secrets(text: str) -> str:
+    """`text` with `***` in place of what has the shape of a password, token or key."""
+    return SECRET.sub(lambda found: f"{found['before'] or ''}***", text)
