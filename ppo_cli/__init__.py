@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from ppo_cli.ppo.statistics import print_ppo_stats
     from ppo_cli.ppo.trainer import PPOTrainer
     from ppo_cli.prompts import LengthSampler
+    from ppo_cli.random_state import set_seed
     from ppo_cli.reference import create_reference_model
     from ppo_cli.reward import SentimentReward
-    from ppo_cli.runtime import set_seed
 
 __version__ = "0.1.0"
 

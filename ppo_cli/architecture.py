@@ -21,7 +21,7 @@ from ppo_cli.attention import block_mask
 from ppo_cli.cache import has_windows, hold_still, roomy_cache
 from ppo_cli.errors import UnsuitableModel, is_out_of_memory
 from ppo_cli.feed_forward import last_feed_forward_at
-from ppo_cli.matmul import PASSED_ON, fast_matmul
+from ppo_cli.patches import PASSED_ON, fast_matmul
 from ppo_cli.runtime import modes_kept
 
 REFUSALS = (TypeError, AttributeError, ValueError, LookupError, RuntimeError, AssertionError)

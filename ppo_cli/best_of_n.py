@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import ConfigDict
 
+from ppo_cli.bootstrap import INTERVAL, Interval, bootstrap_interval, resampled_means
 from ppo_cli.errors import UsageError
-from ppo_cli.evaluation import INTERVAL, Interval, bootstrap_interval, resampled_means
 
 MOST = 65_536
 BEYOND = 10**9  # no n as large as this is named

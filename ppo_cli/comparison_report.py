@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_cli.best_of_n import BestOfN, Share
-from ppo_cli.evaluation import Interval
+from ppo_cli.bootstrap import Interval
 from ppo_cli.quality import MEASURES
 from ppo_cli.report import below, cell, titled_table
 from ppo_cli.text import markdown_text, spreadsheet_text

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from ppo_cli.ppo.config import PPOSettings
+from ppo_cli.ppo_settings import PPOSettings
 from ppo_cli.yaml_io import dump_yaml
 
 LONGEST_NAME = 1000

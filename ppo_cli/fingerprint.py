@@ -18,7 +18,7 @@ from typing import Any
 
 from ppo_cli.config import RunConfig
 from ppo_cli.embedded import TRAIN_SEED, classifier_folder, policy_folder
-from ppo_cli.hub import TIMEOUT, is_path
+from ppo_cli.hub import TIMEOUT, adapter_base, is_path
 from ppo_cli.sources import EMBEDDED
 
 POLICY, CLASSIFIER, PROMPTS = "policy.model", "reward.model", "prompts.source"
@@ -415,3 +415,16 @@ def _cache(name: str, kind: str) -> Path:
     from huggingface_hub.file_download import repo_folder_name
 
     return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind))
+
+
+def inputs_of(config: RunConfig) -> dict[str, str]:
+    """What a run reads: key of the configuration -> folder, file or name on the hub."""
+    found = {"prompts.source": config.prompts.source}
+    for key, model in (
+        ("policy.model", config.policy.model),
+        ("reward.model", config.reward.model),
+    ):
+        found[key] = model
+        if base := adapter_base(model):
+            found[f"the base model of {key}"] = base
+    return {key: name for key, name in found.items() if name != "embedded"}  # which is no folder

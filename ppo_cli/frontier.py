@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ppo_cli.best_of_n import BestOfN
+from ppo_cli.config import RunSettings
 from ppo_cli.errors import UsageError
 from ppo_cli.files import refuse_stream, write_text
 from ppo_cli.plots import COLOURS, drawing, legend_labels
-from ppo_cli.run_directory import RunDirectory
 from ppo_cli.standing import Evaluation, Standing
 from ppo_cli.text import json_text
 
@@ -46,39 +46,43 @@ class Trail:
     reference_score: float
 
 
-def trail(run: RunDirectory) -> Trail:
+def trail(name: str, metrics: Sequence[Mapping[str, Any]], settings: RunSettings) -> Trail:
     """The trail of a run.
+
+    Args:
+        name: the run's.
+        metrics: a dictionary a step, oldest first.
+        settings: the run's, whose limits of KL say which evaluation may be the best.
 
     Raises:
         UsageError: its metrics hold no evaluation.
     """
-    settings = run.config().run
-    rows = [row for row in run.metrics() if all(math.isfinite(row.get(k, math.nan)) for k in KEYS)]
+    rows = [row for row in metrics if all(math.isfinite(row.get(k, math.nan)) for k in KEYS)]
     if not rows:
         raise UsageError(
-            f"{run.path} has no evaluation in its metrics, so no score at a KL: train with "
+            f"{name} has no evaluation in its metrics, so no score at a KL: train with "
             "run.eval_every above 0, or leave --frontier out to draw its other metrics"
         )
     standing = Standing()
     evaluations = [Evaluation(row["step"], row[KEYS[0]], row[KEYS[1]]) for row in rows]
     for evaluation in evaluations:
         standing = standing.after(evaluation, settings)
-    return Trail(str(run.path), evaluations, standing.best, rows[-1][KEYS[2]])
+    return Trail(name, evaluations, standing.best, rows[-1][KEYS[2]])
 
 
-def write_curve(run: RunDirectory, curve: BestOfN) -> None:
+def write_curve(folder: Path, curve: BestOfN) -> None:
     """Put best-of-n into a run directory."""
-    write_text(run.path / CURVE_FILE, json_text(curve.as_dict(), indent=2) + "\n")
+    write_text(folder / CURVE_FILE, json_text(curve.as_dict(), indent=2) + "\n")
 
 
-def read_curve(runs: Sequence[RunDirectory]) -> BestOfN | None:
-    """Best-of-n of the first run that has it; None where none does.
+def read_curve(folders: Sequence[Path]) -> BestOfN | None:
+    """Best-of-n of the first run directory that has it; None where none does.
 
     Raises:
         UsageError: the file is damaged.
     """
-    for run in runs:
-        path = run.path / CURVE_FILE
+    for folder in folders:
+        path = folder / CURVE_FILE
         refuse_stream(path)
         if not path.is_file():
             continue

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_cli.matmul import fast_matmul
+from ppo_cli.patches import fast_matmul
 from ppo_cli.ppo.experience import token_logits
 from ppo_cli.ppo.losses import full_kl
 from ppo_cli.ppo.packing import TokenBatch

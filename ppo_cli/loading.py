@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from ppo_cli.adapter import new_adapter
-from ppo_cli.config import PolicyConfig, RewardConfig
-from ppo_cli.embedded import classifier_folder, policy_folder
+from ppo_cli.config import PolicyConfig
+from ppo_cli.embedded import policy_folder
 from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.hub import loading_errors, refuse_empty, refuse_nan, refuse_unusable, trial_errors
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.policy_files import tokenizer_of
-from ppo_cli.reward import SentimentReward
 from ppo_cli.runtime import modes_kept
 from ppo_cli.sources import EMBEDDED
 
@@ -36,7 +35,7 @@ def load_tokenizer(name: str, revision: str | None = None, trusted: Collection[s
     """The tokenizer of a model; its pad token is its end-of-text token where it has none."""
     source = str(policy_folder()) if name == EMBEDDED else name
     with loading_errors(source):
-        tokenizer = tokenizer_of(source, **_from(name, revision, trusted))
+        tokenizer = tokenizer_of(source, **source_keywords(name, revision, trusted))
         refuse_empty(name, tokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -59,7 +58,7 @@ def load_policy(
         "v_head_initializer_range": config.v_head_initializer_range,
         "summary_dropout_prob": config.summary_dropout_prob,
     }
-    place = _from(config.model, config.revision, trusted)
+    place = source_keywords(config.model, config.revision, trusted)
     adapter = None if config.adapter is None else new_adapter(config.adapter, source, **place)
     with trial_errors(config.model):
         policy = AutoModelForCausalLMWithValueHead.from_pretrained(
@@ -78,28 +77,7 @@ def load_policy(
     return policy
 
 
-def load_reward(
-    config: RewardConfig,
-    device: torch.device,
-    sentiment: str | None = None,
-    trusted: Collection[str] = (),
-) -> SentimentReward:
-    """The classifier, set to the configured label or to `sentiment`."""
-    source = str(classifier_folder()) if config.model == EMBEDDED else config.model
-    with trial_errors(config.model, "classifier"):
-        reward = SentimentReward(
-            source,
-            sentiment or config.sentiment,
-            output=config.output,
-            batch_size=config.batch_size,
-            device=device,
-            **_from(config.model, config.revision, trusted),
-        )
-        reward.scores(["a"])
-    return reward
-
-
-def _from(name: str, revision: str | None, trusted: Collection[str]) -> dict[str, Any]:
+def source_keywords(name: str, revision: str | None, trusted: Collection[str]) -> dict[str, Any]:
     """Keywords of `from_pretrained`. Left out, `trust_remote_code` would ask on the terminal."""
     settings: dict[str, Any] = {"trust_remote_code": name in trusted}
     return settings if revision is None else settings | {"revision": revision}

@@ -21,8 +21,8 @@ from ppo_cli.config import RunConfig
 from ppo_cli.errors import PPOCliError
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.prompts import LengthSampler
+from ppo_cli.random_state import RandomStream, random_state, set_random_state
 from ppo_cli.run_directory import RunDirectory
-from ppo_cli.runtime import RandomStream, random_state, set_random_state
 from ppo_cli.standing import Standing, over_limit
 from ppo_cli.summary import Weights
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ppo_cli.errors import DataError
-from ppo_cli.runtime import numpy_state, set_numpy_state
+from ppo_cli.random_state import numpy_state, set_numpy_state
 from ppo_cli.sources import EMBEDDED, read_texts
 
 EMBEDDED_REVIEWS = 4000

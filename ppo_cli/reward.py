@@ -15,7 +15,7 @@ from ppo_cli.classifier import Padding, Row, is_same, load_classifier, rows_of
 from ppo_cli.context import UNLIMITED, context_length
 from ppo_cli.errors import ModelError, UsageError, did_you_mean
 from ppo_cli.hub import loading_errors, refuse_empty, refuse_unusable
-from ppo_cli.matmul import fast_matmul
+from ppo_cli.patches import fast_matmul
 from ppo_cli.policy_files import tokenizer_of
 
 POSITIVE_NAMES = ("positive", "pos", "good", "favorable", "favourable", "5 stars", "very positive")

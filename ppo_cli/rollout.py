@@ -21,7 +21,7 @@ from ppo_cli.architecture import reads_packed, rope_switch
 from ppo_cli.context import context_length as context_length
 from ppo_cli.decoding import decode_responses, decode_whole, not_finite
 from ppo_cli.errors import UsageError
-from ppo_cli.matmul import fast_matmul
+from ppo_cli.patches import fast_matmul
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.prompts import BROKEN
 from ppo_cli.runtime import modes_kept

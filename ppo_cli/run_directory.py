@@ -28,7 +28,7 @@ from ppo_cli.files import (
     write_text,
     writing,
 )
-from ppo_cli.hub import adapter_base
+from ppo_cli.fingerprint import inputs_of
 from ppo_cli.inventory import (
     CHECKPOINTS,
     HOLDER_FILE,
@@ -471,19 +471,6 @@ class RunDirectory:
                         "which is no number: the file is damaged"
                     )
         return rows
-
-
-def inputs_of(config: RunConfig) -> dict[str, str]:
-    """What a run reads: key of the configuration -> folder, file or name on the hub."""
-    found = {"prompts.source": config.prompts.source}
-    for key, model in (
-        ("policy.model", config.policy.model),
-        ("reward.model", config.reward.model),
-    ):
-        found[key] = model
-        if base := adapter_base(model):
-            found[f"the base model of {key}"] = base
-    return {key: name for key, name in found.items() if name != "embedded"}  # which is no folder
 
 
 def _places(name: str) -> list[Path]:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from ppo_cli.evaluation import Sample
+from ppo_cli.random_state import RandomStream
 from ppo_cli.reward import RewardFunction, SentimentReward
 from ppo_cli.rollout import Rollout, sample_texts
-from ppo_cli.runtime import RandomStream
 
 
 def draw_samples(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ppo_cli.config import RewardConfig
 from ppo_cli.errors import UsageError
-from ppo_cli.quality import repetition
+from ppo_cli.ngrams import repetition
 
 
 def check_terms(settings: RewardConfig, end_ids: Collection[int]) -> None:

@@ -18,9 +18,9 @@ from ppo_cli.errors import DataError, DivergenceError, UsageError
 from ppo_cli.evaluation import Sample, mean_probability
 from ppo_cli.examination import Examination
 from ppo_cli.files import write_text
-from ppo_cli.fingerprint import Inputs, trusted_too, what_differs
+from ppo_cli.fingerprint import Inputs, inputs_of, trusted_too, what_differs
 from ppo_cli.frontier import write_curve
-from ppo_cli.loading import check_trusted, load_reward, load_tokenizer
+from ppo_cli.loading import check_trusted, load_tokenizer
 from ppo_cli.model_card import run_card
 from ppo_cli.plots import DEFAULT_METRICS, plot_training
 from ppo_cli.potentials import potentials
@@ -28,16 +28,11 @@ from ppo_cli.ppo.statistics import scalars
 from ppo_cli.preparation import check_context, make_trainer, try_models
 from ppo_cli.progress import Progress
 from ppo_cli.prompts import LengthSampler, collate, load_prompts
+from ppo_cli.random_state import set_seed
+from ppo_cli.reward_loading import load_reward
 from ppo_cli.rollout import Rollout, decode
-from ppo_cli.run_directory import (
-    CARD_FILE,
-    METRICS_FILE,
-    SAMPLES_FILE,
-    RunDirectory,
-    code,
-    inputs_of,
-)
-from ppo_cli.runtime import machine, resolve_device, set_seed, take_threads
+from ppo_cli.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory, code
+from ppo_cli.runtime import machine, resolve_device, take_threads
 from ppo_cli.sampling import judge
 from ppo_cli.saving import save_folder
 from ppo_cli.shaping import check_terms, penalties, shaped, shaping_statistics
@@ -219,7 +214,7 @@ class Training:
         self.directory.inventory.add([CARD_FILE])
         write_text(self.directory.path / CARD_FILE, run_card(summary, self.config))
         if self.config.run.best_of_n and not self.stopping:  # who stops a run does not want to wait
-            write_curve(self.directory, self.examination.best_of_n(self.config.run.best_of_n))
+            write_curve(self.directory.path, self.examination.best_of_n(self.config.run.best_of_n))
         if self.step == self.config.run.steps:
             self._say(self.adviser.closing())
         return summary

@@ -26,9 +26,10 @@ from ppo_cli.architecture import (
 )
 from ppo_cli.context import context_length
 from ppo_cli.errors import ModelError, UnsuitableModel, UsageError
-from ppo_cli.matmul import plain_matmul
+from ppo_cli.patches import plain_matmul
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.runtime import RandomStream, modes_kept
+from ppo_cli.random_state import RandomStream
+from ppo_cli.runtime import modes_kept
 
 LENGTHS = ((9, 2), (1, 4), (9, 1))
 """Tokens of each query and response: ragged, a short one that goes on after the others ended, two

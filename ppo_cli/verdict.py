@@ -14,7 +14,8 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter
 
 from ppo_cli.best_of_n import BestOfN, Share
-from ppo_cli.evaluation import Interval, Sample, bootstrap_interval
+from ppo_cli.bootstrap import Interval, bootstrap_interval
+from ppo_cli.evaluation import Sample
 from ppo_cli.quality import Likelihoods, Quality
 
 

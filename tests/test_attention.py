@@ -11,8 +11,8 @@ from conftest import SMALL, make_gpt2
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ppo_cli import attention, matmul
-from ppo_cli.matmul import fast_matmul
+from ppo_cli import attention, patches
+from ppo_cli.patches import fast_matmul
 
 B, HEADS, T, D = 3, 2, 7, 16
 ROUNDING = 2**-6  # a few bfloat16 roundings of numbers of about 1
@@ -29,7 +29,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Size]]:
         return plain(query, *rest)
 
     monkeypatch.setattr(attention, "short_attention", spy)
-    monkeypatch.setattr(matmul, "computes_bfloat16", lambda device: True)
+    monkeypatch.setattr(patches, "computes_bfloat16", lambda device: True)
     return shapes
 
 

@@ -16,8 +16,8 @@ from ppo_cli.best_of_n import (
     parse_counts,
     share,
 )
+from ppo_cli.bootstrap import bootstrap_interval
 from ppo_cli.errors import UsageError
-from ppo_cli.evaluation import bootstrap_interval
 
 
 @pytest.mark.parametrize("n", range(1, 8))

@@ -20,7 +20,7 @@ from ppo_cli.checkpoint import (
     whole_checkpoint,
 )
 from ppo_cli.errors import PPOCliError
-from ppo_cli.runtime import random_state, set_random_state
+from ppo_cli.random_state import random_state, set_random_state
 
 
 def make_model(seed: int = 0) -> nn.Module:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from ppo_cli.config_source import load_config
 from ppo_cli.ppo.statistics import RUN_STATISTICS, grouped
 from ppo_cli.quality import MEASURES, Quality
+from ppo_cli.random_state import random_state
 from ppo_cli.run_directory import RunDirectory
-from ppo_cli.runtime import random_state
 from ppo_cli.summary import Pace, TrainingSummary
 from ppo_cli.training import Training
 

@@ -13,11 +13,11 @@ from conftest import SMALL_RUN
 from test_security import SEEN, shown
 
 from ppo_cli.best_of_n import BestOfN, BestOfPoint, kl_bound
+from ppo_cli.bootstrap import Interval
 from ppo_cli.cli.plot import plot
 from ppo_cli.config_source import load_config
 from ppo_cli.errors import UsageError
-from ppo_cli.evaluation import Interval
-from ppo_cli.frontier import CURVE_FILE, plot_frontier, read_curve, trail, write_curve
+from ppo_cli.frontier import CURVE_FILE, Trail, plot_frontier, read_curve, trail, write_curve
 from ppo_cli.report import frontier_table
 from ppo_cli.run_directory import METRICS_FILE, RunDirectory
 from ppo_cli.training import Training
@@ -42,6 +42,10 @@ def make_run(
     return run
 
 
+def trail_of(run: RunDirectory) -> Trail:
+    return trail(str(run.path), run.metrics(), run.config().run)
+
+
 def make_curve(*counts: int, score: float = 0.0) -> BestOfN:
     """Scores of the logarithm of n, from `score` on."""
     scores = [score + math.log(n) for n in counts]
@@ -53,7 +57,7 @@ def make_curve(*counts: int, score: float = 0.0) -> BestOfN:
 
 
 def test_a_trail_is_the_evaluations_and_the_best_is_within_the_limit(tmp_path: Path) -> None:
-    found = trail(make_run(tmp_path / "run", {**WAY, 25: (math.nan, 1.0)}))
+    found = trail_of(make_run(tmp_path / "run", {**WAY, 25: (math.nan, 1.0)}))
     assert [e.step for e in found.evaluations] == [10, 20, 30, 40]
     assert found.best is not None and found.best.step == 20  # 40 scores higher, at a KL of 50
     assert found.reference_score == -0.1
@@ -70,14 +74,14 @@ def test_a_run_without_evaluations_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_the_curve_is_that_of_the_first_run_that_has_one(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in "abc"]
-    assert read_curve(runs) is None
-    write_curve(runs[2], make_curve(1, 2))
-    write_curve(runs[1], make_curve(1, 4))
-    assert read_curve(runs) == make_curve(1, 4)
+    assert read_curve([run.path for run in runs]) is None
+    write_curve(runs[2].path, make_curve(1, 2))
+    write_curve(runs[1].path, make_curve(1, 4))
+    assert read_curve([run.path for run in runs]) == make_curve(1, 4)
     for damage in ("{", "[]", '{"label": 1}', json.dumps(make_curve(1).as_dict() | {"points": []})):
         (runs[0].path / CURVE_FILE).write_text(damage)
         with pytest.raises(UsageError, match=r"frontier\.json is damaged"):
-            read_curve(runs)
+            read_curve([run.path for run in runs])
 
 
 def test_between_its_points_the_curve_is_straight_and_beyond_them_unknown() -> None:
@@ -97,7 +101,7 @@ def svg(path: Path, *args: Any) -> str:
 
 
 def test_the_picture_names_runs_steps_and_n(tmp_path: Path) -> None:
-    trails = [trail(make_run(tmp_path / name)) for name in ("ppo$x$", "b\u202e")]
+    trails = [trail_of(make_run(tmp_path / name)) for name in ("ppo$x$", "b\u202e")]
     text = svg(tmp_path / "p.svg", trails, make_curve(1, 2, 8, 64))
     for words in ("ppo$x$", "best: step 20, last: step 40", "n=64", ">8<", "best of n", "KL from"):
         assert words in text, words
@@ -108,7 +112,7 @@ def test_the_picture_names_runs_steps_and_n(tmp_path: Path) -> None:
 
 def test_labels_of_the_curve_keep_apart(tmp_path: Path) -> None:
     crowd = make_curve(*range(1, 65))
-    text = svg(tmp_path / "p.svg", [trail(make_run(tmp_path / "run"))], crowd)
+    text = svg(tmp_path / "p.svg", [trail_of(make_run(tmp_path / "run"))], crowd)
     assert "n=64" in text and ">63<" not in text
     assert 1 < sum(f">{n}<" in text for n in range(2, 64)) < 20
 
@@ -122,7 +126,7 @@ def test_the_command_writes_a_picture_or_a_table(
     out, err = capsys.readouterr()
     assert out == "run/frontier.png\n" and "run.best_of_n=[1,2,4,8,16,32,64]" in err
     assert Path("run/frontier.png").read_bytes().startswith(b"\x89PNG")
-    write_curve(run, make_curve(1, 4, score=-0.2))
+    write_curve(run.path, make_curve(1, 4, score=-0.2))
     plot(["run"], frontier=True, output="x.pdf")
     out, err = capsys.readouterr()
     assert (out, err) == ("x.pdf\n", "")
@@ -144,7 +148,7 @@ def test_the_command_writes_a_picture_or_a_table(
 
 
 def test_names_in_the_table_are_text(tmp_path: Path) -> None:
-    text = shown([frontier_table(trail(make_run(tmp_path / "[red]\x1b")), None)])
+    text = shown([frontier_table(trail_of(make_run(tmp_path / "[red]\x1b")), None)])
     assert "[red]\\x1b" in text and not SEEN.search(text)
 
 
@@ -158,10 +162,10 @@ def test_a_run_measures_best_of_n_at_its_end_unless_it_was_stopped(
     list(training.steps())
     training.stopping = True
     training.finish()
-    assert read_curve([training.directory]) is None
+    assert read_curve([training.directory.path]) is None
     training.stopping = False
     training.finish()
-    curve = read_curve([training.directory])
+    curve = read_curve([training.directory.path])
     assert curve is not None
     assert [point.n for point in curve.points] == [1, 2, 8]
     assert (curve.prompts, curve.samples, curve.label) == (6, 8, "POSITIVE")

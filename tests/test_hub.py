@@ -28,7 +28,8 @@ from ppo_cli import AutoModelForCausalLMWithValueHead, hub
 from ppo_cli.config import PolicyConfig, RewardConfig
 from ppo_cli.embedded import classifier_folder
 from ppo_cli.errors import ModelError, ModelNotFoundError, PPOCliError
-from ppo_cli.loading import load_policy, load_reward, load_tokenizer
+from ppo_cli.loading import load_policy, load_tokenizer
+from ppo_cli.reward_loading import load_reward
 
 NAME = "org/name"
 COMMIT = "0" * 40

@@ -26,10 +26,11 @@ from ppo_cli.config import PolicyConfig, RunConfig
 from ppo_cli.config_source import load_config
 from ppo_cli.embedded import policy_folder
 from ppo_cli.errors import ModelError, UsageError
+from ppo_cli.fingerprint import inputs_of
 from ppo_cli.inventory import Inventory
 from ppo_cli.loading import load_policy, load_tokenizer
 from ppo_cli.reward import SentimentReward
-from ppo_cli.run_directory import RunDirectory, inputs_of
+from ppo_cli.run_directory import RunDirectory
 from ppo_cli.saving import save_folder
 
 TRAIN = [

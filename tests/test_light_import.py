@@ -23,7 +23,8 @@ from ppo_cli.light_import import for_sampling_alone
 
 with for_sampling_alone() if sys.argv[1] == "light" else nullcontext():
     from ppo_cli import generation
-request = generation.resolve([sys.argv[2]], reference=False, score=True, sentiment=None,
+    from ppo_cli.cli import requests
+request = requests.resolve([sys.argv[2]], reference=False, score=True, sentiment=None,
                              classifier="embedded", device="cpu", trusted=())
 result = generation.generate(
     request.sources[0], ["This movie"], samples_each=3, max_new_tokens=12, seed=1,

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from ppo_cli import matmul
-from ppo_cli.matmul import fast_matmul, prefers_onednn, product, wide_product
+from ppo_cli import matmul, patches
+from ppo_cli.matmul import prefers_onednn, product, wide_product
+from ppo_cli.patches import fast_matmul
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="torch without oneDNN"
@@ -287,7 +288,7 @@ def test_where_torchs_own_choice_is_right_nothing_is_taken_over(
     native: bool, taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(matmul, "prefers_onednn", lambda: False)
-    monkeypatch.setattr(matmul, "computes_bfloat16", lambda device: native)
+    monkeypatch.setattr(patches, "computes_bfloat16", lambda device: native)
     layer = nn.Linear(12, 20)
     expected = layer(normal(7, 12))
     with fast_matmul():

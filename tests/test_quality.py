@@ -11,8 +11,9 @@ from conftest import make_policy
 
 from ppo_cli.evaluation import Sample
 from ppo_cli.likelihoods import likelihoods
+from ppo_cli.ngrams import distinct, most_common, repetition
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.quality import Likelihoods, Quality, distinct, most_common, repetition
+from ppo_cli.quality import Likelihoods, Quality
 
 
 def test_distinct_counts_words_over_all_texts() -> None:

@@ -39,12 +39,12 @@ from ppo_cli.errors import ConfigError, ModelError, UsageError
 from ppo_cli.evaluation import Generated, Sample
 from ppo_cli.files import refuse_special, write_text
 from ppo_cli.loading import load_policy, load_tokenizer
-from ppo_cli.model_card import trainer_card
 from ppo_cli.plots import plot_training, terminal_chart
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.quality import Likelihoods, Quality
 from ppo_cli.reward import SentimentReward
 from ppo_cli.text import escape_controls, json_text, markdown_code, markdown_text, spreadsheet_text
+from ppo_cli.trainer_card import trainer_card
 from ppo_cli.verdict import (
     Comparison,
     Judged,

@@ -9,11 +9,12 @@ import pytest
 import torch
 from conftest import EOS, SMALL_RUN, VOCABULARY, make_gpt2, make_policy, make_tokenizer
 
+from ppo_cli.cli.requests import resolve
 from ppo_cli.comparison import compare
 from ppo_cli.config import RewardConfig
 from ppo_cli.config_source import load_config
 from ppo_cli.errors import UsageError
-from ppo_cli.generation import Request, generate, resolve
+from ppo_cli.generation import Request, generate
 from ppo_cli.loading import load_tokenizer
 from ppo_cli.ppo.statistics import RUN_STATISTICS
 from ppo_cli.run_directory import RunDirectory

@@ -14,16 +14,23 @@ from pydantic import BaseModel
 
 import ppo_cli
 from ppo_cli.config import AdapterConfig, RunConfig
-from ppo_cli.ppo.config import PPOConfig, PPOSettings
+from ppo_cli.ppo.config import PPOConfig
+from ppo_cli.ppo_settings import PPOSettings
 
 PACKAGE = Path(ppo_cli.__file__).parent
 
 # Data flows down: a module imports only from rows above its own.
 ROWS = [
-    ["text", "light_import", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
+    ["light_import", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
     ["errors"],
+    ["text"],
     [
         "files",
+        "random_state",
+        "ngrams",
+        "ppo_settings",
+        "bootstrap",
+        "trainer_card",
         "stopping",
         "runtime",
         "attention",
@@ -43,15 +50,29 @@ ROWS = [
         "ppo.advantages",
     ],
     ["inventory", "evaluation", "plots", "ppo.calibration", "sources", "tying"],
-    ["config", "ppo.losses", "ppo.learning_rate", "ppo.packing", "quality", "best_of_n"],
+    ["config", "patches", "ppo.losses", "ppo.learning_rate", "ppo.packing", "quality", "best_of_n"],
     ["config_source", "policy_files", "projection", "summary", "standing", "shaping"],
     ["verdict", "symptoms", "divergence"],
-    ["prompts", "architecture", "run_directory", "advice", "classifier"],
-    ["policy", "frontier", "adapter", "fingerprint"],
+    ["prompts", "architecture", "fingerprint", "advice", "classifier"],
+    [
+        "policy",
+        "run_directory",
+        "frontier",
+        "adapter",
+    ],
     ["decoding", "reward", "reference", "trial"],
     ["rollout"],
-    ["sampling", "potentials", "loading", "checkpoint", "model_card", "ppo.experience", "saving"],
-    ["ppo.measurements", "ppo.optimizer_step", "likelihoods"],
+    [
+        "reward_loading",
+        "sampling",
+        "potentials",
+        "loading",
+        "checkpoint",
+        "model_card",
+        "ppo.experience",
+        "saving",
+    ],
+    ["reward_loading", "ppo.measurements", "ppo.optimizer_step", "likelihoods"],
     ["ppo.update", "ppo.setup"],
     ["ppo.trainer"],
     ["progress", "examination", "preparation"],
@@ -60,7 +81,7 @@ ROWS = [
     ["report"],
     ["comparison_report"],
     ["comparison_page"],
-    ["cli", "cli.console", "cli.options", "cli.streams"],
+    ["cli", "cli.console", "cli.options", "cli.streams", "cli.requests"],
     ["cli.display"],
     ["cli.train", "cli.generate", "cli.compare", "cli.plot", "cli.stats", "cli.config"],
     ["cli.app"],

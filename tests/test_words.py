@@ -92,8 +92,8 @@ def test_lack_of_memory_is_called_that_while_a_model_is_loaded(error: Exception)
     ("arguments", "where", "wanted"),
     [
         (["train"], "ppo_cli.config_source.load_config", "ppo.mini_batch_size"),
-        (["generate", "x"], "ppo_cli.generation.resolve", "--max-new-tokens"),
-        (["compare", "x", "y"], "ppo_cli.generation.resolve", "--samples"),
+        (["generate", "x"], "ppo_cli.cli.requests.resolve", "--max-new-tokens"),
+        (["compare", "x", "y"], "ppo_cli.cli.requests.resolve", "--samples"),
         (["stats", "x"], "ppo_cli.run_directory.RunDirectory.existing", "other programs"),
         (["plot", "x"], "ppo_cli.run_directory.RunDirectory.existing", "other programs"),
     ],

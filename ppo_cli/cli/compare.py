@@ -116,11 +116,12 @@ def compare(
     check_outputs(outputs, [*models, prompts, classifier])
 
     with for_sampling_alone():
-        from ppo_cli import comparison, comparison_report, generation
+        from ppo_cli import comparison, comparison_report
+        from ppo_cli.cli import requests
     from ppo_cli.comparison_page import comparison_html
 
     hush()
-    request = generation.resolve(
+    request = requests.resolve(
         models,
         reference=reference,
         score=True,
@@ -130,7 +131,7 @@ def compare(
         trusted=trust_remote_code or (),
     )
     check_outputs(outputs, request.input_names)
-    texts = generation.read_prompts([], prompts, column)
+    texts = requests.read_prompts([], prompts, column)
     result = comparison.compare(
         request,
         texts,

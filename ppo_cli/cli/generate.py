@@ -85,13 +85,14 @@ def generate(
 
     with for_sampling_alone():
         from ppo_cli import generation
+        from ppo_cli.cli import requests
     from ppo_cli.run_directory import RunDirectory
 
     hush()
     if score is None:
         score = classifier is not None or any(RunDirectory(model).is_run() for model in models)
-    texts = generation.read_prompts(prompt or [], prompts, column) or ["This movie"]
-    request = generation.resolve(
+    texts = requests.read_prompts(prompt or [], prompts, column) or ["This movie"]
+    request = requests.resolve(
         models,
         reference=reference,
         score=score,

@@ -85,8 +85,8 @@ def _plot_frontier(directories: "list[RunDirectory]", output: str | None, termin
     if not terminal:
         pictures = [run.path / frontier.PICTURE for run in directories]
         check_output(str(target), [str(run.path) for run in directories], allowed=pictures)
-    trails = [frontier.trail(run) for run in directories]
-    curve = frontier.read_curve(directories)
+    trails = [frontier.trail(str(run.path), run.metrics(), run.config().run) for run in directories]
+    curve = frontier.read_curve([run.path for run in directories])
     if terminal:
         print_tables([frontier_table(trail, curve) for trail in trails])
     else:

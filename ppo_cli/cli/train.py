@@ -95,7 +95,8 @@ def train(
         assignments=naming if as_made else changed,
         overrides=overrides,
     )
-    from ppo_cli.run_directory import RunDirectory, inputs_of
+    from ppo_cli.fingerprint import inputs_of
+    from ppo_cli.run_directory import RunDirectory
 
     if resume:
         run_directory = RunDirectory.existing(settings.output)

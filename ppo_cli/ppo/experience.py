@@ -15,8 +15,9 @@ from ppo_cli.architecture import rope_switch
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.ppo import advantages as adv
 from ppo_cli.ppo import losses
-from ppo_cli.ppo.config import PPOConfig, PPOSettings
+from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.packing import TokenBatch
+from ppo_cli.ppo_settings import PPOSettings
 from ppo_cli.projection import token_logprobs
 from ppo_cli.trial import refuse_noise, settle_reading
 

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_cli.matmul import fast_matmul
+from ppo_cli.patches import fast_matmul
 from ppo_cli.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.ppo import advantages as adv
 from ppo_cli.ppo.calibration import PotentialCalibration
@@ -48,13 +48,14 @@ from ppo_cli.ppo.setup import (
     require,
 )
 from ppo_cli.ppo.update import Update, dropout_off, head_alone
+from ppo_cli.random_state import RandomStream, numpy_state, set_numpy_state
 from ppo_cli.reference import (
     create_adapter_reference,
     create_reference_model,
     refuse_shared_weights,
 )
 from ppo_cli.rollout import new_token_limits, sample_responses
-from ppo_cli.runtime import RandomStream, keep_freed_memory, numpy_state, set_numpy_state
+from ppo_cli.runtime import keep_freed_memory
 from ppo_cli.stopping import end_tokens
 from ppo_cli.trial import starts_as_its_base
 
@@ -496,7 +497,7 @@ class PPOTrainer:
 
     def create_model_card(self, path: str | Path, model_name: str = "PPO model") -> None:
         """Write a short `README.md` that says what the model is and how to load it."""
-        from ppo_cli.model_card import trainer_card
+        from ppo_cli.trainer_card import trainer_card
 
         card = trainer_card(model_name, str(path), self.config)
         (Path(path) / "README.md").write_text(card, encoding="utf-8")

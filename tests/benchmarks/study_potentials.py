@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from ppo_cli.config_source import load_config
-from ppo_cli.loading import load_policy, load_reward, load_tokenizer
+from ppo_cli.loading import load_policy, load_tokenizer
 from ppo_cli.potentials import potentials
 from ppo_cli.prompts import load_prompts
+from ppo_cli.reward_loading import load_reward
 from ppo_cli.rollout import Rollout
 from ppo_cli.sampling import draw_rollout
 

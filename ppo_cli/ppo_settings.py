@@ -1,0 +1,158 @@
+"""`PPOSettings`: the keys of the YAML section `ppo`, with the names and defaults of TRL 0.11.4."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+MOST = 10**15  # of anything that is counted; float64 holds it exactly
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+
+Count = Annotated[int, Field(ge=1, le=MOST)]
+
+KLPenalty = Literal["kl", "k1", "k2", "k3", "abs", "mse", "full"]
+
+
+@dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+class PPOSettings:
+    """What one PPO step does with a batch. Raises `ValueError` for values that make no sense."""
+
+    learning_rate: NotNegative = 1.41e-5
+    """Adam's learning rate, where no optimizer is passed."""
+    adap_kl_ctrl: bool = True
+    """Adapt the KL coefficient towards `target`; otherwise it stays at `init_kl_coef`."""
+    init_kl_coef: NotNegative = 0.2
+    """KL coefficient at the start."""
+    kl_penalty: KLPenalty = "kl"
+    """Per-token penalty: log-ratio (`kl` or `k1`), half its square (`mse` or `k2`), `k3`, the
+    absolute value (`abs`), or exact KL of the whole distributions (`full`)."""
+    kl_in_loss: bool = False
+    """Take the KL coefficient times the penalty (`k2` or `k3`) into the policy loss instead of into
+    the rewards."""
+    target: Positive = 6.0
+    """KL per sequence (nats) that the adaptive coefficient aims at."""
+    horizon: Positive = 10000.0
+    """Samples over which the adaptive coefficient reacts."""
+    gamma: UnitInterval = 1.0
+    """Discount per token."""
+    lam: UnitInterval = 0.95
+    """Lambda of generalised advantage estimation."""
+    cliprange: Positive = 0.2
+    """Clip range of the policy ratio."""
+    cliprange_value: Positive = 0.2
+    """Clip range of the value prediction around its old value."""
+    vf_coef: NotNegative = 0.1
+    """Weight of the value loss."""
+    batch_size: Count = 128
+    """Samples per `step()`."""
+    mini_batch_size: Count = 128
+    """Samples per forward and backward pass."""
+    gradient_accumulation_steps: Count = 1
+    """Mini-batches per optimizer step."""
+    ppo_epochs: Count = 4
+    """Passes over the batch per `step()`."""
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Gradients are clipped to this L2 norm at every optimizer step; null for no clipping."""
+    early_stopping: bool = False
+    """End the epochs of a step once the policy's KL from its start exceeds 1.5 x `target_kl`."""
+    target_kl: Positive = 1.0
+    """KL per token for `early_stopping`."""
+    ratio_threshold: Positive = 10.0
+    """A mini-batch whose mean ratio exceeds this is skipped."""
+    use_score_scaling: bool = False
+    """Divide scores by their running standard deviation."""
+    use_score_norm: bool = False
+    """With `use_score_scaling`: subtract their running mean first."""
+    score_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Clip scores to plus or minus this; null for no clipping."""
+    calibrate_potentials: bool = True
+    """Where potentials are given (`reward.score_every`): make of each the final score that may be
+    expected after it, by running least-squares lines; otherwise they count as they are."""
+    responses_per_query: Count = 1
+    """Samples in a row that answer the same query; with more than one, each score is compared with
+    the mean of the others' (leave-one-out baseline)."""
+    value_warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 0
+    """Steps in which the value head alone learns, before the policy moves."""
+    advantage_norm: Literal["batch", "mini_batch", "none"] = "batch"
+    """Where advantages are scaled to mean 0 and variance 1: over the batch, over each mini-batch,
+    or not at all."""
+    ent_coef: NotNegative = 0.0
+    """Weight of the entropy bonus: the loss falls by this times the entropy per token."""
+    max_approx_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """A step's updates end before the mini-batch whose policy has moved further than this (`k3`,
+    nats per token); null for no limit."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "adaptive"] = "constant"
+    """The learning rate over the run, where no scheduler is passed: as it is, falling, or
+    `adaptive`: raised or lowered after each step so that steps move the policy by `desired_kl`,
+    whatever the model's size, and falling as `linear` does meanwhile."""
+    desired_kl: Positive = 0.015
+    """`ppo/policy/approxkl`, nats per token, that the adaptive learning rate aims at in the first
+    step; in later ones at less, by the square of what the rate has fallen by."""
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 0
+    """Steps over which the learning rate rises from 0 first."""
+    min_lr_ratio: UnitInterval = 0.0
+    """Share of the learning rate that `linear`, `cosine` and `adaptive` end at."""
+    whiten_rewards: bool = False
+    """Scale rewards to unit variance over the response tokens before estimating advantages."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    optimize_device_cache: bool = False
+    """Give cached accelerator memory back after each step: less memory, more time."""
+    log_with: Literal["wandb", "tensorboard"] | None = None
+    """Tracker that `log_stats` writes to."""
+    tracker_project_name: str = "trl"
+    """Project name at the tracker."""
+    tracker_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the tracker, under its name."""
+    accelerator_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `accelerate.Accelerator`; `mixed_precision` may also be auto or fp32."""
+    project_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `accelerate.utils.ProjectConfiguration`, such as `logging_dir`."""
+
+    def __post_init__(self) -> None:
+        self.check_batch_arithmetic()
+        if self.kl_in_loss and self.kl_penalty not in ("k2", "k3", "mse"):
+            raise ValueError(
+                f"kl_in_loss needs a kl_penalty of k2 or k3, not {self.kl_penalty}: as a loss the "
+                "others have no gradient, a wrong one, or need whole distributions"
+            )
+        if self.batch_size % self.responses_per_query:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of responses_per_query "
+                f"({self.responses_per_query})"
+            )
+
+    @property
+    def backward_batch_size(self) -> int:
+        """Samples per optimizer step; follows the fields that it is made of."""
+        return self.mini_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def step_size_key(self) -> str:
+        """The field that decides how far a step moves the policy, to be named in advice."""
+        return "desired_kl" if self.lr_scheduler_type == "adaptive" else "learning_rate"
+
+    @property
+    def rate_depends_on_steps(self) -> bool:
+        """Whether the learning rate's course depends on the number of steps."""
+        return self.lr_scheduler_type != "constant" and self.min_lr_ratio < 1
+
+    def check_batch_arithmetic(self) -> None:
+        """Raise `ValueError` unless whole optimizer steps fit into a batch."""
+        if self.batch_size % self.backward_batch_size:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of mini_batch_size x "
+                f"gradient_accumulation_steps ({self.mini_batch_size} x "
+                f"{self.gradient_accumulation_steps} = {self.backward_batch_size}): "
+                "change one of them"
+            )
