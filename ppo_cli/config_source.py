@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+import ppo_cli
 from ppo_cli.config import AdapterConfig, RunConfig
 from ppo_cli.errors import SECRET, ConfigError, did_you_mean
 from ppo_cli.files import refuse_stream
@@ -38,7 +39,7 @@ HEX_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # as wandb's; a commit's hash looks t
 
 def shipped_configs() -> dict[str, Path]:
     """Name -> file of every configuration that comes with the program."""
-    here = Path(__file__).parent
+    here = Path(ppo_cli.__file__).parent
     for folder in (here / "configs", here.parent / "configs"):
         if folder.is_dir():
             return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
