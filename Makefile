@@ -55,7 +55,7 @@ check: lint types test
 
 # Rebuilds the embedded models from a seed and checks their quality.
 embedded: $(READY)
-	$(BIN)/python -m ppo_cli.embedded.build
+	$(BIN)/python -m ppo_cli.data.embedded.build
 
 # make bench PEER=/path/to/python compares with TRL 0.11.4 installed there; SHORT=1 takes minutes.
 bench: $(READY)

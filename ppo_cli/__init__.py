@@ -11,14 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppo_cli.policy import AutoModelForCausalLMWithValueHead
+    from ppo_cli.data.prompts import LengthSampler
+    from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
+    from ppo_cli.models.reference import create_reference_model
     from ppo_cli.ppo.config import PPOConfig
     from ppo_cli.ppo.statistics import print_ppo_stats
     from ppo_cli.ppo.trainer import PPOTrainer
-    from ppo_cli.prompts import LengthSampler
-    from ppo_cli.random_state import set_seed
-    from ppo_cli.reference import create_reference_model
-    from ppo_cli.reward import SentimentReward
+    from ppo_cli.rewards.sentiment import SentimentReward
+    from ppo_cli.utils.random_state import set_seed
 
 __version__ = "0.1.0"
 
@@ -29,14 +29,14 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 _HOMES = {
-    "AutoModelForCausalLMWithValueHead": "ppo_cli.policy",
-    "LengthSampler": "ppo_cli.prompts",
+    "AutoModelForCausalLMWithValueHead": "ppo_cli.models.policy",
+    "LengthSampler": "ppo_cli.data.prompts",
     "PPOConfig": "ppo_cli.ppo.config",
     "PPOTrainer": "ppo_cli.ppo.trainer",
-    "SentimentReward": "ppo_cli.reward",
-    "create_reference_model": "ppo_cli.reference",
+    "SentimentReward": "ppo_cli.rewards.sentiment",
+    "create_reference_model": "ppo_cli.models.reference",
     "print_ppo_stats": "ppo_cli.ppo.statistics",
-    "set_seed": "ppo_cli.runtime",
+    "set_seed": "ppo_cli.utils.device",
 }
 
 __all__ = [

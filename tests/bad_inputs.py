@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import yaml
-from conftest import EOS, make_gpt2, make_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from ppo_cli.config_source import load_config
+from ppo_cli.config.loading import load_config
+from tests.conftest import EOS, make_gpt2, make_tokenizer
 
 T, G, C = "train", "generate", "compare"
 Case = tuple[list[str], int, list[str]]
@@ -367,7 +367,7 @@ HEAVY = [*MODELS, *TEXTS]
 
 def make_world(folder: Path) -> dict[str, str]:
     """The files that the cases name: name -> path."""
-    from ppo_cli.embedded import classifier_folder, policy_folder
+    from ppo_cli.data.embedded import classifier_folder, policy_folder
 
     for name, content in _files().items():
         (folder / name).write_bytes(content)
@@ -582,7 +582,7 @@ def change_json(file: Path, **changes: Any) -> None:
 
 
 def _make_judges(folder: Path) -> None:
-    from ppo_cli.embedded import classifier_folder
+    from ppo_cli.data.embedded import classifier_folder
 
     for name, changes in (
         ("judge_misshaped", {"max_position_embeddings": 3}), ("judge_headless", {"n_heads": -1}),

@@ -23,12 +23,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_cli.models.sampling import check_sampling
 from ppo_cli.ppo.experience import check_reading
-from ppo_cli.rollout import check_sampling
 
 torch.set_num_threads(1)
 
-SMALL_RUN = str(Path(__file__).parent / "data" / "small.yaml")
+SMALL_RUN = str(Path(__file__).parent / "fixtures" / "small.yaml")
 """A configuration of the embedded models: small, and the same whatever the default is tuned to."""
 
 VOCABULARY = 80

@@ -117,7 +117,7 @@ def no_device_memory(call: int) -> None:
 
 def broken_classifier(step: int) -> None:
     """Its weights turn to NaN before it scores the samples of `step`, for good."""
-    from ppo_cli.reward import SentimentReward
+    from ppo_cli.rewards.sentiment import SentimentReward
 
     def spoil(reward: Any, _: Any) -> None:
         for weights in reward.classifier.parameters():
@@ -128,7 +128,7 @@ def broken_classifier(step: int) -> None:
 
 def failing_classifier(step: int) -> None:
     """It raises once, for the samples of `step`."""
-    from ppo_cli.reward import SentimentReward
+    from ppo_cli.rewards.sentiment import SentimentReward
 
     def fail(*_: Any) -> None:
         raise IndexError("index out of range in self")
@@ -138,19 +138,19 @@ def failing_classifier(step: int) -> None:
 
 def collapsed_text(step: int) -> None:
     """Every response to `step` is the same."""
-    from ppo_cli import training
+    from ppo_cli.training import run
 
     def make_alike(_: Any, __: Any, responses: list[Any]) -> None:
         responses[:] = [responses[0]] * len(responses)
 
-    before_call(training, "decode", step, make_alike)
+    before_call(run, "decode", step, make_alike)
 
 
 def slow_step(step: int) -> None:
     """`step` takes half a minute."""
-    from ppo_cli import training
+    from ppo_cli.training import run
 
-    before_call(training, "decode", step, lambda *_: time.sleep(30))
+    before_call(run, "decode", step, lambda *_: time.sleep(30))
 
 
 def no_reader(*descriptors: int) -> None:
@@ -214,8 +214,8 @@ def tracker_leaves() -> None:
 
 def begin_anew(number: int, config: str) -> None:
     """Replaces the run in `run` by a new one, of no step, with a kill before the n-th change."""
-    from ppo_cli.config_source import load_config
-    from ppo_cli.run_directory import RunDirectory
+    from ppo_cli.config.loading import load_config
+    from ppo_cli.training.run_directory import RunDirectory
 
     settings = load_config(config, overrides={("run", "output"): "run"})
     kill_at_write(number)

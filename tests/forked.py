@@ -19,8 +19,8 @@ IMPORTED = [
     "matplotlib.backends.backend_agg",
     "ppo_cli.cli.app",
     "ppo_cli.cli.display",
-    "ppo_cli.embedded.grammar",
-    "ppo_cli.training",
+    "ppo_cli.data.embedded.grammar",
+    "ppo_cli.training.run",
     "transformers.models.distilbert.modeling_distilbert",
     "transformers.models.gpt2.modeling_gpt2",
 ]

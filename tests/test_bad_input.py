@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_inputs import HEAVY, LIGHT, Case, make_endless_model, make_world
-from conftest import SMALL_RUN
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
-from test_cli import environment
 
-from ppo_cli.config import RunConfig
-from ppo_cli.embedded import policy_folder
+from ppo_cli.config.schema import RunConfig
+from ppo_cli.data.embedded import policy_folder
 from ppo_cli.errors import ModelError, ModelNotFoundError
-from ppo_cli.hub import loading_errors
+from ppo_cli.utils.hub import loading_errors
+from tests.bad_inputs import HEAVY, LIGHT, Case, make_endless_model, make_world
+from tests.conftest import SMALL_RUN
+from tests.test_cli import environment
 
 QUICK = ["--config", SMALL_RUN]  # a case's own --config comes later, and wins
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL_RUN
-from forked import Done, ppo_cli
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
-from ppo_cli.verdict import Comparison
+from ppo_cli.evaluation.comparison_result import Comparison
+from tests.conftest import SMALL_RUN
+from tests.forked import Done, ppo_cli
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 QUICK = ["--config", SMALL_RUN]
@@ -178,7 +178,7 @@ def test_generate_jsonl_from_both_and_standard_input(home: Path) -> None:
 
 
 def test_generate_from_a_plain_folder_without_a_classifier(home: Path) -> None:
-    from ppo_cli.embedded import policy_folder
+    from ppo_cli.data.embedded import policy_folder
 
     done = anew("generate", policy_folder(), "--format", "text", cwd=home)
     assert done.code == 0, done.err

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SMALL_RUN
-from test_bad_input import run_here  # noqa: F401
 
-from ppo_cli.config import RunConfig
-from ppo_cli.embedded import classifier_folder, policy_folder
+from ppo_cli.config.schema import RunConfig
+from ppo_cli.data.embedded import classifier_folder, policy_folder
+from tests.conftest import SMALL_RUN
+from tests.test_bad_input import run_here  # noqa: F401
 
 Run = Callable[[list[str], Path], tuple[int, str, str]]
 ODD: list[Any] = [
@@ -85,8 +85,8 @@ def check(run: Run, arguments: list[str], cwd: Path, about: object) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps."""
-    from ppo_cli.config_source import load_config
-    from ppo_cli.training import Training
+    from ppo_cli.config.loading import load_config
+    from ppo_cli.training.run import Training
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     changes = [f"run.output={folder}", "run.steps=2", "run.eval_every=0", "run.device=cpu"]

@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import faults
 import pytest
 import torch
-from conftest import SMALL_RUN
-from forked import Done, Fault, ppo_cli, start
 from safetensors.torch import load_file
 from stress.kill import RUN, SETTINGS, contents, differences, go_on
 
-from ppo_cli.checkpoint import find_damage
+from ppo_cli.training.checkpoint import find_damage
+from tests import faults
+from tests.conftest import SMALL_RUN
+from tests.forked import Done, Fault, ppo_cli, start
 
 QUICK = [
     "--config", SMALL_RUN, "--set", "run.checkpoint_every=2",

@@ -13,19 +13,27 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import SMALL_RUN, make_batch, make_gpt2, make_policy, make_trainer, tried, weights
-from test_cli import anew
-from test_decoding import LIMITS, QUERIES, SETTINGS, STILL, sample, with_chances
-from test_decoding import make_policy as make_other
-from test_parity import CASES
-from test_parity import test_step_gives_what_trl_gave as compare_with_trl
-from test_trial import assert_right, make_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, decoding
-from ppo_cli.cuda_graph import nothing_waits
+from ppo_cli.kernels.cuda_graph import nothing_waits
 from ppo_cli.ppo import optimizer_step
 from ppo_cli.ppo.update import Update
+from tests.conftest import (
+    SMALL_RUN,
+    make_batch,
+    make_gpt2,
+    make_policy,
+    make_trainer,
+    tried,
+    weights,
+)
+from tests.models.test_decode_loop import LIMITS, QUERIES, SETTINGS, STILL, sample, with_chances
+from tests.models.test_decode_loop import make_policy as make_other
+from tests.models.test_self_check import assert_right, make_model
+from tests.ppo.test_parity import CASES
+from tests.ppo.test_parity import test_step_gives_what_trl_gave as compare_with_trl
+from tests.test_cli import anew
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 

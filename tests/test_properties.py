@@ -10,12 +10,12 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_structure import config_keys
 
-from ppo_cli.config import RunConfig
-from ppo_cli.config_source import load_config, validate
+from ppo_cli.config.loading import load_config, validate
+from ppo_cli.config.schema import RunConfig
 from ppo_cli.errors import ConfigError
-from ppo_cli.yaml_io import dump_yaml, load_yaml
+from ppo_cli.utils.yaml_io import dump_yaml, load_yaml
+from tests.test_structure import config_keys
 
 QUICK = settings(
     max_examples=150,

@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import SMALL_RUN
-from forked import Done, ppo_cli
 from stress.kill import contents, differences
 
-from ppo_cli.config_source import change_config, load_config
-from ppo_cli.embedded import TRAIN_SEED, classifier_folder, policy_folder
-from ppo_cli.embedded.grammar import reviews
+from ppo_cli.config.loading import change_config, load_config
+from ppo_cli.data.embedded import TRAIN_SEED, classifier_folder, policy_folder
+from ppo_cli.data.embedded.grammar import reviews
 from ppo_cli.errors import UsageError
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.learning_rate import learning_rate_factor
-from ppo_cli.run_directory import RunDirectory
+from ppo_cli.training.run_directory import RunDirectory
+from tests.conftest import SMALL_RUN
+from tests.forked import Done, ppo_cli
 
 NAMED = [
     "--set", "policy.model=./model", "--set", "reward.model=judge",

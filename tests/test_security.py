@@ -20,32 +20,17 @@ import numpy as np
 import pytest
 import regex
 import torch
-from conftest import make_gpt2, make_tokenizer
 from peft import LoraConfig
 from rich.console import Console
-from test_bad_input import run_here  # noqa: F401
-from test_cli import QUICK, environment
-from test_structure import modules
 from transformers import modeling_utils
 from transformers.integrations import hub_kernels
 
-from ppo_cli import comparison_report, report
-from ppo_cli.best_of_n import best_of_n, share
-from ppo_cli.comparison_page import comparison_html
-from ppo_cli.config import PolicyConfig
-from ppo_cli.config_source import load_config
-from ppo_cli.embedded import classifier_folder, policy_folder
+from ppo_cli.config.loading import load_config
+from ppo_cli.config.schema import PolicyConfig
+from ppo_cli.data.embedded import classifier_folder, policy_folder
 from ppo_cli.errors import ConfigError, ModelError, UsageError
-from ppo_cli.evaluation import Generated, Sample
-from ppo_cli.files import refuse_special, write_text
-from ppo_cli.loading import load_policy, load_tokenizer
-from ppo_cli.plots import plot_training, terminal_chart
-from ppo_cli.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.quality import Likelihoods, Quality
-from ppo_cli.reward import SentimentReward
-from ppo_cli.text import escape_controls, json_text, markdown_code, markdown_text, spreadsheet_text
-from ppo_cli.trainer_card import trainer_card
-from ppo_cli.verdict import (
+from ppo_cli.evaluation.best_of_n import best_of_n, share
+from ppo_cli.evaluation.comparison_result import (
     Comparison,
     Judged,
     ModelVerdict,
@@ -53,6 +38,27 @@ from ppo_cli.verdict import (
     paired_difference,
     rows_of,
 )
+from ppo_cli.evaluation.quality import Likelihoods, Quality
+from ppo_cli.evaluation.samples import Generated, Sample
+from ppo_cli.models.loading import load_policy, load_tokenizer
+from ppo_cli.models.model_card import trainer_card
+from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.reporting import comparison_tables, tables
+from ppo_cli.reporting.comparison_page import comparison_html
+from ppo_cli.reporting.plots import plot_training, terminal_chart
+from ppo_cli.rewards.sentiment import SentimentReward
+from ppo_cli.utils.files import refuse_special, write_text
+from ppo_cli.utils.text import (
+    escape_controls,
+    json_text,
+    markdown_code,
+    markdown_text,
+    spreadsheet_text,
+)
+from tests.conftest import make_gpt2, make_tokenizer
+from tests.test_bad_input import run_here  # noqa: F401
+from tests.test_cli import QUICK, environment
+from tests.test_structure import modules
 
 EVIL = (
     "[red]\x1b[31m\x9b1m\u202e\u200b<script>alert(1)</script>|`x`**b** =1+1 \ud800 $a$ "
@@ -351,10 +357,10 @@ def test_tables_show_text_as_it_is() -> None:
         after_samples=SAMPLES,
     )
     for text in (
-        shown(list(comparison_report.comparison_tables(comparison, 2))),
-        shown([report.generation_table([Generated(EVIL, SAMPLES)], True)]),
-        shown([report.summary_table(summary)]),  # type: ignore[arg-type]
-        shown(report.statistics_tables({"h": [(EVIL, 1.0, "m")]}, EVIL)),
+        shown(list(comparison_tables.comparison_tables(comparison, 2))),
+        shown([tables.generation_table([Generated(EVIL, SAMPLES)], True)]),
+        shown([tables.summary_table(summary)]),  # type: ignore[arg-type]
+        shown(tables.statistics_tables({"h": [(EVIL, 1.0, "m")]}, EVIL)),
         "\n".join(terminal_chart({EVIL: [{"step": 1, EVIL: 1.0}]}, EVIL)),
     ):
         assert not SEEN.search(text)
@@ -369,10 +375,10 @@ def test_html_markdown_and_csv_show_text_as_it_is() -> None:
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "default-src 'none'" in page
-    table = comparison_report.comparison_markdown(comparison)
+    table = comparison_tables.comparison_markdown(comparison)
     assert not SEEN.search(table)
     assert not re.search(r"<|(?<!\\)[`*\[$]|://|^# ", table, re.MULTILINE)
-    for row in csv.reader(io.StringIO(comparison_report.comparison_csv(comparison))):
+    for row in csv.reader(io.StringIO(comparison_tables.comparison_csv(comparison))):
         assert not SEEN.search("".join(row))
         assert not [cell for cell in row if cell.startswith(tuple("=+-@\t\r"))]
 

@@ -14,10 +14,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_structure import modules
 from typer.main import get_command
 
 from ppo_cli.cli import app
+from tests.test_structure import modules
 
 README = Path(__file__).parent.parent / "README.md"
 SPECIAL = set("[]*?{}()<>^~#;&|!$`")

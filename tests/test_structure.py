@@ -13,81 +13,28 @@ import pytest
 from pydantic import BaseModel
 
 import ppo_cli
-from ppo_cli.config import AdapterConfig, RunConfig
+from ppo_cli.config.ppo import PPOSettings
+from ppo_cli.config.schema import AdapterConfig, RunConfig
 from ppo_cli.ppo.config import PPOConfig
-from ppo_cli.ppo_settings import PPOSettings
 
 PACKAGE = Path(ppo_cli.__file__).parent
 
-# Data flows down: a module imports only from rows above its own.
-ROWS = [
-    ["light_import", "embedded", "embedded.grammar", "ppo", "ppo.statistics"],
-    ["errors"],
-    ["text"],
-    [
-        "files",
-        "random_state",
-        "ngrams",
-        "ppo_settings",
-        "bootstrap",
-        "trainer_card",
-        "stopping",
-        "runtime",
-        "attention",
-        "cache",
-        "context",
-        "cuda_graph",
-        "feed_forward",
-        "value_head",
-    ],
-    [
-        "yaml_io",
-        "hub",
-        "matmul",
-        "activations",
-        "ppo.config",
-        "ppo.kl_controller",
-        "ppo.advantages",
-    ],
-    ["inventory", "evaluation", "plots", "ppo.calibration", "sources", "tying"],
-    ["config", "patches", "ppo.losses", "ppo.learning_rate", "ppo.packing", "quality", "best_of_n"],
-    ["config_source", "policy_files", "projection", "summary", "standing", "shaping"],
-    ["verdict", "symptoms", "divergence"],
-    ["prompts", "architecture", "fingerprint", "advice", "classifier"],
-    [
-        "policy",
-        "run_directory",
-        "frontier",
-        "adapter",
-    ],
-    ["decoding", "reward", "reference", "trial"],
-    ["rollout"],
-    [
-        "reward_loading",
-        "sampling",
-        "potentials",
-        "loading",
-        "checkpoint",
-        "model_card",
-        "ppo.experience",
-        "saving",
-    ],
-    ["reward_loading", "ppo.measurements", "ppo.optimizer_step", "likelihoods"],
-    ["ppo.update", "ppo.setup"],
-    ["ppo.trainer"],
-    ["progress", "examination", "preparation"],
-    ["training", "generation"],
-    ["comparison"],
-    ["report"],
-    ["comparison_report"],
-    ["comparison_page"],
-    ["cli", "cli.console", "cli.options", "cli.streams", "cli.requests"],
-    ["cli.display"],
-    ["cli.train", "cli.generate", "cli.compare", "cli.plot", "cli.stats", "cli.config"],
-    ["cli.app"],
-    ["__main__", "embedded.build"],
+# Data flows one way: a package imports only from those before it.
+ORDER = [
+    "errors",
+    "utils",
+    "config",
+    "data",
+    "kernels",
+    "models",
+    "ppo",
+    "rewards",
+    "evaluation",
+    "reporting",
+    "training",
+    "cli",
 ]
-LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
+LEVEL = {name: level for level, name in enumerate(ORDER)}
 
 
 def modules() -> dict[str, Path]:
@@ -100,24 +47,42 @@ def modules() -> dict[str, Path]:
 
 
 def own_imports(path: Path) -> set[str]:
+    """Packages of this project that a file imports from, at any depth."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ppo_cli"):
-            base = node.module.removeprefix("ppo_cli").lstrip(".")
-            for alias in node.names:
-                inner = f"{base}.{alias.name}".lstrip(".")
-                names.add(inner if inner in LEVEL else base)
-    return names - {""}
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "ppo_cli":
+            names |= {f"ppo_cli.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are absolute"
+            names.add(node.module or "")
+    inside = {name.split(".")[1] for name in names if name.startswith("ppo_cli.")}
+    return {name for name in inside if not name.startswith("__")}
 
 
-def test_every_module_has_its_row() -> None:
-    assert set(modules()) == set(LEVEL)
+def test_every_package_has_its_place() -> None:
+    found = {name.split(".")[0] for name in modules()}
+    assert found == {*ORDER, "__main__"}
 
 
-@pytest.mark.parametrize("name", sorted(LEVEL))
-def test_imports_point_up(name: str) -> None:
-    for imported in own_imports(modules()[name]):
-        assert LEVEL[imported] < LEVEL[name], f"{name} imports {imported}"
+@pytest.mark.parametrize("package", ORDER)
+def test_a_package_imports_only_from_those_before_it(package: str) -> None:
+    for name, path in modules().items():
+        if name.split(".")[0] == package:
+            for imported in own_imports(path):
+                assert LEVEL[imported] <= LEVEL[package], f"{name} imports {imported}"
+
+
+def test_a_package_imports_nothing_by_itself() -> None:
+    for path in PACKAGE.glob("*/__init__.py"):
+        assert own_imports(path) == set(), path
+
+
+def test_tests_stand_where_the_code_does() -> None:
+    tests = Path(__file__).parent
+    folders = {path.parent.name for path in tests.glob("*/test_*.py")}
+    assert folders <= {*ORDER}
 
 
 def config_keys() -> list[str]:
@@ -153,7 +118,7 @@ def test_every_configuration_key_is_read_somewhere() -> None:
     sources = {
         name: path.read_text(encoding="utf-8")
         for name, path in modules().items()
-        if name not in ("config", "config_source")
+        if not name.startswith("config.")
     }
     for key in set(config_keys()) - FOR_TRACKERS:
         pattern = re.compile(rf"\.{key}\b")
@@ -179,7 +144,7 @@ def public_definitions(tree: ast.AST) -> list[ast.FunctionDef | ast.ClassDef]:
     return found
 
 
-@pytest.mark.parametrize("name", sorted(LEVEL))
+@pytest.mark.parametrize("name", sorted(modules()))
 def test_every_public_definition_has_a_docstring(name: str) -> None:
     tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
     assert ast.get_docstring(tree)
@@ -191,8 +156,8 @@ def test_every_public_definition_has_a_docstring(name: str) -> None:
     [
         "ppo_cli",
         "ppo_cli.cli.app",
-        "ppo_cli.config_source",
-        "ppo_cli.comparison_page",
+        "ppo_cli.config.loading",
+        "ppo_cli.reporting.comparison_page",
         "ppo_cli.ppo.statistics",
     ],
 )

@@ -26,8 +26,8 @@ from ppo_cli import (
     print_ppo_stats,
     set_seed,
 )
-from ppo_cli.embedded import TRAIN_SEED, classifier_folder, policy_folder
-from ppo_cli.embedded.grammar import reviews
+from ppo_cli.data.embedded import TRAIN_SEED, classifier_folder, policy_folder
+from ppo_cli.data.embedded.grammar import reviews
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:transformers.*")

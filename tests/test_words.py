@@ -12,11 +12,9 @@ import pytest
 import torch
 from accelerate import tracking
 from accelerate.utils import LoggerType
-from conftest import make_gpt2, make_policy, make_tokenizer, make_trainer
 from peft import LoraConfig
-from test_bad_input import run_here  # noqa: F401
 
-from ppo_cli.config_source import load_config
+from ppo_cli.config.loading import load_config
 from ppo_cli.errors import (
     ConfigError,
     MissingPackageError,
@@ -25,8 +23,10 @@ from ppo_cli.errors import (
     UsageError,
     is_out_of_memory,
 )
-from ppo_cli.hub import loading_errors, refuse_nan, trial_errors
-from ppo_cli.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.utils.hub import loading_errors, refuse_nan, trial_errors
+from tests.conftest import make_gpt2, make_policy, make_tokenizer, make_trainer
+from tests.test_bad_input import run_here  # noqa: F401
 
 Run = Callable[[list[str], Path], tuple[int, str, str]]
 
@@ -91,11 +91,11 @@ def test_lack_of_memory_is_called_that_while_a_model_is_loaded(error: Exception)
 @pytest.mark.parametrize(
     ("arguments", "where", "wanted"),
     [
-        (["train"], "ppo_cli.config_source.load_config", "ppo.mini_batch_size"),
+        (["train"], "ppo_cli.config.loading.load_config", "ppo.mini_batch_size"),
         (["generate", "x"], "ppo_cli.cli.requests.resolve", "--max-new-tokens"),
         (["compare", "x", "y"], "ppo_cli.cli.requests.resolve", "--samples"),
-        (["stats", "x"], "ppo_cli.run_directory.RunDirectory.existing", "other programs"),
-        (["plot", "x"], "ppo_cli.run_directory.RunDirectory.existing", "other programs"),
+        (["stats", "x"], "ppo_cli.training.run_directory.RunDirectory.existing", "other programs"),
+        (["plot", "x"], "ppo_cli.training.run_directory.RunDirectory.existing", "other programs"),
     ],
 )
 def test_each_command_has_its_own_advice_where_memory_ends(

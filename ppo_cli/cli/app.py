@@ -22,7 +22,7 @@ from ppo_cli.cli.plot import plot
 from ppo_cli.cli.stats import stats
 from ppo_cli.cli.train import train
 from ppo_cli.errors import Interrupted, PPOCliError, did_you_mean, is_out_of_memory, without_secrets
-from ppo_cli.text import escape_controls
+from ppo_cli.utils.text import escape_controls
 
 
 class _Group(TyperGroup):

@@ -89,7 +89,6 @@ def compare(
     """Judge models: the same prompts through each; scores, KL, variety and fluency side by side."""
     import math
 
-    from ppo_cli.best_of_n import parse_counts
     from ppo_cli.cli.console import (
         check_outputs,
         hush,
@@ -98,9 +97,10 @@ def compare(
         write_json,
         write_result,
     )
+    from ppo_cli.cli.fast_imports import for_sampling_alone
     from ppo_cli.errors import UsageError
-    from ppo_cli.light_import import for_sampling_alone
-    from ppo_cli.verdict import json_schema
+    from ppo_cli.evaluation.best_of_n import parse_counts
+    from ppo_cli.evaluation.comparison_result import json_schema
 
     if schema:
         write_result(json_schema(), output)
@@ -116,9 +116,10 @@ def compare(
     check_outputs(outputs, [*models, prompts, classifier])
 
     with for_sampling_alone():
-        from ppo_cli import comparison, comparison_report
         from ppo_cli.cli import requests
-    from ppo_cli.comparison_page import comparison_html
+        from ppo_cli.evaluation.compare import compare as compare_models
+        from ppo_cli.reporting import comparison_tables
+    from ppo_cli.reporting.comparison_page import comparison_html
 
     hush()
     request = requests.resolve(
@@ -132,7 +133,7 @@ def compare(
     )
     check_outputs(outputs, request.input_names)
     texts = requests.read_prompts([], prompts, column)
-    result = comparison.compare(
+    result = compare_models(
         request,
         texts,
         count=samples,
@@ -143,13 +144,13 @@ def compare(
         progress=note,
     )
     if format is Format.table:
-        print_tables(comparison_report.comparison_tables(result, rows), output)
+        print_tables(comparison_tables.comparison_tables(result, rows), output)
     elif format is Format.json:
         write_json(result.as_dict(), output=output, indent=2)
     elif format is Format.csv:
-        write_result(comparison_report.comparison_csv(result), output)
+        write_result(comparison_tables.comparison_csv(result), output)
     else:
-        write_result(comparison_report.comparison_markdown(result), output)
+        write_result(comparison_tables.comparison_markdown(result), output)
     if html is not None:
         write_result(comparison_html(result), html)
     if min_gap is not None and not result.gap >= min_gap:

@@ -20,8 +20,8 @@ def config(
 ) -> None:
     """Show a configuration with every key resolved."""
     from ppo_cli.cli.console import write_result
-    from ppo_cli.config import json_schema
-    from ppo_cli.config_source import DEFAULT_CONFIG, load_config, shipped_configs
+    from ppo_cli.config.loading import DEFAULT_CONFIG, load_config, shipped_configs
+    from ppo_cli.config.schema import json_schema
 
     if schema:
         write_result(json_schema(), None)

@@ -13,9 +13,9 @@ from rich.console import Console, RenderableType
 from rich.measure import Measurement
 
 from ppo_cli.errors import UsageError
-from ppo_cli.files import is_same_place, refuse_special, write_text
-from ppo_cli.inventory import refuse_owned
-from ppo_cli.text import escape_controls, json_text
+from ppo_cli.utils.files import is_same_place, refuse_special, write_text
+from ppo_cli.utils.inventory import refuse_owned
+from ppo_cli.utils.text import escape_controls, json_text
 
 TABLE_WIDTH = 80  # what tables are laid out for; on a narrower screen that breaks lines, not words
 

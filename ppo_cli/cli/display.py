@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_cli.cli.console import console, is_plain
-from ppo_cli.report import sample_lines
-from ppo_cli.summary import Pace, StepReport
+from ppo_cli.reporting.summary import Pace, StepReport
+from ppo_cli.reporting.tables import sample_lines
 
 PLAIN_LINES = 20
 SHOWN_SAMPLES = 2

@@ -71,9 +71,9 @@ def generate(
         write_json,
         write_result,
     )
+    from ppo_cli.cli.fast_imports import for_sampling_alone
     from ppo_cli.errors import UsageError
-    from ppo_cli.light_import import for_sampling_alone
-    from ppo_cli.text import escape_controls
+    from ppo_cli.utils.text import escape_controls
 
     if not 1e-6 <= temperature <= 1e6:
         raise UsageError(
@@ -84,9 +84,10 @@ def generate(
     check_output(output, [*models, prompts, classifier])
 
     with for_sampling_alone():
-        from ppo_cli import generation
         from ppo_cli.cli import requests
-    from ppo_cli.run_directory import RunDirectory
+        from ppo_cli.evaluation.generate import generate as generate_samples
+        from ppo_cli.evaluation.generate import load_judge
+    from ppo_cli.training.run_directory import RunDirectory
 
     hush()
     if score is None:
@@ -102,13 +103,13 @@ def generate(
         trusted=trust_remote_code or (),
     )
     check_output(output, request.input_names)
-    judge = generation.load_judge(request)
+    judge = load_judge(request)
     results = []
     for source in request.sources:
         if len(request.sources) > 1:
             note(f"sampling from {source.name}")
         results.append(
-            generation.generate(
+            generate_samples(
                 source,
                 texts,
                 samples_each=num_samples,
@@ -139,6 +140,6 @@ def generate(
         ]
         write_result("\n".join(lines), output)
     else:
-        from ppo_cli.report import generation_table
+        from ppo_cli.reporting.tables import generation_table
 
         print_tables([generation_table(results, judge is not None)], output)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ppo_cli.run_directory import RunDirectory
+    from ppo_cli.training.run_directory import RunDirectory
 
 
 def plot(
@@ -47,8 +47,8 @@ def plot(
 
     from ppo_cli.cli.console import check_output, console, write_result
     from ppo_cli.errors import UsageError
-    from ppo_cli.plots import DEFAULT_METRICS, plot_training, terminal_chart
-    from ppo_cli.run_directory import RunDirectory
+    from ppo_cli.reporting.plots import DEFAULT_METRICS, plot_training, terminal_chart
+    from ppo_cli.training.run_directory import RunDirectory
 
     directories = [RunDirectory.existing(run) for run in dict.fromkeys(runs)]
     if frontier:
@@ -77,9 +77,9 @@ def plot(
 def _plot_frontier(directories: "list[RunDirectory]", output: str | None, terminal: bool) -> None:
     from pathlib import Path
 
-    from ppo_cli import frontier
     from ppo_cli.cli.console import check_output, note, print_tables, write_result
-    from ppo_cli.report import frontier_table
+    from ppo_cli.reporting import frontier
+    from ppo_cli.reporting.tables import frontier_table
 
     target = Path(output) if output else directories[0].path / frontier.PICTURE
     if not terminal:

@@ -6,15 +6,15 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ppo_cli.config import RewardConfig, check_name
+from ppo_cli.config.schema import RewardConfig, check_name
+from ppo_cli.data.fingerprint import Inputs
+from ppo_cli.data.sources import check_encodable, read_texts
 from ppo_cli.errors import DataError, UsageError
-from ppo_cli.fingerprint import Inputs
-from ppo_cli.generation import REFERENCE, Request, Source
-from ppo_cli.loading import check_trusted
-from ppo_cli.run_directory import RunDirectory
-from ppo_cli.runtime import resolve_device
-from ppo_cli.sources import check_encodable, read_texts
-from ppo_cli.text import shortened
+from ppo_cli.evaluation.generate import REFERENCE, Request, Source
+from ppo_cli.models.loading import check_trusted
+from ppo_cli.training.run_directory import RunDirectory
+from ppo_cli.utils.device import resolve_device
+from ppo_cli.utils.text import shortened
 
 
 def resolve(

@@ -24,7 +24,7 @@ def stats(
     from ppo_cli.cli.console import print_tables, write_json
     from ppo_cli.errors import UsageError
     from ppo_cli.ppo.statistics import grouped
-    from ppo_cli.run_directory import RunDirectory
+    from ppo_cli.training.run_directory import RunDirectory
 
     rows = RunDirectory.existing(run).metrics()
     by_step = {row["step"]: row for row in rows}
@@ -43,6 +43,6 @@ def stats(
         values = {key: value for entries in groups.values() for key, value, _ in entries}
         write_json({"step": number, **values}, indent=2)
         return
-    from ppo_cli.report import statistics_tables
+    from ppo_cli.reporting.tables import statistics_tables
 
     print_tables(statistics_tables(groups, f"{run}, step {number}"))

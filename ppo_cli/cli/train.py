@@ -14,9 +14,9 @@ from ppo_cli.cli.streams import say_at_once
 from ppo_cli.errors import DivergenceError, Interrupted, UsageError
 
 if TYPE_CHECKING:
-    from ppo_cli.config import RunConfig
-    from ppo_cli.summary import TrainingSummary
-    from ppo_cli.training import Training
+    from ppo_cli.config.schema import RunConfig
+    from ppo_cli.reporting.summary import TrainingSummary
+    from ppo_cli.training.run import Training
 
 HANGUP = {signal.SIGHUP} if hasattr(signal, "SIGHUP") else set()  # Windows has none
 
@@ -74,7 +74,7 @@ def train(
     """Tune a language model with PPO towards a sentiment."""
 
     from ppo_cli.cli.console import hush, note, print_tables, write_json
-    from ppo_cli.config_source import DEFAULT_CONFIG, change_config, config_file, load_config
+    from ppo_cli.config.loading import DEFAULT_CONFIG, change_config, config_file, load_config
 
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other: keep the run or replace it")
@@ -95,8 +95,8 @@ def train(
         assignments=naming if as_made else changed,
         overrides=overrides,
     )
-    from ppo_cli.fingerprint import inputs_of
-    from ppo_cli.run_directory import RunDirectory
+    from ppo_cli.data.fingerprint import inputs_of
+    from ppo_cli.training.run_directory import RunDirectory
 
     if resume:
         run_directory = RunDirectory.existing(settings.output)
@@ -114,8 +114,8 @@ def train(
         RunDirectory(settings.output).check_writable(overwrite, read)  # before the slow imports
 
     from ppo_cli.cli.display import make_display
-    from ppo_cli.report import summary_table
-    from ppo_cli.training import Training
+    from ppo_cli.reporting.tables import summary_table
+    from ppo_cli.training.run import Training
 
     hush()
     display = make_display(quiet)

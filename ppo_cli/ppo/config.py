@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from ppo_cli.ppo_settings import Count, Positive, PPOSettings
+from ppo_cli.config.ppo import Count, Positive, PPOSettings
 
 
 @dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))

@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_cli.architecture import rope_switch
-from ppo_cli.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.config.ppo import PPOSettings
+from ppo_cli.kernels.lm_head import token_logprobs
+from ppo_cli.models.capabilities import rope_switch
+from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.models.self_check import refuse_noise, settle_reading
 from ppo_cli.ppo import advantages as adv
 from ppo_cli.ppo import losses
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.packing import TokenBatch
-from ppo_cli.ppo_settings import PPOSettings
-from ppo_cli.projection import token_logprobs
-from ppo_cli.trial import refuse_noise, settle_reading
 
 READ_AT_ONCE = 4
 """Mini-batches that are read together before the update."""

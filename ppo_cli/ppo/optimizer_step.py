@@ -15,8 +15,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
+from ppo_cli.kernels.tied_embeddings import GradientPieces, gradient_in_pieces
 from ppo_cli.ppo.config import PPOConfig
-from ppo_cli.tying import GradientPieces, gradient_in_pieces
 
 LARGE_GRADIENTS = 2**27  # bytes
 BYTES_AT_ONCE = 2**22  # of gradients that are waited for, as each step costs some time

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ppo_cli.attention import block_mask
-from ppo_cli.runtime import fetch, send
+from ppo_cli.kernels.attention import block_mask
+from ppo_cli.utils.device import fetch, send
 
 # Tokens that a packed row aims at. Attention costs as much a token as its row is long, so rows stay
 # short; far fewer tokens would leave more of each row empty.

@@ -20,10 +20,23 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_cli.patches import fast_matmul
-from ppo_cli.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.kernels.patches import fast_matmul
+from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.models.reference import (
+    create_adapter_reference,
+    create_reference_model,
+    refuse_shared_weights,
+)
+from ppo_cli.models.sampling import new_token_limits, sample_responses
+from ppo_cli.models.self_check import starts_as_its_base
+from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.ppo import advantages as adv
-from ppo_cli.ppo.calibration import PotentialCalibration
+from ppo_cli.ppo.accelerator import (
+    make_accelerator,
+    prepare_reference,
+    record_surroundings,
+    require,
+)
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import (
     Probabilities,
@@ -39,25 +52,12 @@ from ppo_cli.ppo.experience import (
 )
 from ppo_cli.ppo.kl_controller import AdaptiveKLController, FixedKLController
 from ppo_cli.ppo.learning_rate import AdaptiveLearningRate, follow, make_scheduler
-from ppo_cli.ppo.measurements import Stopwatch, length_statistics, step_statistics, to_numbers
 from ppo_cli.ppo.packing import TokenBatch, checked_batch
-from ppo_cli.ppo.setup import (
-    make_accelerator,
-    prepare_reference,
-    record_surroundings,
-    require,
-)
+from ppo_cli.ppo.scores import PotentialCalibration
+from ppo_cli.ppo.step_statistics import Stopwatch, length_statistics, step_statistics, to_numbers
 from ppo_cli.ppo.update import Update, dropout_off, head_alone
-from ppo_cli.random_state import RandomStream, numpy_state, set_numpy_state
-from ppo_cli.reference import (
-    create_adapter_reference,
-    create_reference_model,
-    refuse_shared_weights,
-)
-from ppo_cli.rollout import new_token_limits, sample_responses
-from ppo_cli.runtime import keep_freed_memory
-from ppo_cli.stopping import end_tokens
-from ppo_cli.trial import starts_as_its_base
+from ppo_cli.utils.device import keep_freed_memory
+from ppo_cli.utils.random_state import RandomStream, numpy_state, set_numpy_state
 
 
 class PPOTrainer:
@@ -497,7 +497,7 @@ class PPOTrainer:
 
     def create_model_card(self, path: str | Path, model_name: str = "PPO model") -> None:
         """Write a short `README.md` that says what the model is and how to load it."""
-        from ppo_cli.trainer_card import trainer_card
+        from ppo_cli.models.model_card import trainer_card
 
         card = trainer_card(model_name, str(path), self.config)
         (Path(path) / "README.md").write_text(card, encoding="utf-8")

@@ -18,9 +18,9 @@ from ppo_cli.ppo import losses
 from ppo_cli.ppo.advantages import masked_mean, masked_whiten
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import Experience, TokenOutputs, token_forward
-from ppo_cli.ppo.measurements import minibatch_statistics
 from ppo_cli.ppo.optimizer_step import OptimizerStep
-from ppo_cli.runtime import modes_kept, send
+from ppo_cli.ppo.step_statistics import minibatch_statistics
+from ppo_cli.utils.device import modes_kept, send
 
 ARRAYS = ("policy/ratio", "policy/advantages")
 

@@ -46,8 +46,8 @@ def main() -> None:
             PPOTrainer,
             SentimentReward,
         )
-        from ppo_cli.potentials import potentials
-        from ppo_cli.rollout import decode
+        from ppo_cli.models.sampling import decode
+        from ppo_cli.rewards.partial_scores import potentials
 
         reward: Any = SentimentReward(arguments.classifier, "positive", device=device)
     else:

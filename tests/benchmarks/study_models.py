@@ -20,8 +20,8 @@ from transformers import (
     PretrainedConfig,
 )
 
-from ppo_cli.embedded import policy_folder
-from ppo_cli.embedded.build import batches, chunks, policy_loss, save_tokenizer, train
+from ppo_cli.data.embedded import policy_folder
+from ppo_cli.data.embedded.build import batches, chunks, policy_loss, save_tokenizer, train
 
 
 def architecture(kind: str, vocabulary: int, end: int) -> PretrainedConfig:

@@ -17,13 +17,13 @@ import argparse
 import numpy as np
 import torch
 
-from ppo_cli.config_source import load_config
-from ppo_cli.loading import load_policy, load_tokenizer
-from ppo_cli.potentials import potentials
-from ppo_cli.prompts import load_prompts
-from ppo_cli.reward_loading import load_reward
-from ppo_cli.rollout import Rollout
-from ppo_cli.sampling import draw_rollout
+from ppo_cli.config.loading import load_config
+from ppo_cli.data.prompts import load_prompts
+from ppo_cli.evaluation.draw_samples import draw_rollout
+from ppo_cli.models.loading import load_policy, load_tokenizer
+from ppo_cli.models.sampling import Rollout
+from ppo_cli.rewards.loading import load_reward
+from ppo_cli.rewards.partial_scores import potentials
 
 RIDGES = (100.0, 300.0, 1000.0, 3000.0)
 

@@ -29,7 +29,7 @@ REPETITIONS = int(os.environ.get("REPETITIONS", "3"))
 
 def peak() -> dict[str, float]:
     """GFLOP/s of the best product that torch offers, in each precision that is native here."""
-    from ppo_cli.runtime import computes_bfloat16
+    from ppo_cli.utils.device import computes_bfloat16
 
     dtypes = {"fp32": torch.float32}
     if computes_bfloat16(torch.device(DEVICE)):

@@ -20,11 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from faults import kill_at_write
-from forked import Done, ppo_cli, start
 from safetensors.torch import load_file
+
+from tests.faults import kill_at_write
+from tests.forked import Done, ppo_cli, start
 
 RUN = [
     "train", "--seed", 5, "--steps", 12, "--quiet", "--output", "run",

@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from ppo_cli.config_source import load_config
-from ppo_cli.training import Training
+from ppo_cli.config.loading import load_config
+from ppo_cli.training.run import Training
 
 SETTINGS = [
     "ppo.batch_size=16", "ppo.mini_batch_size=16", "ppo.learning_rate=1e-5", "run.device=cpu",

@@ -24,19 +24,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from test_trial import assert_right
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from ppo_cli.config_source import load_config
-from ppo_cli.embedded import policy_folder
+from ppo_cli.config.loading import load_config
+from ppo_cli.data.embedded import policy_folder
 from ppo_cli.errors import PPOCliError
-from ppo_cli.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.training import Training
+from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.training.run import Training
+from tests.models.test_self_check import assert_right
 
 SECONDS = 300
 MOST_PARAMETERS = 30_000_000

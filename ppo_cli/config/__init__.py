@@ -1,0 +1,1 @@
+"""From YAML to validated, frozen settings; no torch."""

@@ -1,0 +1,231 @@
+"""Best-of-n from the reference: the score that n draws reach at a known KL, the curve to beat.
+
+Who draws n responses from the reference and keeps the best one has a policy too, without training.
+What a tuned model is worth shows beside it at the same KL.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import ConfigDict
+
+from ppo_cli.errors import UsageError
+from ppo_cli.evaluation.bootstrap import INTERVAL, Interval, bootstrap_interval, resampled_means
+
+MOST = 65_536
+BEYOND = 10**9  # no n as large as this is named
+
+
+@dataclass(frozen=True)
+class BestOfPoint:
+    """The best of n responses from the reference."""
+
+    n: int
+    """Responses of which the best counts."""
+    kl: float
+    """log n - (n-1)/n, nats per response: an upper bound on the KL from the reference."""
+    score: float
+    """Expected best score, mean over the prompts."""
+    score_interval: Interval
+    """Bootstrap interval over the prompts."""
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """Best-of-n from the reference: a point for each n."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True
+    )
+
+    label: str
+    """Label that the score is of."""
+    seed: int
+    """Seed of the sampling."""
+    prompts: int
+    """How many prompts."""
+    samples: int
+    """Responses drawn to each prompt: the largest n."""
+    reference_score: float
+    """The reference's mean score over all of these responses: best of one, at KL 0."""
+    points: list[BestOfPoint]
+    """By n, from 1 up."""
+
+    def score_at(self, kl: float) -> float | None:
+        """Its score at a KL, linear between the points; None beyond the last."""
+        bounds = [point.kl for point in self.points]
+        if not 0 <= kl <= bounds[-1]:
+            return None
+        return float(np.interp(kl, bounds, [point.score for point in self.points]))
+
+    def share_at(self, kl: float, score: float) -> float | None:
+        """`score` as a share of what best-of-n reaches at `kl`, as `Share` has it; or None."""
+        reached = self.score_at(kl)
+        if reached is None or reached <= self.reference_score:
+            return None
+        return (score - self.reference_score) / (reached - self.reference_score)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a model reached at its KL, as a share of what best-of-n reaches there.
+
+    (its score - the reference's) / (best-of-n's at the same KL - the reference's), with best-of-n
+    interpolated linearly in KL between the n that were asked for.
+    """
+
+    model: str
+    """The model."""
+    kl: float | None
+    """Its KL from the reference, nats per response; null where that is not known."""
+    score: float
+    """Its mean score."""
+    best_of_n_score: float | None
+    """Best-of-n's at this KL; null where the largest n does not reach so far."""
+    share: float | None
+    """1: as good as best-of-n, 0: as the reference. Null beyond the largest n, or at KL 0."""
+    share_interval: Interval | None
+    """Bootstrap interval over the prompts; null where a resample has no share."""
+    share_at_most: float | None
+    """Beyond the largest n: the share of what the largest n reaches, a bound from above."""
+    needed_n: int | None
+    """Beyond the largest n: the n that would reach this KL; null for a billion and more."""
+
+
+def parse_counts(text: str) -> list[int]:
+    """`1,2,4` -> [1, 2, 4].
+
+    Raises:
+        UsageError: anything but numbers from 1 to 65,536 with commas between.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 1 <= int(part) <= MOST for part in parts):
+        raise UsageError(
+            f"--best-of-n '{text}': numbers from 1 to {MOST:,} are needed with commas between, "
+            "such as 1,2,4,8,16"
+        )
+    return [int(part) for part in parts]
+
+
+def expected_best(scores: np.ndarray, n: int) -> np.ndarray:
+    """Expected best of n of a row's M scores, drawn without replacement: (P, M) -> (P,).
+
+    Without bias an estimate of the best of n fresh draws. Of the ascending order statistics, the
+    i-th is the best of n in C(i-1, n-1) of C(M, n) draws; these weights follow one from another,
+    from the largest down, by factors below 1: w_M = n/M, w_(i-1) = w_i (i-n)/(i-1).
+
+    Source: Hilton and Gao 2022 (https://openai.com/index/measuring-goodharts-law).
+    """
+    total = scores.shape[1]
+    if not 1 <= n <= total:
+        raise ValueError(f"n is {n}, of {total} scores")
+    i = np.arange(total, 1, -1)
+    factors = np.maximum(i - n, 0) / np.maximum(i - 1, 1)
+    weights = n / total * np.cumprod(np.concatenate([[1.0], factors]))
+    return np.sort(scores, axis=1)[:, ::-1] @ weights
+
+
+def kl_bound(n: int) -> float:
+    """log n - (n-1)/n: what best-of-n's KL from the reference is at most, nats.
+
+    It is that KL where no response comes twice (Stiennon et al. 2020, appendix G.3,
+    https://arxiv.org/abs/2009.01325), and above it otherwise (Beirami et al. 2024,
+    https://arxiv.org/abs/2401.01879).
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def needed_n(kl: float) -> int | None:
+    """Smallest n with `kl_bound(n) >= kl`; None where it is a billion or more."""
+    low, high = 0, 1
+    while kl_bound(high) < kl:
+        low, high = high, high * 2
+        if low >= BEYOND:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if kl_bound(middle) >= kl else (middle, high)
+    return high
+
+
+def best_of_n(scores: np.ndarray, counts: Sequence[int], *, label: str, seed: int) -> BestOfN:
+    """The curve from M scores of the reference to each of P prompts.
+
+    Args:
+        scores: (P, M).
+        counts: the n wanted, none above M; 1 is always among them.
+        label: what the score is of.
+        seed: that the responses were drawn with.
+    """
+    points = []
+    for n in wanted(counts):
+        interval = bootstrap_interval(expected_best(scores, n).tolist())
+        points.append(BestOfPoint(n, kl_bound(n), interval.mean, interval))
+    prompts, samples = scores.shape
+    return BestOfN(label, seed, prompts, samples, float(scores.mean()), points)
+
+
+def wanted(counts: Sequence[int]) -> list[int]:
+    """The n of a curve: each once, in order, from 1 on."""
+    return sorted({1, *counts})
+
+
+def share(
+    model: str,
+    scores: np.ndarray,
+    kl: np.ndarray | None,
+    drawn: np.ndarray,
+    counts: Sequence[int],
+) -> Share:
+    """A model beside best-of-n at its own KL.
+
+    Args:
+        model: its name.
+        scores: (P,), its score on each prompt.
+        kl: (P,), nats per response; None where it is not known.
+        drawn: (P, M), the reference's scores.
+        counts: the n of the curve.
+
+    Returns:
+        With an interval from resampled prompts, of which each brings its score, its KL and its
+        part of the curve along. Resamples whose KL lies beyond the largest n count as if there.
+    """
+    score = float(scores.mean())
+    if kl is None:
+        return Share(model, None, score, None, None, None, None, None)
+    counts = wanted(counts)
+    bounds = np.asarray([kl_bound(n) for n in counts])
+    rows = np.column_stack([scores, kl, *(expected_best(drawn, n) for n in counts)])
+    means = rows.mean(axis=0, keepdims=True)
+    at = float(means[0, 1])
+    found = _shares(means, bounds)[0]
+    estimate = None if np.isnan(found) else float(found)
+    if at > bounds[-1]:
+        return Share(model, at, score, None, None, None, estimate, needed_n(at))
+    best = float(np.interp(at, bounds, means[0, 2:]))
+    interval = None
+    if estimate is not None:
+        resampled = _shares(resampled_means(rows), bounds)
+        if not np.isnan(resampled).any():
+            low, high = np.percentile(resampled, INTERVAL)
+            interval = Interval(estimate, float(low), float(high))
+    return Share(model, at, score, best, estimate, interval, None, None)
+
+
+def _shares(means: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Rows of score, KL and the curve at `bounds` -> shares; NaN where the curve gains nothing."""
+    curve = means[:, 2:]
+    reached = np.asarray([np.interp(row[1], bounds, row[2:]) for row in means])
+    gains = reached - curve[:, 0]
+    shares = np.full(len(means), np.nan)
+    np.divide(means[:, 0] - curve[:, 0], gains, out=shares, where=gains > 0)
+    return shares

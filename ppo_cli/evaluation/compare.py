@@ -1,0 +1,252 @@
+"""Models side by side: the same prompts and random numbers, each model judged in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ppo_cli.data.fingerprint import POLICY, PROMPTS, trusted_too
+from ppo_cli.data.prompts import Prompt, load_held_out
+from ppo_cli.data.sources import EMBEDDED
+from ppo_cli.errors import PPOCliError, UsageError
+from ppo_cli.evaluation.best_of_n import best_of_n, share
+from ppo_cli.evaluation.comparison_result import (
+    Comparison,
+    Judged,
+    ModelVerdict,
+    most_changed,
+    paired_difference,
+    rows_of,
+)
+from ppo_cli.evaluation.draw_samples import draw_rollout, draw_scores, judge
+from ppo_cli.evaluation.generate import (
+    Loaded,
+    Request,
+    Source,
+    check_room,
+    encode,
+    find_input,
+    load_judge,
+    load_model,
+    sampling_errors,
+)
+from ppo_cli.evaluation.likelihoods import likelihoods
+from ppo_cli.models.loading import load_tokenizer
+from ppo_cli.models.sampling import context_length
+from ppo_cli.rewards.sentiment import SentimentReward
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every model has to answer, and who judges the answers.
+
+    `ids` and `tokenizer` are those of held-out prompts, None for other texts.
+    """
+
+    request: Request
+    texts: list[str]
+    ids: list[Tensor] | None
+    tokenizer: Any
+    max_new_tokens: int
+    seed: int
+    reward: SentimentReward
+    tell: Tell
+
+
+def compare(
+    request: Request,
+    prompts: Sequence[str],
+    *,
+    count: int,
+    max_new_tokens: int | None,
+    seed: int,
+    examples: int = 3,
+    best_of: Sequence[int] = (),
+    progress: Tell = lambda _: None,
+) -> Comparison:
+    """Sample every model of `request` on the same prompts, and judge.
+
+    KL and perplexity are measured from the reference of the first run directory, which is loaded
+    once and stays; of the other models one is there at a time.
+
+    Args:
+        request: at least two models, the reference among them, and a classifier.
+        prompts: texts; empty for the held-out prompts of the first run.
+        count: prompts used; with fewer texts each is used several times.
+        max_new_tokens: limit on a response; None for the run's own.
+        seed: of the random numbers that all models share.
+        examples: most-changed prompts to name, of each kind.
+        best_of: the n of best-of-n from the reference; empty leaves that out.
+        progress: told what is being done, and what had to be left out.
+
+    Raises:
+        UsageError: fewer than two models, no prompts and no run that has some, or `best_of` without
+            a reference.
+    """
+    if len(request.sources) < 2:
+        raise UsageError("compare needs two models, or a run directory and its reference")
+    if best_of and request.reference is None:
+        raise UsageError(
+            "--best-of-n draws from a run's reference, and none of the models is a run directory: "
+            "give one that 'ppo-cli train' wrote, or leave --best-of-n out"
+        )
+    texts, ids, tokenizer = list(prompts), None, None
+    if not texts:
+        held_out, tokenizer = _held_out(request, count)
+        texts, ids = [p.query for p in held_out], [p.input_ids for p in held_out]
+        ids = [ids[i % len(ids)] for i in range(count)]
+    texts = [texts[i % len(texts)] for i in range(count)]
+    if max_new_tokens is None:
+        max_new_tokens = request.run.rollout.output_max_length - 1 if request.run else 30
+    reward = load_judge(request)
+    assert reward is not None and request.reward is not None
+    task = _Task(request, texts, ids, tokenizer, max_new_tokens, seed, reward, progress)
+    reference = _reference(task, needed=bool(best_of) or request.reference in request.sources)
+    models = []
+    for source in request.sources:
+        with sampling_errors(source.name):
+            models.append(_judged(task, source, reference))
+    curve, shares = None, []
+    if best_of and reference is not None:
+        with sampling_errors(reference.name):
+            drawn = _drawn(task, reference, max(best_of))
+        curve = best_of_n(drawn, best_of, label=reward.label, seed=seed)
+        shares = [
+            share(model.model, model.scores, model.kl, drawn, best_of)
+            for source, model in zip(request.sources, models, strict=True)
+            if source != request.reference
+        ]
+    return Comparison(
+        label=reward.label,
+        output=reward.output,
+        classifier=request.reward.model,
+        seed=seed,
+        reference=request.reference.model if reference and request.reference else None,
+        max_new_tokens=max_new_tokens,
+        models=[ModelVerdict.of(model) for model in models],
+        differences=[paired_difference(models[0], other) for other in models[1:]],
+        changes=most_changed(models[0], models[-1], examples),
+        best_of_n=curve,
+        shares=shares,
+        rows=rows_of(models),
+    )
+
+
+def _reference(task: _Task, *, needed: bool) -> Loaded | None:
+    """What KL is measured from; None, with a word about it, where there is no such model.
+
+    Args:
+        task: whose request names it.
+        needed: whether it is also sampled from, so that without it nothing can be done.
+    """
+    source = task.request.reference
+    if source is None:
+        task.tell("none of the models is a run directory, which names a reference: no KL from it")
+        return None
+    try:
+        return load_model(source, task.request.device, task.request.trusted)
+    except PPOCliError as error:
+        if needed:
+            raise
+        task.tell(f"no KL from the reference: {error}")
+        return None
+
+
+def _judged(task: _Task, source: Source, reference: Loaded | None) -> Judged:
+    """One model's samples and how they read; what is loaded here is gone afterwards."""
+    task.tell(f"sampling from {source.name}")
+    if reference is not None and source == task.request.reference:
+        loaded = reference
+    else:
+        loaded = load_model(source, task.request.device, task.request.trusted)
+    queries = _queries(task, loaded)
+    rollout = draw_rollout(
+        loaded.model,
+        loaded.tokenizer,
+        queries,
+        max_new_tokens=task.max_new_tokens,
+        seed=task.seed,
+        eos_token_id=loaded.ends or None,
+    )
+    longest = max(len(q) + len(r) for q, r in zip(queries, rollout.responses, strict=True))
+    against, obstacle = loaded, None
+    if reference is not None:
+        obstacle = _obstacle(loaded, reference, longest)
+        against = loaded if obstacle else reference
+    if obstacle:
+        task.tell(f"no KL and no perplexity of {source.name}: {obstacle}")
+    read = likelihoods(loaded.model, against.model, queries, rollout.responses)
+    samples = judge(rollout, task.texts, task.reward)
+    return Judged(source.name, samples, read, reference is not None and obstacle is None)
+
+
+def _queries(task: _Task, loaded: Loaded) -> list[Tensor]:
+    """The prompts as a model's tokens: held-out ones as they are, where it has the run's tokenizer.
+
+    Another tokenizer encodes their texts, which can differ from what the run's tokens stand for
+    where a query ends within a word or a character.
+    """
+    if task.ids is None or loaded.tokenizer.get_vocab() != task.tokenizer.get_vocab():
+        return encode(loaded, task.texts, task.max_new_tokens)
+    check_room(loaded, task.texts, task.ids, task.max_new_tokens)
+    return task.ids
+
+
+def _obstacle(loaded: Loaded, reference: Loaded, longest: int) -> str | None:
+    """Why the reference cannot read what a model wrote, token by token; None where it can."""
+    ours, theirs = loaded.tokenizer.get_vocab(), reference.tokenizer.get_vocab()
+    sizes = {one.model.config.get_text_config().vocab_size for one in (loaded, reference)}
+    if ours != theirs or len(sizes) > 1:
+        return "its vocabulary is not that of the reference"
+    context = context_length(reference.model)
+    if context is not None and longest > context:
+        return f"its longest text has {longest} tokens, and the reference reads {context}"
+    return None
+
+
+def _drawn(task: _Task, reference: Loaded, count: int) -> np.ndarray:
+    """Scores (P, count) of the reference's responses, the work told in quarters if it is long."""
+    total = len(task.texts) * count
+    task.tell(f"sampling {count} responses to each of {len(task.texts)} prompts from the reference")
+    told = 0
+
+    def progress(done: int) -> None:
+        nonlocal told
+        quarter = 4 * done // total
+        if told < quarter < 4 and total >= 4096:
+            told = quarter
+            task.tell(f"{done} of {total} responses")
+
+    return draw_scores(
+        reference.model,
+        reference.tokenizer,
+        _queries(task, reference),
+        count=count,
+        max_new_tokens=task.max_new_tokens,
+        seed=task.seed,
+        reward=task.reward,
+        progress=progress,
+        eos_token_id=reference.ends or None,
+    )
+
+
+def _held_out(request: Request, count: int) -> tuple[list[Prompt], Any]:
+    """The held-out prompts of the first run, and the tokenizer that their ids belong to."""
+    if request.run is None:
+        raise UsageError("none of the models is a run directory with prompts: give --prompts FILE")
+    settings = request.run.prompts
+    if settings.source == EMBEDDED:  # there are as many as anyone wants
+        settings = settings.model_copy(update={"held_out": count})
+    source, _ = find_input(request.inputs, PROMPTS, settings.source)
+    settings = settings.model_copy(update={"source": source})
+    policy = request.run.policy
+    name, revision = find_input(request.inputs, POLICY, policy.model, policy.revision)
+    trusted = trusted_too(request.trusted, {policy.model: name})
+    tokenizer = load_tokenizer(name, revision, trusted)
+    return load_held_out(settings, tokenizer, request.run.run.seed), tokenizer

@@ -1,0 +1,212 @@
+"""Text from one or several models to the same prompts, and reading those prompts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ppo_cli.config.schema import PolicyConfig, RewardConfig, RunConfig
+from ppo_cli.data.fingerprint import CLASSIFIER, POLICY, Inputs, inputs_of, trusted_too
+from ppo_cli.data.prompts import Encoder
+from ppo_cli.errors import DataError, ModelError, NumericalError
+from ppo_cli.evaluation.draw_samples import draw_samples
+from ppo_cli.evaluation.samples import Generated
+from ppo_cli.models.loading import load_policy, load_tokenizer
+from ppo_cli.models.sampling import context_length
+from ppo_cli.models.stop_tokens import end_tokens
+from ppo_cli.rewards.loading import load_reward
+from ppo_cli.rewards.sentiment import SentimentReward
+from ppo_cli.utils.text import shortened
+
+REFERENCE = "reference"
+DEFAULT_NEW_TOKENS = 30
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to sample from.
+
+    Attributes:
+        name: on the screen.
+        model, revision: what loads it.
+        stop: what ends a response.
+        inputs: of the run whose policy it was at the start, by which it is found and known.
+    """
+
+    name: str
+    model: str
+    revision: str | None = None
+    stop: tuple[str, ...] = ()
+    inputs: Inputs | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which models, judged how; worked out from run directories and options.
+
+    Attributes:
+        sources: what to sample from, in order; the reference last, if it is wanted among them.
+        reward: the classifier, if one is wanted.
+        run: configuration of the first run directory.
+        device: where all of it runs.
+        trusted: models whose own code may run.
+        reference: that run's reference, whether it is among `sources` or not.
+        inputs: of that run, where the classifier is its own.
+    """
+
+    sources: list[Source]
+    reward: RewardConfig | None
+    run: RunConfig | None
+    device: torch.device
+    trusted: Collection[str] = ()
+    reference: Source | None = None
+    inputs: Inputs | None = None
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of all models, of the classifier and of the run's prompts."""
+        found = [source.model for source in self.sources]
+        found += [self.reward.model] if self.reward else []
+        return [*found, *(inputs_of(self.run).values() if self.run else ())]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A source's model, on its device, with its tokenizer and the tokens that end a response."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    ends: list[int]
+
+
+def load_judge(request: Request) -> SentimentReward | None:
+    """The classifier of a request, if one is wanted."""
+    if request.reward is None:
+        return None
+    settings, trusted = request.reward, request.trusted
+    if request.run is not None and settings.model == request.run.reward.model:
+        name, revision = find_input(request.inputs, CLASSIFIER, settings.model, settings.revision)
+        trusted = trusted_too(trusted, {settings.model: name})
+        settings = settings.model_copy(update={"model": name, "revision": revision})
+    return load_reward(settings, request.device, trusted=trusted)
+
+
+def find_input(
+    inputs: Inputs | None, key: str, name: str, revision: str | None = None
+) -> tuple[str, str | None]:
+    """What to load for an input of a run; warns where it has changed since the run began.
+
+    Args:
+        inputs: the run's; None where there is no run.
+        key: of the input.
+        name, revision: as the run's settings have them.
+    """
+    if inputs is None:
+        return name, revision
+    found = inputs.find(key, name, revision)
+    for change in found.changes:
+        if change not in inputs.told:
+            inputs.told.add(change)
+            warnings.warn(f"not as it was when the run began: {change}", stacklevel=2)
+    return found.name, found.revision
+
+
+def generate(
+    source: Source,
+    prompts: Sequence[str],
+    *,
+    samples_each: int,
+    max_new_tokens: int,
+    seed: int,
+    device: torch.device,
+    reward: SentimentReward | None,
+    trusted: Collection[str] = (),
+    **sampling: Any,
+) -> Generated:
+    """Sample `samples_each` responses to each prompt from one model.
+
+    Equal seeds give every model the same random numbers.
+
+    Raises:
+        DataError: a prompt has no tokens, or exceeds the model's context.
+        ModelError: the model cannot be loaded.
+    """
+    loaded = load_model(source, device, trusted)
+    ids = encode(loaded, prompts, max_new_tokens)
+    with sampling_errors(source.name):
+        samples = draw_samples(
+            loaded.model,
+            loaded.tokenizer,
+            [row for row in ids for _ in range(samples_each)],
+            [text for text in prompts for _ in range(samples_each)],
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            reward=reward,
+            eos_token_id=loaded.ends or None,
+            **sampling,
+        )
+    return Generated(source.name, samples)
+
+
+@contextmanager
+def sampling_errors(name: str) -> Iterator[None]:
+    """Around sampling from the model `name`, which is not being trained.
+
+    Raises:
+        ModelError: its probabilities are not finite.
+    """
+    try:
+        yield
+    except NumericalError as error:
+        raise ModelError(
+            f"{name}: its probabilities are not finite: its weights are damaged, or too large for "
+            "the precision. Give another copy of the model"
+        ) from error
+
+
+def load_model(source: Source, device: torch.device, trusted: Collection[str] = ()) -> Loaded:
+    """Load what a source names.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    name, revision = find_input(source.inputs, POLICY, source.model, source.revision)
+    trusted = trusted_too(trusted, {source.model: name})
+    tokenizer = load_tokenizer(name, revision, trusted)
+    settings = PolicyConfig(model=name, revision=revision)
+    policy = load_policy(settings, tokenizer, trusted)
+    ends = end_tokens(tokenizer, source.stop, policy)
+    return Loaded(source.name, policy.to(device).eval(), tokenizer, ends)
+
+
+def encode(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> list[torch.Tensor]:
+    """Prompts as token ids, 1-D, each with room for a response.
+
+    Raises:
+        DataError: a prompt has no tokens, or exceeds the model's context.
+    """
+    rows = Encoder(loaded.tokenizer)(prompts)
+    check_room(loaded, prompts, rows, max_new_tokens)
+    return [torch.tensor(row) for row in rows]
+
+
+def check_room(
+    loaded: Loaded, prompts: Sequence[str], rows: Sequence[Sized], max_new_tokens: int
+) -> None:
+    """Raise `DataError` where one of `rows`, the tokens of `prompts`, is empty or too long."""
+    context = context_length(loaded.model)
+    for text, row in zip(prompts, rows, strict=True):
+        if not len(row):
+            raise DataError(f"prompt {text!r} has no tokens for {loaded.name}")
+        if context is not None and len(row) + max_new_tokens > context:
+            raise DataError(
+                f"prompt '{shortened(text, 40)}' has {len(row)} tokens; with {max_new_tokens} "
+                f"new ones it exceeds the context of {loaded.name} ({context}): shorten it, or "
+                "lower --max-new-tokens"
+            )

@@ -1,0 +1,150 @@
+"""The held-out prompts put to a model: what it writes there, and what that is worth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ppo_cli.data.prompts import Prompt
+from ppo_cli.evaluation.best_of_n import BestOfN, best_of_n
+from ppo_cli.evaluation.draw_samples import draw_rollout, draw_scores, judge
+from ppo_cli.evaluation.early_stopping import Evaluation
+from ppo_cli.evaluation.likelihoods import likelihoods
+from ppo_cli.evaluation.quality import Quality
+from ppo_cli.evaluation.samples import Sample
+from ppo_cli.ppo.trainer import PPOTrainer
+from ppo_cli.rewards.sentiment import SentimentReward
+
+COMPARED = ("score", "perplexity", "distinct_2")
+"""Measures of the reference that a reader needs to judge the policy's by."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A model's samples to the held-out prompts, and what they are worth."""
+
+    samples: list[Sample]
+    quality: Quality
+
+
+class Examination:
+    """Puts the same prompts to the reference and to the policy as it is at the time.
+
+    All evaluations of a run draw from the same random numbers; those that training draws from stay
+    as they are, and so do the models' modes.
+
+    Args:
+        trainer: has both models.
+        tokenizer: theirs.
+        reward: judges the responses.
+        prompts: the held-out ones.
+        seed: the run's.
+        sampling: of `draw_rollout`.
+    """
+
+    def __init__(
+        self,
+        trainer: PPOTrainer,
+        tokenizer: Any,
+        reward: SentimentReward,
+        prompts: Sequence[Prompt],
+        seed: int,
+        **sampling: Any,
+    ) -> None:
+        self._trainer = trainer
+        self._tokenizer = tokenizer
+        self._reward = reward
+        self._queries = [prompt.input_ids for prompt in prompts]
+        self._texts = [prompt.query for prompt in prompts]
+        self._seed = seed
+        self._sampling = sampling
+        self._compared: Quality | None = None
+
+    def begin(self) -> None:
+        """Examine the reference, which every evaluation is compared with."""
+        self._compared = self.of_reference(self._seed).quality
+
+    def evaluate(self, step: int) -> tuple[Evaluation, dict[str, float]]:
+        """The policy after `step`: what counts of it, and all of it under its keys in the metrics.
+
+        `begin` comes first.
+        """
+        assert self._compared is not None
+        started = time.perf_counter()
+        quality = self.of_policy(self._seed).quality
+        numbers = evaluation_statistics(quality, self._compared)
+        numbers["time/evaluating"] = time.perf_counter() - started
+        return Evaluation(step, quality.score, quality.kl), numbers
+
+    def close(self) -> tuple[Examined, Examined]:
+        """Reference and policy with random numbers of their own, which no evaluation draws from.
+
+        The best of several evaluations is best by luck, too: measured again with the random
+        numbers by which it was chosen it would look better than it is.
+        """
+        seed = int(np.random.SeedSequence(self._seed, spawn_key=(1,)).generate_state(1)[0])
+        return self.of_reference(seed), self.of_policy(seed)
+
+    def of_policy(self, seed: int) -> Examined:
+        """The policy, sampled with random numbers that `seed` decides."""
+        return self._of(self._policy, seed, self._trainer.adapter_off)
+
+    def of_reference(self, seed: int) -> Examined:
+        """The reference, likewise; its KL from itself is zero."""
+        with self._trainer.adapter_off():  # peft would switch it on at the end of an inner block
+            return self._of(self._reference, seed, nullcontext)
+
+    def best_of_n(self, counts: Sequence[int]) -> BestOfN:
+        """Best-of-n from the reference, for each n of `counts`."""
+        with self._trainer.adapter_off(), self._trainer.accelerator.autocast():
+            scores = draw_scores(
+                self._reference,
+                self._tokenizer,
+                self._queries,
+                count=max(counts),
+                seed=self._seed,
+                reward=self._reward,
+                **self._sampling,
+            )
+        return best_of_n(scores, counts, label=self._reward.label, seed=self._seed)
+
+    def _of(
+        self, model: Any, seed: int, as_reference: Callable[[], AbstractContextManager[None]]
+    ) -> Examined:
+        with self._trainer.accelerator.autocast():
+            rollout = draw_rollout(
+                model, self._tokenizer, self._queries, seed=seed, **self._sampling
+            )
+            samples = judge(rollout, self._texts, self._reward)
+            read = likelihoods(
+                model,
+                self._reference,
+                rollout.queries,
+                rollout.responses,
+                as_reference=as_reference,
+                temperature=self._trainer.config.temperature,
+            )
+        return Examined(samples, Quality.of(samples, read))
+
+    @property
+    def _policy(self) -> Any:
+        return self._trainer.accelerator.unwrap_model(self._trainer.model)
+
+    @property
+    def _reference(self) -> Any:
+        if self._trainer.ref_model is None:  # the policy, its adapter off
+            return self._policy
+        return self._trainer.accelerator.unwrap_model(self._trainer.ref_model)
+
+
+def evaluation_statistics(policy: Quality, reference: Quality) -> dict[str, float]:
+    """What an evaluation adds to its step's metrics, under the keys of `RUN_STATISTICS`."""
+    measures = policy.as_dict()
+    del measures["samples"]
+    own = {f"eval/{name}": value for name, value in measures.items()}
+    return own | {f"eval/reference_{name}": getattr(reference, name) for name in COMPARED}

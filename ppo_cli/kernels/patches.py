@@ -1,0 +1,190 @@
+"""Linear layers and attention of torch, replaced while a `fast_matmul` block is active."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ppo_cli.kernels import attention, matmul
+from ppo_cli.utils.device import computes_bfloat16
+
+_plain: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+class _Linear(torch.autograd.Function):
+    """`x @ weight.T + bias` in `dtype`; with `transposed` the weight is (K, N), as in Conv1D.
+
+    A weight of another type is converted twice, forward and backward, which takes little time:
+    autocast would keep a copy of all of them in between. Gradients have the types of the inputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transposed: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.x_dtype, ctx.transposed, ctx.dtype = x.dtype, transposed, dtype
+        x = x.to(dtype)
+        ctx.save_for_backward(x, weight)
+        right = (weight.t() if transposed else weight).to(dtype)
+        return matmul.product(x, right, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad_x = grad_weight = None
+        if needs_x:
+            right = (weight if ctx.transposed else weight.t()).to(ctx.dtype)
+            grad_x = matmul.product(grad, right).to(ctx.x_dtype)
+        if needs_weight and ctx.transposed:
+            grad_weight = matmul.product(x.t(), grad.t()).to(weight.dtype)
+        elif needs_weight:
+            grad_weight = matmul.product(grad.t(), x.t()).to(weight.dtype)
+        # Summed in float32, then rounded; to ask for a float32 sum takes ten times as long.
+        grad_bias = grad.sum(0).to(weight.dtype) if needs_bias else None
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    dtype = None if input.dim() < 2 else _taken_over(input, weight, bias)
+    if dtype is None:
+        return _REPLACED.before["linear"](input, weight, bias)
+    flat: Tensor = _Linear.apply(input.flatten(0, -2), weight, bias, False, dtype)
+    return flat.view(*input.shape[:-1], weight.shape[0])
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Tensor:
+    dtype = None if kwargs or input.dim() != 1 else _taken_over(mat1, mat2, input)
+    if dtype is None:
+        return _REPLACED.before["addmm"](input, mat1, mat2, **kwargs)
+    result: Tensor = _Linear.apply(mat1, mat2, input, True, dtype)
+    return result
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    if not _plain.get() and attention.suits(query, key, value, attn_mask, dropout_p):
+        scale = kwargs.get("scale")
+        return attention.short_attention(query, key, value, attn_mask, is_causal, scale)
+    plain = _REPLACED.before["scaled_dot_product_attention"]
+    return plain(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+
+
+PASSED_ON = {function.__code__ for function in (_linear, _addmm, _attention)}
+"""Code whose errors are those of the inputs that a model gave."""
+
+
+class _Replacements:
+    """In a `with` block layers and attention of torch's modules take the ways of this module.
+
+    Layers, and attention on a CPU, call its functions, where they are of use on this processor; on
+    a GPU attention is not cuDNN's. Blocks of several threads may overlap: what was there before is
+    back once the last is over.
+
+    torch's own way to do that, a `TorchFunctionMode`, asks about every call of torch there is,
+    which small models feel. What other threads call meanwhile is replaced as well, which changes
+    its rounding alone; a function that a module imported by its name is not.
+
+    Attributes:
+        before: what stood there: torch's functions, or what others put in their place.
+    """
+
+    PLACES: tuple[tuple[Any, str, Callable], ...] = (
+        (torch.nn.functional, "linear", _linear),
+        (torch, "addmm", _addmm),
+        (torch.nn.functional, "scaled_dot_product_attention", _attention),
+    )
+
+    def __init__(self) -> None:
+        self.before: dict[str, Callable] = {}
+        self._cudnn = True
+        self._lock = threading.Lock()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1:
+                return
+            self._cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            useful = matmul.prefers_onednn() or computes_bfloat16(torch.device("cpu"))
+            places = self.PLACES if useful else ()
+            self.before = {name: getattr(home, name) for home, name, _ in places}
+            for home, name, function in places:
+                setattr(home, name, function)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside > 0:
+                return
+            for home, name, _function in self.PLACES:
+                if name in self.before:
+                    setattr(home, name, self.before[name])
+            torch.backends.cuda.enable_cudnn_sdp(self._cudnn)
+
+
+_REPLACED = _Replacements()
+
+
+@contextmanager
+def plain_matmul() -> Iterator[None]:
+    """Inside, torch's own layers and attention, in a block of `fast_matmul` too."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def fast_matmul() -> AbstractContextManager[None]:
+    """Inside, linear layers and attention take the fastest way known.
+
+    On a CPU float32 layers run on oneDNN where that is the faster library; under bfloat16 autocast
+    layers that learn hold less memory and attention over short rows takes less time. On a GPU
+    attention is not cuDNN's, which prepares itself for 1.5 ms at every new shape of its inputs, as
+    each batch has one. Results differ from torch's in rounding alone, and are the same from run to
+    run.
+    """
+    return _REPLACED
+
+
+def _taken_over(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """In what type `_Linear` computes a layer; None for a layer that is left to torch."""
+    if _plain.get():
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        # Without gradients autocast converts a weight once for all its uses inside it.
+        learns = x.requires_grad or weight.requires_grad
+        useful, dtype = learns and torch.is_grad_enabled(), torch.get_autocast_dtype("cpu")
+    else:
+        useful, dtype = matmul.is_worthwhile(weight) and matmul.prefers_onednn(), torch.float32
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    suits = useful and all(
+        tensor.dtype in (torch.float32, dtype)
+        and tensor.device.type == "cpu"
+        and tensor.numel() > 0
+        for tensor in tensors
+    )
+    return dtype if suits else None

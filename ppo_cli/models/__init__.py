@@ -1,0 +1,1 @@
+"""The policy, its reference, and sampling from them."""

@@ -1,0 +1,468 @@
+"""The policy: a causal language model with a value head."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.hub import PushToHubMixin
+
+from ppo_cli.errors import ModelError, UnsuitableModel
+from ppo_cli.kernels.feed_forward import WORTHWHILE_SHARE, last_feed_forward_at
+from ppo_cli.kernels.gelu import fuse_activations
+from ppo_cli.kernels.lm_head import (
+    entropy,
+    ready_projection,
+    token_logprobs,
+    token_logprobs_and_entropies,
+)
+from ppo_cli.kernels.tied_embeddings import tied_gradient
+from ppo_cli.models.capabilities import PADDED_READING, Reading, fastest_reading, findings
+from ppo_cli.models.pretrained import (
+    HUB_KEYWORDS,
+    VALUE_HEAD_FILE,
+    find_value_head,
+    load_causal,
+    refuse_if_not_causal,
+)
+from ppo_cli.models.value_head import ValueHead
+from ppo_cli.utils.device import modes_kept
+from ppo_cli.utils.hub import adapter_errors, first_line, loading_errors
+
+
+class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
+    """A causal language model (`pretrained_model`) with a `ValueHead` (`v_head`) beside it.
+
+    Make one with `from_pretrained`. The weights of the language model are those of `transformers`,
+    so everything that works on them works here.
+
+    Args:
+        pretrained_model: a causal `transformers.PreTrainedModel` or a `peft.PeftModel` of one.
+        summary_dropout_prob: dropout before the value head.
+        v_head_init_strategy: None or `"normal"`, see `ValueHead`.
+        v_head_initializer_range: standard deviation of the `"normal"` strategy.
+
+    Raises:
+        UsageError: the model is not causal.
+    """
+
+    supported_args = ("summary_dropout_prob", "v_head_init_strategy", "v_head_initializer_range")
+
+    def __init__(
+        self,
+        pretrained_model: PreTrainedModel,
+        *,
+        summary_dropout_prob: float | None = None,
+        v_head_init_strategy: str | None = None,
+        v_head_initializer_range: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.is_peft_model = hasattr(pretrained_model, "peft_config") and hasattr(
+            pretrained_model, "disable_adapter"
+        )
+        self.pretrained_model = pretrained_model
+        fuse_activations(pretrained_model)
+        keep_weights_as_stored(self._base_model)
+        refuse_if_not_causal(self._base_model.config, type(self._base_model))
+        if summary_dropout_prob is None:
+            summary_dropout_prob = getattr(self.config, "summary_dropout_prob", 0.1)
+        self.v_head = ValueHead(
+            hidden_size(self._base_model),
+            dropout=summary_dropout_prob,
+            init_strategy=v_head_init_strategy,
+            initializer_range=v_head_initializer_range,
+        ).to(self._base_model.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | PreTrainedModel,
+        *model_args: Any,
+        peft_config: Any = None,
+        is_trainable: bool = True,
+        **kwargs: Any,
+    ) -> AutoModelForCausalLMWithValueHead:
+        """Load a policy, and its value head where one was saved with it.
+
+        Args:
+            pretrained_model_name_or_path: a hub id; a folder as `transformers` writes it (one
+                file or sharded, safetensors or `.bin`), as `save_pretrained` here does, or as TRL
+                up to 0.11 did (value head among the weights); a folder of a peft adapter; or a
+                model object.
+            peft_config: a `peft.PeftConfig`: adds a new adapter; only it and the value head train.
+            is_trainable: whether an adapter loaded from a folder can be trained further.
+            kwargs: `summary_dropout_prob`, `v_head_init_strategy`, `v_head_initializer_range` for
+                the value head; all others go to `AutoModelForCausalLM.from_pretrained`. `dtype` is
+                float32 unless given.
+
+        Raises:
+            ModelNotFoundError: there is no such folder or hub model.
+            UsageError: the model is not causal.
+            ModelError: the hub does not answer, or the files are damaged.
+        """
+        head_kwargs = {key: kwargs.pop(key) for key in cls.supported_args if key in kwargs}
+        source = pretrained_model_name_or_path
+        saved_head: Mapping[str, Tensor] = {}
+        if isinstance(source, (str, Path)):
+            name = str(source)
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))
+            hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
+            with loading_errors(name):
+                model = load_causal(name, is_trainable, *model_args, **kwargs)
+                saved_head = find_value_head(name, hub)
+        else:
+            model = source
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            if hasattr(model, "peft_config"):
+                warnings.warn("peft_config is ignored: the model has an adapter", stacklevel=2)
+            else:
+                refuse_if_not_causal(model.config, type(model))
+                with adapter_errors(model):
+                    model = get_peft_model(model, peft_config)
+        policy = cls(model, **head_kwargs)
+        if saved_head:
+            try:
+                policy.v_head.load_state_dict(saved_head)
+            except RuntimeError as error:
+                raise ModelError(
+                    f"{source}: its value head does not fit the model: {first_line(error)}"
+                ) from error
+        return policy
+
+    @property
+    def _base_model(self) -> PreTrainedModel:
+        """The language model below an adapter, if there is one."""
+        return (
+            self.pretrained_model.get_base_model() if self.is_peft_model else self.pretrained_model
+        )
+
+    @property
+    def config(self) -> Any:
+        """The language model's configuration."""
+        return self.pretrained_model.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The language model's generation configuration."""
+        return self.pretrained_model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the value head, and with it the model's output, lives."""
+        return self.v_head.summary.weight.device
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed in the backward pass."""
+        return bool(_renamed(self._base_model, "is_{}_checkpointing"))
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        _renamed(self._base_model, "{}_checkpointing_enable")(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        _renamed(self._base_model, "{}_checkpointing_disable")()
+
+    def enable_input_require_grads(self) -> None:
+        """Let gradients reach an adapter through frozen embeddings, for checkpointing."""
+        self._base_model.enable_input_require_grads()
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The language model's own method."""
+        return self.pretrained_model.prepare_inputs_for_generation(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        return_past_key_values: bool = False,
+        positions: Tensor | None = None,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """Logits and values of B sequences of T tokens.
+
+        Args:
+            input_ids: (B, T).
+            past_key_values: cache of an earlier forward.
+            attention_mask: (B, T), 1 for tokens and 0 for padding.
+            return_past_key_values: also return the cache.
+            positions: (N,) indices, each once, into the B * T positions laid out flat. With them
+                only these positions are projected on the vocabulary, which is most of a small
+                model's work, and go through the last feed-forward network.
+            targets: (N,) token ids, one a position: what comes after it.
+            temperature: what logits at `positions` are divided by.
+            kwargs: go to the language model, `labels` among them.
+
+        Returns:
+            `(logits, loss, values)`, with the cache as a fourth where asked. Logits are float32,
+            (B, T, V), values (B, T); with `positions` (N, V) and (N,). `loss` is None without
+            `labels`. With `targets` `(logprobs, entropies, values)`, (N,) each, and the logits are
+            never there whole.
+        """
+        reading = None if positions is None else self.reading()
+        if positions is not None and reading is not None and reading.logits != "model":
+            fused = reading.logits == "weights" and targets is not None
+            narrowed = self._narrowed(positions, input_ids) if reading.narrow else nullcontext()
+            with tied_gradient(self._base_model) if fused else nullcontext() as tied, narrowed:
+                hidden = self._base_model.base_model(
+                    input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
+                ).last_hidden_state
+            hidden = hidden.flatten(0, 1)[positions]
+            values = self._values(hidden)
+            head = self._base_model.get_output_embeddings()
+            if targets is None:
+                return head(hidden).float() / temperature, None, values
+            if not fused:
+                logits = head(hidden).float() / temperature
+                return token_logprobs(logits, targets), entropy(logits), values
+            bias = getattr(head, "bias", None)
+            if temperature != 1:  # cheaper here than on the logits
+                hidden, bias = hidden / temperature, None if bias is None else bias / temperature
+            outputs = token_logprobs_and_entropies(hidden, head.weight, bias, targets, tied)
+            return (*outputs, values)
+
+        if positions is not None:
+            kwargs.setdefault("use_cache", False)  # with a cache no model keeps packed rows apart
+        output = self.pretrained_model(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            output_hidden_states=True,
+            **kwargs,
+        )
+        # Prompt tuning answers for its virtual tokens too, in front.
+        length = output.logits.shape[1] if input_ids is None else input_ids.shape[1]
+        logits, hidden = output.logits[:, -length:], self.last_hidden_states(output)[:, -length:]
+        if positions is not None:
+            logits = logits.flatten(0, 1)[positions] / temperature
+            hidden = hidden.flatten(0, 1)[positions]
+        if targets is not None:
+            logits = logits.float()
+            return token_logprobs(logits, targets), entropy(logits), self._values(hidden)
+        results = (logits.float(), output.loss, self._values(hidden))
+        return (*results, output.past_key_values) if return_past_key_values else results
+
+    def ready_projection(self, rows: int, times: int) -> Callable[[Tensor], Tensor] | None:
+        """For `next_logits`: last hidden states (B, H) to logits, while weights stay as they are.
+
+        None for an architecture that does more than that.
+        """
+        how, head = self.reading().logits, self._base_model.get_output_embeddings()
+        if how == "model":
+            return None
+        if how == "layer":
+            return lambda hidden: head(hidden).float()
+        return ready_projection(head.weight, getattr(head, "bias", None), rows=rows, times=times)
+
+    def next_logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        projection: Callable[[Tensor], Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Logits (B, V), float32, of what follows the last of `input_ids` (B, T).
+
+        `projection` is what `ready_projection` returned, if it was called before.
+        """
+        model = self._base_model
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        inputs |= {"position_ids": position_ids, "use_cache": True}
+        projection = projection or self.ready_projection(rows=len(input_ids), times=1)
+        if projection is None:
+            return model(**inputs).logits[:, -1].float()
+        return projection(model.base_model(**inputs).last_hidden_state[:, -1])
+
+    def allows(self, question: Callable[[Any], bool]) -> bool:
+        """What the language model answers to one of `ppo_cli.models.capabilities`'s questions.
+
+        No where an adapter puts virtual tokens in front, outside the language model.
+        """
+        return not self._adds_tokens and question(self._base_model)
+
+    def reading(self) -> Reading:
+        """How it reads sequences: as its architecture allows, unless a trial said otherwise."""
+        answers = findings(self.pretrained_model)
+        if "reading" not in answers:
+            # Virtual tokens are put in front outside of the language model.
+            answers["reading"] = (
+                PADDED_READING if self._adds_tokens else fastest_reading(self._base_model)
+            )
+        return cast(Reading, answers["reading"])
+
+    def read_as(self, reading: Reading) -> None:
+        """Read sequences in this way from now on, until the model is changed."""
+        findings(self.pretrained_model)["reading"] = reading
+
+    def last_hidden_states(self, output: Any) -> Tensor:
+        """(B, T, H), what the value head reads, of an output with hidden states.
+
+        Raises:
+            UnsuitableModel: it has none of that form.
+        """
+        hidden: Tensor = output.hidden_states[-1]
+        if hidden.dim() == 4:  # Gemma 3n has several a position, the first is active
+            hidden = hidden[0]
+        if hidden.shape[:-1] != output.logits.shape[:-1]:
+            raise UnsuitableModel(f"its hidden states have the shape {tuple(hidden.shape)}")
+        return hidden
+
+    def _narrowed(
+        self, positions: Tensor, input_ids: Tensor | None
+    ) -> AbstractContextManager[None]:
+        """The last feed-forward network on `positions` alone, where that saves time."""
+        if (
+            input_ids is not None
+            and self.device.type == "cpu"  # a GPU waits for launches, and these are more
+            and positions.numel() <= WORTHWHILE_SHARE * input_ids.numel()
+            # Where it may be checkpointed, and drops at random:
+            and not (self._base_model.training or self._base_model.base_model.training)
+        ):
+            return last_feed_forward_at(self._base_model, positions)
+        return nullcontext()
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        return self.v_head(hidden.to(self.device)).squeeze(-1)
+
+    @property
+    def _adds_tokens(self) -> bool:
+        """Whether an adapter puts virtual tokens in front, outside the language model."""
+        return self.is_peft_model and bool(
+            self.pretrained_model.active_peft_config.is_prompt_learning
+        )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The language model's own `generate`, with its arguments and results."""
+        return self.pretrained_model.generate(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The language model's weights under their own names, and the value head's as `v_head.*`.
+
+        With an adapter only the value head's: the adapter is saved by peft.
+        """
+        state = {} if self.is_peft_model else self.pretrained_model.state_dict(*args, **kwargs)
+        for key, value in self.v_head.state_dict(*args, **kwargs).items():
+            state[f"v_head.{key}"] = value
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Take what `state_dict` returned."""
+        head = {k.removeprefix("v_head."): v for k, v in state_dict.items() if k[:7] == "v_head."}
+        body = {k: v for k, v in state_dict.items() if k[:7] != "v_head."}
+        self.v_head.load_state_dict(head, strict=strict, assign=assign)
+        if self.is_peft_model:
+            strict = False
+        return self.pretrained_model.load_state_dict(body, strict=strict, assign=assign)
+
+    def merged(self, *, untied: bool = False) -> AutoModelForCausalLMWithValueHead:
+        """A copy without an adapter: its weights are added to those it adapts.
+
+        Args:
+            untied: let input and output embeddings be two weights in it, where they are one and the
+                adapter changes them in different ways.
+        """
+        twin = copy.deepcopy(self)
+        adapted = cast(Any, twin.pretrained_model)
+        if untied:
+            _untie(twin._base_model)
+        plain = AutoModelForCausalLMWithValueHead(adapted.merge_and_unload())
+        plain.v_head = twin.v_head
+        return plain
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        state_dict: Mapping[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write a plain `transformers` folder, and the value head in a file of its own beside it.
+
+        Args:
+            save_directory: made if absent.
+            state_dict: weights to write instead of the model's own, named as `state_dict` names
+                them (what a distributed run has gathered, for example).
+            push_to_hub: upload the folder as well; `repo_id` and the like as keywords.
+            kwargs: go to `PreTrainedModel.save_pretrained`, `max_shard_size` for example.
+        """
+        hub_kwargs = {
+            key: kwargs.pop(key)
+            for key in ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+            if push_to_hub and key in kwargs
+        }
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        head = {key: state.pop(key) for key in list(state) if key.startswith("v_head.")}
+        if self.is_peft_model:
+            self.pretrained_model.save_pretrained(save_directory, **kwargs)
+        else:
+            weights = state if state_dict is not None else None
+            self.pretrained_model.save_pretrained(save_directory, state_dict=weights, **kwargs)
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in head.items()},
+            Path(save_directory) / VALUE_HEAD_FILE,
+            metadata={"format": "pt"},
+        )
+        if push_to_hub:
+            PushToHubMixin.push_to_hub(
+                self, hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs
+            )
+
+
+def keep_weights_as_stored(model: Any) -> None:
+    """Have RWKV keep its weights in eval mode, which it divides there, for the range of float16.
+
+    What is learnt, saved in a checkpoint or in a folder would be the divided ones. The function is
+    the same.
+    """
+    if not getattr(model.config, "rescale_every", 0):
+        return
+    for module in model.modules():
+        if getattr(module, "layers_are_rescaled", False):
+            with modes_kept(module):
+                module.train()
+                module._rescale_layers()
+    model.config.rescale_every = 0
+
+
+def hidden_size(model: Any) -> int:
+    """Width of a causal language model's last hidden states."""
+    config = model.config.get_text_config()
+    for name in ("word_embed_proj_dim", "hidden_size"):  # OPT projects its states to the first
+        if isinstance(width := getattr(config, name, None), int):
+            return width
+    return int(model.get_output_embeddings().weight.shape[-1])
+
+
+def _untie(model: Any) -> None:
+    """Give a model's output layer a weight of its own, if it shares that of the embeddings."""
+    config = model.config
+    layer = model.get_output_embeddings()
+    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}
+
+
+def _renamed(model: Any, name: str) -> Any:
+    """An attribute that later releases of transformers 5 call by another name."""
+    new = name.format("activation")
+    return getattr(model, new) if hasattr(model, new) else getattr(model, name.format("gradient"))

@@ -1,0 +1,278 @@
+"""What a policy is loaded from: folders of transformers, of this project, of TRL, of adapters."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from ppo_cli.errors import ModelError, PPOCliError, UsageError
+from ppo_cli.utils.hub import implementations, loading_errors, refuse_misshaped, refuse_missing
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# transformers would refuse them with a report in its log; what it returns can be told better.
+SHAPES_LATER = {"ignore_mismatched_sizes": True}
+HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def refuse_if_not_causal(config: Any, model_class: type | None = None) -> None:
+    """Raise `UsageError`, naming the architecture, unless a model is a causal language model.
+
+    A model that reads pictures, too (`...ForConditionalGeneration`) is one where
+    AutoModelForCausalLM takes its configuration: what it loads may be the language model alone.
+
+    Args:
+        config: the model's; its `architectures` count where there is no class.
+        model_class: the model's class.
+    """
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    known = {name for names in causal for name in ((names,) if isinstance(names, str) else names)}
+    named = (
+        list(config.architectures or [])
+        if model_class is None
+        else [c.__name__ for c in model_class.__mro__ if issubclass(c, nn.Module)]
+    )
+    encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    is_causal = any(name in known or name.endswith("ForCausalLM") for name in named)
+    if model_class is None and _has_language_model(config):
+        is_causal |= any(name.endswith("ForConditionalGeneration") for name in named)
+    if encoder_decoder or (named and not is_causal):
+        raise UsageError(
+            f"{named[0] if named else config.model_type} is not a causal language model: choose "
+            "one whose architecture ends in ForCausalLM or LMHeadModel, such as gpt2"
+        )
+
+
+def _has_language_model(config: Any) -> bool:
+    """Whether AutoModelForCausalLM loads a model of several parts, and what is saved of it again.
+
+    Of some it loads, and saves, the language model alone, under a configuration of its own.
+    """
+    text = config.get_text_config()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or text is config:
+        return False
+    is_whole = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].config_class is type(config)
+    return is_whole or type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A peft adapter that lies on this disk.
+
+    Attributes:
+        folder: holds its files, in the cache if they came from the hub.
+        config: its `peft.PeftConfig`.
+    """
+
+    folder: str
+    config: Any
+
+    @property
+    def base(self) -> str:
+        """Folder or hub id of the model that it adapts."""
+        return str(self.config.base_model_name_or_path)
+
+
+def find_adapter(name: str, **hub: Any) -> Adapter | None:
+    """The adapter in a folder or on the hub; None for a whole model.
+
+    Args:
+        name: folder or hub id.
+        hub: says where on the hub, see `HUB_KEYWORDS`.
+
+    Raises:
+        ModelError: it is an adapter, and peft is missing, or it names a module to import.
+    """
+    found = find_adapter_config_file(name, **hub)
+    if found is None:
+        return None
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ModelError(
+            f"{name} is an adapter, which needs peft: pip install 'ppo-cli[peft]' ({error})"
+        ) from error
+    for weights in ADAPTER_WEIGHTS:  # fetched as other models' are, not by peft's own client
+        if cached_file(name, weights, _raise_exceptions_for_missing_entries=False, **hub):
+            break
+    folder = str(Path(found).parent)
+    config = PeftConfig.from_pretrained(folder)
+    if getattr(config, "megatron_config", None):
+        raise ModelError(
+            f"{name}: its adapter_config.json names code (megatron_core), which is not run: leave "
+            "megatron_config out of it"
+        )
+    return Adapter(folder, config)
+
+
+def base_keywords(adapter: Adapter, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords that load an adapter's base model, from those that were given for the adapter.
+
+    The adapter's files name its base model: trust in the one is none in the other.
+    """
+    place = {"revision": adapter.config.revision} if adapter.config.revision else {}
+    kept = {key: v for key, v in kwargs.items() if key not in ("revision", "subfolder")}
+    return {**kept, **place, "trust_remote_code": False}
+
+
+@contextmanager
+def base_errors(name: str, adapter: Adapter) -> Iterator[None]:
+    """Around a call that loads an adapter's base model.
+
+    Raises:
+        ModelError: it cannot be loaded; the message names both.
+    """
+    try:
+        with loading_errors(adapter.base):
+            yield
+    except PPOCliError as error:
+        if "--trust-remote-code" in str(error):
+            raise ModelError(
+                f"{name} is an adapter of {adapter.base}, which needs code that it brings along: "
+                "that is not run for an adapter. Merge the two with peft's merge_and_unload, save "
+                "them as one folder, read its code, and give that folder, with "
+                "--trust-remote-code for it"
+            ) from error
+        raise ModelError(
+            f"{name} is an adapter, and its base model cannot be loaded: {error}"
+        ) from error
+
+
+def tokenizer_of(name: str, **kwargs: Any) -> Any:
+    """The tokenizer beside a model; for an adapter that has none, its base model's."""
+    hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
+    adapter = find_adapter(name, **hub)
+    if adapter is None or _located(name, "tokenizer_config.json", hub):
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+    with base_errors(name, adapter):
+        return AutoTokenizer.from_pretrained(adapter.base, **base_keywords(adapter, kwargs))
+
+
+def _load_adapted(name: str, adapter: Adapter, is_trainable: bool, **kwargs: Any) -> Any:
+    from peft import PeftModel, PeftModelForCausalLM
+
+    if (task := adapter.config.task_type) not in (None, "CAUSAL_LM"):
+        raise UsageError(
+            f"{name} is an adapter of another kind of model (task_type {task}), not "
+            "of a causal language model: choose one that was saved with task_type CAUSAL_LM"
+        )
+    hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
+    with base_errors(name, adapter):
+        base = load_causal(adapter.base, is_trainable, **base_keywords(adapter, kwargs))
+    if _located(name, "tokenizer_config.json", hub):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
+        if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+            base.resize_token_embeddings(len(tokenizer))  # tokens that came with the adapter
+    kind = PeftModel if task is None else PeftModelForCausalLM
+    return kind.from_pretrained(
+        base, adapter.folder, is_trainable=is_trainable, config=adapter.config
+    )
+
+
+def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model, or one with an adapter, from a folder or the hub.
+
+    Warns of weights that the model does not have; TRL's value heads among them are no cause. Its
+    attribute `stored_dtype` says in what type its configuration has the weights, if it does.
+
+    Args:
+        name: folder or hub id.
+        is_trainable: whether an adapter that is loaded can be trained further.
+        args, kwargs: go to `from_pretrained`.
+
+    Raises:
+        ModelError: weights are missing.
+    """
+    kwargs.setdefault("trust_remote_code", False)  # None would ask on the terminal
+    hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
+    if (adapter := find_adapter(name, **hub)) is not None:
+        return _load_adapted(name, adapter, is_trainable, **kwargs)
+    config, stored = kwargs.get("config"), None
+    if config is None:
+        trust = kwargs["trust_remote_code"]
+        config = AutoConfig.from_pretrained(name, **hub, trust_remote_code=trust)
+        stored = getattr(config, "dtype", None)
+        if not trust:
+            refuse_if_not_causal(config)
+        chosen = implementations(name, config, kwargs["trust_remote_code"])
+        kwargs = chosen | kwargs
+    # transformers' own report would name the value heads, too.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, *args, **{**SHAPES_LATER, **kwargs}, output_loading_info=True
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith("v_head.")]
+    refuse_misshaped(name, () if "ignore_mismatched_sizes" in kwargs else info["mismatched_keys"])
+    refuse_missing(name, info["missing_keys"])
+    if type(model.config) is type(getattr(config, "text_config", None)):
+        warnings.warn(
+            f"{name}: its language model is taken alone, without what reads pictures or sounds",
+            stacklevel=4,
+        )
+    elif unexpected:
+        names = ", ".join(sorted(unexpected)[:5]) + (" ..." if len(unexpected) > 5 else "")
+        warnings.warn(f"{name}: the weights file has the unknown {names}", stacklevel=4)
+    model.stored_dtype = stored if isinstance(stored, torch.dtype) else None
+    return model
+
+
+def find_value_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:
+    """The value head's tensors, from our file or among the weights as TRL put them; or none."""
+
+    def locate(file: str) -> str | None:
+        return _located(name, file, hub)
+
+    if (ours := locate(VALUE_HEAD_FILE)) is not None:
+        return _read_value_head(ours)
+    for weights in WEIGHT_FILES:
+        if (index := locate(f"{weights}.index.json")) is not None:
+            placed = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            shards = {file for key, file in placed.items() if key.startswith("v_head.")}
+            found = [_read_value_head(path) for file in shards if (path := locate(file))]
+            return {key: value for head in found for key, value in head.items()}
+        if (single := locate(weights)) is not None:
+            return _read_value_head(single)
+    return {}
+
+
+def _located(name: str, file: str, hub: dict[str, Any]) -> str | None:
+    """Where a model's file lies on the disk, None where the model has no such file."""
+    return cached_file(
+        name,
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )
+
+
+def _read_value_head(path: str) -> dict[str, Tensor]:
+    prefix = "v_head."
+    if path.endswith(".safetensors"):
+        with safe_open(path, "pt") as file:
+            names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+            return {key.removeprefix(prefix): file.get_tensor(key).float() for key in names}
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}

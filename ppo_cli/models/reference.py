@@ -1,0 +1,105 @@
+"""The reference: a frozen copy of the policy, which may share its lower layers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from ppo_cli.errors import UsageError
+from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
+
+
+def create_reference_model(
+    model: AutoModelForCausalLMWithValueHead,
+    num_shared_layers: int | None = None,
+    pattern: str | None = None,
+) -> AutoModelForCausalLMWithValueHead:
+    """A frozen copy of `model`, in eval mode.
+
+    Args:
+        model: the policy; any `torch.nn.Module` will do.
+        num_shared_layers: this many layers from the bottom, and the embeddings below them, are
+            frozen in the policy too and shared: policy and reference hold the same tensors.
+        pattern: prefix of a layer's parameter names with `{layer}` in it, such as
+            `transformer.h.{layer}`, where it cannot be found by itself.
+
+    Raises:
+        UsageError: `num_shared_layers` is not in 0..number of layers, or the layers are not found.
+    """
+    memo: dict[int, Any] = {}
+    if num_shared_layers is not None:
+        for parameter in _lower_parameters(model, num_shared_layers, pattern):
+            parameter.requires_grad_(False)
+            memo[id(parameter)] = parameter  # deepcopy takes what is in its memo as it is
+    reference = copy.deepcopy(model, memo)
+    return reference.requires_grad_(False).eval()
+
+
+def create_adapter_reference(
+    model: AutoModelForCausalLMWithValueHead,
+) -> AutoModelForCausalLMWithValueHead:
+    """A frozen copy of a policy with an adapter as it is; weights that do not train are shared."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, memo).requires_grad_(False).eval()
+
+
+def refuse_shared_weights(model: nn.Module, reference: nn.Module) -> None:
+    """Raise `UsageError` where a reference holds weights that are trained: it would move along."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if any(id(p) in trained for p in reference.parameters()):
+        raise UsageError(
+            "ref_model holds the very weights that are trained, so KL would stay 0 however far "
+            "they move: pass None for a frozen copy, or create_reference_model(model)"
+        )
+
+
+def _lower_parameters(model: nn.Module, num_layers: int, pattern: str | None) -> list[nn.Parameter]:
+    """Parameters of the embeddings and the first `num_layers` layers."""
+    if pattern is not None:
+        prefix, _, _ = pattern.partition("{layer}")
+        layers = [
+            name for name, _ in model.named_modules() if _layer_index(name, prefix) is not None
+        ]
+        prefix = layers[0].rpartition(".")[0] if layers else ""
+    else:
+        lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+        # The decoder's stack is the outermost list of as many modules as the model has layers;
+        # experts and the like lie inside, projections of inputs beside it.
+        count = _number_of_layers(model)
+        stacks = [name for name, m in lists.items() if len(m) == count] or list(lists)
+        prefix = min(stacks, key=lambda name: (name.count("."), name), default="")
+    if not prefix:
+        raise UsageError(
+            f"cannot find the layers of {type(model).__name__}: pass their pattern, "
+            "such as 'transformer.h.{layer}'"
+        )
+    stack = model.get_submodule(prefix)
+    total = len(list(stack.children()))
+    if not 0 <= num_layers <= total:
+        raise UsageError(f"num_shared_layers is {num_layers}, but the model has {total} layers")
+    shared: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefix + "."):
+            if int(name[len(prefix) + 1 :].partition(".")[0]) < num_layers:
+                shared.append(parameter)
+        elif _is_embedding(model, name):
+            shared.append(parameter)
+    return shared
+
+
+def _number_of_layers(model: Any) -> int | None:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "num_hidden_layers", None)
+
+
+def _layer_index(name: str, prefix: str) -> int | None:
+    _, found, rest = name.partition(prefix)
+    return int(rest) if found and rest.isdigit() else None
+
+
+def _is_embedding(model: nn.Module, parameter_name: str) -> bool:
+    owner = model.get_submodule(parameter_name.rpartition(".")[0])
+    return isinstance(owner, nn.Embedding)

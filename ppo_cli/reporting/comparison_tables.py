@@ -1,0 +1,265 @@
+"""A comparison -> tables, Markdown, CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ppo_cli.evaluation.best_of_n import BestOfN, Share
+from ppo_cli.evaluation.bootstrap import Interval
+from ppo_cli.evaluation.comparison_result import (
+    Answer,
+    Change,
+    Comparison,
+    ModelVerdict,
+    PairedDifference,
+)
+from ppo_cli.evaluation.quality import MEASURES
+from ppo_cli.reporting.tables import below, cell, titled_table
+from ppo_cli.utils.text import markdown_text, spreadsheet_text
+
+MODELS_ABREAST = 4  # columns of models that fit into 80 characters
+SHARE_TITLE = (
+    "what PPO reached at its KL, as a share of what best-of-n from the reference reaches there"
+)
+BEST_HEADS = ("n", "KL at most", "score", "95 % interval")
+SHARE_HEADS = ("model", "KL", "score", "best-of-n there", "share", "95 % interval")
+PAIRED_HEADS = ("", "mean", "95 % interval", "wins", "95 % interval")
+
+FIELDS = {"score": "mean_score", "probability": "mean_probability"}  # of a verdict, by `MEASURES`
+
+Line = tuple[str, ...]
+
+
+def comparison_tables(comparison: Comparison, rows: int) -> list[RenderableType]:
+    """Examples, then what the models come to: the verdict is what a terminal shows last.
+
+    Args:
+        comparison: what was found.
+        rows: how many of the first prompts are shown.
+    """
+    tables: list[RenderableType] = []
+    total = len(comparison.rows)
+    if shown := min(rows, total):
+        tables.append(_side_by_side(comparison, shown))
+    for title, changes in changed_parts(comparison):
+        tables.append(_changed(comparison, title, changes))
+    for start in range(0, len(comparison.models), MODELS_ABREAST):
+        models = comparison.models[start : start + MODELS_ABREAST]
+        heads = ("", *(model.model for model in models))
+        lines = measures(comparison.label, models)
+        tables.append(_table(f"means over {total} prompts", heads, lines))
+    paired = [paired_line(item) for item in comparison.differences]
+    tables.append(_table("paired differences in score", PAIRED_HEADS, paired))
+    if comparison.best_of_n is not None:
+        curve = comparison.best_of_n
+        tables.append(_table(best_of_title(curve), BEST_HEADS, best_of_lines(curve)))
+        shares = [share_line(item) for item in comparison.shares]
+        table = _table(SHARE_TITLE, SHARE_HEADS, shares)
+        notes = [cell(note) for note in share_notes(comparison)]
+        tables.append(Group(table, *notes) if notes else table)
+    return tables
+
+
+def measures(label: str, models: Sequence[ModelVerdict]) -> list[Line]:
+    """A line a measure: its name, then each model's value."""
+    lines: list[Line] = []
+    for field, measure in MEASURES.items():
+        values = [getattr(model, FIELDS.get(field, field)) for model in models]
+        form = f".{measure.places}f"
+        lines.append((measure.name.format(label=label), *(_number(v, form) for v in values)))
+        if field == "kl":
+            intervals = [_interval(model.kl_interval, form) for model in models]
+            lines.append(("  95 % interval", *intervals))
+    return lines
+
+
+def paired_line(item: PairedDifference) -> Line:
+    """Who, mean difference, its interval, wins, their interval."""
+    return (
+        f"{item.first} - {item.second}",
+        f"{item.difference.mean:+.3f}",
+        _interval(item.difference, "+.3f"),
+        f"{item.win_rate:.0%}",
+        _interval(item.win_rate_interval, ".0%"),
+    )
+
+
+def best_of_title(curve: BestOfN) -> str:
+    """What the curve was made from."""
+    return f"best of n responses from the reference, to {curve.prompts} prompts"
+
+
+def best_of_lines(curve: BestOfN) -> list[Line]:
+    """A line an n."""
+    return [
+        (
+            f"{point.n:,}",
+            f"{point.kl:.2f}",
+            f"{point.score:.3f}",
+            _interval(point.score_interval, ".3f"),
+        )
+        for point in curve.points
+    ]
+
+
+def share_line(item: Share) -> Line:
+    """A model's KL and score, best-of-n's there, and the share."""
+    share = _number(item.share, ".2f")
+    if item.share_at_most is not None:
+        share = f"under {item.share_at_most:.2f}"
+    return (
+        item.model,
+        _number(item.kl, ".2f"),
+        f"{item.score:.3f}",
+        _number(item.best_of_n_score, ".3f"),
+        share,
+        _interval(item.share_interval, ".2f"),
+    )
+
+
+def share_notes(comparison: Comparison) -> list[str]:
+    """A sentence for each model that best-of-n does not reach."""
+    notes = []
+    assert comparison.best_of_n is not None
+    last = comparison.best_of_n.points[-1]
+    for item in comparison.shares:
+        if item.kl is None or item.kl <= last.kl:
+            continue
+        needed = "over a billion" if item.needed_n is None else f"{item.needed_n:,}"
+        notes.append(
+            f"{item.model}: its KL, {item.kl:.2f}, is beyond that of the best of {last.n:,} "
+            f"({last.kl:.2f}); n = {needed} would be needed"
+            + ("" if item.share_at_most is None else ", so its share is below the one given")
+        )
+    return notes
+
+
+def changed_parts(comparison: Comparison) -> list[tuple[str, list[Change]]]:
+    """Titles and prompts of what changed most; parts without any are left out."""
+    changes = comparison.changes
+    names = f"score of {changes.first} minus {changes.second}'s"
+    parts = [
+        (f"gained most ({names})", changes.gained),
+        (f"lost most ({names})", changes.lost),
+    ]
+    return [(title, found) for title, found in parts if found]
+
+
+def changed_line(comparison: Comparison, change: Change) -> tuple[float, str, Answer, Answer]:
+    """Change in score, prompt, the first model's answer, the last one's."""
+    row = comparison.rows[change.row]
+    return change.change, row.query, row.responses[0], row.responses[-1]
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """All prompts side by side, then what the tables show, as Markdown tables."""
+    names = [model.model for model in comparison.models]
+    rows = [
+        (row.query, *(f"{a.response.strip()} ({a.score:.2f})" for a in row.responses))
+        for row in comparison.rows
+    ]
+    lines = _markdown_table(("query", *names), rows, right=False)
+    for title, found in changed_parts(comparison):
+        changed = [
+            (f"{by:+.2f}", query, *(f"{a.response.strip()} ({a.score:.2f})" for a in answers))
+            for by, query, *answers in (changed_line(comparison, change) for change in found)
+        ]
+        heads = ("change", "query", names[0], names[-1])
+        lines += ["", markdown_text(title), "", *_markdown_table(heads, changed, right=False)]
+    means = measures(comparison.label, comparison.models)
+    lines += ["", *_markdown_table(("", *names), means)]
+    lines.append("")
+    for item in comparison.differences:
+        gap, wins = item.difference, item.win_rate_interval
+        lines.append(
+            f"- {markdown_text(item.first)} minus {markdown_text(item.second)}: {gap.mean:+.3f} "
+            f"(95 % interval {gap.low:+.3f} to {gap.high:+.3f}), wins {item.win_rate:.0%} "
+            f"({_interval(wins, '.0%')})"
+        )
+    if comparison.best_of_n is not None:
+        curve = comparison.best_of_n
+        lines += ["", markdown_text(best_of_title(curve)), ""]
+        lines += _markdown_table(BEST_HEADS, best_of_lines(curve))
+        lines += ["", markdown_text(SHARE_TITLE), ""]
+        lines += _markdown_table(SHARE_HEADS, [share_line(item) for item in comparison.shares])
+        lines += ["", *(f"- {markdown_text(note)}" for note in share_notes(comparison))]
+    return "\n".join(lines).rstrip("\n")
+
+
+def comparison_csv(comparison: Comparison) -> str:
+    """A line a prompt and model: query, model, response, score, probability, KL, tokens.
+
+    A text that a spreadsheet would take for a formula has an apostrophe in front; KL is empty where
+    it is not known.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["query", "model", "response", "score", "probability", "kl", "tokens"])
+    for row in comparison.rows:
+        for answer in row.responses:
+            texts = [spreadsheet_text(t) for t in (row.query, answer.model, answer.response)]
+            writer.writerow([*texts, answer.score, answer.probability, answer.kl, answer.tokens])
+    return out.getvalue().rstrip("\n")
+
+
+def _side_by_side(comparison: Comparison, shown: int) -> Table:
+    total = len(comparison.rows)
+    table = titled_table(f"score of '{comparison.label}'; {shown} of {total} prompts")
+    table.add_column("query", ratio=3)
+    for model in comparison.models:
+        table.add_column(cell(model.model), ratio=4)
+    for i, row in enumerate(comparison.rows[:shown]):
+        answers = [_answer(answer) for answer in row.responses]
+        table.add_row(cell(row.query), *answers, end_section=i < shown - 1)
+    return table
+
+
+def _changed(comparison: Comparison, title: str, changes: Sequence[Change]) -> Table:
+    table = titled_table(title)
+    table.add_column("change", justify="right", no_wrap=True)
+    table.add_column("query", ratio=3)
+    for name in (comparison.changes.first, comparison.changes.second):
+        table.add_column(cell(name), ratio=5)
+    for i, change in enumerate(changes):
+        by, query, first, second = changed_line(comparison, change)
+        last = i == len(changes) - 1
+        table.add_row(
+            f"{by:+.2f}", cell(query), _answer(first), _answer(second), end_section=not last
+        )
+    return table
+
+
+def _answer(answer: Answer) -> Text:
+    return cell(answer.response.strip() + " ").append(f"{answer.score:.2f}", style="bold cyan")
+
+
+def _table(title: str, heads: Sequence[str], lines: Sequence[Line]) -> Group:
+    """Names on the left, numbers on the right."""
+    table = titled_table(None)
+    for i, head in enumerate(heads):
+        table.add_column(cell(head), justify="right" if i else "left")
+    for line in lines:
+        table.add_row(*(cell(value) for value in line))
+    return below(title, table)
+
+
+def _markdown_table(heads: Sequence[str], lines: Sequence[Line], right: bool = True) -> list[str]:
+    dashes = ["---", *(["---:" if right else "---"] * (len(heads) - 1))]
+    body = [[markdown_text(value.strip()) for value in line] for line in (heads, *lines)]
+    return ["| " + " | ".join(line) + " |" for line in (body[0], dashes, *body[1:])]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _interval(interval: Interval | None, form: str) -> str:
+    if interval is None:
+        return "-"
+    return f"{interval.low:{form}} to {interval.high:{form}}"

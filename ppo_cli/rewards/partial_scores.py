@@ -1,0 +1,40 @@
+"""What the score promises to become, token by token: the classifier reads unfinished texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_cli.models.sampling import Rollout
+from ppo_cli.rewards.sentiment import RewardFunction
+
+
+def potentials(
+    rollout: Rollout, tokenizer: Any, reward: RewardFunction, every: int
+) -> list[Tensor]:
+    """Scores of each query with the response as far as it was there, for `PPOTrainer.step`.
+
+    Args:
+        rollout: B queries and responses.
+        tokenizer: the policy's.
+        reward: scores texts.
+        every: the text is scored before response tokens 0, `every`, 2 x `every` ...; those between
+            have the score before them.
+
+    Returns:
+        B tensors, (response_length,): the score before each response token.
+    """
+    prefixes, lengths = [], []
+    for query, response in zip(rollout.queries, rollout.responses, strict=True):
+        ids, start = query.tolist() + response.tolist(), len(query)
+        prefixes += [ids[:end] for end in range(start, len(ids), every)]
+        lengths.append(len(response))
+    if not prefixes:
+        return [torch.zeros(0) for _ in lengths]
+    scores = reward(tokenizer.batch_decode(prefixes, skip_special_tokens=True))
+    parts = scores.split([-(-length // every) for length in lengths])
+    return [
+        part.repeat_interleave(every)[:length] for part, length in zip(parts, lengths, strict=True)
+    ]

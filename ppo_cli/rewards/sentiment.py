@@ -1,0 +1,284 @@
+"""Rewards: texts in, one score a text out."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ppo_cli.errors import ModelError, UsageError, did_you_mean
+from ppo_cli.kernels.patches import fast_matmul
+from ppo_cli.models.context import UNLIMITED, context_length
+from ppo_cli.models.pretrained import tokenizer_of
+from ppo_cli.rewards.classifier import Padding, Row, is_same, load_classifier, rows_of
+from ppo_cli.utils.hub import loading_errors, refuse_empty, refuse_unusable
+
+POSITIVE_NAMES = ("positive", "pos", "good", "favorable", "favourable", "5 stars", "very positive")
+NEGATIVE_NAMES = (
+    "negative",
+    "neg",
+    "bad",
+    "unfavorable",
+    "unfavourable",
+    "1 star",
+    "very negative",
+)
+PROBES = {
+    "positive": (
+        "This movie was wonderful, I loved every minute of it.",
+        "An excellent film with great acting.",
+    ),
+    "negative": (
+        "This movie was terrible, I hated every minute of it.",
+        "An awful film, a boring waste of time.",
+    ),
+}
+
+
+class RewardFunction(Protocol):
+    """Scores texts. Any callable of this form can take `SentimentReward`'s place."""
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """B texts -> (B,) scores, float32."""
+
+
+class SentimentReward:
+    """The score that a sequence classifier gives to one of its labels.
+
+    A text's score is what the classifier says of that text alone, whatever else is scored with it.
+    Of a text that is longer than the classifier reads it is the score of the text's end, and a
+    warning says so once.
+
+    Args:
+        model: hub id or folder of a `transformers` sequence classifier, or of a peft adapter of
+            one.
+        sentiment: a label's name, its index, or a synonym: `positive`, `NEGATIVE`, `LABEL_1`,
+            `5 stars`, `1`. Case does not matter. The single output of a reward model is meant by
+            its own name, by `0` and by `positive`.
+        output: `"logit"` for the raw logit of the label, `"probability"` for its probability.
+        batch_size: texts a forward pass.
+        device: where the classifier runs.
+        kwargs: go to `from_pretrained`, `revision` for example.
+
+    Attributes:
+        label: the label's name as the classifier has it.
+        labels: the names of all of them, in the order of the logits.
+        max_length: tokens of a text that are read, special tokens included.
+
+    Raises:
+        ModelNotFoundError: no such folder or hub model.
+        ModelError: it cannot be loaded, or is no sequence classifier.
+        UsageError: the classifier has no label of that name.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        sentiment: str = "positive",
+        *,
+        output: Literal["logit", "probability"] = "logit",
+        batch_size: int = 64,
+        device: torch.device | str = "cpu",
+        **kwargs: Any,
+    ) -> None:
+        if output not in ("logit", "probability"):
+            raise UsageError(f"reward output {output!r} is neither 'logit' nor 'probability'")
+        self.name = str(model)
+        kwargs.setdefault("trust_remote_code", False)  # None would ask on the terminal
+        self.output = output
+        self.batch_size = batch_size
+        with loading_errors(self.name, "classifier"):
+            classifier, self.labels = load_classifier(self.name, **kwargs)
+            self.classifier = classifier.to(device).eval()
+            self.tokenizer = tokenizer_of(self.name, **kwargs)
+            refuse_unusable(self.name, self.tokenizer)
+        refuse_empty(self.name, self.tokenizer)
+        self.device = torch.device(device)
+        self.tokenizer.truncation_side = "left"  # a response is at the end
+        # What spells a special token is text: no response ends the classifier's sentence.
+        self.tokenizer.split_special_tokens = True
+        self.max_length = self._max_length()
+        self._padding = Padding(self.classifier, self.tokenizer)
+        self._has_warned = False
+        self.sentiment = sentiment
+        self.index = resolve_label(sentiment, self.labels)
+        self.label = self.labels[self.index]
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """B texts -> (B,) raw logits or probabilities of the label, on the CPU."""
+        logits, probabilities = self.scores(texts)
+        return logits if self.output == "logit" else probabilities
+
+    @torch.inference_mode()
+    def scores(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """B texts -> logits (B,) and probabilities (B,) of the label, float32, on the CPU.
+
+        A classifier with a single output is read as a logistic one.
+
+        Raises:
+            ModelError: a score is not finite, or random.
+        """
+        logits = self._logits(texts, self._rows(texts))
+        if not logits.isfinite().all():
+            bad = int((~logits.isfinite().all(dim=1)).nonzero()[0])
+            raise ModelError(
+                f"{self.name} gave a score that is not finite to {texts[bad][:80]!r}: "
+                "the classifier's weights are damaged, or its precision is too low"
+            )
+        chosen = logits[:, self.index]
+        is_logistic = len(self.labels) == 1 or self._is_multi_label()
+        return chosen, chosen.sigmoid() if is_logistic else logits.softmax(1)[:, self.index]
+
+    def _rows(self, texts: Sequence[str]) -> list[Row]:
+        """What the classifier reads of each text; of those that are too long the end."""
+        tokenize = partial(self.tokenizer, return_attention_mask=False, verbose=False)
+        rows = rows_of(tokenize(list(texts))) if texts else []
+        long = [i for i, row in enumerate(rows) if len(row["input_ids"]) > self.max_length]
+        if long:
+            cut = tokenize([texts[i] for i in long], truncation=True, max_length=self.max_length)
+            for i, row in zip(long, rows_of(cut), strict=True):
+                rows[i] = row
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"{len(long)} of {len(texts)} texts are longer than the {self.max_length} "
+                    f"tokens that {self.name} reads: their ends alone are scored. Give shorter "
+                    "prompts, or a classifier that reads more",
+                    stacklevel=4,
+                )
+        return rows
+
+    def _logits(self, texts: Sequence[str], rows: Sequence[Row]) -> Tensor:
+        """Rows -> their logits (B, labels)."""
+        logits = torch.empty(len(rows), len(self.labels))
+        for chosen in self._padding.batches(texts, rows, self.batch_size):
+            batch = [rows[i] for i in chosen]
+            logits[chosen] = self._forward(batch)
+            if tried := self._padding.untried(batch):
+                alone = torch.cat([self._forward([batch[i]]) for i in tried])
+                if not self._padding.is_harmless(logits[[chosen[i] for i in tried]], alone):
+                    again = torch.cat([self._forward([batch[i]]) for i in tried])
+                    if not is_same(alone, again):
+                        raise ModelError(
+                            f"{self.name} gives one text another score each time: choose another "
+                            "classifier"
+                        )
+                    return self._logits(texts, rows)  # this time without padding
+        return logits
+
+    def _forward(self, rows: Sequence[Row]) -> Tensor:
+        batch = {key: value.to(self.device) for key, value in self._padding.padded(rows).items()}
+        with fast_matmul():
+            return self.classifier(**batch).logits.float().cpu()
+
+    def probe(self) -> None:
+        """Score clearly positive and clearly negative sentences.
+
+        Raises:
+            UsageError: the classifier prefers the wrong ones for a label that names a sentiment,
+                or tells them hardly apart whatever the label.
+        """
+        logits, probabilities = self.scores([*PROBES["positive"], *PROBES["negative"]])
+        n = len(PROBES["positive"])
+        gap = (logits[:n].mean() - logits[n:].mean()).item()
+        share = [probabilities[:n].mean().item(), probabilities[n:].mean().item()]
+        seen = (
+            f"{self.name} gives label '{self.label}' a mean probability of {share[0]:.2f} on "
+            f"clearly positive and {share[1]:.2f} on clearly negative sentences"
+        )
+        if abs(gap) < 0.2:
+            raise UsageError(
+                f"{seen}: it does not tell sentiment apart. Choose a sentiment classifier "
+                "(reward.model), or set reward.probe=false if that is meant"
+            )
+        expected = _polarity(self.label) or _polarity_of_index(self.index, self.labels)
+        if len(self.labels) == 1:
+            expected = _polarity(self.label) or _polarity(self.sentiment)
+        if expected and (gap > 0) != (expected > 0):
+            remedy = f"Choose the other label (labels: {', '.join(self.labels)})"
+            if len(self.labels) == 1:
+                remedy = "Choose another classifier (reward.model)"
+            raise UsageError(
+                f"{seen}: its labels are reversed. {remedy}, or set reward.probe=false if that is "
+                "meant"
+            )
+
+    def _is_multi_label(self) -> bool:
+        return self.classifier.config.problem_type == "multi_label_classification"
+
+    def _max_length(self) -> int:
+        limits = [context_length(self.classifier), self.tokenizer.model_max_length]
+        known = [limit for limit in limits if limit is not None and 0 < limit < UNLIMITED]
+        adapters = getattr(self.classifier, "peft_config", {}).values()
+        virtual = sum(getattr(adapter, "num_virtual_tokens", None) or 0 for adapter in adapters)
+        return min(known, default=512) - virtual
+
+
+def resolve_label(sentiment: str, labels: Sequence[str]) -> int:
+    """Index of the label that `sentiment` names.
+
+    Tried in turn, case ignored: a label's own name; its index; for a word that means positive or
+    negative, a label that means the same; for two labels without a meaning (`LABEL_0`, `LABEL_1`)
+    the second as positive, the first as negative, which `SentimentReward.probe` checks; and for a
+    reward model's single output, unless its name means negative, positive.
+
+    Raises:
+        UsageError: nothing matches, or several labels have that name; the message lists the labels.
+    """
+    wanted = _normal(sentiment)
+    names = [_normal(label) for label in labels]
+    if names.count(wanted) > 1:
+        raise UsageError(
+            f"the classifier has {names.count(wanted)} labels named '{sentiment}'; its labels are "
+            f"{', '.join(labels)}. Choose one by its index, 0 to {len(labels) - 1}"
+        )
+    if wanted in names:
+        return names.index(wanted)
+    index = sentiment.strip()
+    if index.isascii() and index.isdigit() and int(index) < len(labels):
+        return int(index)
+    polarity = _polarity(sentiment)
+    if len(labels) == 1 and polarity:
+        if polarity * _polarity(labels[0]) > 0 or (polarity > 0 and not _polarity(labels[0])):
+            return 0
+        raise UsageError(
+            f"the classifier has no label '{sentiment}': its single output is {labels[0]}, which "
+            f"is not turned round. Choose it with --sentiment {labels[0]}, or another classifier"
+        )
+    if polarity:
+        synonyms = POSITIVE_NAMES if polarity > 0 else NEGATIVE_NAMES
+        for synonym in synonyms:
+            if synonym in names:
+                return names.index(synonym)
+        if _nameless(labels):
+            return 1 if polarity > 0 else 0
+    raise UsageError(
+        f"the classifier has no label '{sentiment}'; its labels are "
+        f"{', '.join(labels)}.{did_you_mean(sentiment, labels) or ' Choose one with --sentiment'}"
+    )
+
+
+def _normal(name: str) -> str:
+    return " ".join(str(name).lower().replace("_", " ").replace("-", " ").split())
+
+
+def _polarity(name: str) -> int:
+    """1 for a word that means positive, -1 for negative, 0 for neither."""
+    normal = _normal(name)
+    return (normal in POSITIVE_NAMES) - (normal in NEGATIVE_NAMES)
+
+
+def _polarity_of_index(index: int, labels: Sequence[str]) -> int:
+    """What two nameless labels are by custom: the first negative, the second positive."""
+    if not _nameless(labels):
+        return 0
+    return 1 if index == 1 else -1
+
+
+def _nameless(labels: Sequence[str]) -> bool:
+    return len(labels) == 2 and all(re.fullmatch(r"label \d", _normal(name)) for name in labels)

@@ -1,0 +1,88 @@
+"""What counts as a step gone wrong: numbers, texts and scores that training cannot go on from."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from ppo_cli.config.schema import RunConfig
+from ppo_cli.errors import DivergenceError, ModelError, NumericalError, is_out_of_memory
+
+SMALL_BATCH = 8
+"""Fewer responses than these may be alike by chance."""
+# This one divides by a variance that may be tiny.
+UNWATCHED = "ppo/val/var_explained"
+
+
+def check_texts(responses: Sequence[str], config: RunConfig) -> None:
+    """Raise `DivergenceError` where the share of responses that are alike reaches its limit."""
+    limit = config.run.collapse_limit
+    if limit is None or len(responses) < SMALL_BATCH:
+        return
+    text, count = Counter(responses).most_common(1)[0]
+    if count / len(responses) >= limit:
+        raise DivergenceError(
+            f"{count} of {len(responses)} responses are {text[:40]!r}: the text has collapsed. "
+            f"Likely remedy: {_hold_back(config)} (run.collapse_limit is {limit:g})"
+        )
+
+
+def check_numbers(numbers: Mapping[str, float], config: RunConfig) -> None:
+    """Raise `DivergenceError` where a statistic is not finite, or KL reaches its limit."""
+    limit = config.run.kl_limit
+    for key, value in numbers.items():
+        if key != UNWATCHED and not math.isfinite(value):
+            raise NumericalError(
+                f"{key} is {value}, not finite. Likely remedy: {_smaller_steps(config)}"
+            )
+    kl = numbers["objective/kl"]
+    if limit is not None and abs(kl) >= limit:
+        raise DivergenceError(
+            f"objective/kl is {kl:.4g}, over run.kl_limit ({limit:g}): the policy runs away "
+            f"from its reference. Likely remedy: {_hold_back(config)}"
+        )
+
+
+def check_weights(model: torch.nn.Module, config: RunConfig) -> None:
+    """Raise `NumericalError` where a trainable weight is not finite: its gradient was not."""
+    weights = [p.detach() for p in model.parameters() if p.requires_grad]
+    norm = torch.nn.utils.get_total_norm(weights).item()
+    if not math.isfinite(norm):
+        raise NumericalError(
+            f"the norm of the weights is {norm}: a gradient was not finite. Likely remedy: "
+            f"{_smaller_steps(config)}"
+        )
+
+
+def _smaller_steps(config: RunConfig) -> str:
+    """Against steps that end in numbers that are not finite."""
+    first = f"ppo.learning_rate ({config.ppo.learning_rate:g})"
+    if config.step_size != first:  # an adaptive one, which may have begun too high
+        return f"lower {first} and {config.step_size}, or set ppo.max_grad_norm"
+    return f"lower {first} or set ppo.max_grad_norm"
+
+
+def _hold_back(config: RunConfig) -> str:
+    """Against a policy that goes too far from its reference."""
+    return f"raise ppo.init_kl_coef ({config.ppo.init_kl_coef:g}) or lower {config.step_size}"
+
+
+@contextmanager
+def classifier_faults(name: str) -> Iterator[None]:
+    """Make a `DivergenceError` of what the classifier `name` raises, but of lack of memory."""
+    try:
+        yield
+    except ModelError as error:
+        raise DivergenceError(str(error)) from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:200] or "nothing more"
+        raise DivergenceError(
+            f"the classifier {name} raised {type(error).__name__} ({said}). Likely remedy: another "
+            "reward.model"
+        ) from error

@@ -1,0 +1,1 @@
+"""What is not about models: text, files, the hub, devices, random numbers."""
