@@ -34,13 +34,13 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
 
 
 def token_rewards(
-    scores: Tensor, penalties: Tensor, mask: Tensor, kl_coef: float
+    scores: Tensor, kl_penalties: Tensor, mask: Tensor, kl_coef: float
 ) -> tuple[Tensor, Tensor]:
     """Per-token rewards: minus the KL coefficient times the penalty, plus the score at the end.
 
     Args:
         scores: (B,) one score a sequence. A sequence without a token that counts earns nothing.
-        penalties: (B, R) per-token KL penalties, before the coefficient.
+        kl_penalties: (B, R) KL penalty of each token, before the coefficient.
         mask: (B, R).
         kl_coef: the KL coefficient.
 
@@ -49,7 +49,7 @@ def token_rewards(
 
     Source: Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), equation 2.
     """
-    non_score = -kl_coef * penalties * mask
+    non_score = -kl_coef * kl_penalties * mask
     lengths = mask.sum(dim=1)
     positions = torch.arange(mask.shape[1], device=mask.device)
     at_end = positions == (lengths - 1).unsqueeze(1)
@@ -114,40 +114,3 @@ def generalized_advantages(
         advantages[:, t] = running
     advantages = advantages * mask
     return advantages, (advantages + values) * mask
-
-
-class RunningMoments:
-    """Mean and standard deviation of everything seen so far.
-
-    Source: Chan et al. 1979, "Updating formulae and a pairwise algorithm for computing sample
-    variances". The count starts at 1e-24, as in TRL, so that nothing is divided by zero.
-    """
-
-    def __init__(self) -> None:
-        self.mean = 0.0
-        self.std = 1.0
-        self.var = 1.0
-        self.count = 1e-24
-
-    def update(self, values: Tensor) -> tuple[float, float]:
-        """Take in `values` (N,); return their own mean and unbiased standard deviation."""
-        values = values.cpu().double()  # not every device has float64
-        count = values.numel()
-        mean = values.mean().item()
-        var = values.var(unbiased=False).item()
-        delta = mean - self.mean
-        total = self.count + count
-        squares = var * count + self.var * self.count + delta**2 * self.count * count / total
-        self.mean += delta * count / total
-        self.var = squares / total
-        self.std = (squares / max(total - 1, 1)) ** 0.5
-        self.count = total
-        return mean, (var * count / max(count - 1, 1)) ** 0.5
-
-    def state_dict(self) -> dict[str, float]:
-        """The four moments, for a checkpoint."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a `state_dict`."""
-        vars(self).update(state)

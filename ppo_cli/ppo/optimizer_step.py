@@ -23,6 +23,13 @@ BYTES_AT_ONCE = 2**22  # of gradients that are waited for, as each step costs so
 BYTES_AT_ONCE_ON_GPU = 2**26  # whose kernels end sooner than the next are launched
 
 
+def make_optimizer(model: torch.nn.Module, config: PPOConfig) -> Adam:
+    """Adam over the trainable parameters, fused where the device has it."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    fused = {p.device.type for p in trainable} <= {"cpu", "cuda"}
+    return Adam(trainable, lr=config.learning_rate, fused=fused)
+
+
 @dataclass(frozen=True)
 class OptimizerStep:
     """Lets the optimizer step once the gradients are there, unless the step is cancelled.

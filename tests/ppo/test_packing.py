@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ppo_cli.ppo import packing
-from ppo_cli.ppo.packing import ROW_TOKENS, TokenBatch, balanced_rows, checked_batch
+from ppo_cli.ppo.packing import ROW_TOKENS, TokenBatch, balanced_rows
+from ppo_cli.ppo.step_inputs import checked_batch
 
 CPU = torch.device("cpu")
 PAD = 99

@@ -18,6 +18,7 @@ from ppo_cli.kernels.tied_embeddings import TiedGradient
 from ppo_cli.models import capabilities
 from ppo_cli.models.capabilities import ends_in_output_layer, reads_packed
 from ppo_cli.ppo import optimizer_step
+from ppo_cli.ppo.forward import TokenOutputs
 from ppo_cli.ppo.update import Update
 from tests.conftest import (
     VOCABULARY,
@@ -263,13 +264,13 @@ def test_moments_are_made_before_the_first_forward_and_move_nothing(
 ) -> None:
     in_backward(monkeypatch, True)
     trainer, seen = make_trainer(), []
-    read = PPOTrainer._read
+    forward = Update.forward_before
 
-    def look(self: PPOTrainer, *args: Any) -> Any:
-        seen.append((weights(self.model), adam_state(self)))
-        return read(self, *args)
+    def look(self: Update, *args: Any) -> Any:
+        seen.append((weights(trainer.model), adam_state(trainer)))
+        return forward(self, *args)
 
-    monkeypatch.setattr(PPOTrainer, "_read", look)
+    monkeypatch.setattr(Update, "forward_before", look)
     trainer.step(*make_batch())
     trainer.step(*make_batch())
     (first, moments), (_, later) = seen
@@ -386,13 +387,12 @@ def test_a_mini_batch_that_is_not_finite_moves_nothing(
     in_backward(monkeypatch, yes)
     trainer = make_trainer(ppo_epochs=1)
     before = weights(trainer.model)
-    minibatch = Update._minibatch
+    forward = Update._forward
 
-    def broken(self: Update, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, stats = minibatch(self, *args)
-        return loss * torch.nan, {**stats, "mean_ratio": stats["mean_ratio"] * torch.nan}
+    def broken(self: Update, *args: Any) -> TokenOutputs:
+        return TokenOutputs(*(output * torch.nan for output in forward(self, *args)))
 
-    monkeypatch.setattr(Update, "_minibatch", broken)
+    monkeypatch.setattr(Update, "_forward", broken)
     with pytest.warns(UserWarning, match="ratio_threshold"):
         trainer.step(*make_batch())
     assert torch.equal(before, weights(trainer.model))
@@ -404,16 +404,14 @@ def test_one_bad_mini_batch_cancels_its_whole_accumulated_step(
     in_backward(monkeypatch, True)
     trainer = make_trainer(mini_batch_size=2, gradient_accumulation_steps=2, ppo_epochs=1)
     assert not of(trainer).optimizer_step.is_within_backward
-    minibatch, made = Update._minibatch, []
+    forward, made = Update._forward, []
 
-    def second_is_bad(self: Update, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, stats = minibatch(self, *args)
+    def first_is_bad(self: Update, *args: Any) -> TokenOutputs:
+        outputs = forward(self, *args)
         made.append(weights(trainer.model))
-        if len(made) == 1:
-            stats["mean_ratio"] = stats["mean_ratio"] * 100
-        return loss, stats
+        return outputs._replace(logprobs=outputs.logprobs + 5 * (len(made) == 1))
 
-    monkeypatch.setattr(Update, "_minibatch", second_is_bad)
+    monkeypatch.setattr(Update, "_forward", first_is_bad)
     with pytest.warns(UserWarning, match="ratio_threshold"):
         trainer.step(*make_batch())
     assert torch.equal(made[0], made[2])  # the first step, of two mini-batches, was cancelled
