@@ -395,16 +395,23 @@ def test_ratio_and_advantages_hold_only_tokens_that_count() -> None:  # 19
     assert stats["ppo/policy/advantages"].mean() == pytest.approx(0, abs=1e-5)
 
 
-def test_early_stopping_ends_the_epochs() -> None:  # 8
-    policy = make_policy()
+def test_early_stopping_ends_the_epochs_once_kl_exceeds_its_target_by_half() -> None:  # 8
     queries, _, scores = make_batch()
+    policy = make_policy()
     likeliest = [
         policy.generate(q[None], do_sample=False, max_new_tokens=6, eos_token_id=None)[0, len(q) :]
         for q in queries
-    ]  # whatever moves the policy makes these less likely
-    trainer = make_trainer(policy, early_stopping=True, target_kl=1e-6, learning_rate=0.01)
-    stats = trainer.step(queries, likeliest, scores)
-    assert stats["ppo/policy/ratio"].size == 2 * 8 * 6
+    ]  # every movement of the policy makes these less likely
+
+    def step(**settings: Any) -> dict[str, Any]:
+        trainer = make_trainer(make_policy(), learning_rate=0.01, **settings)
+        return trainer.step(queries, likeliest, scores)
+
+    kl = 2 * step(ppo_epochs=2)["ppo/policy/policykl"]  # of the second epoch; the first has 0
+    early = step(early_stopping=True, target_kl=0.99 * kl / 1.5)
+    assert early["ppo/policy/ratio"].size == 2 * 8 * 6
+    later = step(early_stopping=True, target_kl=1.01 * kl / 1.5)
+    assert later["ppo/policy/ratio"].size > 2 * 8 * 6
 
 
 def test_negative_kl_warns() -> None:  # 21
