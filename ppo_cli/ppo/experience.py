@@ -17,6 +17,7 @@ from ppo_cli.ppo import losses
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.forward import TokenOutputs, logits_and_values, token_forward, token_logits
 from ppo_cli.ppo.packing import TokenBatch
+from ppo_cli.ppo.step_inputs import StepInputs
 from ppo_cli.utils.device import send
 
 MINI_BATCHES_AT_ONCE = 4
@@ -145,36 +146,30 @@ def _with_full_kl(
 
 
 def compute_rewards(
-    tokens: TokenBatch,
-    kl_penalties: Tensor,
-    scores: Tensor,
-    potentials: Tensor | None,
-    kl_coef: float,
-    config: PPOSettings,
+    batch: StepInputs, kl_penalties: Tensor, kl_coef: float, config: PPOSettings
 ) -> tuple[Tensor, Tensor]:
-    """Rewards of a batch as configured: score, KL, potentials, baseline, whitening.
+    """Rewards of a batch as configured: score, KL, baseline, potentials, whitening.
 
     Args:
-        tokens: the sequences.
+        batch: its scores and potentials are scaled and clipped already. With potentials, which
+            estimate the score before each token, there are shaping rewards.
         kl_penalties: (B, R) KL penalty of each token, before the coefficient.
-        scores: (B,) scaled and clipped.
-        potentials: (B, R) estimates of the scores before each token, scaled and clipped too; None
-            for no shaping.
         kl_coef: the KL coefficient. With `kl_in_loss` the rewards hold no KL.
         config: `whiten_rewards`, `gamma`, `responses_per_query` and `kl_in_loss` are read.
 
     Returns:
         The rewards (B, R), and the part of them that is KL, (B, R), before whitening.
     """
+    scores, potentials, mask = batch.scores, batch.potentials, batch.tokens.mask
     gains = scores if potentials is None else scores - potentials[:, 0]
     scores = scores - adv.mean_of_others(gains, config.responses_per_query)
     if config.kl_in_loss:
         kl_coef = 0.0
-    rewards, kl_rewards = adv.token_rewards(scores, kl_penalties, tokens.mask, kl_coef)
+    rewards, kl_rewards = adv.token_rewards(scores, kl_penalties, mask, kl_coef)
     if potentials is not None:
-        rewards = rewards + adv.shaping_rewards(potentials, tokens.mask, config.gamma)
+        rewards = rewards + adv.shaping_rewards(potentials, mask, config.gamma)
     if config.whiten_rewards:
-        rewards = adv.masked_whiten(rewards, tokens.mask, shift_mean=False)
+        rewards = adv.masked_whiten(rewards, mask, shift_mean=False)
     return rewards, kl_rewards
 
 

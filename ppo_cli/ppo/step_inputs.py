@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,22 +11,36 @@ from torch import Tensor
 from ppo_cli.ppo.packing import TokenBatch
 
 
-def token_batch(
-    queries: Sequence[Tensor],
-    responses: Sequence[Tensor],
-    response_masks: Sequence[Tensor] | None,
+class StepInputs(NamedTuple):
+    """A batch to learn from: its tokens, scores (B,), and potentials (B, R) or None."""
+
+    tokens: TokenBatch
+    scores: Tensor
+    potentials: Tensor | None
+
+
+def step_inputs(
+    queries: list[Tensor],
+    responses: list[Tensor],
+    scores: list[Tensor],
+    response_masks: list[Tensor] | None,
+    potentials: list[Tensor] | None,
+    *,
+    batch_size: int,
     pad_token_id: int | None,
     device: torch.device,
-) -> TokenBatch:
-    """`TokenBatch.from_lists` of a batch to learn from.
+) -> StepInputs:
+    """Check and lay out the arguments of `PPOTrainer.step`, which describes them.
 
     Raises:
-        ValueError: as there, or no response token of the whole batch counts.
+        ValueError: as there.
     """
+    score_tensor = checked_batch(queries, responses, scores, response_masks, batch_size)
     tokens = TokenBatch.from_lists(queries, responses, response_masks, pad_token_id or 0, device)
     if not tokens.counts.any():
         raise ValueError("no response token counts: responses are empty or masked throughout")
-    return tokens
+    grid = potentials_grid(tokens, potentials, responses, response_masks)
+    return StepInputs(tokens, score_tensor.to(device), grid)
 
 
 def checked_batch(

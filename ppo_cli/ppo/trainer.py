@@ -33,7 +33,7 @@ from ppo_cli.ppo.modes import dropout_off, head_alone
 from ppo_cli.ppo.optimizer_step import make_optimizer
 from ppo_cli.ppo.reference import make_reference, prepare_reference
 from ppo_cli.ppo.scores import PotentialCalibration, RunningMoments, scale_scores
-from ppo_cli.ppo.step_inputs import checked_batch, potentials_grid, token_batch
+from ppo_cli.ppo.step_inputs import StepInputs, step_inputs
 from ppo_cli.ppo.step_statistics import (
     Stopwatch,
     length_statistics,
@@ -226,24 +226,25 @@ class PPOTrainer:
         response_masks: list[Tensor] | None = None,
         potentials: list[Tensor] | None = None,
     ) -> dict[str, Any]:
-        """One PPO step on a batch. As pseudocode, with the functions that do it:
+        """One PPO step on a batch.
 
-            logprobs, values, ref_logprobs = policy and reference    read_probabilities
-            kl = penalty of each token                               losses.kl_penalty
-            rewards = -kl_coef * kl, plus the score at the last token
-                                                 compute_rewards, advantages.token_rewards
-            advantages, returns = GAE of rewards and values
-                                                 make_experience, advantages.generalized_advantages
-            repeat ppo_epochs times:                                 Update.run
-                for each mini-batch of the shuffled samples:
-                    loss = policy loss + vf_coef * value loss        losses.minibatch_loss
-                    accumulate the gradient of loss
-                    move the weights every gradient_accumulation_steps mini-batches
-                                                                     OptimizerStep
-            kl_coef moves towards the target KL                      AdaptiveKLController
+        As pseudocode, with the function of each line:
 
-        KL is taken from `ref_model` over the sampled tokens, once, before the update, and is part
-        of the rewards; with `kl_in_loss` it is a term of each mini-batch's loss instead.
+            old, ref = policy and reference over the batch      experience.read_probabilities
+            kl = old.logprobs - ref.logprobs                    losses.kl_penalty
+            rewards = score at the last token - kl_coef * kl    experience.compute_rewards
+            advantages, returns = GAE(rewards, old.values)      advantages.generalized_advantages
+            for each of ppo_epochs:                             Update.run
+                for each mini-batch of the shuffled batch:
+                    loss = policy loss + vf_coef * value loss   losses.minibatch_loss
+                    loss.backward()
+                    after gradient_accumulation_steps of them:  OptimizerStep
+                        move the weights
+            move kl_coef, if kl is off target                   AdaptiveKLController
+
+        KL from the reference is taken once, before the update, for each sampled token (for `full`:
+        over the whole vocabulary). It lowers the rewards; with `kl_in_loss` it does not, and is a
+        term of each mini-batch's loss instead, from the policy as it is then.
 
         Args:
             queries: B tensors of token ids, (query_length,).
@@ -265,42 +266,42 @@ class PPOTrainer:
                 response token of the whole batch counts.
         """
         clock = Stopwatch()
-        config, kl_coef, device = self.config, self.kl_ctl.value, self.accelerator.device
-        batch_scores = checked_batch(queries, responses, scores, response_masks, config.batch_size)
-        tokens = token_batch(
-            queries, responses, response_masks, self.tokenizer.pad_token_id, device
+        config, kl_coef = self.config, self.kl_ctl.value
+        batch = step_inputs(
+            queries,
+            responses,
+            scores,
+            response_masks,
+            potentials,
+            batch_size=config.batch_size,
+            pad_token_id=self.tokenizer.pad_token_id,
+            device=self.accelerator.device,
         )
-        batch_scores, phi = self._scaled(
-            batch_scores.to(device),
-            potentials_grid(tokens, potentials, responses, response_masks),
-            tokens.mask,
-        )
-        self._push_if_best(batch_scores)
+        batch = self._scaled(batch)
+        self._push_if_best(batch.scores)
         update = Update(
             self.model, self.optimizer, self.accelerator, self._shuffle, config, kl_coef
         )
         with self._modes_of_a_step():
             update.optimizer_step.make_state()
-            probabilities = read_probabilities(
-                tokens,
+            before = read_probabilities(
+                batch.tokens,
                 policy=self.model,
                 reference=self._reference,
                 forward=update.forward_before,
                 config=config,
             )
             clock.lap("forward_pass")
-            rewards, kl_rewards = compute_rewards(
-                tokens, probabilities.kl_penalties, batch_scores, phi, kl_coef, config
-            )
+            rewards, kl_rewards = compute_rewards(batch, before.kl_penalties, kl_coef, config)
             clock.lap("compute_rewards")
-            experience = make_experience(tokens, probabilities, rewards, config)
+            experience = make_experience(batch.tokens, before, rewards, config)
             clock.lap("compute_advantages")
             updates = update.run(experience)
             clock.lap("optimize_step")
 
         stats = self._numbers(
             step_statistics(
-                experience, probabilities.kl_penalties, kl_rewards, batch_scores, kl_coef, updates
+                experience, before.kl_penalties, kl_rewards, batch.scores, kl_coef, updates
             )
         )
         self._warn(stats)
@@ -322,20 +323,18 @@ class PPOTrainer:
                 check_noise(self.model)
             yield
 
-    def _scaled(
-        self, scores: Tensor, potentials: Tensor | None, mask: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scores (B,) and potentials (B, R), scaled, clipped and calibrated as configured."""
-        config = self.config
-        if config.use_score_scaling:
+    def _scaled(self, batch: StepInputs) -> StepInputs:
+        """The batch with its scores and potentials scaled, clipped and calibrated as configured."""
+        tokens, scores, potentials = batch
+        if self.config.use_score_scaling:
             self.running.update(self.accelerator.gather(scores))
-        scores = scale_scores(scores, self.running, config)
+        scores = scale_scores(scores, self.running, self.config)
         if potentials is not None:
-            potentials = scale_scores(potentials, self.running, config)
-            if config.calibrate_potentials:
-                self._calibration.update(potentials, scores, mask, self._process_sum)
-                potentials = self._calibration(potentials, mask)
-        return scores, potentials
+            potentials = scale_scores(potentials, self.running, self.config)
+            if self.config.calibrate_potentials:
+                self._calibration.update(potentials, scores, tokens.mask, self._process_sum)
+                potentials = self._calibration(potentials, tokens.mask)
+        return StepInputs(tokens, scores, potentials)
 
     def _process_sum(self, rows: Tensor) -> Tensor:
         """Sum of (R, ...) over the processes, each with its own R."""
@@ -351,8 +350,9 @@ class PPOTrainer:
         return numbers | {"ppo/learning_rate": self.optimizer.param_groups[0]["lr"]}
 
     def _warn(self, stats: Mapping[str, Any]) -> None:
-        for kind, message in step_warnings(stats, self.config).items() if self.advises else ():
-            if kind not in self._warned:
+        """Warn of negative KL and skipped mini-batches, once each."""
+        for kind, message in step_warnings(stats, self.config).items():
+            if self.advises and kind not in self._warned:
                 self._warned.add(kind)
                 warnings.warn(message, stacklevel=3)
 
