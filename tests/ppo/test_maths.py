@@ -149,7 +149,7 @@ def test_advantages_do_not_depend_on_padding_or_on_what_lies_in_it() -> None:
 
 
 def naive_policy_loss(ratio: Any, advantages: Any, mask: Any, c: float) -> tuple[float, float]:
-    """Token after token; the clip is written as the cases in which it makes a difference."""
+    """A loop over tokens; the clip is written as the cases in which it makes a difference."""
     losses, clipped = [], 0
     for r_row, a_row, m_row in zip(ratio.tolist(), advantages.tolist(), mask.tolist(), strict=True):
         for r, a, counts in zip(r_row, a_row, m_row, strict=True):
@@ -207,9 +207,9 @@ def test_value_loss_is_that_of_a_loop_over_tokens(clip: float) -> None:
 
 
 def naive_minibatch_loss(outputs: dict[str, Tensor], config: PPOConfig, kl_coef: float) -> Tensor:
-    """Token by token, without masks: the cases in which a clip makes a difference are written out.
+    """A loop over the tokens that count; a clip is written as the cases in which it matters.
 
-    Reads what `minibatch_loss` reads, under the same names.
+    `outputs` are the grids of `minibatch_loss`, under the same names.
     """
     lo, hi, vc = 1 - config.cliprange, 1 + config.cliprange, config.cliprange_value
     total, count = torch.zeros((), dtype=torch.float64), 0

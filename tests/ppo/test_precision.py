@@ -1,4 +1,4 @@
-"""Precision: what each name means where, and that bfloat16 trains float32 weights."""
+"""Precision: the meaning of each name on each device; bfloat16 trains float32 weights."""
 
 from __future__ import annotations
 

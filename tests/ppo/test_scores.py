@@ -60,7 +60,7 @@ def test_potentials_are_scaled_and_clipped_as_the_scores_are() -> None:
     policy = make_silent_policy()
     trainer = make_trainer(policy, advantage_norm="none", ppo_epochs=1, **settings)
     stats = trainer.step(queries, responses, scores, potentials=constant)
-    # The text promised just what it came to: no token changed anything.
+    # The potentials equal the scores: no token changed anything.
     np.testing.assert_allclose(stats["ppo/policy/advantages"], 0, atol=1e-5)
 
 
@@ -69,8 +69,8 @@ def test_potentials_are_scaled_and_clipped_as_the_scores_are() -> None:
 SLOPES, OFFSETS = np.array([0.3, 0.6, 0.9]), np.array([0.5, -0.2, 0.1])
 
 
-def promises(seed: int, count: int = 4000) -> tuple[Tensor, Tensor, Tensor]:
-    """Potentials of texts of three tokens, from scores that hang on them as SLOPES say."""
+def potentials_and_scores(seed: int, count: int = 4000) -> tuple[Tensor, Tensor, Tensor]:
+    """Potentials of texts of three tokens, and scores that depend on them with SLOPES."""
     random = np.random.RandomState(seed)
     score = random.randn(count)
     spread = np.sqrt(1 / SLOPES - 1)  # noise of this width makes the regression's slope so
@@ -79,7 +79,7 @@ def promises(seed: int, count: int = 4000) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_calibrated_potentials_are_the_expected_scores() -> None:
-    phi, scores, mask = promises(0)
+    phi, scores, mask = potentials_and_scores(0)
     calibration = PotentialCalibration()
     calibration.update(phi, scores, mask)
     expected = calibration(phi, mask)
@@ -92,7 +92,7 @@ def test_calibrated_potentials_are_the_expected_scores() -> None:
 
 
 def test_few_observations_move_little_and_old_ones_fade() -> None:
-    phi, scores, mask = promises(1)
+    phi, scores, mask = potentials_and_scores(1)
     few, many, before = (PotentialCalibration() for _ in range(3))
     few.update(phi[:3], scores[:3], mask[:3])
     assert few.lines()[2] == pytest.approx((0, 1), abs=0.2)
@@ -117,8 +117,8 @@ def test_positions_that_nothing_is_known_of_are_as_those_after_them() -> None:
 
 
 def test_what_others_saw_counts_too() -> None:
-    """Two processes, of which one has shorter texts, calibrate as one that has all of them."""
-    phi, scores, mask = (part[:40] for part in promises(2))
+    """Two processes, one with shorter texts, calibrate like one process with all texts."""
+    phi, scores, mask = (part[:40] for part in potentials_and_scores(2))
     mask[20:, 2] = False
     phi = phi * mask
     alone, joint, second = (PotentialCalibration() for _ in range(3))
@@ -143,7 +143,7 @@ def test_calibration_goes_on_where_a_checkpoint_left_it() -> None:
 
 
 def test_a_step_calibrates_unless_told_otherwise() -> None:
-    """After some steps on one batch potentials that exaggerate are taken for what they are."""
+    """After some steps on one batch, potentials that are too extreme are corrected."""
     queries, responses, scores = make_batch()
     phi = [3 * s + torch.zeros(len(r)) for r, s in zip(responses, scores, strict=True)]
     largest = []

@@ -1,4 +1,4 @@
-"""Potential-based shaping: what it credits, what it leaves alone, and that it learns faster."""
+"""Potentials and potential-based shaping: what is scored, and what each token is credited with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.conftest import make_batch, make_policy, make_silent_policy, make_tra
 
 
 class Characters:
-    """A tokenizer whose texts show which tokens they are made of."""
+    """A tokenizer whose texts spell the token ids."""
 
     def batch_decode(self, rows: Sequence[list[int]], **_: Any) -> list[str]:
         return [" ".join(map(str, row)) for row in rows]
@@ -84,7 +84,7 @@ def test_shaping_does_what_adding_the_potentials_to_the_values_would(
 
 
 def test_a_step_credits_each_token_with_the_change_of_its_potential() -> None:
-    """With lambda 0, no KL and a value head of zeros nothing else is left."""
+    """With lambda 0, no KL and values of 0, the advantage is that change alone."""
     policy = make_silent_policy()
     settings = {"calibrate_potentials": False, "advantage_norm": "none", "ppo_epochs": 1}
     trainer = make_trainer(policy, lam=0.0, **settings)

@@ -232,7 +232,7 @@ def test_a_stop_text_that_no_token_holds_is_refused(
 
 
 def make_chat_model(folder: Path) -> None:
-    """A random model whose turns end by many tokens, of which its tokenizer knows none."""
+    """A random model with many end tokens, none of which its tokenizer names."""
     bpe = load_tokenizer("embedded")
     bpe.eos_token, bpe.pad_token = None, bpe.convert_ids_to_tokens(bpe.eos_token_id)
     bpe.save_pretrained(folder)
