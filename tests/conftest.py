@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_cli.models.sampling import check_sampling
-from ppo_cli.ppo.experience import check_reading
+from ppo_cli.ppo.forward import check_reading
 
 torch.set_num_threads(1)
 

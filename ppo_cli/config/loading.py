@@ -1,6 +1,6 @@
-"""Where a configuration comes from: shipped and own YAML files, `--set section.key=value`, options.
+"""Reads a configuration: a YAML file, then `--set section.key=value`, then the options.
 
-Every key remembers where it was written, so that an error can say so.
+The place where each key was written is kept for error messages.
 """
 
 from __future__ import annotations
@@ -17,28 +17,17 @@ from pydantic import BaseModel, ValidationError
 
 import ppo_cli
 from ppo_cli.config.schema import AdapterConfig, RunConfig
-from ppo_cli.errors import SECRET, ConfigError, did_you_mean
+from ppo_cli.config.secrets import HIDDEN, find_secret, is_secret, shown_assignment
+from ppo_cli.errors import ConfigError, did_you_mean
 from ppo_cli.utils.files import refuse_stream
 from ppo_cli.utils.text import shortened
 from ppo_cli.utils.yaml_io import Places, load_yaml, read_yaml
 
 DEFAULT_CONFIG = "tiny"
-# How the names of secrets end, in lower case with underscores: `token`, but not `pad_token`.
-SECRET_KEY = re.compile(
-    r"(^|_)(pass(word|wd|phrase|code)s?|pwd|secrets?|credentials?|bearer|o?auth|authorization|cookies?"
-    r"|api_?keys?|(access|secret|private|account|encryption|signing|ssh)_?keys?(_id)?"
-    r"|(access|api|auth|secret)_?tokens"
-    # tokens of a tokenizer are none
-    r"|(?<!(?:pad|eos|bos|unk|sep|cls|end|per|new)_)(?<!(?:mask|stop|last|next)_)"
-    r"(?<!(?:image|audio|video|start|begin|first)_)(?<!special_)token)(_?\d+)?$"
-)
-UNSAID = "***"
-KEY_OF = re.compile(r"[\w-]+(?=[\"']?\s*[:=])")  # in text that is not parsed
-HEX_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # as wandb's; a commit's hash looks the same
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Name -> file of every configuration that comes with the program."""
+    """Name -> file of every configuration that ships with the program."""
     here = Path(ppo_cli.__file__).parent
     for folder in (here / "configs", here.parent / "configs"):
         if folder.is_dir():
@@ -47,10 +36,10 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def config_file(name: str) -> Path:
-    """The file of a shipped configuration's name, or of a path.
+    """The file of a configuration, given by the name of a shipped one or by its path.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such file.
     """
     shipped = shipped_configs()
     if name in shipped:
@@ -76,12 +65,12 @@ def load_config(
     """Read a configuration and change it.
 
     Args:
-        name: of a shipped configuration, or a YAML file.
+        name: a shipped configuration's name, or a YAML file.
         assignments: `section.key=value` each, the value as YAML; later ones win.
-        overrides: (section, key) -> value, from the command line's own options; these win.
+        overrides: (section, key) -> value, from the command's options; these win.
 
     Raises:
-        ConfigError: it does not parse, or a key or value is wrong; the message says where.
+        ConfigError: the file does not parse, or a key or value is wrong; the message says where.
     """
     path = config_file(name)
     origin = _Origin(str(path))
@@ -94,13 +83,13 @@ def change_config(
     assignments: Sequence[str] = (),
     overrides: Mapping[tuple[str, str], Any] | None = None,
 ) -> RunConfig:
-    """`config` with the changes that `load_config` would make to a file's.
+    """`config` with assignments and overrides, as in `load_config`.
 
     Raises:
         ConfigError: a key or value is wrong.
     """
     data = config.model_dump(mode="json")
-    known = _secret_in(data)
+    known = find_secret(data)
     return _changed(data, _Origin("configuration"), assignments, overrides or {}, known)
 
 
@@ -111,16 +100,17 @@ def _changed(
     overrides: Mapping[tuple[str, str], Any],
     known_secret: tuple[str, ...] = (),
 ) -> RunConfig:
+    """Apply the changes and validate; refuse a secret, unless its keys are `known_secret`."""
     for text in assignments:
         _assign(data, text, origin)
     for (section, key), value in overrides.items():
         if value is not None:
             target = data.setdefault(section, {})
-            if isinstance(target, dict):  # otherwise it is refused for that
+            if isinstance(target, dict):  # validation refuses anything else
                 target[key] = value
             origin.set((section, key), f"option --{key.replace('_', '-')}")
     config = _validated(data, origin)
-    keys = _secret_in(config.model_dump(mode="json"))
+    keys = find_secret(config.model_dump(mode="json"))
     if keys not in ((), known_secret):
         place = origin.of(keys).partition("=")[0]  # of --set section.key=value not the value
         raise ConfigError(
@@ -141,7 +131,7 @@ def validate(data: Mapping[str, Any], file: str = "configuration") -> RunConfig:
 
 def _validated(data: Mapping[str, Any], origin: _Origin) -> RunConfig:
     try:
-        # By way of JSON: there strictness takes a mapping for a dataclass, yet no "1" for 1.
+        # From JSON, strict validation accepts a mapping for a dataclass, but not "1" for 1.
         text = json.dumps(data, default=str, ensure_ascii=False).encode()
         return RunConfig.model_validate_json(text, strict=True)
     except UnicodeEncodeError as error:
@@ -149,41 +139,6 @@ def _validated(data: Mapping[str, Any], origin: _Origin) -> RunConfig:
         raise ConfigError(f"{origin.file}: {found!r} holds bytes that are not UTF-8") from None
     except ValidationError as error:
         raise ConfigError(_describe(error, origin)) from None
-
-
-def _secret_in(value: Any, keys: tuple[str, ...] = (), named: bool = False) -> tuple[str, ...]:
-    """The keys, outermost first, of the first value in `value` that looks like a secret.
-
-    Args:
-        value: nested dictionaries and lists.
-        keys: where `value` stands.
-        named: whether a key further out is a secret's, so that whatever stands here is one.
-    """
-    if isinstance(value, (dict, list)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
-            inner = (*keys, str(key))
-            if SECRET.search(str(key)):
-                return inner
-            if found := _secret_in(item, inner, named or _is_secret_name(str(key))):
-                return found
-        return ()
-    if value in (None, "") or isinstance(value, bool):
-        return ()
-    hexadecimal = HEX_KEY.search(str(value)) and "key" in "".join(keys).lower()
-    return keys if named or hexadecimal or SECRET.search(str(value)) else ()
-
-
-def _is_secret_name(name: str) -> bool:
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", name)  # apiKey, api-key: api_key
-    return SECRET_KEY.search(words.lower()) is not None
-
-
-def _set_option(name: str, value: str) -> str:
-    """`--set name=value` for a message, without the value where it may be a secret."""
-    text = f"{name}={value}"
-    secret = _secret_in(value, (name,)) or any(map(_is_secret_name, KEY_OF.findall(text)))
-    return f"--set {name}={UNSAID if secret else value}"
 
 
 @dataclasses.dataclass
@@ -194,11 +149,12 @@ class _Origin:
     places: Places = dataclasses.field(default_factory=dict)
 
     def set(self, keys: tuple[str, ...], place: str) -> None:
-        """Note where `keys` were written last."""
-        self.places.pop(keys, None)  # so that `places` is in the order of time
+        """Record where `keys` were written last."""
+        self.places.pop(keys, None)  # so that `places` is in the order of writing
         self.places[keys] = place
 
     def of(self, keys: tuple[str, ...]) -> str:
+        """The place of `keys`, or of the nearest section around them."""
         while keys:
             if keys in self.places:
                 return self.places[keys]
@@ -206,13 +162,14 @@ class _Origin:
         return self.file
 
     def of_rule(self, keys: tuple[str, ...], problem: str) -> str:
-        """Where to change what breaks a rule between keys: the one of them that was set last."""
+        """The place to change when a rule between keys is broken: that of the one set last."""
         mentioned = [(*keys, word) for word in re.findall(r"\w+", problem)]
         placed = [place for place in self.places if place in mentioned]
         return self.of(placed[-1] if placed else keys)
 
 
 def _parse(path: Path, origin: _Origin) -> dict[str, Any]:
+    """The sections of a YAML file; the places of its keys go into `origin`."""
     data = read_yaml(path, origin.places)
     if data is None:
         return {}
@@ -225,9 +182,10 @@ def _parse(path: Path, origin: _Origin) -> dict[str, Any]:
 
 
 def _assign(data: dict[str, Any], text: str, origin: _Origin) -> None:
+    """Apply one `section.key=value` to `data`."""
     name, equals, value_text = text.partition("=")
     keys = tuple(name.strip().split("."))
-    place = _set_option(name, value_text) if equals else f"--set {text}"
+    place = shown_assignment(name, value_text) if equals else f"--set {text}"
     if not equals or len(keys) < 2 or not all(keys):
         raise ConfigError(f"{place}: section.key=value is needed, such as ppo.learning_rate=3e-4")
     value = load_yaml(value_text, place, {})
@@ -245,6 +203,7 @@ def _assign(data: dict[str, Any], text: str, origin: _Origin) -> None:
 
 
 def _describe(error: ValidationError, origin: _Origin) -> str:
+    """A line for each fault: where it is, which key, what is wrong."""
     lines = []
     for item in error.errors():
         keys = tuple(str(part) for part in item["loc"])
@@ -264,6 +223,7 @@ def _describe(error: ValidationError, origin: _Origin) -> str:
 
 
 def _known_keys(keys: Iterable[str]) -> list[str]:
+    """The keys that there are in the section at `keys`."""
     kind: Any = RunConfig
     for key in keys:
         if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
@@ -278,9 +238,9 @@ def _known_keys(keys: Iterable[str]) -> list[str]:
 
 
 def _shown(value: Any, keys: tuple[str, ...]) -> str:
-    """A value as YAML writes it, not too long, and without what may be a secret."""
-    if _secret_in(value, keys, any(map(_is_secret_name, keys))):
-        return UNSAID
+    """A value as YAML writes it, shortened, and hidden where it may be a secret."""
+    if is_secret(value, keys):
+        return HIDDEN
     return shortened(
         json.dumps(value) if value is None or isinstance(value, bool) else repr(value), 60
     )

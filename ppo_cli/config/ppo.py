@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-MOST = 10**15  # of anything that is counted; float64 holds it exactly
+MAX_COUNT = 10**15  # float64 holds it exactly
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -18,31 +18,31 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
-Count = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 
 KLPenalty = Literal["kl", "k1", "k2", "k3", "abs", "mse", "full"]
 
 
 @dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
 class PPOSettings:
-    """What one PPO step does with a batch. Raises `ValueError` for values that make no sense."""
+    """Settings of a PPO step. Raises `ValueError` where they contradict each other."""
 
     learning_rate: NotNegative = 1.41e-5
-    """Adam's learning rate, where no optimizer is passed."""
+    """Adam's learning rate, unless an optimizer is passed."""
     adap_kl_ctrl: bool = True
-    """Adapt the KL coefficient towards `target`; otherwise it stays at `init_kl_coef`."""
+    """Adapt the KL coefficient so that KL reaches `target`; false keeps it at `init_kl_coef`."""
     init_kl_coef: NotNegative = 0.2
     """KL coefficient at the start."""
     kl_penalty: KLPenalty = "kl"
     """Per-token penalty: log-ratio (`kl` or `k1`), half its square (`mse` or `k2`), `k3`, the
     absolute value (`abs`), or exact KL of the whole distributions (`full`)."""
     kl_in_loss: bool = False
-    """Take the KL coefficient times the penalty (`k2` or `k3`) into the policy loss instead of into
-    the rewards."""
+    """Add the KL coefficient times the penalty (`k2` or `k3`) to the loss instead of subtracting it
+    from the rewards."""
     target: Positive = 6.0
-    """KL per sequence (nats) that the adaptive coefficient aims at."""
+    """Target of the adaptive coefficient: KL per sequence, nats."""
     horizon: Positive = 10000.0
-    """Samples over which the adaptive coefficient reacts."""
+    """Number of samples over which the adaptive coefficient reacts; more is slower."""
     gamma: UnitInterval = 1.0
     """Discount per token."""
     lam: UnitInterval = 0.95
@@ -50,7 +50,7 @@ class PPOSettings:
     cliprange: Positive = 0.2
     """Clip range of the policy ratio."""
     cliprange_value: Positive = 0.2
-    """Clip range of the value prediction around its old value."""
+    """Clip range of the value prediction, around the prediction before the update."""
     vf_coef: NotNegative = 0.1
     """Weight of the value loss."""
     batch_size: Count = 128
@@ -64,11 +64,11 @@ class PPOSettings:
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Gradients are clipped to this L2 norm at every optimizer step; null for no clipping."""
     early_stopping: bool = False
-    """End the epochs of a step once the policy's KL from its start exceeds 1.5 x `target_kl`."""
+    """End a step's epochs once KL from the policy before the update exceeds 1.5 x `target_kl`."""
     target_kl: Positive = 1.0
-    """KL per token for `early_stopping`."""
+    """KL per token (nats) for `early_stopping`."""
     ratio_threshold: Positive = 10.0
-    """A mini-batch whose mean ratio exceeds this is skipped."""
+    """A mini-batch whose mean probability ratio exceeds this is skipped."""
     use_score_scaling: bool = False
     """Divide scores by their running standard deviation."""
     use_score_norm: bool = False
@@ -76,44 +76,45 @@ class PPOSettings:
     score_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Clip scores to plus or minus this; null for no clipping."""
     calibrate_potentials: bool = True
-    """Where potentials are given (`reward.score_every`): make of each the final score that may be
-    expected after it, by running least-squares lines; otherwise they count as they are."""
+    """With potentials (`reward.score_every`): replace each by the expected final score, from
+    running least-squares fits; false uses them as they are."""
     responses_per_query: Count = 1
-    """Samples in a row that answer the same query; with more than one, each score is compared with
-    the mean of the others' (leave-one-out baseline)."""
-    value_warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 0
-    """Steps in which the value head alone learns, before the policy moves."""
+    """Consecutive samples that answer the same query; with more than one, the mean score of the
+    others is subtracted from each score (leave-one-out baseline)."""
+    value_warmup_steps: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
+    """Steps at the start in which only the value head learns."""
     advantage_norm: Literal["batch", "mini_batch", "none"] = "batch"
     """Where advantages are scaled to mean 0 and variance 1: over the batch, over each mini-batch,
     or not at all."""
     ent_coef: NotNegative = 0.0
-    """Weight of the entropy bonus: the loss falls by this times the entropy per token."""
+    """Weight of the entropy bonus: this times the mean entropy per token is subtracted from the
+    loss."""
     max_approx_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """A step's updates end before the mini-batch whose policy has moved further than this (`k3`,
-    nats per token); null for no limit."""
+    """End a step's updates before the first mini-batch in which KL from the policy before the
+    update exceeds this (`k3`, nats per token); null for no limit."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "adaptive"] = "constant"
-    """The learning rate over the run, where no scheduler is passed: as it is, falling, or
-    `adaptive`: raised or lowered after each step so that steps move the policy by `desired_kl`,
-    whatever the model's size, and falling as `linear` does meanwhile."""
+    """Course of the learning rate, unless a scheduler is passed: constant, falling, or `adaptive`:
+    raised or lowered after each step so that steps move the policy by `desired_kl`, whatever the
+    model's size, and also falling like `linear`."""
     desired_kl: Positive = 0.015
-    """`ppo/policy/approxkl`, nats per token, that the adaptive learning rate aims at in the first
-    step; in later ones at less, by the square of what the rate has fallen by."""
-    warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 0
-    """Steps over which the learning rate rises from 0 first."""
+    """Target of the adaptive learning rate in the first step: `ppo/policy/approxkl`, nats per
+    token. Later it is lower, by the square of the factor by which the rate has fallen."""
+    warmup_steps: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
+    """Steps at the start over which the learning rate rises from 0."""
     min_lr_ratio: UnitInterval = 0.0
-    """Share of the learning rate that `linear`, `cosine` and `adaptive` end at."""
+    """Final learning rate of `linear`, `cosine` and `adaptive`, as a share of the first."""
     whiten_rewards: bool = False
-    """Scale rewards to unit variance over the response tokens before estimating advantages."""
+    """Scale rewards to unit variance over the response tokens, before advantages are estimated."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     optimize_device_cache: bool = False
-    """Give cached accelerator memory back after each step: less memory, more time."""
+    """Release cached accelerator memory after each step: less memory, more time."""
     log_with: Literal["wandb", "tensorboard"] | None = None
-    """Tracker that `log_stats` writes to."""
+    """Tracker of `log_stats`."""
     tracker_project_name: str = "trl"
-    """Project name at the tracker."""
+    """Name of the project in the tracker."""
     tracker_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the tracker, under its name."""
+    """Keyword arguments of the tracker, under the tracker's name."""
     accelerator_kwargs: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of `accelerate.Accelerator`; `mixed_precision` may also be auto or fp32."""
     project_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -134,21 +135,21 @@ class PPOSettings:
 
     @property
     def backward_batch_size(self) -> int:
-        """Samples per optimizer step; follows the fields that it is made of."""
+        """Samples per optimizer step, computed from the present fields."""
         return self.mini_batch_size * self.gradient_accumulation_steps
 
     @property
     def step_size_key(self) -> str:
-        """The field that decides how far a step moves the policy, to be named in advice."""
+        """The field that decides how far a step moves the policy, for advice."""
         return "desired_kl" if self.lr_scheduler_type == "adaptive" else "learning_rate"
 
     @property
     def rate_depends_on_steps(self) -> bool:
-        """Whether the learning rate's course depends on the number of steps."""
+        """Whether the learning rate depends on the run's number of steps."""
         return self.lr_scheduler_type != "constant" and self.min_lr_ratio < 1
 
     def check_batch_arithmetic(self) -> None:
-        """Raise `ValueError` unless whole optimizer steps fit into a batch."""
+        """Raise `ValueError` unless a batch consists of whole optimizer steps."""
         if self.batch_size % self.backward_batch_size:
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be a multiple of mini_batch_size x "

@@ -12,7 +12,7 @@ from torch import Tensor
 from ppo_cli.evaluation.quality import Likelihoods
 from ppo_cli.kernels.lm_head import entropy, token_logprobs
 from ppo_cli.kernels.patches import fast_matmul
-from ppo_cli.ppo.experience import token_logits
+from ppo_cli.ppo.forward import token_logits
 from ppo_cli.ppo.losses import full_kl
 from ppo_cli.ppo.packing import TokenBatch
 from ppo_cli.utils.device import modes_kept

@@ -1,7 +1,7 @@
 """From log-probabilities and scores to advantages: pure functions over (B, R) grids.
 
 `B` samples, `R` response tokens of the longest one; `mask` is True where a token counts, and the
-tokens that count stand at the left of their row. What lies outside the mask is zero.
+tokens that count are at the left of their row. Results are zero outside the mask.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask` is True; 0 where it never is."""
+    """Mean of `values` where `mask` is True; 0 for no value."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -34,22 +34,22 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
 
 
 def token_rewards(
-    scores: Tensor, penalties: Tensor, mask: Tensor, kl_coef: float
+    scores: Tensor, kl_penalties: Tensor, mask: Tensor, kl_coef: float
 ) -> tuple[Tensor, Tensor]:
     """Per-token rewards: minus the KL coefficient times the penalty, plus the score at the end.
 
     Args:
-        scores: (B,) one score a sequence. A sequence without a token that counts earns nothing.
-        penalties: (B, R) per-token KL penalties, before the coefficient.
+        scores: (B,) one score per sequence; a sequence without a token that counts has no reward.
+        kl_penalties: (B, R) KL penalty of each token, before the coefficient.
         mask: (B, R).
         kl_coef: the KL coefficient.
 
     Returns:
-        `rewards` (B, R), and the part of them that is not the score, (B, R).
+        `rewards` (B, R), and the part of them that is KL, (B, R).
 
     Source: Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), equation 2.
     """
-    non_score = -kl_coef * penalties * mask
+    non_score = -kl_coef * kl_penalties * mask
     lengths = mask.sum(dim=1)
     positions = torch.arange(mask.shape[1], device=mask.device)
     at_end = positions == (lengths - 1).unsqueeze(1)
@@ -57,7 +57,7 @@ def token_rewards(
 
 
 def mean_of_others(scores: Tensor, size: int) -> Tensor:
-    """For each score (B,) the mean of the others of its group of `size` in a row; 0 for size 1.
+    """For each score (B,) the mean of the others in its group of `size` neighbours; 0 for size 1.
 
     Source: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!".
     """
@@ -68,13 +68,13 @@ def mean_of_others(scores: Tensor, size: int) -> Tensor:
 
 
 def shaping_rewards(potentials: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """`gamma * phi_{t+1} - phi_t` of each token, (B, R), with 0 after the last one.
+    """Potential-based shaping: `gamma * phi_{t+1} - phi_t` of each token, (B, R), 0 after the last.
 
-    Over a sequence that sums, with gamma 1, to minus its first potential, which no response can
-    change: the best policy stays what it was, but each token is told at once what it changed.
+    With gamma 1 these rewards add up to minus the first potential of a sequence, which no response
+    can change: the best policy is the same, but each token is rewarded at once for its effect.
 
     Args:
-        potentials: (B, R) phi of the state before each token, a guess at the score to come.
+        potentials: (B, R) phi of the state before each token, an estimate of the final score.
         mask: (B, R).
         gamma: discount per token.
 
@@ -87,10 +87,10 @@ def shaping_rewards(potentials: Tensor, mask: Tensor, gamma: float) -> Tensor:
 def generalized_advantages(
     values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates and the returns that the value head learns.
+    """Generalised advantage estimates, and returns, the targets of the value head.
 
-    `delta_t = r_t + gamma * v_{t+1} - v_t`, `A_t = delta_t + gamma * lam * A_{t+1}`, with nothing
-    after the last token; returns are `A + v`.
+    `delta_t = r_t + gamma * v_{t+1} - v_t`, `A_t = delta_t + gamma * lam * A_{t+1}`, both 0 after
+    the last token; returns are `A + v`.
 
     Args:
         values: (B, R) value of the state before each token.
@@ -114,40 +114,3 @@ def generalized_advantages(
         advantages[:, t] = running
     advantages = advantages * mask
     return advantages, (advantages + values) * mask
-
-
-class RunningMoments:
-    """Mean and standard deviation of everything seen so far.
-
-    Source: Chan et al. 1979, "Updating formulae and a pairwise algorithm for computing sample
-    variances". The count starts at 1e-24, as in TRL, so that nothing is divided by zero.
-    """
-
-    def __init__(self) -> None:
-        self.mean = 0.0
-        self.std = 1.0
-        self.var = 1.0
-        self.count = 1e-24
-
-    def update(self, values: Tensor) -> tuple[float, float]:
-        """Take in `values` (N,); return their own mean and unbiased standard deviation."""
-        values = values.cpu().double()  # not every device has float64
-        count = values.numel()
-        mean = values.mean().item()
-        var = values.var(unbiased=False).item()
-        delta = mean - self.mean
-        total = self.count + count
-        squares = var * count + self.var * self.count + delta**2 * self.count * count / total
-        self.mean += delta * count / total
-        self.var = squares / total
-        self.std = (squares / max(total - 1, 1)) ** 0.5
-        self.count = total
-        return mean, (var * count / max(count - 1, 1)) ** 0.5
-
-    def state_dict(self) -> dict[str, float]:
-        """The four moments, for a checkpoint."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a `state_dict`."""
-        vars(self).update(state)

@@ -1,7 +1,7 @@
 """`PPOConfig`: the fields, names and defaults of TRL 0.11.4's classic PPO.
 
-To what the YAML section `ppo` may set it adds what a notebook passes beside it (names, seed,
-trackers' bookkeeping). It validates when it is made.
+To the keys of the YAML section `ppo` it adds the fields that only a notebook sets (names, seed,
+bookkeeping of trackers). It is validated when it is made.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ppo_cli.config.ppo import Count, Positive, PPOSettings
 class PPOConfig(PPOSettings):
     """Configuration of `PPOTrainer`, as TRL 0.11.4 had it.
 
-    The fields that follow serve trackers and bookkeeping, the inherited ones PPO itself. The
-    `world_size`, `is_*` and `*_batch_size` fields at the end are filled in by the trainer.
+    The inherited fields are PPO's settings, the following ones serve trackers and bookkeeping. The
+    trainer fills in `world_size`, `is_*` and `global_*`.
     """
 
     temperature: Positive = 1.0
-    """Of the policy: `generate` samples with it unless told otherwise, and logits are divided by it
-    wherever probabilities are taken, those of the reference too."""
+    """Temperature of the policy: the default of `generate`. Logits are divided by it wherever
+    probabilities are computed, those of the reference too."""
     exp_name: str = os.path.basename(sys.argv[0]).removesuffix(".py")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     task_name: str | None = None
@@ -73,11 +73,11 @@ class PPOConfig(PPOSettings):
 
     @property
     def total_ppo_epochs(self) -> int:
-        """Batches that `steps` samples make."""
+        """Number of batches in `steps` samples."""
         return math.ceil(self.steps / self.batch_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field under its name; nested dictionaries flattened with `/`, for trackers."""
+        """Every field by name, for trackers; nested dictionaries are flattened with `/`."""
         flat: dict[str, Any] = {}
 
         def flatten(prefix: str, mapping: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The KL coefficient: constant, or steered towards a target KL.
+"""The KL coefficient: constant, or adapted towards a target KL.
 
 Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences"
 (https://arxiv.org/abs/1909.08593), section 2.2.
@@ -6,15 +6,17 @@ Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences
 
 from __future__ import annotations
 
+from ppo_cli.config.ppo import PPOSettings
+
 
 class FixedKLController:
-    """A coefficient that stays as it is."""
+    """A constant coefficient."""
 
     def __init__(self, kl_coef: float) -> None:
         self.value = kl_coef
 
     def update(self, current: float, n_steps: int) -> None:
-        """Nothing to adapt; takes what `AdaptiveKLController.update` takes."""
+        """Change nothing; arguments as in `AdaptiveKLController.update`."""
 
 
 class AdaptiveKLController:
@@ -36,7 +38,14 @@ class AdaptiveKLController:
 
         Args:
             current: `objective/kl` of the step.
-            n_steps: samples that the step saw.
+            n_steps: number of samples of the step.
         """
         error = min(max(current / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * n_steps / self.horizon
+
+
+def make_kl_controller(config: PPOSettings) -> AdaptiveKLController | FixedKLController:
+    """The controller that `adap_kl_ctrl` asks for."""
+    if not config.adap_kl_ctrl:
+        return FixedKLController(config.init_kl_coef)
+    return AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)

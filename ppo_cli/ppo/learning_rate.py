@@ -1,4 +1,4 @@
-"""The learning rate over a run: schedules, and a rate that finds itself."""
+"""The learning rate over a run: schedules, and a rate that adapts to a target KL."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ADAPTATION = 1.5  # factor by which the rate is raised or lowered
 def make_scheduler(
     config: PPOConfig, optimizer: torch.optim.Optimizer, processes: int
 ) -> LambdaLR | None:
-    """The schedule that `lr_scheduler_type` and `warmup_steps` name; None where none is needed.
+    """The schedule of `lr_scheduler_type` and `warmup_steps`; None where none is needed.
 
-    It ends after `steps` samples. accelerate steps it once a process.
+    It ends after `steps` samples. accelerate steps it once per process.
     """
     kind = config.lr_scheduler_type
     if kind == "adaptive" or (kind == "constant" and not config.warmup_steps):
@@ -28,7 +28,7 @@ def make_scheduler(
 
 
 def learning_rate_factor(config: PPOConfig, step: int) -> float:
-    """What the learning rate is multiplied with in a step, counted from 0."""
+    """The factor of the learning rate in a step, counted from 0."""
     warmup, total = config.warmup_steps, config.total_ppo_epochs
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -43,10 +43,10 @@ def learning_rate_factor(config: PPOConfig, step: int) -> float:
 
 
 def follow(schedule: LambdaLR) -> None:
-    """Set the learning rates that a schedule has for its next step.
+    """Set the learning rates to those of a schedule's next step.
 
-    When its state is loaded they are those of the schedule that was saved, which may have had
-    another number of steps.
+    A schedule's loaded state holds the rates of the saved schedule, which may have had another
+    number of steps.
     """
     for group, base, factor in zip(
         schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
@@ -55,18 +55,18 @@ def follow(schedule: LambdaLR) -> None:
 
 
 class AdaptiveLearningRate:
-    """A learning rate that steps move the policy by `desired_kl` with, falling over the run.
+    """A learning rate with which each step moves the policy by `desired_kl`; it falls over the run.
 
-    The rate is lowered after a step that moved over twice as far as it should, and raised after a
-    timid one. Meanwhile it falls as `linear` does, after a warm-up if there is one, and what a step
-    should move falls with its square: KL grows with the square of a small step.
+    The rate is lowered after a step whose KL is over twice the target, and raised after one whose
+    KL is under half of it. It also falls like `linear`, after a warm-up if there is one, and the
+    target falls with its square, because KL grows with the square of a small step.
 
     Args:
-        optimizer: its groups' rates are those to begin with.
+        optimizer: the rates of its groups are the first ones.
         config: `desired_kl`, `warmup_steps`, `min_lr_ratio` and the number of steps are read.
 
-    Source: Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), section 4, does so with the KL
-    coefficient; Rudin et al. 2022 (https://arxiv.org/abs/2109.11978) with the learning rate.
+    Source: Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), section 4, adapts the KL
+    coefficient so; Rudin et al. 2022 (https://arxiv.org/abs/2109.11978) the learning rate.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: PPOConfig) -> None:
@@ -76,28 +76,28 @@ class AdaptiveLearningRate:
         self._desired_kl = config.desired_kl
         self._set(step=0)
 
-    def update(self, moved: float, step: int) -> None:
-        """Set the rate of the step that follows.
+    def update(self, approx_kl: float, step: int) -> None:
+        """Set the rate of the next step.
 
         Args:
-            moved: what the step just made moved the policy by, nats per token.
-            step: its number, counted from 0.
+            approx_kl: KL by which this step moved the policy, nats per token.
+            step: the number of this step, counted from 0.
         """
         desired = self._desired_kl * learning_rate_factor(self._config, step) ** 2
         factor = 1.0
-        if moved > 2 * desired:
+        if approx_kl > 2 * desired:
             factor = 1 / ADAPTATION
-        elif moved < desired / 2:
+        elif approx_kl < desired / 2:
             factor = ADAPTATION
         self._rates = [rate * factor for rate in self._rates]
         self._set(step + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Rates and target, for a checkpoint."""
         return {"rates": self._rates, "desired_kl": self._desired_kl}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on from a `state_dict` with a step, counted from 0; there may be more than planned."""
+        """Continue from a `state_dict` with `step`, counted from 0, which may exceed the plan."""
         self._rates, self._desired_kl = list(state["rates"]), state["desired_kl"]
         self._set(step)
 

@@ -18,18 +18,25 @@ from torch.optim import SGD, Adagrad, Adam, AdamW
 from ppo_cli.kernels.tied_embeddings import GradientPieces, gradient_in_pieces
 from ppo_cli.ppo.config import PPOConfig
 
-LARGE_GRADIENTS = 2**27  # bytes
-BYTES_AT_ONCE = 2**22  # of gradients that are waited for, as each step costs some time
-BYTES_AT_ONCE_ON_GPU = 2**26  # whose kernels end sooner than the next are launched
+LARGE_GRADIENTS = 2**27  # bytes, from which weights move within the backward pass
+BYTES_AT_ONCE = 2**22  # of gradients, collected for one partial step, as each costs some time
+BYTES_AT_ONCE_ON_GPU = 2**26  # more, because the kernels of a small step end before the next launch
+
+
+def make_optimizer(model: torch.nn.Module, config: PPOConfig) -> Adam:
+    """Adam over the trainable parameters, fused where the device has it."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    fused = {p.device.type for p in trainable} <= {"cpu", "cuda"}
+    return Adam(trainable, lr=config.learning_rate, fused=fused)
 
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """Lets the optimizer step once the gradients are there, unless the step is cancelled.
+    """Lets the optimizer step once the gradients are complete, unless the step is cancelled.
 
     Attributes:
         policy: the model, as `accelerator` prepared it.
-        optimizer: likewise.
+        optimizer: the optimizer, as `accelerator` prepared it.
         accelerator: scales, synchronises and clips gradients.
         config: `max_grad_norm` and `gradient_accumulation_steps` are read.
     """
@@ -41,11 +48,11 @@ class OptimizerStep:
 
     @property
     def is_within_backward(self) -> bool:
-        """Whether each weight moves as soon as its gradient is there, which is then let go.
+        """Whether each weight moves as soon as its gradient is complete, which is then freed.
 
-        That saves the memory of all gradients. It needs a step that no other gradient has a say in
-        (no clipping, no accumulation, one process), and costs a little time a tensor, so it is for
-        models of some size alone.
+        That saves the memory of the gradients. It needs a step of each weight that depends on no
+        other gradient (no clipping, no accumulation, one process). It costs a little time per
+        tensor, so small models do without.
         """
         return (
             self.config.max_grad_norm is None
@@ -57,10 +64,10 @@ class OptimizerStep:
         )
 
     def make_state(self) -> None:
-        """Make Adam's moments now, side by side, before there are activations.
+        """Allocate Adam's moments before there are activations.
 
-        Made in the first backward pass, as the optimizer would, they lie among activations that
-        are let go one by one, and the C library finds little else that fits the holes.
+        The optimizer would do it in the first backward pass, among activations that are freed one
+        by one, and the holes between the moments would be too small for later allocations.
         """
         if not (self._on_cpu and self.is_within_backward and self._is_adam):
             return
@@ -88,10 +95,10 @@ class OptimizerStep:
 
     @contextmanager
     def within_backward(self, *, unless: Tensor) -> Iterator[None]:
-        """A backward pass inside steps; few weights at a time have a gradient.
+        """Step during the backward pass in the block; few weights at a time have a gradient.
 
-        Arguments as in `after_backward`. On a CPU Adam takes the gradient of tied embeddings, by
-        far the largest, in pieces.
+        Arguments as in `after_backward`. On a CPU, Adam takes the gradient of tied embeddings, the
+        largest by far, in pieces.
         """
         part = _PartialStep(self._inner, unless)
         at_once = BYTES_AT_ONCE if self._on_cpu else BYTES_AT_ONCE_ON_GPU
@@ -99,9 +106,9 @@ class OptimizerStep:
         waiting: list[Tensor] = []
         held = 0
 
-        def gradient_is_there(parameter: Tensor) -> None:
+        def gradient_is_complete(parameter: Tensor) -> None:
             nonlocal held
-            if parameter.grad is None:  # it was taken in pieces
+            if parameter.grad is None:  # taken in pieces
                 return
             waiting.append(parameter)
             held += parameter.grad.nbytes
@@ -111,7 +118,7 @@ class OptimizerStep:
                 held = 0
 
         hooks = [
-            parameter.register_post_accumulate_grad_hook(gradient_is_there)
+            parameter.register_post_accumulate_grad_hook(gradient_is_complete)
             for parameter in self.policy.parameters()
             if parameter.requires_grad
         ]
@@ -121,12 +128,12 @@ class OptimizerStep:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._move(unless=unless)  # the rest, and hooks and counts of steps
+        self._move(unless=unless)  # the remaining weights; also runs hooks and counts the step
 
     def _move(self, *, unless: Tensor) -> None:
-        """Let the optimizer step.
+        """Let the optimizer step, unless the step is cancelled.
 
-        A fused one reads the condition on its device, as it does for a gradient scaler.
+        A fused optimizer reads the condition on its device, as it does for a gradient scaler.
         """
         if self._reads_condition:
             self._inner.found_inf = unless.float()
@@ -141,12 +148,12 @@ class OptimizerStep:
 
     @property
     def _is_adam(self) -> bool:
-        """Whether each number moves by its own gradient and moments, which begin at nothing."""
+        """Whether each number moves by its own gradient and moments, which start at 0."""
         return self._reads_condition and type(self._inner) in (Adam, AdamW)
 
     @property
     def _reads_condition(self) -> bool:
-        """Whether the optimizer can be told on its device not to move."""
+        """Whether the optimizer reads on its device that a step is cancelled."""
         return self.accelerator.scaler is None and bool(self._inner.defaults.get("fused"))
 
     @property
@@ -163,7 +170,7 @@ class _PartialStep:
     """A fused optimizer's step on some of its weights.
 
     Args:
-        optimizer: its state is shared.
+        optimizer: the whole optimizer; its state is shared.
         unless: as in `OptimizerStep.after_backward`.
     """
 
@@ -171,12 +178,12 @@ class _PartialStep:
         self._groups = optimizer.param_groups
         self._group_of = {p: i for i, group in enumerate(self._groups) for p in group["params"]}
         self._state = optimizer.state
-        # Going through all weights for the few with a gradient would take longer than the step.
+        # A loop over all weights for the few with a gradient would take longer than the step.
         self._optimizer = copy.copy(optimizer)
         self._optimizer.found_inf = unless.float()
 
     def move(self, weights: list[Tensor]) -> None:
-        """Step on those with their gradients, which are let go."""
+        """Step on these weights with their gradients, which are then freed."""
         members: dict[int, list[Tensor]] = {}
         for weight in weights:
             if weight in self._group_of:

@@ -1,4 +1,4 @@
-"""From what a text promises to the score that may be expected: potentials, calibrated."""
+"""What happens to scores before they become rewards: scaling, clipping, calibrated potentials."""
 
 from __future__ import annotations
 
@@ -8,21 +8,81 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_cli.config.ppo import PPOSettings
+
 DECAY = 0.9
-"""What an observation counts a step later: the policy moves, and what its texts come to with it."""
+"""Weight of an observation one step later: the policy changes, and its texts with it."""
 PRIOR = 30.0
-"""Observations that the line of the position after counts as."""
+"""Observations that the line of the next position counts as."""
+
+
+class RunningMoments:
+    """Mean and standard deviation of all scores so far.
+
+    Source: Chan et al. 1979, "Updating formulae and a pairwise algorithm for computing sample
+    variances". The count starts at 1e-24, as in TRL, so that nothing is divided by zero.
+    """
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+        self.std = 1.0
+        self.var = 1.0
+        self.count = 1e-24
+
+    def update(self, values: Tensor) -> tuple[float, float]:
+        """Add `values` (N,). Returns their own mean and unbiased standard deviation."""
+        values = values.cpu().double()  # not every device has float64
+        count = values.numel()
+        mean = values.mean().item()
+        var = values.var(unbiased=False).item()
+        delta = mean - self.mean
+        total = self.count + count
+        squares = var * count + self.var * self.count + delta**2 * self.count * count / total
+        self.mean += delta * count / total
+        self.var = squares / total
+        self.std = (squares / max(total - 1, 1)) ** 0.5
+        self.count = total
+        return mean, (var * count / max(count - 1, 1)) ** 0.5
+
+    def state_dict(self) -> dict[str, float]:
+        """The four moments, for a checkpoint."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from a `state_dict`."""
+        vars(self).update(state)
+
+
+def scale_scores(scores: Tensor, moments: RunningMoments, config: PPOSettings) -> Tensor:
+    """Scores, or potentials, scaled and clipped as `config` says.
+
+    With `use_score_scaling`: `(s - mean) / std`, the mean only with `use_score_norm`; then
+    `score_clip`. Equal scores have no scale, so they are not divided.
+
+    Args:
+        scores: any shape.
+        moments: of the scores so far, those of this step included.
+        config: `use_score_scaling`, `use_score_norm` and `score_clip` are read.
+    """
+    if config.use_score_scaling:
+        if config.use_score_norm:
+            scores = scores - moments.mean
+        eps = torch.finfo(scores.dtype).eps
+        if moments.std > eps:
+            scores = scores / (moments.std + eps)
+    clip = config.score_clip
+    return scores if clip is None else scores.clamp(-clip, clip)
 
 
 class PotentialCalibration:
-    """Lines that turn potentials into expected scores, one for each number of tokens before.
+    """Linear regressions from potentials to final scores, one for each number of tokens before.
 
-    As a potential nothing serves better than the expected score itself: then what a token changes
-    is known at once, and a low lambda keeps out what later tokens add by chance. The score of an
-    unfinished text exaggerates, the more the less of it is there (film reviews: the slope of the
-    final score on it is 0.4 before the first of 15 tokens, 0.95 before the last). A least-squares
-    line takes that away; it is drawn towards that of the position after, and the last one towards
-    the potential as it is, so that few observations do no harm.
+    The best potential is the expected final score: then the effect of a token shows at once, and a
+    low lambda keeps out the noise of later tokens. The score of an unfinished text is too extreme,
+    more so the shorter the text is (film reviews: the slope of the final score on it is 0.4 before
+    the first of 15 tokens, 0.95 before the last). A least-squares line corrects that. Each line is
+    drawn towards the line of the next position, and the last one towards the identity, so that few
+    observations do no harm.
     """
 
     def __init__(self) -> None:
@@ -35,7 +95,7 @@ class PotentialCalibration:
         mask: Tensor,
         total: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> None:
-        """Take in a batch.
+        """Add a batch to the observations.
 
         Args:
             potentials: (B, R), 0 outside the mask.
@@ -55,30 +115,30 @@ class PotentialCalibration:
         self._sums = _longer(sums, rows) + _longer(batch, rows)
 
     def __call__(self, potentials: Tensor, mask: Tensor) -> Tensor:
-        """Expected scores (B, R) of potentials (B, R), 0 outside the mask; `update` comes first."""
+        """Expected scores (B, R) of potentials (B, R), 0 outside the mask; call `update` first."""
         lines = torch.tensor(self.lines()[: potentials.shape[1]]).to(potentials)
         return (lines[:, 0] + lines[:, 1] * potentials) * mask
 
     def lines(self) -> list[tuple[float, float]]:
         """Offset and slope for each number of tokens before, from 0 up."""
         offset, slope = 0.0, 1.0
-        found = []
+        lines = []
         for n, x, y, xx, xy in reversed(self._sums.tolist()):
             if n > 0:
                 weight = n / (n + PRIOR)
                 variance = xx / n - (x / n) ** 2
-                if variance > 1e-9 * xx / n:  # else the same everywhere, but for rounding
+                if variance > 1e-9 * xx / n:  # otherwise equal potentials, apart from rounding
                     slope += weight * ((xy / n - x / n * y / n) / variance - slope)
                 offset += weight * (y / n - slope * x / n - offset)
-            found.append((offset, slope))
-        return found[::-1]
+            lines.append((offset, slope))
+        return lines[::-1]
 
     def state_dict(self) -> dict[str, Any]:
-        """What was taken in, for a checkpoint."""
+        """The observations, for a checkpoint."""
         return {"sums": self._sums.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Continue from a `state_dict`."""
         self._sums = torch.tensor(state["sums"], dtype=torch.float64).reshape(-1, 5)
 
 

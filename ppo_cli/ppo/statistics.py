@@ -1,7 +1,11 @@
-"""What `PPOTrainer.step` returns: every key, what it means, and how to print it.
+"""The statistics that `PPOTrainer.step` returns: every key, its meaning, and how to print it.
 
-Keys and definitions are TRL 0.11.4's. "Averaged" means: the unweighted mean over the mini-batches
-of all epochs of the step.
+Keys and definitions are TRL 0.11.4's. "Averaged" means the unweighted mean over the mini-batches of
+all epochs of the step.
+
+To add a statistic: compute it in `step_statistics.py` (`minibatch_statistics` for one that is
+averaged, `step_statistics` for another), and give its meaning here. Tables, plots and checks follow
+from the key.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from typing import Any, NamedTuple
 
 
 class Statistic(NamedTuple):
-    """One key of the statistics: its meaning, and whether it concerns the optimised objective."""
+    """A statistic's meaning, whether it belongs to the optimised objective, and to an array."""
 
     meaning: str
     objective: bool = False
@@ -33,9 +37,7 @@ STATISTICS: dict[str, Statistic] = {
     "ppo/policy/approxkl": Statistic("half the squared log-ratio per token, averaged", True),
     "ppo/policy/policykl": Statistic("old minus new log-probability per token, averaged", True),
     "ppo/policy/clipfrac": Statistic("fraction of tokens with a clipped ratio, averaged", True),
-    "ppo/policy/skipped": Statistic(
-        "fraction of mini-batches over ratio_threshold, not learnt", True
-    ),
+    "ppo/policy/skipped": Statistic("fraction of mini-batches over ratio_threshold, skipped", True),
     "ppo/policy/advantages_mean": Statistic("mean whitened advantage, averaged", True),
     "ppo/policy/advantages": Statistic("advantage of each token in training order", True, True),
     "ppo/policy/ratio": Statistic("probability ratio of each token in training order", True, True),
@@ -60,48 +62,48 @@ STATISTICS: dict[str, Statistic] = {
     "time/ppo/forward_pass": Statistic("seconds: policy and reference before the update"),
     "time/ppo/compute_rewards": Statistic("seconds: rewards"),
     "time/ppo/compute_advantages": Statistic("seconds: advantages"),
-    "time/ppo/optimize_step": Statistic("seconds: all epochs; a GPU has begun them"),
-    "time/ppo/calc_stats": Statistic("seconds: these statistics; what a GPU had left to do"),
+    "time/ppo/optimize_step": Statistic("seconds: all epochs; a GPU has started them"),
+    "time/ppo/calc_stats": Statistic("seconds: these statistics, and the rest of a GPU's work"),
     "time/ppo/total": Statistic("seconds: the whole step"),
 }
 
 
-# What `ppo-cli train` adds to these in a run's metrics.
+# The keys that `ppo-cli train` adds in a run's metrics.
 RUN_STATISTICS: dict[str, Statistic] = {
-    "env/reward_mean": Statistic("mean score as the classifier gave it"),
+    "env/reward_mean": Statistic("mean score of the classifier"),
     "env/reward_std": Statistic("its standard deviation"),
     "env/probability_mean": Statistic("mean probability of the wanted label"),
-    "env/missing_eos_penalty": Statistic("taken from the score for no end before the limit, mean"),
-    "env/length_cost": Statistic("taken from the score for the length, mean"),
-    "env/repetition_cost": Statistic("taken from the score for repeated word pairs, mean"),
-    "env/shaped_reward_mean": Statistic("mean score less what was taken from it"),
+    "env/missing_eos_penalty": Statistic("mean penalty for no end before the limit"),
+    "env/length_cost": Statistic("mean penalty for the length"),
+    "env/repetition_cost": Statistic("mean penalty for repeated word pairs"),
+    "env/shaped_reward_mean": Statistic("mean score minus the penalties"),
     "time/sampling": Statistic("seconds: sampling the responses"),
     "time/scoring": Statistic("seconds: the classifier"),
     "time/optimising": Statistic("seconds: the PPO step itself"),
-    "time/step": Statistic("seconds: all of the step"),
-    "perf/tokens_per_second": Statistic("query and response tokens a second, all phases"),
-    "run/rollbacks": Statistic("times that training went back to a checkpoint"),
-    # In the steps after which the policy was evaluated on the held-out prompts.
+    "time/step": Statistic("seconds: the whole step"),
+    "perf/tokens_per_second": Statistic("query and response tokens per second, all phases"),
+    "run/rollbacks": Statistic("number of returns to a checkpoint after divergence"),
+    # Only in steps with an evaluation on the held-out prompts.
     "eval/score": Statistic("mean score on held-out prompts"),
     "eval/probability": Statistic("mean probability of the wanted label there"),
-    "eval/on_target": Statistic("share of responses with a probability over a half"),
+    "eval/on_target": Statistic("share of responses with a probability over 0.5"),
     "eval/kl": Statistic("exact KL from the reference, nats per response"),
     "eval/entropy": Statistic("entropy of the policy, nats per token"),
     "eval/perplexity": Statistic("perplexity of the responses under the reference"),
-    "eval/distinct_1": Statistic("different words among all"),
-    "eval/distinct_2": Statistic("different pairs of words among all"),
-    "eval/repetition": Statistic("share of a response's word pairs that it has already"),
-    "eval/most_common": Statistic("share that the most frequent response makes up"),
+    "eval/distinct_1": Statistic("share of distinct words"),
+    "eval/distinct_2": Statistic("share of distinct word pairs"),
+    "eval/repetition": Statistic("share of repeated word pairs in a response"),
+    "eval/most_common": Statistic("share of the most frequent response"),
     "eval/length": Statistic("tokens per response"),
-    "eval/reference_score": Statistic("the reference's mean score, same random numbers"),
+    "eval/reference_score": Statistic("mean score of the reference, same random numbers"),
     "eval/reference_perplexity": Statistic("perplexity of the reference's own responses"),
-    "eval/reference_distinct_2": Statistic("different pairs of words in them"),
+    "eval/reference_distinct_2": Statistic("share of distinct word pairs in them"),
     "time/evaluating": Statistic("seconds: the evaluation, not part of the step"),
 }
 
 
 def scalars(stats: Mapping[str, Any]) -> dict[str, float]:
-    """Those statistics that are single numbers."""
+    """The statistics that are single numbers."""
     return {k: v for k, v in stats.items() if isinstance(v, (int, float))}
 
 
@@ -151,12 +153,12 @@ def print_ppo_stats(
     related_to_objective: bool = False,
     write: Callable[[str], Any] = print,
 ) -> None:
-    """Print what `step()` returned, a line a statistic, under headings.
+    """Print the statistics of `step()` under headings, one per line.
 
     Args:
         stats: the statistics; arrays are left out.
-        related_to_objective: True for those that concern the optimised losses, False for the
-            others: rewards, values, lengths, times.
+        related_to_objective: True for those of the optimised losses, False for the others: rewards,
+            values, lengths, times.
         write: called with each line.
     """
     write("PPO Training Statistics")

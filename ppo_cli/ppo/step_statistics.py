@@ -1,59 +1,103 @@
-"""The statistics of a step, computed; `statistics.py` says what each means."""
+"""Computes the statistics of a step; `statistics.py` says what each means."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from ppo_cli.ppo.advantages import masked_mean, masked_var
 from ppo_cli.ppo.experience import Experience
+from ppo_cli.ppo.forward import TokenOutputs
+from ppo_cli.ppo.losses import MinibatchLoss
 from ppo_cli.ppo.statistics import STATISTICS
-from ppo_cli.utils.device import fetch
+from ppo_cli.utils.device import fetch, send
 
 
+@torch.no_grad()
 def minibatch_statistics(
-    *,
-    log_ratio: Tensor,
-    advantages: Tensor,
-    returns: Tensor,
-    old_values: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    entropies: Tensor,
+    batch: Experience,
+    outputs: TokenOutputs,
+    loss: MinibatchLoss,
+    is_skipped: Tensor,
+    order: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Scalars of one mini-batch that do not depend on the losses. All grids are (b, R)."""
+    """Statistics of one mini-batch, under their keys without `ppo/`.
+
+    Args:
+        batch: its b samples.
+        outputs: the policy's outputs now, (b, R) each.
+        loss: the loss; 0 is reported where the mini-batch is skipped.
+        is_skipped: scalar bool: whether the mini-batch exceeds `ratio_threshold`.
+        order: (b,) order of the samples in the arrays; None for the order that they have.
+
+    Returns:
+        Scalars, and arrays with a number for each token that counts.
+    """
+    mask = batch.tokens.mask
+    log_ratio = outputs.logprobs - batch.logprobs
+    tokens, arrays = batch.tokens, [batch.advantages, log_ratio.exp()]
+    if order is not None:
+        tokens, rows = tokens.select(order), send(order, tokens.device)
+        arrays = [grid[rows] for grid in arrays]
+    advantages, ratio = map(tokens.flat, arrays)
     return {
-        "policy/entropy": masked_mean(entropies, mask),
+        "loss/policy": torch.where(is_skipped, 0.0, loss.policy.loss),
+        "loss/value": torch.where(is_skipped, 0.0, loss.value.loss),
+        "loss/total": torch.where(is_skipped, 0.0, loss.total),
+        "policy/clipfrac": loss.policy.clipfrac,
+        "val/clipfrac": loss.value.clipfrac,
+        "policy/advantages": advantages,
+        "policy/ratio": ratio,
+        "policy/entropy": masked_mean(outputs.entropies, mask),
         "policy/approxkl": 0.5 * masked_mean(log_ratio.square(), mask),
         "policy/policykl": masked_mean(-log_ratio, mask),
-        "policy/advantages_mean": masked_mean(advantages, mask),
-        "returns/mean": masked_mean(returns, mask),
-        "returns/var": masked_var(returns, mask),
-        "val/vpred": masked_mean(values, mask),
-        "val/error": masked_mean((values - returns).square(), mask),
-        "val/mean": masked_mean(old_values, mask),
-        "val/var": masked_var(old_values, mask),
+        "policy/advantages_mean": masked_mean(batch.advantages, mask),
+        "returns/mean": masked_mean(batch.returns, mask),
+        "returns/var": masked_var(batch.returns, mask),
+        "val/vpred": masked_mean(outputs.values, mask),
+        "val/error": masked_mean((outputs.values - batch.returns).square(), mask),
+        "val/mean": masked_mean(batch.values, mask),
+        "val/var": masked_var(batch.values, mask),
+        "policy/skipped": is_skipped.float(),
+    }
+
+
+def join_minibatches(minibatches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`minibatch_statistics` of several mini-batches: scalars stacked, arrays joined."""
+    return {
+        key: (torch.cat if STATISTICS[f"ppo/{key}"].is_array else torch.stack)(
+            [stats[key] for stats in minibatches]
+        )
+        for key in minibatches[0]
     }
 
 
 def step_statistics(
-    experience: Experience, scores: Tensor, kl_coef: float, updates: Mapping[str, Tensor]
+    experience: Experience,
+    kl_penalties: Tensor,
+    kl_rewards: Tensor,
+    scores: Tensor,
+    kl_coef: float,
+    updates: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """All of a step's statistics but those of lengths and times, as tensors and floats.
+    """All statistics of a step apart from lengths and times, as tensors and floats.
 
     Args:
         experience: the batch before the update.
+        kl_penalties: (B, R) KL penalty of each token, before the coefficient.
+        kl_rewards: (B, R) the part of the rewards that is KL.
         scores: (B,) scaled and clipped.
         kl_coef: the coefficient that the step used.
         updates: the mini-batches' statistics, as `Update.run` returns them.
     """
-    tokens, mask = experience.tokens, experience.tokens.mask
-    kl = experience.penalties.sum(dim=1)
+    tokens = experience.tokens
+    kl = kl_penalties.sum(dim=1)
     stats: dict[str, Any] = {
         "objective/kl": kl.mean(),
         "objective/kl_dist": kl,
@@ -61,7 +105,7 @@ def step_statistics(
         "objective/ref_logprobs": tokens.to_rows(experience.ref_logprobs),
         "objective/kl_coef": kl_coef,
         "objective/entropy": -experience.logprobs.sum(dim=1).mean(),
-        "ppo/mean_non_score_reward": masked_mean(experience.non_score_reward, mask),
+        "ppo/mean_non_score_reward": masked_mean(kl_rewards, tokens.mask),
         "ppo/mean_scores": scores.mean(),
         "ppo/std_scores": scores.std() if len(scores) > 1 else scores.new_zeros(()),
     }
@@ -83,10 +127,22 @@ def length_statistics(name: str, lengths: list[int]) -> dict[str, Any]:
     }
 
 
-def to_numbers(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors to floats where they hold one element and the key is no array, else to NumPy.
+def mean_over_processes(stats: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+    """Statistics whose scalar tensors are the mean over a distributed run's processes."""
+    if accelerator.num_processes == 1:
+        return dict(stats)
+    return {
+        key: accelerator.reduce(value.to(accelerator.device), "mean")
+        if isinstance(value, Tensor) and value.dim() == 0
+        else value
+        for key, value in stats.items()
+    }
 
-    A GPU is waited for once.
+
+def to_numbers(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors as floats where they hold one element and the key is no array, else as NumPy arrays.
+
+    This waits for a GPU, once.
     """
     tensors = {k: v.detach().float() for k, v in stats.items() if isinstance(v, torch.Tensor)}
     flat = fetch([tensor.flatten() for tensor in tensors.values()])
@@ -104,9 +160,9 @@ def to_numbers(stats: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Seconds of each part of a step, under `time/ppo/NAME`, and of all of it.
+    """Seconds of each part of a step, under `time/ppo/NAME`, and of the whole step.
 
-    A part is over once a GPU has been told what to do; the last waits until it is done.
+    A part ends when its work is queued on the GPU; only the last part waits for the results.
     """
 
     def __init__(self) -> None:
@@ -121,5 +177,5 @@ class Stopwatch:
 
     @property
     def total(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the start."""
         return time.perf_counter() - self._started

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,24 +13,25 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ppo_cli.ppo import losses
-from ppo_cli.ppo.advantages import masked_mean, masked_whiten
+from ppo_cli.ppo.advantages import masked_mean
 from ppo_cli.ppo.config import PPOConfig
-from ppo_cli.ppo.experience import Experience, TokenOutputs, token_forward
+from ppo_cli.ppo.experience import Experience
+from ppo_cli.ppo.forward import TokenOutputs, token_forward
+from ppo_cli.ppo.losses import kl_penalty, minibatch_loss
 from ppo_cli.ppo.optimizer_step import OptimizerStep
-from ppo_cli.ppo.step_statistics import minibatch_statistics
-from ppo_cli.utils.device import modes_kept, send
+from ppo_cli.ppo.packing import TokenBatch
+from ppo_cli.ppo.step_statistics import join_minibatches, minibatch_statistics
 
-ARRAYS = ("policy/ratio", "policy/advantages")
+Statistics = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Update:
-    """What the optimisation phase works with.
+    """The optimisation phase of one step.
 
     Attributes:
         policy: the model with a value head, as `accelerator` prepared it.
-        optimizer: likewise.
+        optimizer: the optimizer, as `accelerator` prepared it.
         accelerator: scales, synchronises and clips gradients.
         shuffle: draws the order of samples in each epoch.
         config: the settings.
@@ -44,215 +44,148 @@ class Update:
     shuffle: np.random.RandomState
     config: PPOConfig
     kl_coef: float = 0.0
+    _first_outputs: TokenOutputs | None = field(default=None, init=False, repr=False)
 
     @cached_property
     def optimizer_step(self) -> OptimizerStep:
-        """How the weights move."""
+        """Moves the weights."""
         return OptimizerStep(self.policy, self.optimizer, self.accelerator, self.config)
 
     @property
     def is_one_pass(self) -> bool:
-        """Whether an epoch is one forward over the whole batch.
-
-        Then the first of them may be made before the advantages are known.
-        """
+        """Whether an epoch is one forward over the whole batch."""
         return self.config.mini_batch_size == self.config.batch_size
 
-    def run(self, experience: Experience, first: TokenOutputs | None = None) -> dict[str, Tensor]:
+    def forward_before(self, tokens: TokenBatch) -> TokenOutputs:
+        """The policy's outputs before the update.
+
+        Where one mini-batch is the whole batch, its first epoch would repeat this forward. So it is
+        made with gradients, and `run` begins with it.
+        """
+        with torch.set_grad_enabled(self.is_one_pass):
+            outputs = token_forward(self.policy, tokens, self.config.temperature)
+        if self.is_one_pass:
+            self._first_outputs = outputs
+        return outputs
+
+    def run(self, experience: Experience) -> Statistics:
         """All epochs over the batch.
 
-        Args:
-            experience: the batch.
-            first: the first epoch's forward over the whole batch, if it was made already.
-
         Returns:
-            Statistics of the mini-batches in training order, stacked; those named in `ARRAYS`
-            joined, one number a token that counts.
+            Statistics of the mini-batches in training order: scalars stacked, arrays joined.
         """
-        collected: list[dict[str, Tensor]] = []
+        collected: list[Statistics] = []
         for _ in range(self.config.ppo_epochs):
-            stats, is_last = self._epoch(experience, first)
+            stats, is_last = self._epoch(experience)
             collected += stats
-            first = None
             if is_last:
                 break
-        for each in collected:
-            too_far = ~(each.pop("mean_ratio") <= self.config.ratio_threshold)
-            each["policy/skipped"] = too_far.float()
-        join: dict[str, Callable] = dict.fromkeys(ARRAYS, torch.cat)
-        keys = [key for key in collected[0] if key != "moved"]
-        return {key: join.get(key, torch.stack)([s[key] for s in collected]) for key in keys}
+        return join_minibatches(collected)
 
-    def _epoch(
-        self, experience: Experience, first: TokenOutputs | None
-    ) -> tuple[list[dict[str, Tensor]], bool]:
+    def _epoch(self, experience: Experience) -> tuple[list[Statistics], bool]:
         """A pass over the batch: its mini-batches' statistics, and whether it is the last."""
-        collected: list[dict[str, Tensor]] = []
+        collected: list[Statistics] = []
         order = torch.from_numpy(self.shuffle.permutation(len(experience.tokens)))
         for indices in order.split(self.config.backward_batch_size):
-            stats = self._optimizer_step(experience, indices, first)
+            stats, is_past_limit = self._optimizer_step(experience, indices)
             collected += stats
-            first = None
-            if self.config.max_approx_kl is not None and any(map(self._is_past_limit, stats)):
+            if self.config.max_approx_kl is not None and is_past_limit:
                 return collected, True
-        is_last = self.config.early_stopping and self._moved_too_far(collected[-1])
+        is_last = self.config.early_stopping and self._exceeds_target_kl(collected[-1])
         return collected, is_last
 
     def _optimizer_step(
-        self, experience: Experience, indices: Tensor, outputs: TokenOutputs | None
-    ) -> list[dict[str, Tensor]]:
-        """Accumulate over the mini-batches of `indices`, then move the weights once.
+        self, experience: Experience, indices: Tensor
+    ) -> tuple[list[Statistics], Tensor]:
+        """Accumulate gradients over the mini-batches of `indices`, then move the weights once.
 
         A mini-batch whose mean ratio exceeds `ratio_threshold`, or whose KL from the old policy
         exceeds `max_approx_kl`, cancels the step. Nothing here waits for a GPU.
+
+        Returns:
+            The mini-batches' statistics, and whether one of them exceeds `max_approx_kl`.
         """
         step = self.optimizer_step
-        collected: list[dict[str, Tensor]] = []
-        cancelled = torch.zeros((), dtype=torch.bool, device=experience.tokens.device)
+        collected: list[Statistics] = []
+        is_cancelled = is_past_limit = experience.tokens.mask.new_zeros(())
         parts = indices.split(self.config.mini_batch_size)
         for i, part in enumerate(parts):
-            last = i == len(parts) - 1
+            is_last = i == len(parts) - 1
             # accelerate's own accumulation would step early at the end of the dataloader.
-            with nullcontext() if last else self.accelerator.no_sync(self.policy):
-                loss, stats = self._minibatch(experience, part, outputs)
+            with nullcontext() if is_last else self.accelerator.no_sync(self.policy):
+                loss, stats, is_skipped, is_past = self._minibatch(experience, part)
                 collected.append(stats)
-                too_far = ~(stats["mean_ratio"] <= self.config.ratio_threshold)
-                for key in ("loss/policy", "loss/value", "loss/total"):
-                    stats[key] = torch.where(too_far, 0.0, stats[key])
-                cancelled = cancelled | too_far
-                if self.config.max_approx_kl is not None:
-                    cancelled = cancelled | self._is_past_limit(stats)
-                moves = step.is_within_backward and last
-                with step.within_backward(unless=cancelled) if moves else nullcontext():
+                is_past_limit = is_past_limit | is_past
+                is_cancelled = is_cancelled | is_skipped | is_past
+                moves = step.is_within_backward and is_last
+                with step.within_backward(unless=is_cancelled) if moves else nullcontext():
                     self.accelerator.backward(loss / len(parts))
         if not step.is_within_backward:
-            step.after_backward(unless=cancelled)
+            step.after_backward(unless=is_cancelled)
         self.optimizer.zero_grad(set_to_none=True)
-        return collected
+        return collected, is_past_limit
 
     def _minibatch(
-        self, experience: Experience, indices: Tensor, outputs: TokenOutputs | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total loss and statistics of the samples at `indices`.
+        self, experience: Experience, indices: Tensor
+    ) -> tuple[Tensor, Statistics, Tensor, Tensor]:
+        """Loss and statistics of the samples at `indices`, and the two flags of `_limits`."""
+        batch, order = self._samples(experience, indices)
+        outputs = TokenOutputs(*map(batch.tokens.to_grid, self._forward(batch.tokens)))
+        loss = minibatch_loss(
+            logprobs=outputs.logprobs,
+            entropies=outputs.entropies,
+            values=outputs.values,
+            old_logprobs=batch.logprobs,
+            ref_logprobs=batch.ref_logprobs,
+            old_values=batch.values,
+            advantages=batch.advantages,
+            returns=batch.returns,
+            mask=batch.tokens.mask,
+            config=self.config,
+            kl_coef=self.kl_coef,
+        )
+        is_skipped, is_past_limit = self._limits(outputs.logprobs, batch)
+        stats = minibatch_statistics(batch, outputs, loss, is_skipped, order)
+        return loss.total, stats, is_skipped, is_past_limit
 
-        `outputs`, if given, are the policy's over the whole batch, and `indices` all of it.
+    def _samples(self, experience: Experience, indices: Tensor) -> tuple[Experience, Tensor | None]:
+        """The samples of a mini-batch, and their order in training where they stand in another.
+
+        The whole batch stays as it is: its rows are laid out already, and the loss has no order.
         """
-        in_order = experience.tokens.select(indices)
-        # The whole batch is laid out already, and learning from it knows no order.
-        is_whole = len(indices) == len(experience.tokens)
-        tokens = experience.tokens if is_whole else in_order
-        mask, rows = tokens.mask, send(indices, tokens.device)
-
-        def chosen(grid: Tensor) -> Tensor:
-            return grid if is_whole else grid[rows, : mask.shape[1]]
-
-        def reported(grid: Tensor) -> Tensor:
-            return in_order.flat(grid[rows] if is_whole else grid)
-
-        old_logprobs, old_values = chosen(experience.logprobs), chosen(experience.values)
-        advantages, returns = chosen(experience.advantages), chosen(experience.returns)
+        batch, order = experience, indices if len(indices) == len(experience.tokens) else None
+        if order is None:
+            batch = experience.select(indices)
         if self.config.advantage_norm == "mini_batch":
-            advantages = masked_whiten(advantages, mask)
+            batch = batch.with_whitened_advantages()
+        return batch, order
+
+    def _forward(self, tokens: TokenBatch) -> TokenOutputs:
+        """The policy's outputs (N,), the first time those that `forward_before` kept."""
+        outputs, self._first_outputs = self._first_outputs, None
         if outputs is None:
             outputs = token_forward(self.policy, tokens, self.config.temperature)
-        logprobs, entropies, values = map(tokens.to_grid, outputs)
-        log_ratio = logprobs - old_logprobs
-        ratio = log_ratio.exp()
+        return outputs
 
-        policy = losses.policy_loss(ratio, advantages, mask, self.config.cliprange)
-        value = losses.value_loss(values, old_values, returns, mask, self.config.cliprange_value)
-        loss = policy.loss + self.config.vf_coef * value.loss
-        if self.config.ent_coef:
-            loss = loss - self.config.ent_coef * masked_mean(entropies, mask)
-        if self.config.kl_in_loss:
-            ref_logprobs = chosen(experience.ref_logprobs)
-            penalty = losses.kl_penalty(logprobs, ref_logprobs, self.config.kl_penalty)
-            loss = loss + self.kl_coef * masked_mean(penalty, mask)
-        with torch.no_grad():
-            stats = {
-                "loss/policy": policy.loss.detach(),
-                "loss/value": value.loss.detach(),
-                "loss/total": loss.detach(),
-                "policy/clipfrac": policy.clipfrac,
-                "val/clipfrac": value.clipfrac,
-                "policy/advantages": reported(advantages),
-                "policy/ratio": reported(ratio.detach()),
-                "mean_ratio": self.accelerator.reduce(masked_mean(ratio.detach(), mask), "mean"),
-                "moved": self.accelerator.reduce(self._moved(log_ratio.detach(), mask), "mean"),
-                **minibatch_statistics(
-                    log_ratio=log_ratio.detach(),
-                    advantages=advantages,
-                    returns=returns,
-                    old_values=old_values,
-                    values=values.detach(),
-                    mask=mask,
-                    entropies=entropies.detach(),
-                ),
-            }
-        return loss, stats
+    @torch.no_grad()
+    def _limits(self, logprobs: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+        """Whether a mini-batch exceeds `ratio_threshold`, and `max_approx_kl`: two bool scalars.
 
-    @staticmethod
-    def _moved(log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """KL of the policy that sampled from the policy now, nats per token, by `k3`."""
-        return masked_mean(torch.expm1(log_ratio) - log_ratio, mask)
+        Both are decided by the mean over the processes, so that all do the same.
+        """
+        mask = batch.tokens.mask
+        mean_ratio = masked_mean((logprobs - batch.logprobs).exp(), mask)
+        # Written so that a mean that is not a number counts as too large.
+        is_skipped = ~(self._process_mean(mean_ratio) <= self.config.ratio_threshold)
+        if self.config.max_approx_kl is None:
+            return is_skipped, torch.zeros_like(is_skipped)
+        approx_kl = masked_mean(kl_penalty(batch.logprobs, logprobs, "k3"), mask)
+        return is_skipped, self._process_mean(approx_kl) > self.config.max_approx_kl
 
-    def _moved_too_far(self, stats: Mapping[str, Tensor]) -> bool:
-        policykl = self.accelerator.reduce(stats["policy/policykl"], "mean")
-        return bool(policykl > 1.5 * self.config.target_kl)
+    def _exceeds_target_kl(self, stats: Mapping[str, Tensor]) -> bool:
+        policy_kl = self._process_mean(stats["policy/policykl"])
+        return bool(policy_kl > 1.5 * self.config.target_kl)
 
-    def _is_past_limit(self, stats: Mapping[str, Tensor]) -> Tensor:
-        return stats["moved"] > (self.config.max_approx_kl or math.inf)
-
-
-@contextmanager
-def dropout_off(model: torch.nn.Module, *, keep_training_mode: bool) -> Iterator[None]:
-    """No dropout inside the block: ratios compare with probabilities that were taken without it.
-
-    Eval mode does that. Gradient checkpointing works in training mode alone; with
-    `keep_training_mode` the modules that are checkpointed keep it, and what they drop or add at
-    random, by their own settings or the configuration's, is set to zero. All is as before
-    afterwards.
-    """
-    checkpointed = []
-    if keep_training_mode:
-        checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    noises = _noises(checkpointed)
-    with modes_kept(model):
-        model.eval()
-        for module in checkpointed:
-            module.training = True
-        for owner, name, _ in noises:
-            setattr(owner, name, 0.0)
-        try:
-            yield
-        finally:
-            for owner, name, value in noises:
-                setattr(owner, name, value)
-
-
-@contextmanager
-def head_alone(model: torch.nn.Module) -> Iterator[None]:
-    """Inside the block only the value head learns."""
-    others = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and "v_head." not in name
-    ]
-    for parameter in others:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
-
-
-def _noises(modules: Sequence[torch.nn.Module]) -> list[tuple[Any, str, float]]:
-    """Owner, attribute and value of every share that modules drop, or scale of noise they add."""
-    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}
-    return [
-        (owner, name, value)
-        for owner in (*modules, *configs.values())
-        for name, value in vars(owner).items()
-        if isinstance(value, float) and any(word in name for word in ("drop", "jitter", "noise"))
-    ]
+    def _process_mean(self, value: Tensor) -> Tensor:
+        mean: Tensor = self.accelerator.reduce(value, "mean")
+        return mean

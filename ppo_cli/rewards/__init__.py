@@ -1,1 +1,1 @@
-"""From texts to scores."""
+"""Rewards: texts in, scores out; penalties and potentials."""

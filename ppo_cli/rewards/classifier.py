@@ -1,4 +1,4 @@
-"""A sequence classifier: loading it, its labels, and rows of tokens that it reads together."""
+"""A sequence classifier: loading it, its labels, and batches of rows of tokens."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ppo_cli.models.pretrained import HUB_KEYWORDS, base_errors, base_keywords, 
 from ppo_cli.utils.hub import implementations, refuse_misshaped, refuse_missing
 
 Row = Mapping[str, Sequence[int]]
-"""A text as a tokenizer gives it: `input_ids`, and what else the model reads of each token."""
-TRIED_ROWS = 8
-"""How many rows of a batch are read alone, too, at most."""
+"""The tokens of a text: `input_ids`, and the model's other inputs for each token."""
+MAX_TRIED_ROWS = 8
+"""Maximum number of rows of a batch that are also read alone, for comparison."""
 
 
 def load_classifier(name: str, **kwargs: Any) -> tuple[Any, list[str]]:
     """A sequence classifier in float32 from a folder or the hub, and the names of its outputs.
 
-    An adapter of one is merged into it where its kind can be.
+    An adapter is merged into its base model if its kind can be.
 
     Args:
         name: folder or hub id of a classifier or of a peft adapter.
-        kwargs: go to `from_pretrained`.
+        kwargs: arguments of `from_pretrained`.
 
     Raises:
-        ModelError: it is no sequence classifier, or weights of it are missing.
+        ModelError: it is no sequence classifier, or some of its weights are missing.
     """
     hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
     adapter = find_adapter(name, **hub)
@@ -70,9 +70,9 @@ def _load_whole(
 
     Args:
         name: folder or hub id.
-        head: weights that come later; where one has more rows, or fewer, than the configuration
-            has labels, the classifier gets as many outputs.
-        kwargs: go to `from_pretrained`.
+        head: weights that are loaded later; if they have another number of rows than the
+            configuration has labels, the classifier gets that number of outputs.
+        kwargs: arguments of `from_pretrained`.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
 
@@ -93,7 +93,7 @@ def _load_whole(
     sizes = [config.num_labels]
     if head is not None:
         sizes = [_outputs(config, head)]
-    elif sorted(names) != list(range(len(names))):  # the weights know how many outputs there are
+    elif sorted(names) != list(range(len(names))):  # the weights decide the number of outputs
         sizes = [*sizes, len(names), max(names) + 1]
     trust = kwargs.get("trust_remote_code", False)
     for size in dict.fromkeys(sizes):
@@ -103,7 +103,7 @@ def _load_whole(
             name,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused here, by name
+            ignore_mismatched_sizes=True,  # refused below, by name
             **chosen,
         )
         unfit = {key for key, *_ in info["mismatched_keys"]}
@@ -117,12 +117,12 @@ def _load_whole(
             "which are not as many as its weights have outputs: number them from 0"
         )
     if head is not None and size != len(names):
-        names = {}  # those are another head's
+        names = {}  # these belong to another head
     return model, label_names(name, names, size), [*info["missing_keys"], *unfit]
 
 
 def _outputs(config: Any, head: Mapping[str, Tensor]) -> int:
-    """How many outputs a classifier of this configuration has, with these weights in its head."""
+    """Number of outputs of a classifier of this configuration, with these weights in its head."""
     from transformers import AutoModelForSequenceClassification
 
     with torch.device("meta"):
@@ -136,12 +136,12 @@ def label_names(classifier: str, names: Mapping[int, str], outputs: int) -> list
 
     Args:
         classifier: named in the message.
-        names: of a configuration's `id2label`. Its ids are the logits', but for those that count
-            all outputs from 1; an output that it does not name is `LABEL_i`, as everywhere.
-        outputs: how many there are.
+        names: `id2label` of the configuration. Its ids are indices of logits, or all outputs are
+            counted from 1. An output without a name is `LABEL_i`, as in `transformers`.
+        outputs: the number of outputs.
 
     Raises:
-        ModelError: an id is no output's.
+        ModelError: there is no output for an id.
     """
     if sorted(names) == list(range(1, outputs + 1)):
         names = {i - 1: name for i, name in names.items()}
@@ -154,12 +154,11 @@ def label_names(classifier: str, names: Mapping[int, str], outputs: int) -> list
 
 
 class Padding:
-    """Puts rows of several lengths into one batch, where that changes no score.
+    """Puts rows of several lengths into one batch, unless padding changes the scores.
 
-    Most classifiers do not see padding. Of those that do (convolutions over tokens, Fourier
-    transforms, chunks) rows of one length alone are read together. Which kind one is shows when
-    rows of several lengths are read alone as well: in the first batch, and in each that is wider
-    than all before.
+    Padding has no effect on most classifiers. For the others (convolutions over tokens, Fourier
+    transforms, chunks) a batch holds rows of one length only. To find out, some rows of the first
+    batch, and of each batch that is wider than all before, are also read alone.
 
     Args:
         classifier: the model.
@@ -170,7 +169,7 @@ class Padding:
         self._config = classifier.config.get_text_config()
         self._side = (
             "left" if classifier.config.model_type == "xlnet" else "right"
-        )  # its last place counts
+        )  # it classifies the last token
         forward = (
             classifier.get_base_model() if hasattr(classifier, "get_base_model") else classifier
         )
@@ -184,25 +183,25 @@ class Padding:
         self._tried = 0
 
     def batches(self, texts: Sequence[str], rows: Sequence[Row], size: int) -> Iterator[list[int]]:
-        """Indices of rows that are read together, `size` at most."""
+        """Indices of the rows of each batch, at most `size`."""
         if self._is_harmless:
-            groups = [sorted(range(len(rows)), key=lambda i: len(texts[i]))]  # alike together
+            groups = [sorted(range(len(rows)), key=lambda i: len(texts[i]))]  # similar lengths
         else:
-            alike: dict[int, list[int]] = {}
+            by_length: dict[int, list[int]] = {}
             for i, row in enumerate(rows):
-                alike.setdefault(len(row["input_ids"]), []).append(i)
-            groups = list(alike.values())
+                by_length.setdefault(len(row["input_ids"]), []).append(i)
+            groups = list(by_length.values())
         for group in groups:
             for start in range(0, len(group), size):
                 yield group[start : start + size]
 
     def padded(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """What the classifier is called with, (B, T) each."""
+        """The classifier's arguments, (B, T) each."""
         ids = [list(row["input_ids"]) or [self._nothing] for row in rows]
         width = max(map(len, ids))
         pad = self._pad
         if pad is None:
-            # Decoder classifiers score the last token that is not this one.
+            # Decoder classifiers score the last token that is not the padding token.
             lasts = {row[-1] for row in ids}
             pad = next(i for i in count() if i not in lasts)
             self._config.pad_token_id = pad
@@ -224,29 +223,29 @@ class Padding:
         return {key: value for key, value in batch.items() if key in self._reads}
 
     def untried(self, rows: Sequence[Row]) -> list[int]:
-        """Which of `rows` to read alone: some, if they hold more padding than was tried before."""
+        """Indices of some rows to read alone, if there is more padding than was tried before."""
         lengths = [len(row["input_ids"]) for row in rows]
         widest = max(lengths)
         if min(lengths) == widest or widest <= self._tried:
             return []
         self._tried = widest
         padded = {length: i for i, length in enumerate(lengths) if length < widest}
-        spread = sorted(padded)[:: -(-len(padded) // TRIED_ROWS)]
+        spread = sorted(padded)[:: -(-len(padded) // MAX_TRIED_ROWS)]
         return [padded[length] for length in spread]
 
     def is_harmless(self, together: Tensor, alone: Tensor) -> bool:
-        """Whether logits of rows are the same with others and alone, which is remembered."""
+        """Whether logits of rows are the same in a batch and alone; the answer is kept."""
         self._is_harmless = is_same(together, alone)
         return self._is_harmless
 
 
 def is_same(logits: Tensor, others: Tensor) -> bool:
-    """Whether logits differ in rounding alone."""
+    """Whether logits differ only by rounding."""
     return torch.allclose(logits, others, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def rows_of(encoded: Mapping[str, Sequence[Sequence[int]]]) -> list[Row]:
-    """What a tokenizer makes of several texts, as a row a text."""
+    """A tokenizer's output for several texts, as one row per text."""
     return [
         dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)
     ]

@@ -1,4 +1,4 @@
-"""From the names in a configuration to a classifier."""
+"""Loads the classifier that a configuration names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,17 @@ def load_reward(
     sentiment: str | None = None,
     trusted: Collection[str] = (),
 ) -> SentimentReward:
-    """The classifier, set to the configured label or to `sentiment`."""
+    """The classifier of a configuration.
+
+    Args:
+        config: the section `reward`.
+        device: the classifier's device.
+        sentiment: the label, instead of the configured one.
+        trusted: models, as `config` names them, whose own code may run.
+
+    Raises:
+        PPOCliError: it cannot be loaded, or does not score a text.
+    """
     source = str(classifier_folder()) if config.model == EMBEDDED else config.model
     with trial_errors(config.model, "classifier"):
         reward = SentimentReward(

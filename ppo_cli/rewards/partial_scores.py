@@ -1,4 +1,4 @@
-"""What the score promises to become, token by token: the classifier reads unfinished texts."""
+"""Potentials: the classifier's scores of unfinished texts, before each response token."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ppo_cli.rewards.sentiment import RewardFunction
 def potentials(
     rollout: Rollout, tokenizer: Any, reward: RewardFunction, every: int
 ) -> list[Tensor]:
-    """Scores of each query with the response as far as it was there, for `PPOTrainer.step`.
+    """Scores of each query with the beginnings of its response, for `PPOTrainer.step`.
 
     Args:
         rollout: B queries and responses.
         tokenizer: the policy's.
         reward: scores texts.
-        every: the text is scored before response tokens 0, `every`, 2 x `every` ...; those between
-            have the score before them.
+        every: the text is scored before response tokens 0, `every`, 2 x `every` ...; the tokens
+            between have the last of these scores.
 
     Returns:
         B tensors, (response_length,): the score before each response token.

@@ -1,15 +1,18 @@
-"""Reward shaping: what is taken from the classifier's scores before PPO sees them.
+"""Penalties: subtracted from the classifier's scores before PPO sees them.
 
-Each term is a number a response, worked out from its tokens or its text, in units of the score:
+Each term is one number per response, computed from its tokens or its text, in units of the score:
 
-    shaped score = score - missing_eos_penalty x [ended by its limit alone]
-                         - length_cost x |tokens - target_length|
-                         - repetition_cost x (share of word pairs that were there before)
+    penalised score = score - missing_eos_penalty x [no end token before the length limit]
+                            - length_cost x |tokens - target_length|
+                            - repetition_cost x (share of repeated word pairs)
 
 All are off by default. Sources: the first is `missing_eos_penalty` of TRL's later trainers; the
-second is the simplest of its kind, for DAPO's ramp before a common limit ("soft overlong
-punishment", https://arxiv.org/abs/2503.14476) has no meaning where each response has a limit of its
-own; the third is `seq-rep-2` of Welleck et al. 2020 (https://arxiv.org/abs/1908.04319), over words.
+second is the simplest length penalty, because DAPO's ramp before a common limit ("soft overlong
+punishment", https://arxiv.org/abs/2503.14476) needs one limit for all responses; the third is
+`seq-rep-2` of Welleck et al. 2020 (https://arxiv.org/abs/1908.04319), over words.
+
+To add a term: its weight is a field of `RewardConfig`, `score_penalties` computes it under the same
+name, and `RUN_STATISTICS` in `ppo/statistics.py` says what `env/NAME` means.
 """
 
 from __future__ import annotations
@@ -24,65 +27,65 @@ from ppo_cli.errors import UsageError
 from ppo_cli.utils.ngrams import repetition
 
 
-def check_terms(settings: RewardConfig, end_ids: Collection[int]) -> None:
-    """Raise `UsageError` where responses shall be fined for not ending, and none can end."""
+def check_penalties(settings: RewardConfig, end_ids: Collection[int]) -> None:
+    """Raise `UsageError` where a missing end is penalised, and no token can end a response."""
     if settings.missing_eos_penalty and not end_ids:
         raise UsageError(
             "reward.missing_eos_penalty: neither tokenizer nor model has an end-of-text token, so "
-            "no response ends by itself: say with rollout.stop what does, or set the penalty to 0"
+            "no response ends by itself: name end texts with rollout.stop, or set the penalty to 0"
         )
 
 
 def without_end(responses: Sequence[Tensor], end_ids: Collection[int]) -> Tensor:
-    """(B,) 1 where a response's last token is none of `end_ids`, else 0."""
+    """(B,) 1 where a response's last token is not in `end_ids`, else 0."""
     lasts = [int(response[-1]) if len(response) else None for response in responses]
     return torch.tensor([float(last not in end_ids) for last in lasts])
 
 
 def length_gap(responses: Sequence[Tensor], target: int) -> Tensor:
-    """(B,) tokens between each response's length and `target`, whichever is longer."""
+    """(B,) absolute difference of each response's length and `target`, tokens."""
     return torch.tensor([float(abs(len(response) - target)) for response in responses])
 
 
 def repeated_pairs(texts: Sequence[str]) -> Tensor:
-    """(B,) share of each text's word pairs that it contained already; 0 for up to one word."""
+    """(B,) share of each text's word pairs that occur earlier in it; 0 for fewer than two words."""
     return torch.tensor([repetition([text]) for text in texts])
 
 
-def penalties(
+def score_penalties(
     responses: Sequence[Tensor],
     texts: Sequence[str],
     end_ids: Collection[int],
     settings: RewardConfig,
 ) -> dict[str, Tensor]:
-    """What each term that is on takes from the scores: its name -> (B,), none below 0.
+    """The terms that are on: name -> (B,), none below 0.
 
     Args:
         responses: B tensors of token ids, 1-D.
         texts: B strings, the responses decoded.
         end_ids: tokens that end a response.
-        settings: says which terms are on, and their size.
+        settings: the weights of the terms; 0 for off.
     """
-    taken: dict[str, Tensor] = {}
+    terms: dict[str, Tensor] = {}
     if settings.missing_eos_penalty:
         open_ended = without_end(responses, end_ids)
-        taken["missing_eos_penalty"] = settings.missing_eos_penalty * open_ended
+        terms["missing_eos_penalty"] = settings.missing_eos_penalty * open_ended
     if settings.length_cost:
         gap = length_gap(responses, settings.target_length)
-        taken["length_cost"] = settings.length_cost * gap
+        terms["length_cost"] = settings.length_cost * gap
     if settings.repetition_cost:
-        taken["repetition_cost"] = settings.repetition_cost * repeated_pairs(texts)
-    return taken
+        terms["repetition_cost"] = settings.repetition_cost * repeated_pairs(texts)
+    return terms
 
 
-def shaped(scores: Tensor, taken: Mapping[str, Tensor]) -> Tensor:
-    """Scores (B,) less what the terms take."""
-    return scores - sum(taken.values(), torch.zeros_like(scores))
+def penalised(scores: Tensor, penalties: Mapping[str, Tensor]) -> Tensor:
+    """Scores (B,) minus all penalties."""
+    return scores - sum(penalties.values(), torch.zeros_like(scores))
 
 
-def shaping_statistics(scores: Tensor, taken: Mapping[str, Tensor]) -> dict[str, float]:
-    """Mean of each term and of the shaped scores, for a run's metrics; nothing without a term."""
-    if not taken:
+def penalty_statistics(scores: Tensor, penalties: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means of the terms and of the penalised scores, for a run's metrics; empty without terms."""
+    if not penalties:
         return {}
-    means = {f"env/{name}": value.mean().item() for name, value in taken.items()}
-    return means | {"env/shaped_reward_mean": shaped(scores, taken).mean().item()}
+    means = {f"env/{name}": value.mean().item() for name, value in penalties.items()}
+    return means | {"env/shaped_reward_mean": penalised(scores, penalties).mean().item()}

@@ -1,4 +1,4 @@
-"""Rewards: texts in, one score a text out."""
+"""The sentiment classifier as a reward: texts in, one score per text out."""
 
 from __future__ import annotations
 
@@ -41,39 +41,38 @@ PROBES = {
 
 
 class RewardFunction(Protocol):
-    """Scores texts. Any callable of this form can take `SentimentReward`'s place."""
+    """Scores texts. Any callable of this form can replace `SentimentReward`."""
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """B texts -> (B,) scores, float32."""
 
 
 class SentimentReward:
-    """The score that a sequence classifier gives to one of its labels.
+    """A sequence classifier's score of one of its labels.
 
-    A text's score is what the classifier says of that text alone, whatever else is scored with it.
-    Of a text that is longer than the classifier reads it is the score of the text's end, and a
-    warning says so once.
+    A text's score does not depend on the other texts of the batch. If a text is longer than the
+    classifier can read, its end is scored, and there is one warning.
 
     Args:
         model: hub id or folder of a `transformers` sequence classifier, or of a peft adapter of
             one.
         sentiment: a label's name, its index, or a synonym: `positive`, `NEGATIVE`, `LABEL_1`,
-            `5 stars`, `1`. Case does not matter. The single output of a reward model is meant by
-            its own name, by `0` and by `positive`.
+            `5 stars`, `1`. Case does not matter. The single output of a reward model is chosen by
+            its name, by `0` or by `positive`.
         output: `"logit"` for the raw logit of the label, `"probability"` for its probability.
-        batch_size: texts a forward pass.
-        device: where the classifier runs.
-        kwargs: go to `from_pretrained`, `revision` for example.
+        batch_size: texts per forward pass.
+        device: the classifier's device.
+        kwargs: arguments of `from_pretrained`, such as `revision`.
 
     Attributes:
-        label: the label's name as the classifier has it.
-        labels: the names of all of them, in the order of the logits.
-        max_length: tokens of a text that are read, special tokens included.
+        label: the label's name in the classifier.
+        labels: the names of all labels, in the order of the logits.
+        max_length: maximum number of tokens that are read of a text, with special tokens.
 
     Raises:
         ModelNotFoundError: no such folder or hub model.
         ModelError: it cannot be loaded, or is no sequence classifier.
-        UsageError: the classifier has no label of that name.
+        UsageError: the classifier has no such label.
     """
 
     def __init__(
@@ -99,8 +98,8 @@ class SentimentReward:
             refuse_unusable(self.name, self.tokenizer)
         refuse_empty(self.name, self.tokenizer)
         self.device = torch.device(device)
-        self.tokenizer.truncation_side = "left"  # a response is at the end
-        # What spells a special token is text: no response ends the classifier's sentence.
+        self.tokenizer.truncation_side = "left"  # the response is at the end
+        # The spelling of a special token is read as text: no response ends the classifier's input.
         self.tokenizer.split_special_tokens = True
         self.max_length = self._max_length()
         self._padding = Padding(self.classifier, self.tokenizer)
@@ -118,10 +117,10 @@ class SentimentReward:
     def scores(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B texts -> logits (B,) and probabilities (B,) of the label, float32, on the CPU.
 
-        A classifier with a single output is read as a logistic one.
+        The probability of a single output is its sigmoid.
 
         Raises:
-            ModelError: a score is not finite, or random.
+            ModelError: a score is not finite, or differs between two forwards.
         """
         logits = self._logits(texts, self._rows(texts))
         if not logits.isfinite().all():
@@ -135,7 +134,7 @@ class SentimentReward:
         return chosen, chosen.sigmoid() if is_logistic else logits.softmax(1)[:, self.index]
 
     def _rows(self, texts: Sequence[str]) -> list[Row]:
-        """What the classifier reads of each text; of those that are too long the end."""
+        """The tokens of each text, or of its end if it is too long."""
         tokenize = partial(self.tokenizer, return_attention_mask=False, verbose=False)
         rows = rows_of(tokenize(list(texts))) if texts else []
         long = [i for i, row in enumerate(rows) if len(row["input_ids"]) > self.max_length]
@@ -147,7 +146,7 @@ class SentimentReward:
                 self._has_warned = True
                 warnings.warn(
                     f"{len(long)} of {len(texts)} texts are longer than the {self.max_length} "
-                    f"tokens that {self.name} reads: their ends alone are scored. Give shorter "
+                    f"tokens that {self.name} reads: only their ends are scored. Give shorter "
                     "prompts, or a classifier that reads more",
                     stacklevel=4,
                 )
@@ -165,10 +164,10 @@ class SentimentReward:
                     again = torch.cat([self._forward([batch[i]]) for i in tried])
                     if not is_same(alone, again):
                         raise ModelError(
-                            f"{self.name} gives one text another score each time: choose another "
-                            "classifier"
+                            f"{self.name} scores the same text differently each time: choose "
+                            "another classifier"
                         )
-                    return self._logits(texts, rows)  # this time without padding
+                    return self._logits(texts, rows)  # again, now without padding
         return logits
 
     def _forward(self, rows: Sequence[Row]) -> Tensor:
@@ -180,8 +179,8 @@ class SentimentReward:
         """Score clearly positive and clearly negative sentences.
 
         Raises:
-            UsageError: the classifier prefers the wrong ones for a label that names a sentiment,
-                or tells them hardly apart whatever the label.
+            UsageError: for a label that names a sentiment, the wrong sentences have the higher
+                scores; or the scores hardly differ.
         """
         logits, probabilities = self.scores([*PROBES["positive"], *PROBES["negative"]])
         n = len(PROBES["positive"])
@@ -222,13 +221,13 @@ class SentimentReward:
 def resolve_label(sentiment: str, labels: Sequence[str]) -> int:
     """Index of the label that `sentiment` names.
 
-    Tried in turn, case ignored: a label's own name; its index; for a word that means positive or
-    negative, a label that means the same; for two labels without a meaning (`LABEL_0`, `LABEL_1`)
-    the second as positive, the first as negative, which `SentimentReward.probe` checks; and for a
-    reward model's single output, unless its name means negative, positive.
+    In this order, ignoring case: a label's name; its index; for a word that means positive or
+    negative, a label with the same meaning; of two labels without a meaning (`LABEL_0`, `LABEL_1`)
+    the second as positive and the first as negative, which `SentimentReward.probe` checks. The
+    single output of a reward model is positive, unless its name means negative.
 
     Raises:
-        UsageError: nothing matches, or several labels have that name; the message lists the labels.
+        UsageError: no label matches, or several have that name; the message lists the labels.
     """
     wanted = _normal(sentiment)
     names = [_normal(label) for label in labels]
@@ -248,7 +247,7 @@ def resolve_label(sentiment: str, labels: Sequence[str]) -> int:
             return 0
         raise UsageError(
             f"the classifier has no label '{sentiment}': its single output is {labels[0]}, which "
-            f"is not turned round. Choose it with --sentiment {labels[0]}, or another classifier"
+            f"is not inverted. Choose it with --sentiment {labels[0]}, or another classifier"
         )
     if polarity:
         synonyms = POSITIVE_NAMES if polarity > 0 else NEGATIVE_NAMES
@@ -274,7 +273,7 @@ def _polarity(name: str) -> int:
 
 
 def _polarity_of_index(index: int, labels: Sequence[str]) -> int:
-    """What two nameless labels are by custom: the first negative, the second positive."""
+    """The usual polarity of two labels without a meaning: first negative, second positive."""
     if not _nameless(labels):
         return 0
     return 1 if index == 1 else -1

@@ -16,7 +16,7 @@ from ppo_cli.models.context import context_length
 from ppo_cli.models.loading import load_policy
 from ppo_cli.models.sampling import check_sampling
 from ppo_cli.ppo.config import PPOConfig
-from ppo_cli.ppo.experience import check_reading
+from ppo_cli.ppo.forward import check_reading
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.utils.device import accelerator_settings
 

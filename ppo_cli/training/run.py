@@ -29,7 +29,12 @@ from ppo_cli.reporting.plots import DEFAULT_METRICS, plot_training
 from ppo_cli.reporting.summary import Pace, StepReport, TrainingSummary
 from ppo_cli.rewards.loading import load_reward
 from ppo_cli.rewards.partial_scores import potentials
-from ppo_cli.rewards.penalties import check_terms, penalties, shaped, shaping_statistics
+from ppo_cli.rewards.penalties import (
+    check_penalties,
+    penalised,
+    penalty_statistics,
+    score_penalties,
+)
 from ppo_cli.training.advice import Adviser
 from ppo_cli.training.build import check_context, make_trainer, try_models
 from ppo_cli.training.checkpoint import state_faults
@@ -111,7 +116,7 @@ class Training:
         )
         self.trainer = make_trainer(config, self.device, self.tokenizer, trusted)
         self.ends = end_tokens(self.tokenizer, config.rollout.stop, self._policy)
-        check_terms(config.reward, self.ends)
+        check_penalties(config.reward, self.ends)
         check_context(config, self._policy, self.prompts.train)
         try_models(self.trainer)
         self._say(filter(None, [sampling_advice(config)]))
@@ -305,10 +310,12 @@ class Training:
             samples = judge(rollout, batch["query"], self.reward)
             promised = self._potentials(rollout)
         scores = torch.tensor([sample.score for sample in samples])
-        taken = penalties(responses, rollout.response_texts, self.ends, self.config.reward)
+        penalties = score_penalties(
+            responses, rollout.response_texts, self.ends, self.config.reward
+        )
         scored = time.perf_counter()
         stats = self.trainer.step(
-            batch["input_ids"], responses, list(shaped(scores, taken)), potentials=promised
+            batch["input_ids"], responses, list(penalised(scores, penalties)), potentials=promised
         )
         texts = {"query": batch["query"], "response": rollout.response_texts}
         self.trainer.log_stats(stats, texts, scores)
@@ -319,7 +326,7 @@ class Training:
             "env/reward_mean": scores.mean().item(),
             "env/reward_std": scores.std().item() if len(scores) > 1 else 0.0,
             "env/probability_mean": mean_probability(samples),
-            **shaping_statistics(scores, taken),
+            **penalty_statistics(scores, penalties),
             "time/sampling": sampled - started,
             "time/scoring": scored - sampled,
             "time/optimising": stats["time/ppo/total"],

@@ -18,7 +18,7 @@ from ppo_cli.models.capabilities import (
     reads_still_cache,
 )
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.ppo.experience import token_forward
+from ppo_cli.ppo.forward import token_forward
 from ppo_cli.ppo.packing import TokenBatch
 from tests.conftest import SMALL, VOCABULARY, make_gpt2
 

@@ -19,7 +19,7 @@ from ppo_cli.errors import DataError, ModelError, UsageError
 from ppo_cli.models import capabilities, self_check
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead as Policy
 from ppo_cli.models.sampling import sample_responses
-from ppo_cli.ppo.experience import check_reading, token_forward, token_logits
+from ppo_cli.ppo.forward import check_reading, token_forward, token_logits
 from ppo_cli.ppo.packing import TokenBatch
 from ppo_cli.training.build import check_context
 from tests.conftest import SMALL, VOCABULARY, make_batch, make_gpt2, make_policy, make_trainer

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from ppo_cli.kernels.lm_head import entropy, token_logprobs
 from ppo_cli.ppo.advantages import (
-    RunningMoments,
     generalized_advantages,
     masked_mean,
     masked_var,
     masked_whiten,
     token_rewards,
 )
+from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.kl_controller import AdaptiveKLController, FixedKLController
-from ppo_cli.ppo.losses import full_kl, kl_penalty, policy_loss, value_loss
+from ppo_cli.ppo.losses import full_kl, kl_penalty, minibatch_loss, policy_loss, value_loss
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -149,7 +149,7 @@ def test_advantages_do_not_depend_on_padding_or_on_what_lies_in_it() -> None:
 
 
 def naive_policy_loss(ratio: Any, advantages: Any, mask: Any, c: float) -> tuple[float, float]:
-    """Token after token; the clip is written as the cases in which it makes a difference."""
+    """A loop over tokens; the clip is written as the cases in which it makes a difference."""
     losses, clipped = [], 0
     for r_row, a_row, m_row in zip(ratio.tolist(), advantages.tolist(), mask.tolist(), strict=True):
         for r, a, counts in zip(r_row, a_row, m_row, strict=True):
@@ -206,6 +206,73 @@ def test_value_loss_is_that_of_a_loop_over_tokens(clip: float) -> None:
     assert decided > 0
 
 
+def naive_minibatch_loss(outputs: dict[str, Tensor], config: PPOConfig, kl_coef: float) -> Tensor:
+    """A loop over the tokens that count; a clip is written as the cases in which it matters.
+
+    `outputs` are the grids of `minibatch_loss`, under the same names.
+    """
+    lo, hi, vc = 1 - config.cliprange, 1 + config.cliprange, config.cliprange_value
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for row, column in outputs["mask"].nonzero().tolist():
+        now = {key: grid[row, column] for key, grid in outputs.items()}
+        ratio = now["logprobs"].exp() / now["old_logprobs"].exp()
+        advantage = now["advantages"].item()
+        is_clipped = ratio > hi if advantage > 0 else ratio < lo
+        if not is_clipped:
+            total = total - advantage * ratio
+        else:
+            total = total - advantage * (hi if advantage > 0 else lo)
+        moved = (now["values"] - now["old_values"]).item()
+        error = (now["values"] - now["returns"]) ** 2
+        held = (now["old_values"] + math.copysign(vc, moved) - now["returns"]) ** 2
+        if abs(moved) > vc and held > error:
+            error = held
+        total = total + config.vf_coef * error / 2 - config.ent_coef * now["entropies"]
+        if config.kl_in_loss:
+            x = now["logprobs"] - now["ref_logprobs"]
+            penalty = x * x / 2 if config.kl_penalty == "k2" else 1 / x.exp() - 1 + x
+            total = total + kl_coef * penalty
+        count += 1
+    return total / count
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"cliprange": 0.05, "cliprange_value": 0.4, "vf_coef": 1.5},
+        {"ent_coef": 0.3},
+        {"kl_in_loss": True, "kl_penalty": "k3"},
+        {"kl_in_loss": True, "kl_penalty": "k2", "ent_coef": 0.1},
+    ],
+    ids=str,
+)
+def test_minibatch_loss_and_its_gradient_are_those_of_a_loop_over_tokens(
+    settings: dict[str, Any],
+) -> None:
+    names = ["logprobs", "entropies", "values", "old_logprobs", "ref_logprobs", "old_values"]
+    grids = {
+        name: 0.4 * normal(5, 6, seed=40 + i)
+        for i, name in enumerate([*names, "advantages", "returns"])
+    }
+    grids["mask"] = left_mask(6, 2, 0, 1, 5)
+    outputs = [grids[name].requires_grad_() for name in names[:3]]
+    config = PPOConfig(**settings)
+    result = minibatch_loss(**grids, config=config, kl_coef=0.7)
+    expected = naive_minibatch_loss(grids, config, 0.7)
+    torch.testing.assert_close(result.total, expected)
+    assert 0 < result.policy.clipfrac < 1
+    assert 0 < result.value.clipfrac < 1
+    found, wanted = (
+        torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
+        for loss in (result.total, expected)
+    )
+    for mine, naive in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, naive)
+    assert found[0].abs().max() > 0
+    assert found[2].abs().max() > 0
+
+
 def test_token_logprobs_full_kl_and_entropy_are_those_of_torch_distributions() -> None:
     p_logits, q_logits = normal(9, 13, seed=12) * 3, normal(9, 13, seed=13) * 3
     p = torch.distributions.Categorical(logits=p_logits)
@@ -259,7 +326,7 @@ def test_over_samples_the_gradient_of_k2_is_that_of_the_exact_kl() -> None:
     torch.testing.assert_close(expected, exact)
 
 
-# ---------------------------------------------------------------- KL coefficient, moments
+# ---------------------------------------------------------------- KL coefficient
 
 
 def test_the_adaptive_coefficient_rises_above_the_target_falls_below_and_rests_on_it() -> None:
@@ -285,35 +352,3 @@ def test_the_fixed_coefficient_stays() -> None:
     controller = FixedKLController(0.3)
     controller.update(1000.0, 64)
     assert controller.value == 0.3
-
-
-def test_running_moments_are_numpys_over_everything_seen() -> None:
-    moments, seen = RunningMoments(), np.empty(0)
-    for i, size in enumerate((5, 1, 32, 3)):
-        batch = normal(size, seed=20 + i) * (i + 1) + 10 * i
-        own = moments.update(batch)
-        seen = np.concatenate([seen, batch.numpy()])
-        assert moments.mean == pytest.approx(seen.mean())
-        assert moments.std == pytest.approx(seen.std(ddof=1))
-        assert moments.var == pytest.approx(seen.var())
-        assert own[0] == pytest.approx(batch.numpy().mean())
-        if size > 1:
-            assert own[1] == pytest.approx(batch.numpy().std(ddof=1))
-
-
-def test_running_moments_go_on_from_their_saved_state() -> None:
-    first, second, whole = RunningMoments(), RunningMoments(), RunningMoments()
-    a, b = normal(8, seed=30), normal(6, seed=31) + 4
-    first.update(a)
-    second.load_state_dict(first.state_dict())
-    second.update(b)
-    whole.update(torch.cat([a, b]))
-    assert second.state_dict() == pytest.approx(whole.state_dict())
-    assert first.count == 8  # the state is a copy
-
-
-def test_running_moments_of_one_score_are_finite() -> None:
-    moments = RunningMoments()
-    moments.update(torch.tensor([3.0]))
-    assert moments.mean == pytest.approx(3.0)
-    assert math.isfinite(moments.std)

@@ -1,4 +1,4 @@
-"""Ragged sequences -> token rows: every token in its place, none mixed up, few places wasted."""
+"""Ragged sequences -> rows of tokens: each token in its place, few places empty."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ppo_cli.ppo import packing
-from ppo_cli.ppo.packing import ROW_TOKENS, TokenBatch, balanced_rows, checked_batch
+from ppo_cli.ppo.packing import ROW_TOKENS, TokenBatch, balanced_rows
+from ppo_cli.ppo.step_inputs import checked_batch
 
 CPU = torch.device("cpu")
 PAD = 99
@@ -25,9 +26,9 @@ def small(response_masks: list[Tensor] | None = None) -> TokenBatch:
 
 
 def random_batch(seed: int) -> tuple[TokenBatch, list[list[int]]]:
-    """A ragged batch of tokens other than 0, and of each sequence what there is to read.
+    """A ragged batch of tokens other than 0, and the tokens of each sequence that a model reads.
 
-    That is all before its last target, nothing where no token counts.
+    These are the tokens before its last target, or none where no token counts.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -52,7 +53,7 @@ RAGGED = [random_batch(seed) for seed in range(60)]
 
 
 def stretches(inputs: dict[str, Tensor]) -> list[list[int]]:
-    """The sequences in packed rows: each goes on while position ids count up from 0."""
+    """The sequences in packed rows: in each the position ids count up from 0."""
     found: list[list[int]] = []
     for ids, positions in zip(
         inputs["input_ids"].tolist(), inputs["position_ids"].tolist(), strict=True
@@ -303,7 +304,7 @@ def test_balanced_rows_overlap_nowhere_leave_no_holes_and_are_as_many_as_the_tar
 
 
 def shortest(lengths: list[int], count: int) -> int:
-    """Width of the best of all ways to spread sequences over `count` rows."""
+    """Smallest possible width of `count` rows that hold all sequences, by trying all ways."""
     return min(
         max(
             sum(n for n, row in zip(lengths, choice, strict=True) if row == r) for r in range(count)

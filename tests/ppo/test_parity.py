@@ -1,7 +1,7 @@
-"""`step()` against TRL 0.11.4's own: inputs and outputs recorded in `data/parity`.
+"""`step()` against TRL 0.11.4: its recorded inputs and outputs are in `fixtures/parity`.
 
 Each case is three steps of TRL 0.11.4 (transformers 4.46.3) on a tiny random GPT-2. The case of
-`whiten_rewards` is not among them: there TRL whitened outside the mask, which is mended here.
+`whiten_rewards` is not among them: there TRL whitened outside the mask, which is corrected here.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def test_step_gives_what_trl_gave(case: str) -> None:
 
 
 def replay(trainer: PPOTrainer, permutations: list[list[int]]) -> None:
-    """The recorded shuffles are those that the trainer's seed gives by itself: check, not patch."""
+    """Check that the recorded shuffles are those of the trainer's seed; nothing is patched."""
     state = trainer._shuffle.get_state()
     drawn = [trainer._shuffle.permutation(len(p)).tolist() for p in permutations]
     assert drawn == permutations

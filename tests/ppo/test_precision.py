@@ -1,4 +1,4 @@
-"""Precision: what each name means where, and that bfloat16 trains float32 weights."""
+"""Precision: the meaning of each name on each device; bfloat16 trains float32 weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from ppo_cli.config.loading import load_config
 from ppo_cli.errors import UsageError
-from ppo_cli.ppo.experience import check_reading
+from ppo_cli.ppo.forward import check_reading
 from ppo_cli.training.run import Training
 from ppo_cli.utils.device import computes_bfloat16, keep_freed_memory, mixed_precision
 from tests.conftest import SMALL_RUN, make_batch, make_gpt2, make_policy, make_trainer, weights

@@ -1,6 +1,6 @@
-"""`PPOTrainer`: its surface, and each bug of TRL 0.11.4 that is mended.
+"""`PPOTrainer`: its interface, and the bugs of TRL 0.11.4 that are corrected.
 
-The numbers in comments are those of the list of quirks in CONTRIBUTING.md.
+The numbers in comments refer to the list of quirks in CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def test_masked_and_empty_responses_take_part_in_nothing() -> None:  # 10
 
 
 def test_masked_tokens_are_skipped_not_counted_as_zero() -> None:  # 10
-    """A response with a hole has the advantages of the same rewards and values without the hole."""
+    """Tokens that do not count have no place in the grids."""
     from ppo_cli.ppo.packing import TokenBatch
 
     hole = torch.tensor([1, 0, 0, 1, 1])
@@ -395,16 +395,23 @@ def test_ratio_and_advantages_hold_only_tokens_that_count() -> None:  # 19
     assert stats["ppo/policy/advantages"].mean() == pytest.approx(0, abs=1e-5)
 
 
-def test_early_stopping_ends_the_epochs() -> None:  # 8
-    policy = make_policy()
+def test_early_stopping_ends_the_epochs_once_kl_exceeds_its_target_by_half() -> None:  # 8
     queries, _, scores = make_batch()
+    policy = make_policy()
     likeliest = [
         policy.generate(q[None], do_sample=False, max_new_tokens=6, eos_token_id=None)[0, len(q) :]
         for q in queries
-    ]  # whatever moves the policy makes these less likely
-    trainer = make_trainer(policy, early_stopping=True, target_kl=1e-6, learning_rate=0.01)
-    stats = trainer.step(queries, likeliest, scores)
-    assert stats["ppo/policy/ratio"].size == 2 * 8 * 6
+    ]  # every movement of the policy makes these less likely
+
+    def step(**settings: Any) -> dict[str, Any]:
+        trainer = make_trainer(make_policy(), learning_rate=0.01, **settings)
+        return trainer.step(queries, likeliest, scores)
+
+    kl = 2 * step(ppo_epochs=2)["ppo/policy/policykl"]  # of the second epoch; the first has 0
+    early = step(early_stopping=True, target_kl=0.99 * kl / 1.5)
+    assert early["ppo/policy/ratio"].size == 2 * 8 * 6
+    later = step(early_stopping=True, target_kl=1.01 * kl / 1.5)
+    assert later["ppo/policy/ratio"].size > 2 * 8 * 6
 
 
 def test_negative_kl_warns() -> None:  # 21
@@ -541,7 +548,7 @@ def test_best_model_is_pushed_on_new_heights(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_ppo_learns_a_toy() -> None:
-    """Reward for one token: its frequency must rise far above chance."""
+    """One token is rewarded: its frequency must rise far above chance."""
     trainer = make_trainer(
         make_policy(initializer_range=0.05),
         batch_size=32,
@@ -611,7 +618,7 @@ def test_a_reference_given_beside_an_adapter_is_the_one_that_counts() -> None:
 
 
 def test_accumulated_mini_batches_make_the_step_of_the_whole_batch() -> None:
-    """Plain gradient descent, so that the size of the gradient counts; equal lengths."""
+    """Plain gradient descent, so that the size of the gradient matters; equal lengths."""
     queries = [torch.tensor([i + 1, i + 2]) for i in range(8)]
     responses = [torch.tensor([i, 2 * i, 3 * i]) for i in range(8)]
     scores = make_batch()[2]
@@ -631,7 +638,7 @@ def test_accumulated_mini_batches_make_the_step_of_the_whole_batch() -> None:
 
 
 def rates(steps: int, **settings: Any) -> list[float]:
-    """Learning rates of the steps of a run of `steps` steps, and of two more."""
+    """Learning rates in a run of `steps` steps, and in two more steps."""
     trainer = make_trainer(learning_rate=1.0, steps=8 * steps, max_grad_norm=1e-9, **settings)
     batch = make_batch()
     return [trainer.step(*batch)["ppo/learning_rate"] for _ in range(steps + 2)]
@@ -662,7 +669,7 @@ def test_a_schedule_goes_on_where_a_checkpoint_left_it() -> None:
 
 
 def test_an_adaptive_learning_rate_finds_the_size_of_its_steps() -> None:
-    """From a rate far too low and one far too high to about the same movement a step."""
+    """From a rate far too low and one far too high, KL per step becomes about the same."""
     moved = []
     for rate in (1e-6, 1e-1):
         trainer = make_trainer(
@@ -684,7 +691,7 @@ def test_an_adaptive_learning_rate_finds_the_size_of_its_steps() -> None:
 
 
 def test_a_rollback_slows_an_adaptive_learning_rate_down_for_good() -> None:
-    """Half the rate alone would be made up for within two steps."""
+    """The adaptation would undo half the rate alone within two steps."""
     later = {}
     for factor in (1.0, 0.5):
         trainer = make_trainer(
@@ -702,7 +709,7 @@ def test_a_rollback_slows_an_adaptive_learning_rate_down_for_good() -> None:
 
 
 def test_an_adaptive_learning_rate_falls_and_steps_with_it() -> None:
-    """It may rise by the adaptation, but ends near zero, and so does what steps move."""
+    """The adaptation may raise it, but it ends near zero, and so does KL per step."""
     trainer = make_trainer(
         learning_rate=1e-3, lr_scheduler_type="adaptive", desired_kl=0.01, steps=40 * 8
     )

@@ -1,4 +1,4 @@
-"""The fast ways through a step against the plain ones: the same statistics, the same weights."""
+"""The fast paths of a step against the plain ones: the same statistics and weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_cli import AutoModelForCausalLMWithValueHead, PPOTrainer, architecture, tying
+from ppo_cli import AutoModelForCausalLMWithValueHead, PPOTrainer
+from ppo_cli.kernels import tied_embeddings
 from ppo_cli.kernels.tied_embeddings import TiedGradient
+from ppo_cli.models import capabilities
 from ppo_cli.models.capabilities import ends_in_output_layer, reads_packed
 from ppo_cli.ppo import optimizer_step
+from ppo_cli.ppo.forward import TokenOutputs
 from ppo_cli.ppo.update import Update
 from tests.conftest import (
     VOCABULARY,
@@ -33,13 +36,13 @@ ROWS_AT_ONCE = 7  # of the embeddings, where Adam takes them in pieces
 
 
 def descent(policy: torch.nn.Module) -> torch.optim.Optimizer:
-    """Plain gradient descent: Adam would blow differences in rounding up to whole steps."""
+    """Plain gradient descent: Adam would amplify rounding differences to whole steps."""
     trainable = [p for p in policy.parameters() if p.requires_grad]
     return torch.optim.SGD(trainable, lr=0.02)
 
 
 def two_steps(trainer: PPOTrainer) -> tuple[list[Stats], Tensor]:
-    """Statistics of two steps, the second with masks and a response that takes part in nothing."""
+    """Statistics of two steps, the second with masks, one of which leaves no token."""
     queries, responses, scores = make_batch(seed=1)
     masks = [torch.arange(len(r)) % 3 != 1 for r in responses]
     masks[3] = torch.zeros_like(masks[3])
@@ -71,8 +74,8 @@ def of(trainer: PPOTrainer) -> Update:
 def answer(
     monkeypatch: pytest.MonkeyPatch, question: Callable[[Any], bool], answered: bool
 ) -> None:
-    """Whatever the model, one of the questions of its architecture gets this answer."""
-    monkeypatch.setattr(architecture, question.__name__, lambda model: answered)
+    """Make one of the questions about a model's architecture have this answer."""
+    monkeypatch.setattr(capabilities, question.__name__, lambda model: answered)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -165,7 +168,7 @@ def adam_state(trainer: PPOTrainer) -> list[Tensor]:
 def test_weights_that_move_as_their_gradients_come_end_where_they_would(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tying, "PIECE_BYTES", ROWS_AT_ONCE * 4 * WIDTH)
+    monkeypatch.setattr(tied_embeddings, "PIECE_BYTES", ROWS_AT_ONCE * 4 * WIDTH)
     optimizer = settings.pop("optimizer", "our own")
     finals, losses = [], []
     for yes in (False, True):
@@ -182,17 +185,17 @@ def test_weights_that_move_as_their_gradients_come_end_where_they_would(
 
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of each piece of a gradient that was taken."""
+    """Number of rows of each piece of a gradient that was taken."""
     rows: list[int] = []
     take_pieces = TiedGradient.take_pieces
 
-    def spy(self: TiedGradient, *args: Any) -> tying.GradientPieces:
+    def spy(self: TiedGradient, *args: Any) -> tied_embeddings.GradientPieces:
         for where, gradient in take_pieces(self, *args):
             rows.append(len(gradient))
             yield where, gradient
 
     monkeypatch.setattr(TiedGradient, "take_pieces", spy)
-    monkeypatch.setattr(tying, "PIECE_BYTES", ROWS_AT_ONCE * 4 * WIDTH)
+    monkeypatch.setattr(tied_embeddings, "PIECE_BYTES", ROWS_AT_ONCE * 4 * WIDTH)
     return rows
 
 
@@ -212,7 +215,7 @@ def with_a_hook(policy: Any) -> None:
 
 
 def with_two_lookups(policy: Any) -> None:
-    """The base model's embeddings are looked up a second time, to no effect."""
+    """The embeddings are used a second time in the forward."""
     embed = policy.pretrained_model.get_input_embeddings()
     body = policy.pretrained_model.transformer
     forward = body.forward
@@ -261,13 +264,13 @@ def test_moments_are_made_before_the_first_forward_and_move_nothing(
 ) -> None:
     in_backward(monkeypatch, True)
     trainer, seen = make_trainer(), []
-    read = PPOTrainer._read
+    forward = Update.forward_before
 
-    def look(self: PPOTrainer, *args: Any) -> Any:
-        seen.append((weights(self.model), adam_state(self)))
-        return read(self, *args)
+    def look(self: Update, *args: Any) -> Any:
+        seen.append((weights(trainer.model), adam_state(trainer)))
+        return forward(self, *args)
 
-    monkeypatch.setattr(PPOTrainer, "_read", look)
+    monkeypatch.setattr(Update, "forward_before", look)
     trainer.step(*make_batch())
     trainer.step(*make_batch())
     (first, moments), (_, later) = seen
@@ -279,7 +282,7 @@ def test_moments_are_made_before_the_first_forward_and_move_nothing(
 
 @pytest.mark.parametrize("yes", [False, True])
 def test_gradients_are_let_go(yes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All are gone after a step; where weights move in backward there is one at a time."""
+    """None is left after a step; where weights move in backward, there is one at a time."""
     in_backward(monkeypatch, yes)
     monkeypatch.setattr(optimizer_step, "BYTES_AT_ONCE", 1)  # none waits for others
     trainer = make_trainer(ppo_epochs=2)
@@ -384,38 +387,42 @@ def test_a_mini_batch_that_is_not_finite_moves_nothing(
     in_backward(monkeypatch, yes)
     trainer = make_trainer(ppo_epochs=1)
     before = weights(trainer.model)
-    minibatch = Update._minibatch
+    forward = Update._forward
 
-    def broken(self: Update, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, stats = minibatch(self, *args)
-        return loss * torch.nan, {**stats, "mean_ratio": stats["mean_ratio"] * torch.nan}
+    def broken(self: Update, *args: Any) -> TokenOutputs:
+        return TokenOutputs(*(output * torch.nan for output in forward(self, *args)))
 
-    monkeypatch.setattr(Update, "_minibatch", broken)
+    monkeypatch.setattr(Update, "_forward", broken)
     with pytest.warns(UserWarning, match="ratio_threshold"):
         trainer.step(*make_batch())
     assert torch.equal(before, weights(trainer.model))
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_approx_kl": 1.0, "ratio_threshold": 1e9}], ids=str)
+@pytest.mark.filterwarnings("ignore:.*ratio_threshold")
 def test_one_bad_mini_batch_cancels_its_whole_accumulated_step(
-    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_backward(monkeypatch, True)
-    trainer = make_trainer(mini_batch_size=2, gradient_accumulation_steps=2, ppo_epochs=1)
+    settings = {"mini_batch_size": 2, "gradient_accumulation_steps": 2, **settings}
+    trainer = make_trainer(ppo_epochs=1, **settings)
     assert not of(trainer).optimizer_step.is_within_backward
-    minibatch, made = Update._minibatch, []
+    forward, made = Update._forward, []
 
-    def second_is_bad(self: Update, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, stats = minibatch(self, *args)
+    def first_is_bad(self: Update, *args: Any) -> TokenOutputs:
+        outputs = forward(self, *args)
         made.append(weights(trainer.model))
-        if len(made) == 1:
-            stats["mean_ratio"] = stats["mean_ratio"] * 100
-        return loss, stats
+        return outputs._replace(logprobs=outputs.logprobs + 5 * (len(made) == 1))
 
-    monkeypatch.setattr(Update, "_minibatch", second_is_bad)
-    with pytest.warns(UserWarning, match="ratio_threshold"):
-        trainer.step(*make_batch())
-    assert torch.equal(made[0], made[2])  # the first step, of two mini-batches, was cancelled
-    assert not torch.equal(made[2], weights(trainer.model))  # the second was not
+    monkeypatch.setattr(Update, "_forward", first_is_bad)
+    trainer.step(*make_batch())
+    after = [*made, weights(trainer.model)]
+    assert torch.equal(after[0], after[2])  # the first step, of two mini-batches, was cancelled
+    if "max_approx_kl" in settings:
+        assert len(made) == 2  # and was the last
+    else:
+        assert len(made) == 4
+        assert not torch.equal(made[2], after[4])  # the second was not
 
 
 @pytest.mark.parametrize(
@@ -498,14 +505,14 @@ def test_a_plain_reference_is_one_with_a_value_head_and_is_left_as_it_was() -> N
     assert any(abs(stats["objective/kl"]) > 0.1 for stats in results[0][0])
 
 
-# ---------------------------------------------------------------- what the loss may hold besides
+# ---------------------------------------------------------------- further terms of the loss
 
 
 def gradient_of(loss: Callable[[Tensor, Tensor], Tensor], **settings: Any) -> tuple[Tensor, Tensor]:
-    """The weights' movement in one plain descent step, and minus `loss`'s gradient times the rate.
+    """The change of the weights in one plain descent step, and the rate times `loss`'s gradient.
 
-    `loss` is of the log-probabilities and entropies of all response tokens, worked out row by row
-    from whole distributions. Advantages are zero as the scores and KL are, so PPO adds nothing.
+    `loss` is a function of the log-probabilities and entropies of all response tokens, computed row
+    by row from whole distributions. Scores and KL are zero, so PPO's own loss has no gradient.
     """
     policy, twin = make_policy(), make_policy()
     queries, responses, scores = make_batch()
@@ -613,7 +620,7 @@ def test_a_step_ends_before_the_mini_batch_that_would_pass_the_kl_limit() -> Non
 def test_a_temperature_is_part_of_the_policy_wherever_probabilities_are_taken(
     plain: bool, penalty: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against models whose output embeddings are divided by it, untied from the others."""
+    """Against models with untied output embeddings that are divided by the temperature."""
     answer(monkeypatch, ends_in_output_layer, plain)
     results = []
     for temperature in (0.5, 1.0):
@@ -654,7 +661,7 @@ def test_each_score_is_compared_with_the_others_of_its_query() -> None:
 
 
 def test_what_a_query_promises_does_not_count_twice() -> None:
-    """A potential that is the same throughout a group's texts changes nothing but rewards' sums."""
+    """A potential that is constant in a group of texts does not change the advantages."""
     queries, responses, scores = make_batch()
     results = []
     for phi in (None, [torch.full((len(r),), 3.0 + i // 4) for i, r in enumerate(responses)]):

@@ -1,4 +1,4 @@
-"""Potential-based shaping: what it credits, what it leaves alone, and that it learns faster."""
+"""Potentials and potential-based shaping: what is scored, and what each token is credited with."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from torch import Tensor
 
 from ppo_cli.models.sampling import Rollout
 from ppo_cli.ppo.advantages import generalized_advantages, shaping_rewards
-from ppo_cli.ppo.scores import DECAY, PRIOR, PotentialCalibration
 from ppo_cli.rewards.partial_scores import potentials
 from tests.conftest import make_batch, make_policy, make_silent_policy, make_trainer
 
 
 class Characters:
-    """A tokenizer whose texts show which tokens they are made of."""
+    """A tokenizer whose texts spell the token ids."""
 
     def batch_decode(self, rows: Sequence[list[int]], **_: Any) -> list[str]:
         return [" ".join(map(str, row)) for row in rows]
@@ -85,7 +84,7 @@ def test_shaping_does_what_adding_the_potentials_to_the_values_would(
 
 
 def test_a_step_credits_each_token_with_the_change_of_its_potential() -> None:
-    """With lambda 0, no KL and a value head of zeros nothing else is left."""
+    """With lambda 0, no KL and values of 0, the advantage is that change alone."""
     policy = make_silent_policy()
     settings = {"calibrate_potentials": False, "advantage_norm": "none", "ppo_epochs": 1}
     trainer = make_trainer(policy, lam=0.0, **settings)
@@ -98,17 +97,6 @@ def test_a_step_credits_each_token_with_the_change_of_its_potential() -> None:
         expected.append(float(scores[i]) - float(phi[i][-1]))
     np.testing.assert_allclose(stats["ppo/policy/advantages"], expected, rtol=1e-4, atol=1e-5)
     assert stats["ppo/mean_scores"] == pytest.approx(float(torch.stack(scores).mean()))
-
-
-def test_potentials_are_scaled_and_clipped_as_the_scores_are() -> None:
-    queries, responses, scores = make_batch()
-    constant = [torch.full((len(r),), float(s)) for r, s in zip(responses, scores, strict=True)]
-    settings = {"use_score_scaling": True, "use_score_norm": True, "score_clip": 0.5}
-    policy = make_silent_policy()
-    trainer = make_trainer(policy, advantage_norm="none", ppo_epochs=1, **settings)
-    stats = trainer.step(queries, responses, scores, potentials=constant)
-    # The text promised just what it came to: no token changed anything.
-    np.testing.assert_allclose(stats["ppo/policy/advantages"], 0, atol=1e-5)
 
 
 def test_masked_tokens_take_no_part() -> None:
@@ -135,96 +123,3 @@ def test_wrong_potentials_are_refused(bad: str) -> None:
     what = "8 tensors" if bad == "few" else r"potentials\[3\] must be \d+ finite numbers"
     with pytest.raises(ValueError, match=what):
         make_trainer().step(queries, responses, scores, potentials=phi)
-
-
-# ---------------------------------------------------------------- calibration
-
-SLOPES, OFFSETS = np.array([0.3, 0.6, 0.9]), np.array([0.5, -0.2, 0.1])
-
-
-def promises(seed: int, count: int = 4000) -> tuple[Tensor, Tensor, Tensor]:
-    """Potentials of texts of three tokens, from scores that hang on them as SLOPES say."""
-    random = np.random.RandomState(seed)
-    score = random.randn(count)
-    spread = np.sqrt(1 / SLOPES - 1)  # noise of this width makes the regression's slope so
-    phi = (score[:, None] + spread * random.randn(count, 3)) + OFFSETS
-    return torch.tensor(phi), torch.tensor(score), torch.ones(count, 3, dtype=torch.bool)
-
-
-def test_calibrated_potentials_are_the_expected_scores() -> None:
-    phi, scores, mask = promises(0)
-    calibration = PotentialCalibration()
-    calibration.update(phi, scores, mask)
-    expected = calibration(phi, mask)
-    for t in range(3):
-        slope, offset = np.polyfit(phi[:, t].numpy(), scores.numpy(), 1)
-        found = np.polyfit(phi[:, t].numpy(), expected[:, t].numpy(), 1)
-        assert found == pytest.approx([slope, offset], abs=0.02)
-        assert slope == pytest.approx(SLOPES[t], abs=0.03)
-    assert ((scores.unsqueeze(1) - expected).square().mean(0) < scores.var() * 0.75).all()
-
-
-def test_few_observations_move_little_and_old_ones_fade() -> None:
-    phi, scores, mask = promises(1)
-    few, many, before = (PotentialCalibration() for _ in range(3))
-    few.update(phi[:3], scores[:3], mask[:3])
-    assert few.lines()[2] == pytest.approx((0, 1), abs=0.2)
-    before.update(-3 * phi[:50], scores[:50], mask[:50])
-    for _ in range(60):
-        many.update(phi[:50], scores[:50], mask[:50])
-        before.update(phi[:50], scores[:50], mask[:50])
-    np.testing.assert_allclose(many.lines(), before.lines(), atol=0.02)
-    slope = np.polyfit(phi[:50, 2].numpy(), scores[:50].numpy(), 1)[0]
-    n = 50 * (1 - DECAY**60) / (1 - DECAY)
-    assert many.lines()[2][1] == pytest.approx(1 + n / (n + PRIOR) * (slope - 1))
-
-
-def test_positions_that_nothing_is_known_of_are_as_those_after_them() -> None:
-    calibration = PotentialCalibration()
-    phi = torch.tensor([[7.0, 1.0, 5.0], [7.0, 2.0, 0.0]])  # the same before each first token
-    mask = torch.tensor([[True, True, True], [True, True, False]])
-    calibration.update(phi, torch.tensor([4.0, 6.0]), mask)
-    assert calibration.lines()[0][1] == calibration.lines()[1][1]
-    assert np.isfinite(calibration.lines()).all()
-    assert calibration(phi, mask)[1, 2] == 0
-
-
-def test_what_others_saw_counts_too() -> None:
-    """Two processes, of which one has shorter texts, calibrate as one that has all of them."""
-    phi, scores, mask = (part[:40] for part in promises(2))
-    mask[20:, 2] = False
-    phi = phi * mask
-    alone, joint, second = (PotentialCalibration() for _ in range(3))
-    alone.update(phi, scores, mask)
-    second.update(phi[20:, :2], scores[20:], mask[20:, :2])
-    theirs = torch.tensor([*second.state_dict()["sums"], [0.0] * 5], dtype=torch.float64)
-    joint.update(phi[:20], scores[:20], mask[:20], lambda sums: sums + theirs)
-    np.testing.assert_allclose(alone.lines(), joint.lines())
-
-
-def test_calibration_goes_on_where_a_checkpoint_left_it() -> None:
-    queries, responses, scores = make_batch()
-    phi = [
-        torch.randn(len(r), generator=torch.Generator().manual_seed(i))
-        for i, r in enumerate(responses)
-    ]
-    first, second = make_trainer(make_policy()), make_trainer(make_policy())
-    first.step(queries, responses, scores, potentials=phi)
-    second.load_state_dict(first.state_dict())
-    assert first.state_dict()["calibration"]["sums"] == second.state_dict()["calibration"]["sums"]
-    assert len(first.state_dict()["calibration"]["sums"]) == max(map(len, responses))
-
-
-def test_a_step_calibrates_unless_told_otherwise() -> None:
-    """After some steps on one batch potentials that exaggerate are taken for what they are."""
-    queries, responses, scores = make_batch()
-    phi = [3 * s + torch.zeros(len(r)) for r, s in zip(responses, scores, strict=True)]
-    largest = []
-    for calibrate in (False, True):
-        policy = make_silent_policy()
-        settings = {"init_kl_coef": 0.0, "learning_rate": 0.0, "advantage_norm": "none"}
-        trainer = make_trainer(policy, calibrate_potentials=calibrate, **settings)
-        for _ in range(20):
-            stats = trainer.step(queries, responses, scores, potentials=phi)
-        largest.append(float(np.abs(stats["ppo/policy/advantages"]).max()))
-    assert largest[1] < largest[0] / 2

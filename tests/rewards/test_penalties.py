@@ -1,4 +1,4 @@
-"""What is taken from scores, and what ends a response: against numbers worked out by hand."""
+"""Penalties of scores, and end tokens: against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from ppo_cli.evaluation.generate import Request, generate
 from ppo_cli.models.loading import load_tokenizer
 from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.ppo.statistics import RUN_STATISTICS
-from ppo_cli.rewards.penalties import check_terms, penalties, shaped, shaping_statistics
+from ppo_cli.rewards.penalties import (
+    check_penalties,
+    penalised,
+    penalty_statistics,
+    score_penalties,
+)
 from ppo_cli.training.run import Training
 from ppo_cli.training.run_directory import RunDirectory
 from tests.conftest import EOS, SMALL_RUN, VOCABULARY, make_gpt2, make_policy, make_tokenizer
@@ -47,14 +52,14 @@ def settings(**changes: Any) -> RewardConfig:
     ],
     ids=["none", "no end", "price per token", "target length", "repetition", "all"],
 )
-def test_terms_take_from_the_score_what_their_formula_says(
+def test_penalised_scores_are_those_of_the_formula(
     terms: dict[str, float], expected: list[float]
 ) -> None:
-    taken = penalties(TOKENS, TEXTS, {9, 2}, settings(**terms))
-    assert shaped(SCORES, taken).tolist() == pytest.approx(expected, abs=1e-6)
-    assert all((value >= 0).all() for value in taken.values())
-    statistics = shaping_statistics(SCORES, taken)
-    assert set(taken) == set(terms) - {"target_length"}
+    penalties = score_penalties(TOKENS, TEXTS, {9, 2}, settings(**terms))
+    assert penalised(SCORES, penalties).tolist() == pytest.approx(expected, abs=1e-6)
+    assert all((value >= 0).all() for value in penalties.values())
+    statistics = penalty_statistics(SCORES, penalties)
+    assert set(penalties) == set(terms) - {"target_length"}
     assert set(statistics) <= set(RUN_STATISTICS)
     if terms:
         mean = sum(expected) / 4
@@ -67,16 +72,16 @@ def test_terms_take_from_the_score_what_their_formula_says(
 
 def test_a_response_without_tokens_did_not_end() -> None:
     none = [torch.tensor([], dtype=torch.long)]
-    assert penalties(none, [""], {9}, settings(missing_eos_penalty=1.0)) == {
+    assert score_penalties(none, [""], {9}, settings(missing_eos_penalty=1.0)) == {
         "missing_eos_penalty": torch.tensor([1.0])
     }
 
 
 def test_a_penalty_for_not_ending_needs_something_that_ends() -> None:
-    check_terms(settings(missing_eos_penalty=1.0), [9])
-    check_terms(settings(), [])
+    check_penalties(settings(missing_eos_penalty=1.0), [9])
+    check_penalties(settings(), [])
     with pytest.raises(UsageError, match=r"missing_eos_penalty.*rollout\.stop"):
-        check_terms(settings(missing_eos_penalty=1.0), [])
+        check_penalties(settings(missing_eos_penalty=1.0), [])
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +232,7 @@ def test_a_stop_text_that_no_token_holds_is_refused(
 
 
 def make_chat_model(folder: Path) -> None:
-    """A random model whose turns end by many tokens, of which its tokenizer knows none."""
+    """A random model with many end tokens, none of which its tokenizer names."""
     bpe = load_tokenizer("embedded")
     bpe.eos_token, bpe.pad_token = None, bpe.convert_ids_to_tokens(bpe.eos_token_id)
     bpe.save_pretrained(folder)

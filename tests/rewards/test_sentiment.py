@@ -1,4 +1,4 @@
-"""The sentiment reward, on classifiers that the tests train or damage themselves."""
+"""The sentiment reward, on classifiers that the tests train or damage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GOOD, BAD = PROBES["positive"], PROBES["negative"]
 
 
 def make_word_tokenizer(special: bool = True, **changes: Any) -> PreTrainedTokenizerFast:
-    """Lower-case words of the probing sentences and some others; [CLS] and [SEP] around a text."""
+    """Lower-case words of the probe sentences and some others; [CLS] and [SEP] around a text."""
     splitter = pre_tokenizers.BertPreTokenizer()
     words = {w for text in (*GOOD, *BAD) for w, _ in splitter.pre_tokenize_str(text.lower())}
     entries = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", *sorted(words), *FILLER]
@@ -79,7 +79,7 @@ def save(folder: Path, model: Any, tokenizer: Any = None) -> str:
 
 
 def teach(model: Any, targets: Tensor) -> None:
-    """Train until the probing sentences, good ones first, get `targets` as logits."""
+    """Train until the logits of the probe sentences, positive ones first, are `targets`."""
     batch = make_word_tokenizer()([*GOOD, *BAD], padding=True, return_tensors="pt")
     batch.pop("token_type_ids", None)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -95,7 +95,7 @@ def teach(model: Any, targets: Tensor) -> None:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier that knows good from bad, labels NEGATIVE and POSITIVE."""
+    """A trained classifier with the labels NEGATIVE and POSITIVE."""
     model = make_classifier()
     teach(model, torch.tensor([[-2.0, 2.0]] * 2 + [[2.0, -2.0]] * 2))
     folder = tmp_path_factory.mktemp("classifier")
@@ -104,7 +104,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def relabelled(trained: Path, folder: Path, *labels: str) -> str:
-    """The trained classifier with other names for its labels: index 0 is bad, index 1 good."""
+    """The trained classifier with other label names: index 0 is negative, index 1 positive."""
     shutil.copytree(trained, folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text())
     config["id2label"] = {str(i): label for i, label in enumerate(labels)}
@@ -203,7 +203,7 @@ TEXTS = [
 
 @torch.no_grad()
 def logits_one_by_one(model: Any, tokenizer: Any, texts: list[str], length: int) -> Tensor:
-    """Each text alone, without padding, its end cut out by hand: [CLS], if any, stays in front."""
+    """Scores of each text alone, without padding, cut to its end; [CLS], if any, stays in front."""
     rows = []
     for text in texts:
         ids = tokenizer(text).input_ids
@@ -362,7 +362,7 @@ def test_of_a_long_text_the_end_is_scored_and_it_is_said_once(tmp_path: Path, ki
 
 
 def test_a_long_prompt_leaves_room_for_every_part_of_its_response(tmp_path: Path) -> None:
-    """What is promised before each token is scored from the end, too."""
+    """Potentials are scores of the text's end, too."""
     policy = make_tokenizer()
     model = make_classifier("GPT2", positions=8, vocab_size=len(policy))
     policy.pad_token = None
@@ -394,7 +394,7 @@ def test_architectures_whose_positions_begin_after_the_pad_id_are_cut_in_time(
 
 
 def test_a_classifier_without_a_limit_on_positions_reads_long_texts(tmp_path: Path) -> None:
-    """XLNet: it scores the last place, so that its tokenizer pads on the left."""
+    """XLNet scores the last position, so its tokenizer pads on the left."""
     tokenizer = make_word_tokenizer(padding_side="left")
     model = make_classifier("XLNet")
     texts = [" ".join(FILLER), FILLER[0]]
@@ -417,7 +417,7 @@ def test_a_shorter_limit_of_the_tokenizer_is_kept(tmp_path: Path) -> None:
 def test_a_decoder_without_a_pad_token_scores_the_last_real_token_of_each_text(
     tmp_path: Path, pad: str, model_pad: int | None
 ) -> None:
-    """The pad token that is made up must not hide the end of a text, or be taken for it."""
+    """The chosen padding token must not occur as the last token of a text."""
     names: dict[str, Any] = {"pad_token": None}
     if pad == "eos":
         names["eos_token"] = "w29"
@@ -439,7 +439,7 @@ def test_a_decoder_without_a_pad_token_scores_the_last_real_token_of_each_text(
 def test_padding_needs_no_pad_token_of_the_tokenizer(
     tmp_path: Path, kind: str, config_pad: int | None
 ) -> None:
-    """The configuration's id will do, as without it any: no text alone has another score."""
+    """The id of the configuration is used, or any: the scores are those of each text alone."""
     tokenizer = make_word_tokenizer(special=kind != "GPT2", pad_token=None, unk_token=None)
     model = make_classifier(kind, pad_token_id=1 if config_pad is None else config_pad)
     model.config.pad_token_id = config_pad
@@ -466,7 +466,7 @@ def test_padding_needs_no_pad_token_of_the_tokenizer(
     ],
 )
 def test_no_score_depends_on_what_else_is_scored(tmp_path: Path, kind: str) -> None:
-    """Convolutions, Fourier transforms and landmarks see padding; others read the last place."""
+    """Padding affects convolutions, Fourier transforms, landmarks; others read the last token."""
     changes: dict[str, Any] = {}
     if kind == "Nystromformer":
         changes = {"num_landmarks": 24, "segment_means_seq_len": 24}
@@ -503,7 +503,7 @@ def test_a_classifier_with_random_scores_is_refused(tmp_path: Path) -> None:
     settings |= {"axial_pos_shape": [4, 8], "axial_pos_embds_dim": [8, 8], "is_decoder": False}
     model = make_classifier("Reformer", positions=32, **settings)
     reward = SentimentReward(save(tmp_path, model))
-    with pytest.raises(ModelError, match="another score each time"):
+    with pytest.raises(ModelError, match="scores the same text differently"):
         reward([" ".join(FILLER[:n]) for n in range(1, 25)])
 
 
@@ -593,7 +593,7 @@ def test_scoring_leaves_no_graph_and_uses_no_dropout(tmp_path: Path) -> None:
 
 
 def adapt(base: str, folder: Path, **settings: Any) -> Any:
-    """An adapter of a classifier, as after training, saved beside its tokenizer; the model."""
+    """Save an adapter of a classifier, as after training, with its tokenizer; return the model."""
     outputs = settings.pop("outputs", 2)
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=outputs
@@ -627,7 +627,7 @@ def test_an_adapter_of_a_classifier_scores_as_peft_does(tmp_path: Path) -> None:
 def test_an_adapter_brings_the_head_that_its_language_model_lacks(
     tmp_path: Path, outputs: int
 ) -> None:
-    """As reward models are trained: the base has no head, and knows no number of labels."""
+    """As with most reward models: the base has no head and no number of labels."""
     causal = make_gpt2(vocab_size=len(make_word_tokenizer()), n_positions=24, eos_token_id=2)
     base = save(tmp_path / "gpt2", causal, make_word_tokenizer(special=False))
     model = adapt(base, tmp_path / "adapter", outputs=outputs, target_modules=["c_attn"])

@@ -1,0 +1,47 @@
+"""Settings and model for `PPOTrainer.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from ppo_cli.models.stop_tokens import end_tokens
+
+
+def generation_settings(
+    given: Mapping[str, Any], *, tokenizer: Any, policy: Any, temperature: float
+) -> dict[str, Any]:
+    """The caller's settings of `transformers`' `generate`, completed.
+
+    Args:
+        given: the caller's settings; they win.
+        tokenizer: its pad and end tokens are used.
+        policy: the model itself; its end tokens are used.
+        temperature: the sampling temperature, unless a `generation_config` is given.
+    """
+    settings = {"pad_token_id": tokenizer.pad_token_id, **given}
+    if "generation_config" not in given:
+        settings.setdefault("temperature", temperature)
+    ends = getattr(given.get("generation_config"), "eos_token_id", None)
+    if "eos_token_id" in given:
+        ends = given["eos_token_id"]
+    elif ends is None:
+        ends = end_tokens(tokenizer, model=policy) or None
+    return settings | {"eos_token_id": ends.tolist() if isinstance(ends, Tensor) else ends}
+
+
+@contextmanager
+def unwrapped_for_generation(model: Any, accelerator: Accelerator) -> Iterator[Any]:
+    """The model without accelerate's wrapper, its weights gathered if they are sharded."""
+    if accelerator.distributed_type == DistributedType.NO:
+        yield accelerator.unwrap_model(model)
+        return
+    from trl.models import unwrap_model_for_generation
+
+    with unwrap_model_for_generation(model, accelerator) as unwrapped:
+        yield unwrapped

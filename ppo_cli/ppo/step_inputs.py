@@ -1,0 +1,101 @@
+"""The arguments of `PPOTrainer.step`, checked and laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_cli.ppo.packing import TokenBatch
+
+
+class StepInputs(NamedTuple):
+    """A batch to learn from: its tokens, scores (B,), and potentials (B, R) or None."""
+
+    tokens: TokenBatch
+    scores: Tensor
+    potentials: Tensor | None
+
+
+def step_inputs(
+    queries: list[Tensor],
+    responses: list[Tensor],
+    scores: list[Tensor],
+    response_masks: list[Tensor] | None,
+    potentials: list[Tensor] | None,
+    *,
+    batch_size: int,
+    pad_token_id: int | None,
+    device: torch.device,
+) -> StepInputs:
+    """Check and lay out the arguments of `PPOTrainer.step`, which describes them.
+
+    Raises:
+        ValueError: as there.
+    """
+    score_tensor = checked_batch(queries, responses, scores, response_masks, batch_size)
+    tokens = TokenBatch.from_lists(queries, responses, response_masks, pad_token_id or 0, device)
+    if not tokens.counts.any():
+        raise ValueError("no response token counts: responses are empty or masked throughout")
+    grid = potentials_grid(tokens, potentials, responses, response_masks)
+    return StepInputs(tokens, score_tensor.to(device), grid)
+
+
+def checked_batch(
+    queries: Any, responses: Any, scores: Any, response_masks: Any, batch_size: int
+) -> Tensor:
+    """Check the form of the batch passed to `step()`. Returns the scores as a (B,) float32 tensor.
+
+    Raises:
+        ValueError: an argument is not a list of `batch_size` tensors of at most one dimension, or a
+            score is not one finite number.
+    """
+    lists = {"queries": queries, "responses": responses, "scores": scores}
+    if response_masks is not None:
+        lists["response_masks"] = response_masks
+    for name, items in lists.items():
+        if not isinstance(items, list):
+            raise ValueError(f"{name} must be a list of tensors - got {type(items)}")
+        if len(items) != batch_size:
+            raise ValueError(
+                f"Batch size ({batch_size}) does not match number of examples - but got "
+                f"{len(items)} for: {name}"
+            )
+        for item in items:
+            if not isinstance(item, Tensor):
+                raise ValueError(f"Elements in {name} must be tensors - got {type(item)}")
+            if item.dim() > 1:
+                raise ValueError(f"{name} must be 1-dimensional - got shape {tuple(item.shape)}")
+    for i, score in enumerate(scores):
+        if score.numel() != 1 or not bool(score.isfinite().all()):
+            raise ValueError(f"scores[{i}] must be one finite number - got {score.tolist()}")
+    return torch.stack([score.detach().reshape(()).float().cpu() for score in scores])
+
+
+def potentials_grid(
+    tokens: TokenBatch,
+    potentials: Sequence[Tensor] | None,
+    responses: Sequence[Tensor],
+    response_masks: Sequence[Tensor] | None,
+) -> Tensor | None:
+    """B tensors with a number for each response token -> (B, R), without tokens that do not count.
+
+    Raises:
+        ValueError: a tensor has another length than its response, or a number is not finite.
+    """
+    if potentials is None:
+        return None
+    if len(potentials) != len(tokens):
+        raise ValueError(f"potentials must be {len(tokens)} tensors - got {len(potentials)}")
+    for i, (row, response) in enumerate(zip(potentials, responses, strict=True)):
+        if row.shape != response.shape or not bool(row.isfinite().all()):
+            raise ValueError(
+                f"potentials[{i}] must be {len(response)} finite numbers, one a response token - "
+                f"got shape {tuple(row.shape)}"
+            )
+    flat = torch.cat([row.detach().float().cpu() for row in potentials])
+    if response_masks is not None:
+        flat = flat[torch.cat([mask.bool().cpu() for mask in response_masks])]
+    return tokens.to_grid(flat.to(tokens.device))
