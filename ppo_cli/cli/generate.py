@@ -87,6 +87,7 @@ def generate(
         from ppo_cli.cli import requests
         from ppo_cli.evaluation.generate import generate as generate_samples
         from ppo_cli.evaluation.generate import load_judge
+        from ppo_cli.models.sampling_params import SamplingParams
     from ppo_cli.training.run_directory import RunDirectory
 
     hush()
@@ -104,6 +105,7 @@ def generate(
     )
     check_output(output, request.input_names)
     judge = load_judge(request)
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
     results = []
     for source in request.sources:
         if len(request.sources) > 1:
@@ -118,9 +120,7 @@ def generate(
                 device=request.device,
                 reward=judge,
                 trusted=request.trusted,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
+                params=params,
             )
         )
     if format is Format.jsonl:

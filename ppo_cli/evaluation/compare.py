@@ -22,7 +22,7 @@ from ppo_cli.evaluation.comparison_result import (
     paired_difference,
     rows_of,
 )
-from ppo_cli.evaluation.draw_samples import draw_rollout, draw_scores, judge
+from ppo_cli.evaluation.draw_samples import draw_rollout, draw_scores, score_rollout
 from ppo_cli.evaluation.generate import (
     Loaded,
     Request,
@@ -35,8 +35,8 @@ from ppo_cli.evaluation.generate import (
     sampling_errors,
 )
 from ppo_cli.evaluation.likelihoods import likelihoods
+from ppo_cli.models.context import context_length
 from ppo_cli.models.loading import load_tokenizer
-from ppo_cli.models.sampling import context_length
 from ppo_cli.rewards.sentiment import SentimentReward
 
 Tell = Callable[[str], None]
@@ -170,9 +170,9 @@ def _judged(task: _Task, source: Source, reference: Loaded | None) -> Judged:
         loaded.model,
         loaded.tokenizer,
         queries,
+        loaded.params(),
         max_new_tokens=task.max_new_tokens,
         seed=task.seed,
-        eos_token_id=loaded.ends or None,
     )
     longest = max(len(q) + len(r) for q, r in zip(queries, rollout.responses, strict=True))
     against, obstacle = loaded, None
@@ -182,7 +182,7 @@ def _judged(task: _Task, source: Source, reference: Loaded | None) -> Judged:
     if obstacle:
         task.tell(f"no KL and no perplexity of {source.name}: {obstacle}")
     read = likelihoods(loaded.model, against.model, queries, rollout.responses)
-    samples = judge(rollout, task.texts, task.reward)
+    samples = score_rollout(rollout, task.texts, task.reward)
     return Judged(source.name, samples, read, reference is not None and obstacle is None)
 
 
@@ -227,12 +227,12 @@ def _drawn(task: _Task, reference: Loaded, count: int) -> np.ndarray:
         reference.model,
         reference.tokenizer,
         _queries(task, reference),
+        reference.params(),
         count=count,
         max_new_tokens=task.max_new_tokens,
         seed=task.seed,
         reward=task.reward,
         progress=progress,
-        eos_token_id=reference.ends or None,
     )
 
 

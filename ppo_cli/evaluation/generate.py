@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,17 +14,18 @@ from ppo_cli.config.schema import PolicyConfig, RewardConfig, RunConfig
 from ppo_cli.data.fingerprint import CLASSIFIER, POLICY, Inputs, inputs_of, trusted_too
 from ppo_cli.data.prompts import Encoder
 from ppo_cli.errors import DataError, ModelError, NumericalError
-from ppo_cli.evaluation.draw_samples import draw_samples
+from ppo_cli.evaluation.draw_samples import draw_rollout, score_rollout
 from ppo_cli.evaluation.samples import Generated
+from ppo_cli.models.context import context_length
 from ppo_cli.models.loading import load_policy, load_tokenizer
-from ppo_cli.models.sampling import context_length
+from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.rewards.loading import load_reward
 from ppo_cli.rewards.sentiment import SentimentReward
 from ppo_cli.utils.text import shortened
 
 REFERENCE = "reference"
-DEFAULT_NEW_TOKENS = 30
+PURE = SamplingParams()
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,12 @@ class Loaded:
     name: str
     model: Any
     tokenizer: Any
-    ends: list[int]
+    stop_token_ids: tuple[int, ...]
+
+    def params(self, params: SamplingParams = PURE) -> SamplingParams:
+        """`params` with the model's own stop and pad tokens."""
+        pad = self.tokenizer.pad_token_id
+        return replace(params, stop_token_ids=self.stop_token_ids, pad_token_id=pad)
 
 
 def load_judge(request: Request) -> SentimentReward | None:
@@ -127,11 +133,20 @@ def generate(
     device: torch.device,
     reward: SentimentReward | None,
     trusted: Collection[str] = (),
-    **sampling: Any,
+    params: SamplingParams = PURE,
 ) -> Generated:
     """Sample `samples_each` responses to each prompt from one model.
 
-    Equal seeds give every model the same random numbers.
+    Args:
+        source: names the model.
+        prompts: texts.
+        samples_each: responses to each prompt.
+        max_new_tokens: limit on a response.
+        seed: equal seeds give every model the same random numbers.
+        device: of the model.
+        reward: scores the responses; None leaves scores out.
+        trusted: models whose own code may run.
+        params: settings of sampling; the model's own stop and pad tokens take the place of theirs.
 
     Raises:
         DataError: a prompt has no tokens, or exceeds the model's context.
@@ -140,18 +155,16 @@ def generate(
     loaded = load_model(source, device, trusted)
     ids = encode(loaded, prompts, max_new_tokens)
     with sampling_errors(source.name):
-        samples = draw_samples(
+        rollout = draw_rollout(
             loaded.model,
             loaded.tokenizer,
             [row for row in ids for _ in range(samples_each)],
-            [text for text in prompts for _ in range(samples_each)],
+            loaded.params(params),
             max_new_tokens=max_new_tokens,
             seed=seed,
-            reward=reward,
-            eos_token_id=loaded.ends or None,
-            **sampling,
         )
-    return Generated(source.name, samples)
+    texts = [text for text in prompts for _ in range(samples_each)]
+    return Generated(source.name, score_rollout(rollout, texts, reward))
 
 
 @contextmanager
@@ -181,8 +194,8 @@ def load_model(source: Source, device: torch.device, trusted: Collection[str] = 
     tokenizer = load_tokenizer(name, revision, trusted)
     settings = PolicyConfig(model=name, revision=revision)
     policy = load_policy(settings, tokenizer, trusted)
-    ends = end_tokens(tokenizer, source.stop, policy)
-    return Loaded(source.name, policy.to(device).eval(), tokenizer, ends)
+    stop = tuple(end_tokens(tokenizer, source.stop, policy))
+    return Loaded(source.name, policy.to(device).eval(), tokenizer, stop)
 
 
 def encode(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> list[torch.Tensor]:

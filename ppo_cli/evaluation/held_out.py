@@ -12,11 +12,12 @@ import numpy as np
 
 from ppo_cli.data.prompts import Prompt
 from ppo_cli.evaluation.best_of_n import BestOfN, best_of_n
-from ppo_cli.evaluation.draw_samples import draw_rollout, draw_scores, judge
+from ppo_cli.evaluation.draw_samples import draw_rollout, draw_scores, score_rollout
 from ppo_cli.evaluation.early_stopping import Evaluation
 from ppo_cli.evaluation.likelihoods import likelihoods
 from ppo_cli.evaluation.quality import Quality
 from ppo_cli.evaluation.samples import Sample
+from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.rewards.sentiment import SentimentReward
 
@@ -44,7 +45,8 @@ class Examination:
         reward: judges the responses.
         prompts: the held-out ones.
         seed: the run's.
-        sampling: of `draw_rollout`.
+        params: settings of sampling.
+        max_new_tokens: limit on a response.
     """
 
     def __init__(
@@ -54,7 +56,8 @@ class Examination:
         reward: SentimentReward,
         prompts: Sequence[Prompt],
         seed: int,
-        **sampling: Any,
+        params: SamplingParams,
+        max_new_tokens: int,
     ) -> None:
         self._trainer = trainer
         self._tokenizer = tokenizer
@@ -62,7 +65,8 @@ class Examination:
         self._queries = [prompt.input_ids for prompt in prompts]
         self._texts = [prompt.query for prompt in prompts]
         self._seed = seed
-        self._sampling = sampling
+        self._params = params
+        self._max_new_tokens = max_new_tokens
         self._compared: Quality | None = None
 
     def begin(self) -> None:
@@ -106,10 +110,11 @@ class Examination:
                 self._reference,
                 self._tokenizer,
                 self._queries,
+                self._params,
                 count=max(counts),
+                max_new_tokens=self._max_new_tokens,
                 seed=self._seed,
                 reward=self._reward,
-                **self._sampling,
             )
         return best_of_n(scores, counts, label=self._reward.label, seed=self._seed)
 
@@ -118,9 +123,14 @@ class Examination:
     ) -> Examined:
         with self._trainer.accelerator.autocast():
             rollout = draw_rollout(
-                model, self._tokenizer, self._queries, seed=seed, **self._sampling
+                model,
+                self._tokenizer,
+                self._queries,
+                self._params,
+                max_new_tokens=self._max_new_tokens,
+                seed=seed,
             )
-            samples = judge(rollout, self._texts, self._reward)
+            samples = score_rollout(rollout, self._texts, self._reward)
             read = likelihoods(
                 model,
                 self._reference,

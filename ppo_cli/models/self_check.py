@@ -27,6 +27,7 @@ from ppo_cli.models.capabilities import (
     same,
 )
 from ppo_cli.models.context import context_length
+from ppo_cli.models.decode_loop import LogitsCallback
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.utils.device import modes_kept
 from ppo_cli.utils.random_state import RandomStream
@@ -41,65 +42,63 @@ SHORT = 1
 SMALL = 2**16
 """Numbers in a weight whose gradient is looked at; of larger ones, one of each shape."""
 
-SamplingWay = Literal["loop", "padded", "equal", "uncached", "whole"]
+SamplingMethod = Literal["loop", "padded", "equal", "uncached", "whole"]
 """Our decode loop; transformers' `generate` on padded queries, on queries of equal length together,
 on these without a cache; a plain forward pass of these for each token."""
-Watch = Callable[[Tensor, Tensor], None]
-"""Told with each token the rows (b,) that have one to come, and its logits (b, V)."""
 Outputs = tuple[Tensor, Tensor, Tensor]
 """Log-probabilities, entropies and values of N tokens, (N,) each."""
 
 
-def sampling_way(
+def choose_sampling_method(
     model: Any,
-    ways: Sequence[SamplingWay],
-    sample: Callable[[SamplingWay, list[Tensor], list[int], Watch], list[Tensor]],
+    methods: Sequence[SamplingMethod],
+    sample: Callable[[SamplingMethod, list[Tensor], list[int], LogitsCallback], list[Tensor]],
     *,
     pad_token_id: int,
-) -> SamplingWay:
-    """The first of `ways` of sampling whose logits are those of the plain forward.
+) -> SamplingMethod:
+    """The first of `methods` of sampling whose logits are those of a plain forward pass.
 
     Args:
         model: a policy or a causal model.
-        ways: the fastest first.
-        sample: samples by a way, to queries and limits.
-        pad_token_id: what `sample` fills rows up with.
+        methods: the fastest first.
+        sample: samples responses by a method, to queries, within limits.
+        pad_token_id: with which `sample` fills up rows.
 
     Raises:
-        UsageError: the model looks ahead, so it is not causal.
-        ModelError: none of the ways is right, or the model gives numbers that are not finite.
+        UsageError: the model is not causal: its logits depend on later tokens.
+        ModelError: none of the methods is right, or the model gives numbers that are not finite.
     """
     language_model = _language_model(model)
     if not isinstance(language_model, nn.Module):
-        return ways[0]
+        return methods[0]
     answers = findings(language_model)
 
-    def is_right(way: SamplingWay) -> bool:
-        key = ("sampling", way, pad_token_id)
+    def is_right(method: SamplingMethod) -> bool:
+        key = ("sampling", method, pad_token_id)
         if key not in answers:
             _refuse_if_it_looks_ahead(model)
-            answers[key] = _samples_rightly(model, lambda *args: sample(way, *args))
+            answers[key] = _samples_rightly(model, lambda *args: sample(method, *args))
         return bool(answers[key])
 
-    return next(filter(is_right, ways), None) or _refuse(model, "samples")
+    return next(filter(is_right, methods), None) or _refuse(model, "samples")
 
 
 @torch.no_grad()
 def _samples_rightly(
-    model: Any, sample: Callable[[list[Tensor], list[int], Watch], list[Tensor]]
+    model: Any, sample: Callable[[list[Tensor], list[int], LogitsCallback], list[Tensor]]
 ) -> bool:
     queries, responses = _queries_and_responses(model)
     limits = [len(response) for response in responses]
     seen: list[list[Tensor]] = [[] for _ in queries]
 
-    def watch(rows: Tensor, logits: Tensor) -> None:
+    def collect(rows: Tensor, logits: Tensor) -> None:
         for row, of_row in zip(rows.tolist(), logits.float(), strict=True):
             seen[row].append(of_row.clone())
 
     with _undisturbed(model):
         try:
             with asking():
-                responses = sample(queries, limits, watch)
+                responses = sample(queries, limits, collect)
         except UnsuitableModel:
             return False
         for i in LOOKED_AT:

@@ -27,9 +27,10 @@ from ppo_cli.models.reference import (
     create_reference_model,
     refuse_shared_weights,
 )
-from ppo_cli.models.sampling import new_token_limits, sample_responses
+from ppo_cli.models.sampling import sample_responses
 from ppo_cli.models.self_check import starts_as_its_base
 from ppo_cli.models.stop_tokens import end_tokens
+from ppo_cli.models.transformers_generate import from_generation_kwargs, new_token_limits
 from ppo_cli.ppo import advantages as adv
 from ppo_cli.ppo.accelerator import (
     make_accelerator,
@@ -196,19 +197,17 @@ class PPOTrainer:
                 "query_tensor must be a tensor of shape (query_length,) or a list of them"
             )
         limits = new_token_limits(queries, length_sampler, generation_kwargs)
-        settings = {
-            "pad_token_id": self.tokenizer.pad_token_id,
-            **generation_kwargs,
-            "eos_token_id": self._end_tokens(generation_kwargs),
-        }
-        if "generation_config" not in settings:
-            settings.setdefault("temperature", self.config.temperature)
+        defaults: dict[str, Any] = {"pad_token_id": self.tokenizer.pad_token_id}
+        if "generation_config" not in generation_kwargs:
+            defaults["temperature"] = self.config.temperature
+        ends = {"eos_token_id": self._end_tokens(generation_kwargs)}
+        settings = from_generation_kwargs(**defaults | generation_kwargs | ends)
 
         def sample(model: Any) -> Any:
             autocast = self.accelerator.autocast()
             with self._unwrapped(model) as unwrapped, self._sampling.active(), autocast:
                 responses = sample_responses(
-                    unwrapped, queries, limits, batch_size=batch_size, **settings
+                    unwrapped, queries, limits, settings, batch_size=batch_size
                 )
             if return_prompt:
                 responses = [
@@ -231,7 +230,7 @@ class PPOTrainer:
         elif own is None:
             policy = self.accelerator.unwrap_model(self.model)
             return end_tokens(self.tokenizer, model=policy) or None
-        return own.tolist() if isinstance(own, Tensor) else own
+        return own
 
     # ------------------------------------------------------------------ learning
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from stress.kill import contents, differences
+from tests.stress.kill import contents, differences
 
 from ppo_cli.config.schema import RunSettings
 from ppo_cli.errors import DivergenceError

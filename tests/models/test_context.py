@@ -9,7 +9,6 @@ import torch
 import transformers
 
 from ppo_cli.models.context import context_length
-from ppo_cli.models.sampling import context_length as of_rollout
 from tests.conftest import SMALL, make_gpt2, make_policy
 
 
@@ -64,4 +63,3 @@ def test_a_model_reads_as_many_tokens_as_it_is_said_to(kind: str) -> None:
 
 def test_a_policy_is_asked_as_its_model_is() -> None:
     assert context_length(make_policy()) == context_length(make_gpt2()) == 48
-    assert of_rollout is context_length

@@ -17,9 +17,10 @@ from ppo_cli.kernels import kv_cache
 from ppo_cli.kernels.cuda_graph import NotReplayable
 from ppo_cli.models import decode_loop, sampling
 from ppo_cli.models.capabilities import reads_packed, reads_still_cache
-from ppo_cli.models.decode_loop import decode_responses, draw
+from ppo_cli.models.decode_loop import decode_cached, draw
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling import sample_responses
+from ppo_cli.models.transformers_generate import GenerateSettings, from_generation_kwargs
 from tests.conftest import EOS, SMALL, VOCABULARY, make_gpt2, tried
 
 WINDOW = {"num_key_value_heads": 1, "sliding_window": 4}
@@ -54,9 +55,18 @@ def make_policy(name: str = "gpt2") -> AutoModelForCausalLMWithValueHead:
     return tried(policy)
 
 
-def sample(policy: Any, queries: list[Tensor], limits: list[int], **kwargs: Any) -> list[list[int]]:
-    settings = {"pad_token_id": 0, "eos_token_id": sorted(END_IDS), **kwargs}
-    return [r.tolist() for r in sample_responses(policy, queries, limits, **settings)]
+def sample(
+    policy: Any,
+    queries: list[Tensor],
+    limits: list[int],
+    batch_size: int | None = None,
+    **kwargs: Any,
+) -> list[list[int]]:
+    """Responses by keywords of transformers' `generate`."""
+    keywords = {"pad_token_id": 0, "eos_token_id": sorted(END_IDS), **kwargs}
+    settings = from_generation_kwargs(**keywords)
+    responses = sample_responses(policy, queries, limits, settings, batch_size=batch_size)
+    return [response.tolist() for response in responses]
 
 
 def left_padded(queries: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -71,12 +81,12 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Batch sizes that went through the decode loop."""
     sizes: list[int] = []
 
-    def spy(policy: Any, ids: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
-        if kwargs.get("watch") is None:  # not in a model's trial
+    def spy(policy: Any, ids: Tensor, *args: Any) -> list[Tensor]:
+        if args[-1] is None:  # no callback: not in a model's self-check
             sizes.append(len(ids))
-        return decode_responses(policy, ids, *args, **kwargs)
+        return decode_cached(policy, ids, *args)
 
-    monkeypatch.setattr(sampling, "decode_responses", spy)
+    monkeypatch.setattr(sampling, "decode_cached", spy)
     return sizes
 
 
@@ -372,15 +382,16 @@ def test_a_row_that_ended_does_not_leave_the_context(monkeypatch: pytest.MonkeyP
 def test_batches_have_the_size_that_was_asked_for(
     size: int, min_length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    policy, pad_left = make_policy(), sampling._pad_left
+    sampling._method(policy, GenerateSettings())  # both self-checks come first
     sizes: list[int] = []
-    pad_left = sampling._pad_left
 
     def spy(rows: list[Tensor], pad: int) -> Any:
         sizes.append(len(rows))
         return pad_left(rows, pad)
 
     monkeypatch.setattr(sampling, "_pad_left", spy)
-    sample(make_policy(), QUERIES, LIMITS, batch_size=size, min_length=min_length)
+    sample(policy, QUERIES, LIMITS, batch_size=size, min_length=min_length)
     assert sizes == {1: [1] * 6, 4: [4, 2], 100: [6]}[size]
 
 
@@ -562,7 +573,7 @@ def test_what_the_loop_does_not_do_goes_through_transformers(
     settings: dict[str, Any], ours: bool, taken: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = make_policy()
-    sampling._way(policy, 0, is_plain=False)  # the trial asks transformers, too
+    sampling._method(policy, GenerateSettings())  # its self-check calls transformers, too
     asked: list[dict[str, Any]] = []
     generate = policy.generate
 

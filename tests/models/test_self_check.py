@@ -19,6 +19,7 @@ from ppo_cli.errors import DataError, ModelError, UsageError
 from ppo_cli.models import capabilities, self_check
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead as Policy
 from ppo_cli.models.sampling import sample_responses
+from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.ppo.experience import check_reading, token_forward, token_logits
 from ppo_cli.ppo.packing import TokenBatch
 from ppo_cli.training.build import check_context
@@ -26,6 +27,7 @@ from tests.conftest import SMALL, VOCABULARY, make_batch, make_gpt2, make_policy
 
 QUERIES = [torch.tensor(ids) for ids in ([5], [7, 8, 9, 10, 11, 12], [1, 2], [3, 30, 40], [60])]
 LIMITS = [7, 12, 1, 9, 4]
+GREEDY = SamplingParams(top_k=1)
 
 TINY = {**SMALL, "bos_token_id": 1, "eos_token_id": 1}
 HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16}
@@ -91,9 +93,7 @@ def assert_right(policy: Policy) -> None:
     model = policy.pretrained_model
     policy.eval()
     queries = [query.to(policy.device) for query in QUERIES]
-    responses = sample_responses(
-        policy, queries, LIMITS, pad_token_id=0, eos_token_id=None, top_k=1
-    )
+    responses = sample_responses(policy, queries, LIMITS, GREEDY)
     expected = []
     for query, response in zip(queries, responses, strict=True):
         log_p = alone(model, torch.cat([query, response]))[len(query) - 1 : -1]
@@ -238,7 +238,7 @@ def test_a_model_that_looks_ahead_is_refused_by_name() -> None:
     model = transformers.BertLMHeadModel(config).eval()
     for ask in (
         lambda p: check_reading(p),
-        lambda p: sample_responses(p, QUERIES, LIMITS, pad_token_id=0, eos_token_id=None),
+        lambda p: sample_responses(p, QUERIES, LIMITS, SamplingParams()),
     ):
         with pytest.raises(UsageError, match=r"looks ahead.*BertLMHeadModel.*is_decoder"):
             ask(Policy(model))
@@ -345,7 +345,7 @@ def test_a_trial_leaves_modes_gradients_and_random_numbers_alone() -> None:
     expected = torch.rand(3)
     torch.manual_seed(7)
     check_reading(policy)
-    sample_responses(policy, [], [], pad_token_id=0, eos_token_id=None)
+    sample_responses(policy, [], [], SamplingParams())
     assert torch.equal(torch.rand(3), expected)
     assert all(module.training for module in policy.modules())
     assert all(parameter.grad is None for parameter in policy.parameters())
@@ -406,7 +406,7 @@ def test_a_short_row_beside_one_whose_positions_turn_otherwise_is_read_as_alone(
         ]
     torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-4)
     limits = [4, 3, 5, 3]
-    together = sample_responses(policy, queries, limits, pad_token_id=0, eos_token_id=None, top_k=1)
+    together = sample_responses(policy, queries, limits, GREEDY)
     for query, response, limit in zip(queries, together, limits, strict=True):
         ids = query
         for _ in range(limit):
@@ -530,7 +530,7 @@ def test_the_frozen_layers_are_those_of_the_decoder() -> None:
 
 def test_the_causal_model_that_transformers_makes_is_a_policy_too() -> None:
     model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**TINY)).eval()
-    responses = sample_responses(model, QUERIES, LIMITS, pad_token_id=0, eos_token_id=None, top_k=1)
+    responses = sample_responses(model, QUERIES, LIMITS, GREEDY)
     for query, response in zip(QUERIES, responses, strict=True):
         log_p = alone(model, torch.cat([query, response]))[len(query) - 1 : -1]
         assert torch.equal(log_p.argmax(1), response)
