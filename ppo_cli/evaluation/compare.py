@@ -16,8 +16,8 @@ from ppo_cli.errors import PPOCliError, UsageError
 from ppo_cli.evaluation.best_of_n import best_of_n, share
 from ppo_cli.evaluation.comparison_result import (
     Comparison,
-    Judged,
-    ModelVerdict,
+    ModelResult,
+    ScoredSamples,
     most_changed,
     paired_difference,
     rows_of,
@@ -129,7 +129,7 @@ def compare(
         seed=seed,
         reference=request.reference.model if reference and request.reference else None,
         max_new_tokens=max_new_tokens,
-        models=[ModelVerdict.of(model) for model in models],
+        models=[ModelResult.of(model) for model in models],
         differences=[paired_difference(models[0], other) for other in models[1:]],
         changes=most_changed(models[0], models[-1], examples),
         best_of_n=curve,
@@ -158,7 +158,7 @@ def _reference(task: _Task, *, needed: bool) -> Loaded | None:
         return None
 
 
-def _judged(task: _Task, source: Source, reference: Loaded | None) -> Judged:
+def _judged(task: _Task, source: Source, reference: Loaded | None) -> ScoredSamples:
     """One model's samples and how they read; what is loaded here is gone afterwards."""
     task.tell(f"sampling from {source.name}")
     if reference is not None and source == task.request.reference:
@@ -183,7 +183,7 @@ def _judged(task: _Task, source: Source, reference: Loaded | None) -> Judged:
         task.tell(f"no KL and no perplexity of {source.name}: {obstacle}")
     read = likelihoods(loaded.model, against.model, queries, rollout.responses)
     samples = score_rollout(rollout, task.texts, task.reward)
-    return Judged(source.name, samples, read, reference is not None and obstacle is None)
+    return ScoredSamples(source.name, samples, read, reference is not None and obstacle is None)
 
 
 def _queries(task: _Task, loaded: Loaded) -> list[Tensor]:

@@ -15,14 +15,11 @@ from ppo_cli.evaluation.best_of_n import BestOfN, best_of_n
 from ppo_cli.evaluation.draw_samples import draw_rollout, draw_scores, score_rollout
 from ppo_cli.evaluation.early_stopping import Evaluation
 from ppo_cli.evaluation.likelihoods import likelihoods
-from ppo_cli.evaluation.quality import Quality
+from ppo_cli.evaluation.quality import Quality, evaluation_statistics
 from ppo_cli.evaluation.samples import Sample
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.rewards.sentiment import SentimentReward
-
-COMPARED = ("score", "perplexity", "distinct_2")
-"""Measures of the reference that a reader needs to judge the policy's by."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class Examination:
         quality = self.of_policy(self._seed).quality
         numbers = evaluation_statistics(quality, self._compared)
         numbers["time/evaluating"] = time.perf_counter() - started
-        return Evaluation(step, quality.score, quality.kl), numbers
+        return Evaluation(step, quality["score"], quality["kl"]), numbers
 
     def close(self) -> tuple[Examined, Examined]:
         """Reference and policy with random numbers of their own, which no evaluation draws from.
@@ -150,11 +147,3 @@ class Examination:
         if self._trainer.ref_model is None:  # the policy, its adapter off
             return self._policy
         return self._trainer.accelerator.unwrap_model(self._trainer.ref_model)
-
-
-def evaluation_statistics(policy: Quality, reference: Quality) -> dict[str, float]:
-    """What an evaluation adds to its step's metrics, under the keys of `RUN_STATISTICS`."""
-    measures = policy.as_dict()
-    del measures["samples"]
-    own = {f"eval/{name}": value for name, value in measures.items()}
-    return own | {f"eval/reference_{name}": getattr(reference, name) for name in COMPARED}

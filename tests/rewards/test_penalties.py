@@ -244,8 +244,8 @@ def test_a_models_own_end_tokens_end_what_is_trained_evaluated_and_generated(
     assert 0 < sum(fines) / 2 < 1.5 / 2  # half of the tokens end
     summary = training.finish()
     training.directory.unlock()
-    assert 1 < summary.before.length < 3
-    assert 1 < summary.after.length < 3
+    assert 1 < summary.before["length"] < 3
+    assert 1 < summary.after["length"] < 3
 
     def asked(*models: str) -> Request:
         return resolve(
