@@ -13,7 +13,7 @@ import numpy as np
 from ppo_cli.data.prompts import Prompt
 from ppo_cli.evaluation.best_of_n import BestOfN, best_of_n
 from ppo_cli.evaluation.draw_samples import draw_rollout, draw_scores, score_rollout
-from ppo_cli.evaluation.early_stopping import Evaluation
+from ppo_cli.evaluation.history import Evaluation
 from ppo_cli.evaluation.likelihoods import likelihoods
 from ppo_cli.evaluation.quality import Quality, evaluation_statistics
 from ppo_cli.evaluation.samples import Sample

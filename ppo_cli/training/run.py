@@ -15,8 +15,8 @@ from ppo_cli.data.fingerprint import Inputs, inputs_of, trusted_too, what_differ
 from ppo_cli.data.prompts import LengthSampler, collate, load_prompts
 from ppo_cli.errors import DataError, DivergenceError, UsageError
 from ppo_cli.evaluation.draw_samples import score_rollout
-from ppo_cli.evaluation.early_stopping import Standing
 from ppo_cli.evaluation.held_out import Examination
+from ppo_cli.evaluation.history import EvaluationHistory
 from ppo_cli.evaluation.samples import Sample, mean_probability
 from ppo_cli.models.loading import check_trusted, load_tokenizer
 from ppo_cli.models.sampling import Rollout, to_texts
@@ -350,7 +350,7 @@ class Training:
         self.trainer.accelerator.log(numbers, step=self.step)
         return numbers
 
-    def _closing_evaluation(self) -> Standing:
+    def _closing_evaluation(self) -> EvaluationHistory:
         """The standing at the end of the run, whose newest step is evaluated if it was not yet.
 
         That evaluation does not belong to the run's state: a run that goes on from here later is
