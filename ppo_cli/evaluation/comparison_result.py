@@ -1,4 +1,4 @@
-"""What a comparison found: plain values, the document that `compare --format json` writes.
+"""The result of a comparison: plain values, the document that `compare --format json` writes.
 
 The docstrings of the fields are the descriptions in its JSON Schema.
 """
@@ -67,13 +67,13 @@ class ModelResult:
     def of(cls, scored: ScoredSamples) -> ModelResult:
         """Measure one model's samples."""
         samples, likelihoods = scored.samples, scored.likelihoods
-        found = Quality.of(samples, likelihoods, scored.against_reference)
+        measured = Quality.of(samples, likelihoods, scored.against_reference)
         intervals = {
             m.key: bootstrap_interval(m.of_each(samples, likelihoods).tolist())
             for m in quality.MEASURES
-            if m.of_each is not None and m.key in found.values
+            if m.of_each is not None and m.key in measured.values
         }
-        return cls(scored.model, found, intervals)
+        return cls(scored.model, measured, intervals)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; None for what is not known."""

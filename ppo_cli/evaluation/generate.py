@@ -1,4 +1,4 @@
-"""Text from one or several models to the same prompts, and reading those prompts."""
+"""Responses of one model to prompts, and the loading of models and classifiers for that."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ class Source:
     """A model to sample from.
 
     Attributes:
-        name: on the screen.
-        model, revision: what loads it.
-        stop: what ends a response.
-        inputs: of the run whose policy it was at the start, by which it is found and known.
+        name: its name on the screen.
+        model, revision: folder or hub id, and the hub's revision.
+        stop: texts that end a response.
+        inputs: records of the run whose policy it was at the start, by which it is found and
+            compared.
     """
 
     name: str
@@ -48,16 +49,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Request:
-    """Which models, judged how; worked out from run directories and options.
+    """Which models to sample and how to score them, by run directories and options.
 
     Attributes:
-        sources: what to sample from, in order; the reference last, if it is wanted among them.
+        sources: models to sample from, in order; the reference last, if it is wanted among them.
         reward: the classifier, if one is wanted.
         run: configuration of the first run directory.
-        device: where all of it runs.
+        device: of all models.
         trusted: models whose own code may run.
-        reference: that run's reference, whether it is among `sources` or not.
-        inputs: of that run, where the classifier is its own.
+        reference: the reference of the first run directory, among `sources` or not.
+        inputs: records of that run, by which its classifier and prompts are found.
     """
 
     sources: list[Source]
@@ -71,9 +72,9 @@ class Request:
     @property
     def input_names(self) -> list[str]:
         """Names of all models, of the classifier and of the run's prompts."""
-        found = [source.model for source in self.sources]
-        found += [self.reward.model] if self.reward else []
-        return [*found, *(inputs_of(self.run).values() if self.run else ())]
+        models = [source.model for source in self.sources]
+        models += [self.reward.model] if self.reward else []
+        return [*models, *(inputs_of(self.run).values() if self.run else ())]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Loaded:
         return replace(params, stop_token_ids=self.stop_token_ids, pad_token_id=pad)
 
 
-def load_judge(request: Request) -> SentimentReward | None:
+def load_classifier(request: Request) -> SentimentReward | None:
     """The classifier of a request, if one is wanted."""
     if request.reward is None:
         return None
@@ -106,10 +107,10 @@ def load_judge(request: Request) -> SentimentReward | None:
 def find_input(
     inputs: Inputs | None, key: str, name: str, revision: str | None = None
 ) -> tuple[str, str | None]:
-    """What to load for an input of a run; warns where it has changed since the run began.
+    """Name and revision of an input of a run; warns where it has changed since the run began.
 
     Args:
-        inputs: the run's; None where there is no run.
+        inputs: the run's records; None where there is no run.
         key: of the input.
         name, revision: as the run's settings have them.
     """
@@ -169,7 +170,7 @@ def generate(
 
 @contextmanager
 def sampling_errors(name: str) -> Iterator[None]:
-    """Around sampling from the model `name`, which is not being trained.
+    """Around sampling from the model `name` outside of training.
 
     Raises:
         ModelError: its probabilities are not finite.
@@ -184,7 +185,7 @@ def sampling_errors(name: str) -> Iterator[None]:
 
 
 def load_model(source: Source, device: torch.device, trusted: Collection[str] = ()) -> Loaded:
-    """Load what a source names.
+    """Load the model that a source names.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -199,7 +200,7 @@ def load_model(source: Source, device: torch.device, trusted: Collection[str] = 
 
 
 def encode(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> list[torch.Tensor]:
-    """Prompts as token ids, 1-D, each with room for a response.
+    """Prompts as token ids, 1-D; each leaves room for a response in the context.
 
     Raises:
         DataError: a prompt has no tokens, or exceeds the model's context.

@@ -1,4 +1,4 @@
-"""The held-out prompts put to a model: what it writes there, and what that is worth."""
+"""Evaluation on the held-out prompts: responses of policy and reference, and their quality."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from ppo_cli.rewards.sentiment import SentimentReward
 
 
 @dataclass(frozen=True)
-class Examined:
-    """A model's samples to the held-out prompts, and what they are worth."""
+class MeasuredSamples:
+    """A model's samples to the held-out prompts, and their quality."""
 
     samples: list[Sample]
     quality: Quality
 
 
-class Examination:
-    """Puts the same prompts to the reference and to the policy as it is at the time.
+class HeldOutEvaluation:
+    """Samples from the reference and from the present policy, on the same prompts.
 
-    All evaluations of a run draw from the same random numbers; those that training draws from stay
-    as they are, and so do the models' modes.
+    All evaluations of a run draw from the same random numbers. The random numbers of training and
+    the models' modes stay as they are.
 
     Args:
         trainer: has both models.
-        tokenizer: theirs.
-        reward: judges the responses.
-        prompts: the held-out ones.
+        tokenizer: the models'.
+        reward: scores the responses.
+        prompts: the held-out prompts.
         seed: the run's.
         params: settings of sampling.
         max_new_tokens: limit on a response.
@@ -64,38 +64,39 @@ class Examination:
         self._seed = seed
         self._params = params
         self._max_new_tokens = max_new_tokens
-        self._compared: Quality | None = None
+        self._reference_quality: Quality | None = None
 
     def begin(self) -> None:
-        """Examine the reference, which every evaluation is compared with."""
-        self._compared = self.of_reference(self._seed).quality
+        """Measure the reference, with which every evaluation is compared."""
+        self._reference_quality = self.of_reference(self._seed).quality
 
     def evaluate(self, step: int) -> tuple[Evaluation, dict[str, float]]:
-        """The policy after `step`: what counts of it, and all of it under its keys in the metrics.
+        """Evaluate the policy after `step`. `begin` has to be called first.
 
-        `begin` comes first.
+        Returns:
+            The evaluation, and its statistics for the step's metrics.
         """
-        assert self._compared is not None
+        assert self._reference_quality is not None
         started = time.perf_counter()
         quality = self.of_policy(self._seed).quality
-        numbers = evaluation_statistics(quality, self._compared)
-        numbers["time/evaluating"] = time.perf_counter() - started
-        return Evaluation(step, quality["score"], quality["kl"]), numbers
+        statistics = evaluation_statistics(quality, self._reference_quality)
+        statistics["time/evaluating"] = time.perf_counter() - started
+        return Evaluation(step, quality["score"], quality["kl"]), statistics
 
-    def close(self) -> tuple[Examined, Examined]:
-        """Reference and policy with random numbers of their own, which no evaluation draws from.
+    def close(self) -> tuple[MeasuredSamples, MeasuredSamples]:
+        """Reference and policy, with random numbers that no evaluation draws from.
 
-        The best of several evaluations is best by luck, too: measured again with the random
+        The best of several evaluations is partly the best by chance: measured with the random
         numbers by which it was chosen it would look better than it is.
         """
         seed = int(np.random.SeedSequence(self._seed, spawn_key=(1,)).generate_state(1)[0])
         return self.of_reference(seed), self.of_policy(seed)
 
-    def of_policy(self, seed: int) -> Examined:
+    def of_policy(self, seed: int) -> MeasuredSamples:
         """The policy, sampled with random numbers that `seed` decides."""
         return self._of(self._policy, seed, self._trainer.adapter_off)
 
-    def of_reference(self, seed: int) -> Examined:
+    def of_reference(self, seed: int) -> MeasuredSamples:
         """The reference, likewise; its KL from itself is zero."""
         with self._trainer.adapter_off():  # peft would switch it on at the end of an inner block
             return self._of(self._reference, seed, nullcontext)
@@ -117,7 +118,7 @@ class Examination:
 
     def _of(
         self, model: Any, seed: int, as_reference: Callable[[], AbstractContextManager[None]]
-    ) -> Examined:
+    ) -> MeasuredSamples:
         with self._trainer.accelerator.autocast():
             rollout = draw_rollout(
                 model,
@@ -128,7 +129,7 @@ class Examination:
                 seed=seed,
             )
             samples = score_rollout(rollout, self._texts, self._reward)
-            read = likelihoods(
+            found = likelihoods(
                 model,
                 self._reference,
                 rollout.queries,
@@ -136,7 +137,7 @@ class Examination:
                 as_reference=as_reference,
                 temperature=self._trainer.config.temperature,
             )
-        return Examined(samples, Quality.of(samples, read))
+        return MeasuredSamples(samples, Quality.of(samples, found))
 
     @property
     def _policy(self) -> Any:

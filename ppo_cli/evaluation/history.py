@@ -11,7 +11,7 @@ from ppo_cli.config.schema import RunSettings
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The policy after a step: its mean score on the held-out prompts, its KL, nats per response."""
+    """Mean score and KL (nats per response) on the held-out prompts after a step."""
 
     step: int
     score: float

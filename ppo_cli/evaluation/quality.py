@@ -74,8 +74,8 @@ def _on_target(samples: Sequence[Sample], _: Likelihoods) -> float:
     return float(np.mean([(sample.probability or 0.0) > 0.5 for sample in samples]))
 
 
-def _perplexity(_: Sequence[Sample], found: Likelihoods) -> float:
-    return float(np.exp(found.reference_nll.sum() / found.total_tokens))
+def _perplexity(_: Sequence[Sample], likelihoods: Likelihoods) -> float:
+    return float(np.exp(likelihoods.reference_nll.sum() / likelihoods.total_tokens))
 
 
 def _texts(samples: Sequence[Sample]) -> list[str]:
@@ -115,9 +115,9 @@ MEASURES: tuple[Measure, ...] = (
         "KL",
         "exact KL from the reference, nats per response",
         2,
-        lambda _, found: float(found.kl.mean()),
+        lambda _, likelihoods: float(likelihoods.kl.mean()),
         needs_reference=True,
-        of_each=lambda _, found: found.kl,
+        of_each=lambda _, likelihoods: likelihoods.kl,
         description="KL from the reference, nats per response; null where there is no comparing "
         "the two.",
     ),
@@ -126,7 +126,7 @@ MEASURES: tuple[Measure, ...] = (
         "entropy",
         "entropy of the policy, nats per token",
         2,
-        lambda _, found: float(found.entropy.sum()) / found.total_tokens,
+        lambda _, likelihoods: float(likelihoods.entropy.sum()) / likelihoods.total_tokens,
         description="Of the model's next token, nats.",
     ),
     Measure(
@@ -179,7 +179,7 @@ MEASURES: tuple[Measure, ...] = (
         "length",
         "tokens per response",
         1,
-        lambda _, found: float(found.tokens.mean()),
+        lambda _, likelihoods: float(likelihoods.tokens.mean()),
         description="Tokens per response, an end-of-text token included.",
     ),
 )

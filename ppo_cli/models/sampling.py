@@ -99,7 +99,7 @@ def sample_responses(
     _check_lengths(queries, max_new_tokens, context_length(model))
     if not queries:
         return []
-    if not isinstance(model, AutoModelForCausalLMWithValueHead):  # our own loop reads policies
+    if not _may_take_own_loop(model):
         settings = _for_generate(settings)
     method = _method(model, settings)
     responses: list[Tensor] = []
@@ -113,16 +113,20 @@ def sample_responses(
     return responses
 
 
-def check_sampling(model: Any, pad_token_id: int | None) -> None:
-    """Find the fastest method of sampling that is right for a model, unless it is known.
+def check_sampling(model: Any, pad_token_id: int | None) -> SamplingMethod:
+    """The fastest method of sampling that is right for a model. The self-check is made once.
 
     Raises:
         UsageError: the model is not causal: its logits depend on later tokens.
         ModelError: no method gives the logits of a plain forward pass of each text alone.
     """
     params = SamplingParams(pad_token_id=pad_token_id)
-    is_policy = isinstance(model, AutoModelForCausalLMWithValueHead)
-    _method(model, params if is_policy else GenerateSettings.of(params))
+    return _method(model, params if _may_take_own_loop(model) else _for_generate(params))
+
+
+def _may_take_own_loop(model: Any) -> bool:
+    """Whether `SamplingParams` may do without transformers' `generate`."""
+    return isinstance(model, AutoModelForCausalLMWithValueHead)
 
 
 def _for_generate(settings: SamplingParams | GenerateSettings) -> GenerateSettings:

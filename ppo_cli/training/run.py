@@ -15,7 +15,7 @@ from ppo_cli.data.fingerprint import Inputs, inputs_of, trusted_too, what_differ
 from ppo_cli.data.prompts import LengthSampler, collate, load_prompts
 from ppo_cli.errors import DataError, DivergenceError, UsageError
 from ppo_cli.evaluation.draw_samples import score_rollout
-from ppo_cli.evaluation.held_out import Examination
+from ppo_cli.evaluation.held_out import HeldOutEvaluation
 from ppo_cli.evaluation.history import EvaluationHistory
 from ppo_cli.evaluation.samples import Sample, mean_probability
 from ppo_cli.models.loading import check_trusted, load_tokenizer
@@ -118,7 +118,7 @@ class Training:
         self._say(filter(None, [sampling_advice(config)]))
         self.adviser = Adviser(config)
         self.trainer.advises = False  # the adviser does, and knows more
-        self.examination = Examination(
+        self.examination = HeldOutEvaluation(
             self.trainer,
             self.tokenizer,
             self.reward,

@@ -28,7 +28,7 @@ request = requests.resolve([sys.argv[2]], reference=False, score=True, sentiment
                              classifier="embedded", device="cpu", trusted=())
 result = generation.generate(
     request.sources[0], ["This movie"], samples_each=3, max_new_tokens=12, seed=1,
-    device=request.device, reward=generation.load_judge(request), trusted=(),
+    device=request.device, reward=generation.load_classifier(request), trusted=(),
     temperature=1.0, top_k=0, top_p=1.0,
 )
 found = {"samples": [sample.as_dict() for sample in result.samples], "modules": list(sys.modules)}

@@ -342,7 +342,7 @@ def test_compare_asks_the_held_out_prompts_by_the_ids_that_training_evaluates(
         return draw(model, tokenizer, queries, *args, **kw)
 
     monkeypatch.setattr(compare, "draw_rollout", spy)
-    monkeypatch.setattr(compare, "load_judge", lambda _: Judge())
+    monkeypatch.setattr(compare, "load_classifier", lambda _: Judge())
     sources = [Source(name, str(tmp_path / name)) for name in ("tuned", "base", "other")]
     request = Request(
         sources, RewardConfig(model="x"), run, torch.device("cpu"), reference=sources[1]

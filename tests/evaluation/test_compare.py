@@ -73,7 +73,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compare(folders: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(comparison, "load_judge", lambda _: Counting())
+    monkeypatch.setattr(comparison, "load_classifier", lambda _: Counting())
 
     def run(*names: str, base: str | None = "base", column: bool = True, **settings: Any) -> Any:
         sources = [Source(name, str(folders / name)) for name in names]

@@ -123,17 +123,17 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes the evaluations of the runs that follow score as is said, step by step."""
 
     def script(scores: dict[int, float], kl: dict[int, float] | None = None) -> None:
-        from ppo_cli.evaluation.held_out import Examination
+        from ppo_cli.evaluation.held_out import HeldOutEvaluation
 
-        original = Examination.evaluate
+        original = HeldOutEvaluation.evaluate
 
-        def evaluate(self: Examination, step: int) -> Any:
+        def evaluate(self: HeldOutEvaluation, step: int) -> Any:
             _, numbers = original(self, step)
             distance = (kl or {}).get(step, 1.0)
             changed = {"eval/score": scores[step], "eval/kl": distance}
             return Evaluation(step, scores[step], distance), numbers | changed
 
-        monkeypatch.setattr(Examination, "evaluate", evaluate)
+        monkeypatch.setattr(HeldOutEvaluation, "evaluate", evaluate)
 
     return script
 
