@@ -25,7 +25,7 @@ from ppo_cli.kernels.lm_head import (
     token_logprobs_and_entropies,
 )
 from ppo_cli.kernels.tied_embeddings import tied_gradient
-from ppo_cli.models.capabilities import PADDED_READING, Reading, fastest_reading, findings
+from ppo_cli.models.capabilities import PADDED_READING, Reading, check_results, fastest_reading
 from ppo_cli.models.pretrained import (
     HUB_KEYWORDS,
     VALUE_HEAD_FILE,
@@ -297,7 +297,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
 
     def reading(self) -> Reading:
         """How it reads sequences: as its architecture allows, unless a trial said otherwise."""
-        answers = findings(self.pretrained_model)
+        answers = check_results(self.pretrained_model)
         if "reading" not in answers:
             # Virtual tokens are put in front outside of the language model.
             answers["reading"] = (
@@ -307,7 +307,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
 
     def read_as(self, reading: Reading) -> None:
         """Read sequences in this way from now on, until the model is changed."""
-        findings(self.pretrained_model)["reading"] = reading
+        check_results(self.pretrained_model)["reading"] = reading
 
     def last_hidden_states(self, output: Any) -> Tensor:
         """(B, T, H), what the value head reads, of an output with hidden states.

@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from ppo_cli.errors import ModelError, is_out_of_memory
 from ppo_cli.models.capabilities import precision, same
+from ppo_cli.models.plain_forward import sample_logits
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.models.self_check import logits_of_trial
 from ppo_cli.utils.files import settle, writing
 from ppo_cli.utils.inventory import UNFINISHED_MODEL, Inventory
 
@@ -64,13 +64,13 @@ def save_folder(
 
 
 def _is_written_rightly(policy: AutoModelForCausalLMWithValueHead, folder: Path) -> bool:
-    expected = logits_of_trial(policy)
+    expected = sample_logits(policy)
     ways = [policy.merged, lambda: policy.merged(untied=True)] if policy.is_peft_model else []
     for whole in ways or [lambda: policy]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()  # fails where it is a link
         model = whole()
-        if not same(logits_of_trial(model), expected, *_tolerance(policy, expected)):
+        if not same(sample_logits(model), expected, *_tolerance(policy, expected)):
             continue
         _write(model, folder, getattr(policy.pretrained_model, "stored_dtype", None))
         if _says(model, folder, expected):
@@ -107,7 +107,7 @@ def _says(policy: AutoModelForCausalLMWithValueHead, folder: Path, expected: Ten
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=policy.pretrained_model.dtype, trust_remote_code=own_code
         )
-        logits = logits_of_trial(model.eval())
+        logits = sample_logits(model.eval())
     except Exception as error:
         if not is_out_of_memory(error):
             raise

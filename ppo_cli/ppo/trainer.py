@@ -26,9 +26,9 @@ from ppo_cli.models.reference import (
     create_adapter_reference,
     create_reference_model,
     refuse_shared_weights,
+    starts_as_its_base,
 )
 from ppo_cli.models.sampling import sample_responses
-from ppo_cli.models.self_check import starts_as_its_base
 from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.models.transformers_generate import from_generation_kwargs, new_token_limits
 from ppo_cli.ppo import advantages as adv

@@ -353,9 +353,9 @@ def test_a_trial_leaves_modes_gradients_and_random_numbers_alone() -> None:
 
 def test_a_model_is_tried_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
-    plain = self_check._PlainReading
+    plain = self_check.PlainReading
     monkeypatch.setattr(
-        self_check, "_PlainReading", lambda *args: (tried.append(1), plain(*args))[1]
+        self_check, "PlainReading", lambda *args: (tried.append(1), plain(*args))[1]
     )
     policy = make_policy()
     for _ in range(2):
