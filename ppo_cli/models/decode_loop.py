@@ -1,4 +1,4 @@
-"""The decode loop behind sampling: a cache allocated once, ended rows dropped, one draw a row."""
+"""The decode loop of sampling: one allocation of the cache, and ended rows are dropped."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from ppo_cli.models.capabilities import reads_still_cache
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling_params import SamplingParams
 
-DROP_SHARE = 0.25  # of the rows have ended: worth copying the cache without them
-FEWEST_REPLAYS = 6  # of a step: worth recording it, which takes as long as some of it
-REPLAYS_AT_ONCE = 8  # before the GPU is asked whether rows are left
+DROP_SHARE = 0.25  # share of ended rows from which on the cache is copied without them
+FEWEST_REPLAYS = 6  # replays of a step that are worth the time of recording it
+REPLAYS_AT_ONCE = 8  # between two checks whether rows are left, which wait for the GPU
 
 LogitsCallback = Callable[[Tensor, Tensor], None]
 """Called for each token with the indices (b,) of the rows that it is drawn for, and their logits
 (b, V)."""
 
 _not_replayable: WeakSet[AutoModelForCausalLMWithValueHead] = WeakSet()
-# Models of which a step was recorded, and how many hooks they had, which may make them another.
+# Models of which a step was recorded, with their number of hooks, which may change what they do.
 _proven: WeakKeyDictionary[AutoModelForCausalLMWithValueHead, int] = WeakKeyDictionary()
 
 
@@ -118,7 +118,7 @@ def _step_by_step(drawn: _Drawn, step: _GrowingStep) -> list[Tensor]:
 
 
 def _by_replays(drawn: _Drawn, first: _GrowingStep) -> list[Tensor]:
-    """The first step reads the queries; all others do the same as each other."""
+    """The first step reads the queries; all later steps are alike, and so are recorded once."""
     policy, hooks = first.policy, _hooks(first.policy)
     first()
     if not drawn.rows_left():
@@ -148,7 +148,7 @@ def _is_worth_recording(policy: AutoModelForCausalLMWithValueHead, longest: int)
 
 
 class _Drawn:
-    """What B rows have drawn, kept on their device, so that it need not be waited for.
+    """The tokens that B rows have drawn, kept on their device, so that nothing waits for it.
 
     Args:
         uniforms: (B, R) random numbers, one for each token.
@@ -207,7 +207,7 @@ class _Drawn:
 
 
 class _GrowingStep:
-    """A token more for each row: reads as much of the cache as there is.
+    """Draws one more token for each row; the part of the cache that it reads grows.
 
     Arguments as in `decode_cached`. The first call reads the queries.
     """
@@ -237,7 +237,7 @@ class _GrowingStep:
     def draw(self, ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The token (b, 1) that follows `ids` (b, t) in each row, and whether it goes on (b, 1).
 
-        A row that does not stays at its position: further on the context may be over.
+        The position of a row that has ended stays: a later one may exceed the context.
         """
         logits = self.policy.next_logits(
             ids, mask, positions, self.projection, past_key_values=self.cache
@@ -248,7 +248,7 @@ class _GrowingStep:
         return tokens.unsqueeze(1), self.drawn.going[self.rows].unsqueeze(1)
 
     def drop_ended(self, left: int) -> None:
-        """Go on without the rows that have ended, where few enough are `left`."""
+        """Drop the rows that have ended, where few enough are `left`."""
         if left > (1 - DROP_SHARE) * len(self.rows):
             return
         kept = self.drawn.going[self.rows].nonzero().squeeze(1)
@@ -259,10 +259,10 @@ class _GrowingStep:
 
 
 class _StillStep:
-    """A token more for each row: the same work on the same tensors every time.
+    """Draws one more token for each row, with the same work on the same tensors every time.
 
     Args:
-        begun: has read the queries; its cache is taken over.
+        begun: the step that has read the queries; its cache is used further.
     """
 
     def __init__(self, begun: _GrowingStep) -> None:
@@ -289,8 +289,8 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     The sums are float64, where there is such a type: 50,000 float32 terms would lose rare tokens.
 
     Returns:
-        The tokens, and a scalar that says whether all probabilities are finite. A row where they
-        are not has some token or other.
+        The tokens, and a scalar: whether all probabilities are finite. A row where they are not
+        gets an arbitrary token.
     """
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     sums = logits.float().softmax(-1).cumsum(-1, dtype=exact)
@@ -300,7 +300,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def not_finite() -> NumericalError:
-    """What to raise where probabilities are not finite."""
+    """The error for probabilities that are not finite."""
     return NumericalError(
         "the policy's probabilities are not finite any more: its last update went too far. "
         "Lower ppo.learning_rate or set ppo.max_grad_norm"

@@ -26,7 +26,7 @@ def create_reference_model(
         num_shared_layers: this many layers from the bottom, and the embeddings below them, are
             frozen in the policy too and shared: policy and reference hold the same tensors.
         pattern: prefix of a layer's parameter names with `{layer}` in it, such as
-            `transformer.h.{layer}`, where it cannot be found by itself.
+            `transformer.h.{layer}`, where it cannot be found automatically.
 
     Raises:
         UsageError: `num_shared_layers` is not in 0..number of layers, or the layers are not found.
@@ -43,15 +43,15 @@ def create_reference_model(
 def create_adapter_reference(
     model: AutoModelForCausalLMWithValueHead,
 ) -> AutoModelForCausalLMWithValueHead:
-    """A frozen copy of a policy with an adapter as it is; weights that do not train are shared."""
+    """A frozen copy of a policy with its adapter; weights that do not train are shared."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, memo).requires_grad_(False).eval()
 
 
 def starts_as_its_base(policy: AutoModelForCausalLMWithValueHead) -> bool:
-    """Whether a policy with an adapter is, as it starts and whatever it learns, the reference.
+    """Whether a policy with its adapter off is and stays the policy as it starts: the reference.
 
-    That is, with the adapter off: it changes nothing yet, and nothing outside of it is trained.
+    That is so where the adapter changes nothing yet, and no weight outside of it is trained.
     """
 
     def base() -> Tensor:
@@ -77,7 +77,7 @@ def starts_as_its_base(policy: AutoModelForCausalLMWithValueHead) -> bool:
 
 
 def refuse_shared_weights(model: nn.Module, reference: nn.Module) -> None:
-    """Raise `UsageError` where a reference holds weights that are trained: it would move along."""
+    """Raise `UsageError` where a reference shares weights that are trained."""
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if any(id(p) in trained for p in reference.parameters()):
         raise UsageError(
