@@ -229,7 +229,7 @@ def explained_statistics() -> dict[str, Statistic]:
     """The keys of `evaluation_statistics`, and what they mean."""
     own = {f"eval/{m.key}": Statistic(m.meaning) for m in MEASURES}
     return own | {
-        f"eval/reference_{m.key}": Statistic(f"{m.meaning}: the reference's, same random numbers")
+        f"eval/reference_{m.key}": Statistic(f"the reference's: {m.meaning}")
         for m in MEASURES
         if m.of_reference
     }

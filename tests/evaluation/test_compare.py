@@ -1,4 +1,4 @@
-"""Models beside each other, in this process, with small models and a judge that counts."""
+"""Comparisons in this process, with small models and a classifier that counts."""
 
 from __future__ import annotations
 
@@ -139,33 +139,33 @@ def test_without_its_column_the_reference_still_measures(compare: Any) -> None:
     assert without.models == with_column.models[:2]
 
 
-def test_another_vocabulary_has_no_divergence_and_it_is_said(compare: Any) -> None:
-    told: list[str] = []
-    found = compare("other", "a", progress=told.append)
+def test_another_vocabulary_has_no_kl_and_that_is_reported(compare: Any) -> None:
+    reports: list[str] = []
+    found = compare("other", "a", progress=reports.append)
     document = found.models[0].as_dict()
     assert document["kl"] is document["perplexity"] is document["kl_interval"] is None
     assert found.rows[0].responses[0].kl is None
     assert document["length"] > 0 and document["entropy"] > 0
     assert found.models[1].as_dict()["kl"] is not None
-    assert [line for line in told if "vocabulary" in line and "other" in line]
+    assert [line for line in reports if "vocabulary" in line and "other" in line]
 
 
-def test_models_without_a_run_have_no_reference_and_it_is_said(compare: Any) -> None:
-    told: list[str] = []
-    found = compare("a", "b", base=None, progress=told.append)
+def test_models_without_a_run_have_no_reference_and_that_is_reported(compare: Any) -> None:
+    reports: list[str] = []
+    found = compare("a", "b", base=None, progress=reports.append)
     assert found.reference is None
     for key in ("kl", "perplexity"):
         assert [model.as_dict()[key] for model in found.models] == [None, None]
-    assert [line for line in told if "names a reference" in line]
+    assert [line for line in reports if "names a reference" in line]
     with pytest.raises(UsageError, match="--best-of-n"):
         compare("a", "b", base=None, best_of=[2])
 
 
 def test_a_reference_that_is_gone_is_missed_only_where_it_is_sampled(compare: Any) -> None:
-    told: list[str] = []
-    found = compare("a", "b", base="gone", column=False, progress=told.append)
+    reports: list[str] = []
+    found = compare("a", "b", base="gone", column=False, progress=reports.append)
     assert found.reference is None and "kl" not in found.models[0].quality.values
-    assert [line for line in told if "no KL" in line and "gone" in line]
+    assert [line for line in reports if "no KL" in line and "gone" in line]
     with pytest.raises(PPOCliError, match="gone"):
         compare("a", "b", base="gone")
     with pytest.raises(PPOCliError, match="gone"):

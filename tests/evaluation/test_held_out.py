@@ -1,4 +1,4 @@
-"""Evaluation during a run: what it measures and records, and that learning does not notice it."""
+"""Evaluation during a run: measures and records, without an effect on learning."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 
 from ppo_cli.config.loading import load_config
 from ppo_cli.evaluation.quality import MEASURES, Quality, explained_statistics
+from ppo_cli.models.sampling import sample_responses
+from ppo_cli.models.sampling_params import SamplingParams
+from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.ppo.statistics import grouped
 from ppo_cli.reporting.summary import Pace, TrainingSummary
 from ppo_cli.training.run import Training
@@ -118,6 +121,31 @@ def test_evaluating_changes_no_random_state_and_no_mode(tmp_path: Path) -> None:
     assert first == again  # the same random numbers each time
 
 
+@pytest.mark.filterwarnings("ignore:with rollout")
+def test_every_response_is_sampled_as_the_configuration_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ["temperature=0.5", "top_k=7", "top_p=0.9", "stop=['.']"]
+    training = make(tmp_path / "run", "run.steps=2", *(f"rollout.{change}" for change in changes))
+    used = []
+
+    def spy(model: Any, queries: Any, limits: Any, settings: Any, **kwargs: Any) -> Any:
+        used.append(settings)
+        return sample_responses(model, queries, limits, settings, **kwargs)
+
+    for module in ("ppo_cli.ppo.trainer", "ppo_cli.evaluation.draw_samples"):
+        monkeypatch.setattr(f"{module}.sample_responses", spy)
+    try:
+        assert len(list(training.steps())) == 2
+    finally:
+        training.directory.unlock()
+    ends = tuple(end_tokens(training.tokenizer, ["."], training.trainer.model))
+    assert len(ends) > 1
+    expected = SamplingParams(0.5, 7, 0.9, ends, training.tokenizer.pad_token_id)
+    assert len(used) == 4  # the reference, two batches, an evaluation
+    assert used == [expected] * 4
+
+
 def same_but_for_rounding(one: Quality, other: Quality) -> None:
     assert one.values == pytest.approx(other.values, abs=1e-4)
 
@@ -127,7 +155,7 @@ def same_but_for_rounding(one: Quality, other: Quality) -> None:
     [[], ["policy.adapter.r=2"], ["policy.num_shared_layers=1"], ["policy.precision=bf16"]],
     ids=["plain", "adapter", "shared layers", "bfloat16"],
 )
-def test_policy_and_reference_are_told_apart(changes: list[str], tmp_path: Path) -> None:
+def test_policy_and_reference_are_measured_separately(changes: list[str], tmp_path: Path) -> None:
     training = make(tmp_path / "run", *changes)
     policy, reference = training.examination.of_policy(3), training.examination.of_reference(3)
     assert policy.samples == reference.samples  # as yet the policy is its reference

@@ -1,4 +1,4 @@
-"""Which weights a run leaves, when it ends by itself: the rules, and runs that obey them."""
+"""Which weights a run keeps and when it ends early: the rules, and runs that follow them."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def train(folder: Path, *changes: str, resume: bool = False) -> TrainingSummary:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes the evaluations of the runs that follow score as is said, step by step."""
+    """Gives the evaluations of later runs the scores of a script, step by step."""
 
     def script(scores: dict[int, float], kl: dict[int, float] | None = None) -> None:
         from ppo_cli.evaluation.held_out import HeldOutEvaluation

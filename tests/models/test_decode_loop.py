@@ -1,4 +1,4 @@
-"""The decode loop: transformers' own tokens where one is sure, the model's chances elsewhere."""
+"""The decode loop: greedy tokens as in transformers, others as frequent as the model says."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_the_test_of_frequencies_would_notice_a_wrong_temperature() -> None:
     assert statistic > bound
 
 
-def test_draw_inverts_the_distribution_at_each_chance() -> None:
+def test_draw_inverts_the_distribution_at_each_uniform_number() -> None:
     logits = torch.tensor([0.2, 0.5, 0.3]).log().expand(6, 3)
     chances = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 0.99])
     tokens, finite = draw(logits, chances)
@@ -270,7 +270,7 @@ def test_rare_tokens_of_a_large_vocabulary_keep_their_own_places() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, None], ids=["nan", "inf", "all -inf"])
-def test_probabilities_that_are_not_finite_are_told(value: float | None) -> None:
+def test_probabilities_that_are_not_finite_are_reported(value: float | None) -> None:
     logits = torch.zeros(3, 8)
     logits[1] = -torch.inf
     if value is not None:
@@ -294,8 +294,8 @@ def test_a_policy_gone_wrong_is_an_error_not_a_sample(value: float, taken: list[
 # ---------------------------------------------------------------- rows that end
 
 
-def with_chances(monkeypatch: pytest.MonkeyPatch, rows: list[int]) -> None:
-    """Let the loop draw the numbers of these rows of one table, however many it asks for."""
+def with_uniforms(monkeypatch: pytest.MonkeyPatch, rows: list[int]) -> None:
+    """Give the loop the numbers of these rows of one table, however many it draws."""
     table = torch.rand(len(QUERIES), 64, generator=torch.Generator().manual_seed(3))
 
     def rand(count: int, length: int, **kwargs: Any) -> Tensor:
@@ -311,9 +311,9 @@ def test_a_response_does_not_depend_on_what_else_is_in_the_batch(
     name: str, rows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = make_policy(name)
-    with_chances(monkeypatch, list(range(len(QUERIES))))
+    with_uniforms(monkeypatch, list(range(len(QUERIES))))
     whole = sample(policy, QUERIES, LIMITS)
-    with_chances(monkeypatch, rows)
+    with_uniforms(monkeypatch, rows)
     some = sample(policy, [QUERIES[i] for i in rows], [LIMITS[i] for i in rows])
     assert some == [whole[i] for i in rows]
 
@@ -331,7 +331,7 @@ def test_dropping_ended_rows_changes_nothing_and_saves_their_work(
         return next_logits(ids, *args, **kwargs)
 
     monkeypatch.setattr(policy, "next_logits", spy)
-    with_chances(monkeypatch, list(range(len(QUERIES))))
+    with_uniforms(monkeypatch, list(range(len(QUERIES))))
     results, work = [], []
     for share in (2.0, 0.25, 0.0):  # never, as usual, at each step
         monkeypatch.setattr(decode_loop, "DROP_SHARE", share)
@@ -429,7 +429,7 @@ def test_steps_of_one_shape_draw_what_growing_ones_draw(
 ) -> None:
     policy = make_policy(name)
     assert policy.allows(reads_still_cache)
-    with_chances(monkeypatch, list(range(len(QUERIES))))
+    with_uniforms(monkeypatch, list(range(len(QUERIES))))
     expected = sample(policy, QUERIES, LIMITS, **settings)
     monkeypatch.setattr(decode_loop, "_is_worth_recording", lambda *_: True)
     monkeypatch.setattr(decode_loop, "Replayed", Repeated)
@@ -440,7 +440,7 @@ def test_what_lies_in_room_that_was_not_written_does_not_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policy, room = make_policy(), kv_cache._RoomyLayer._room
-    with_chances(monkeypatch, list(range(len(QUERIES))))
+    with_uniforms(monkeypatch, list(range(len(QUERIES))))
     expected = sample(policy, QUERIES, LIMITS)
 
     def dirty(self: Any, like: Tensor, rows: int) -> Tensor:
@@ -463,7 +463,7 @@ def test_replays_stop_once_all_rows_have_ended(
             taken.append(1)
             super().__call__()
 
-    with_chances(monkeypatch, list(range(len(QUERIES))))
+    with_uniforms(monkeypatch, list(range(len(QUERIES))))
     limits = [7, 50 - 9, 30, 12, 12, 12]
     expected = sample(policy, QUERIES, limits)
     needed = max(map(len, expected)) - 1  # after the first step
@@ -491,7 +491,7 @@ def test_a_step_that_cannot_be_replayed_is_taken_anew_and_the_model_remembered(
             raise NotReplayable("it waits")
 
     policy = tried(AutoModelForCausalLMWithValueHead(make_gpt2()).eval())
-    with_chances(monkeypatch, list(range(len(QUERIES))))
+    with_uniforms(monkeypatch, list(range(len(QUERIES))))
     expected = sample(policy, QUERIES, LIMITS)
     worth = decode_loop._is_worth_recording
     monkeypatch.setattr(
@@ -538,7 +538,7 @@ def test_a_row_takes_its_own_random_numbers_in_its_own_order(
     policy = tried(AutoModelForCausalLMWithValueHead(make_gpt2()).eval())
     with torch.no_grad():
         policy.pretrained_model.transformer.ln_f.weight.zero_()
-    with_chances(monkeypatch, list(range(6)))
+    with_uniforms(monkeypatch, list(range(6)))
     table = decode_loop.torch.rand(6, 15)
     responses = sample(policy, QUERIES, LIMITS, eos_token_id=None)
     expected = (table * VOCABULARY).long().tolist()

@@ -1,4 +1,4 @@
-"""Batched sampling: what comes out is the model's own distribution, whatever surrounds it."""
+"""Batched sampling: responses follow the model's own distribution in any batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ppo_cli.errors import UsageError
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling import sample_responses, to_texts
 from ppo_cli.models.sampling_params import SamplingParams
-from ppo_cli.models.transformers_generate import from_generation_kwargs
+from ppo_cli.models.transformers_generate import GenerateSettings, from_generation_kwargs
 from tests.conftest import EOS, SMALL, make_gpt2, make_tokenizer
 
 QUERIES = [torch.tensor(ids) for ids in ([5], [7, 8, 9, 10, 11], [1, 2], [3, 30, 40], [60])]
@@ -169,7 +169,7 @@ def test_the_test_of_frequencies_would_notice_a_wrong_temperature() -> None:
 
 
 def always(token: int) -> Any:
-    """A GPT-2 that nearly always says `token`, whatever it reads."""
+    """A GPT-2 that nearly always writes `token`, after any text."""
     model = make_gpt2(tie_word_embeddings=False)
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
@@ -215,7 +215,7 @@ def test_rows_that_have_ended_do_not_touch_those_that_go_on() -> None:
 
 
 def skewed(model: Any) -> Any:
-    """Give a model a generation_config that changes its distribution in every way."""
+    """Give a model a generation_config that changes its distribution in many ways."""
     model.generation_config.update(
         do_sample=False,
         top_k=1,
@@ -319,6 +319,23 @@ def test_sampling_settings_that_are_passed_have_their_effect() -> None:
     assert [r.tolist() for r in cold] == [greedy_by_hand(model, query, 6) for query in QUERIES]
     best = sample(model, QUERIES, [6] * 5, top_k=1)
     assert [r.tolist() for r in best] == [r.tolist() for r in cold]
+
+
+PARAMS = SamplingParams(temperature=0.5, top_k=7, top_p=0.9, stop_token_ids=(3, 5), pad_token_id=2)
+
+
+def test_sampling_params_and_keywords_of_generate_say_the_same() -> None:
+    assert from_generation_kwargs(**PARAMS.generation_kwargs()) == PARAMS
+    for name in ("temperature", "top_k", "top_p"):
+        changed = dataclasses.replace(PARAMS, **{name: getattr(SamplingParams(), name)})
+        assert from_generation_kwargs(**changed.generation_kwargs()) == changed
+        assert GenerateSettings.of(changed).kwargs[name] == getattr(SamplingParams(), name)
+    for ends in (3, [3], torch.tensor(3), torch.tensor([3])):
+        assert from_generation_kwargs(eos_token_id=ends, pad_token_id=None) == SamplingParams(
+            stop_token_ids=(3,)
+        )
+    with pytest.raises(TypeError, match="num_beams"):
+        SamplingParams(num_beams=2)  # type: ignore[call-arg]
 
 
 # ---------------------------------------------------------------- refusals

@@ -1,4 +1,4 @@
-"""What is computed is what the model says: held against a plain forward of each sequence alone."""
+"""The self-check: fast paths against a plain forward pass of each sequence alone."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_what_a_user_puts_on_the_output_layer_counts(name: str, change: str) -> 
 
 
 @pytest.mark.parametrize("change", ["hook", "cast to float", "forward replaced"])
-def test_what_is_put_there_after_a_trial_counts_too(change: str) -> None:
+def test_a_change_of_the_output_layer_after_the_self_check_counts(change: str) -> None:
     policy = Policy(make_model("llama"), summary_dropout_prob=0.0)
     assert_right(policy)
     assert policy.reading().logits == "weights"
@@ -223,7 +223,7 @@ def test_an_adapter_on_either_end_is_sampled_read_and_learns(name: str) -> None:
     assert not still
 
 
-def test_an_adapter_injected_into_a_model_that_was_tried_counts() -> None:
+def test_an_adapter_injected_after_the_self_check_counts() -> None:
     policy = Policy(make_model("llama"), summary_dropout_prob=0.0)
     assert_right(policy)
     with_adapter(policy.pretrained_model, target_modules=["lm_head"])
@@ -268,8 +268,8 @@ def test_a_quantised_model_is_right_to_its_own_rounding_or_refused(name: str) ->
     assert (found - torch.cat(wanted)).abs().mean() < 0.05
 
 
-def test_a_model_that_no_way_is_right_for_is_refused() -> None:
-    """What it says of a row depends on how often it was asked."""
+def test_a_model_for_which_no_method_is_right_is_refused() -> None:
+    """Its output for a row depends on the number of calls."""
     model = make_gpt2()
     asked: list[int] = []
 
@@ -301,7 +301,9 @@ def test_numbers_that_are_not_finite_are_the_models_and_not_an_answer() -> None:
         (MemoryError("no room"), "no room"),
     ],
 )
-def test_memory_that_runs_out_in_a_trial_is_no_answer(error: Exception, message: str) -> None:
+def test_lack_of_memory_in_a_self_check_is_raised_and_no_result(
+    error: Exception, message: str
+) -> None:
     model = make_gpt2()
     policy = Policy(model)
 
@@ -319,7 +321,9 @@ def test_memory_that_runs_out_in_a_trial_is_no_answer(error: Exception, message:
     assert_right(policy)
 
 
-def test_a_bug_of_our_own_in_a_trial_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_our_own_code_in_a_self_check_is_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise TypeError("a bug")
 
@@ -336,10 +340,10 @@ def test_a_model_whose_own_shapes_do_not_fit_is_refused_and_not_called_a_bug() -
         check_reading(Policy(model))
 
 
-# ---------------------------------------------------------------- what a trial leaves alone
+# ---------------------------------------------------------------- no side effects
 
 
-def test_a_trial_leaves_modes_gradients_and_random_numbers_alone() -> None:
+def test_a_self_check_changes_no_modes_gradients_or_random_numbers() -> None:
     policy = make_policy(resid_pdrop=0.5).train()
     torch.manual_seed(7)
     expected = torch.rand(3)
@@ -351,19 +355,19 @@ def test_a_trial_leaves_modes_gradients_and_random_numbers_alone() -> None:
     assert all(parameter.grad is None for parameter in policy.parameters())
 
 
-def test_a_model_is_tried_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[int] = []
+def test_a_model_is_checked_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[int] = []
     plain = self_check.PlainReading
     monkeypatch.setattr(
-        self_check, "PlainReading", lambda *args: (tried.append(1), plain(*args))[1]
+        self_check, "PlainReading", lambda *args: (checks.append(1), plain(*args))[1]
     )
     policy = make_policy()
     for _ in range(2):
         check_reading(policy)
-    assert len(tried) == 1
+    assert len(checks) == 1
     policy.pretrained_model.transformer.h[0].register_forward_hook(lambda *_: None)
     check_reading(policy)
-    assert len(tried) == 2
+    assert len(checks) == 2
 
 
 # ---------------------------------------------------------------- positions of long rows
@@ -497,7 +501,7 @@ def test_checkpointing_leaves_no_noise_on(name: str) -> None:
 
 
 class Noise(nn.Module):
-    """What no attribute or setting tells of."""
+    """Noise that no attribute or setting shows."""
 
     gradient_checkpointing = True
 
