@@ -252,8 +252,8 @@ def test_a_models_own_end_tokens_end_what_is_trained_evaluated_and_generated(
             models, reference=True, score=True, sentiment=None, classifier="embedded", device="cpu"
         )
 
-    verdict = compare(asked("ppo-good"), [], count=32, max_new_tokens=30, seed=0)
-    assert [1 < model.length < 3 for model in verdict.models] == [True, True]
+    result = compare(asked("ppo-good"), [], count=32, max_new_tokens=30, seed=0)
+    assert [1 < model.quality["length"] < 3 for model in result.models] == [True, True]
     request = asked("chat")
     samples = generate(
         request.sources[0],
