@@ -108,7 +108,7 @@ def make_policy(seed: int = 0, **changes: Any) -> AutoModelForCausalLMWithValueH
 
 
 def tried(policy: AutoModelForCausalLMWithValueHead) -> AutoModelForCausalLMWithValueHead:
-    """`policy` after its trial: the forwards that follow are those that a test asks for."""
+    """`policy` after its self-check: the forwards that follow are those of a test."""
     check_sampling(policy, 0)
     check_reading(policy)
     return policy

@@ -143,14 +143,14 @@ def collapsed_text(step: int) -> None:
     def make_alike(_: Any, __: Any, responses: list[Any]) -> None:
         responses[:] = [responses[0]] * len(responses)
 
-    before_call(run, "decode", step, make_alike)
+    before_call(run, "to_texts", step, make_alike)
 
 
 def slow_step(step: int) -> None:
     """`step` takes half a minute."""
     from ppo_cli.training import run
 
-    before_call(run, "decode", step, lambda *_: time.sleep(30))
+    before_call(run, "to_texts", step, lambda *_: time.sleep(30))
 
 
 def no_reader(*descriptors: int) -> None:

@@ -32,8 +32,8 @@ from ppo_cli.errors import ConfigError, ModelError, UsageError
 from ppo_cli.evaluation.best_of_n import best_of_n, share
 from ppo_cli.evaluation.comparison_result import (
     Comparison,
-    Judged,
-    ModelVerdict,
+    ModelResult,
+    ScoredSamples,
     most_changed,
     paired_difference,
     rows_of,
@@ -320,7 +320,7 @@ SAMPLES = [Sample(EVIL, EVIL, 1.0, 0.5), Sample("=1", "+2", 1.0, 0.5)]
 def evil_comparison() -> Comparison:
     read = Likelihoods(*np.ones((4, 2)))
     worse = [Sample(EVIL, EVIL, score, 0.5) for score in (0.0, 2.0)]
-    models = [Judged(EVIL, SAMPLES, read, True), Judged(EVIL, worse, read, True)]
+    models = [ScoredSamples(EVIL, SAMPLES, read, True), ScoredSamples(EVIL, worse, read, True)]
     drawn = np.arange(4.0).reshape(2, 2)
     return Comparison(
         label=EVIL,
@@ -329,7 +329,7 @@ def evil_comparison() -> Comparison:
         seed=0,
         reference=EVIL,
         max_new_tokens=2,
-        models=[ModelVerdict.of(model) for model in models],
+        models=[ModelResult.of(model) for model in models],
         differences=[paired_difference(*models)],
         changes=most_changed(*models, 2),
         best_of_n=best_of_n(drawn, [2], label=EVIL, seed=0),

@@ -86,7 +86,8 @@ def generate(
     with for_sampling_alone():
         from ppo_cli.cli import requests
         from ppo_cli.evaluation.generate import generate as generate_samples
-        from ppo_cli.evaluation.generate import load_judge
+        from ppo_cli.evaluation.generate import load_classifier
+        from ppo_cli.models.sampling_params import SamplingParams
     from ppo_cli.training.run_directory import RunDirectory
 
     hush()
@@ -103,7 +104,8 @@ def generate(
         trusted=trust_remote_code or (),
     )
     check_output(output, request.input_names)
-    judge = load_judge(request)
+    reward = load_classifier(request)
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
     results = []
     for source in request.sources:
         if len(request.sources) > 1:
@@ -116,11 +118,9 @@ def generate(
                 max_new_tokens=max_new_tokens,
                 seed=seed,
                 device=request.device,
-                reward=judge,
+                reward=reward,
                 trusted=request.trusted,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
+                params=params,
             )
         )
     if format is Format.jsonl:
@@ -142,4 +142,4 @@ def generate(
     else:
         from ppo_cli.reporting.tables import generation_table
 
-        print_tables([generation_table(results, judge is not None)], output)
+        print_tables([generation_table(results, reward is not None)], output)

@@ -23,6 +23,7 @@ def stats(
     """Show what a PPO step returned."""
     from ppo_cli.cli.console import print_tables, write_json
     from ppo_cli.errors import UsageError
+    from ppo_cli.evaluation.quality import explained_statistics
     from ppo_cli.ppo.statistics import grouped
     from ppo_cli.training.run_directory import RunDirectory
 
@@ -37,7 +38,7 @@ def stats(
     groups = {
         title: entries
         for half in wanted
-        for title, entries in grouped(by_step[number], half).items()
+        for title, entries in grouped(by_step[number], half, explained_statistics()).items()
     }
     if as_json:
         values = {key: value for entries in groups.values() for key, value, _ in entries}

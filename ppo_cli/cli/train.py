@@ -176,7 +176,7 @@ def _closing_notes(summary: "TrainingSummary", settings: "RunConfig") -> None:
     if summary.stopped_early:
         made = f"{summary.steps} of {summary.planned_steps} steps"
         note(f"ended early, after {made}: {summary.stopped_early}")
-    if summary.after.score <= summary.before.score:
+    if summary.after["score"] <= summary.before["score"]:
         note(
             "the model scores no higher than the reference: give it more steps, or another "
             f"ppo.{settings.ppo.step_size_key} or ppo.init_kl_coef"

@@ -1,7 +1,7 @@
 """Best-of-n from the reference: the score that n draws reach at a known KL, the curve to beat.
 
-Who draws n responses from the reference and keeps the best one has a policy too, without training.
-What a tuned model is worth shows beside it at the same KL.
+Drawing n responses from the reference and keeping the best one is a policy that needs no training.
+A tuned model is compared with it at the same KL.
 """
 
 from __future__ import annotations
@@ -135,9 +135,9 @@ def expected_best(scores: np.ndarray, n: int) -> np.ndarray:
 
 
 def kl_bound(n: int) -> float:
-    """log n - (n-1)/n: what best-of-n's KL from the reference is at most, nats.
+    """log n - (n-1)/n: an upper bound on best-of-n's KL from the reference, nats.
 
-    It is that KL where no response comes twice (Stiennon et al. 2020, appendix G.3,
+    It equals that KL where no response comes twice (Stiennon et al. 2020, appendix G.3,
     https://arxiv.org/abs/2009.01325), and above it otherwise (Beirami et al. 2024,
     https://arxiv.org/abs/2401.01879).
     """
@@ -163,8 +163,8 @@ def best_of_n(scores: np.ndarray, counts: Sequence[int], *, label: str, seed: in
     Args:
         scores: (P, M).
         counts: the n wanted, none above M; 1 is always among them.
-        label: what the score is of.
-        seed: that the responses were drawn with.
+        label: the label that the score is of.
+        seed: of the sampling.
     """
     points = []
     for n in wanted(counts):
@@ -175,7 +175,7 @@ def best_of_n(scores: np.ndarray, counts: Sequence[int], *, label: str, seed: in
 
 
 def wanted(counts: Sequence[int]) -> list[int]:
-    """The n of a curve: each once, in order, from 1 on."""
+    """The n of a curve: each once, in ascending order, 1 included."""
     return sorted({1, *counts})
 
 
@@ -186,7 +186,7 @@ def share(
     drawn: np.ndarray,
     counts: Sequence[int],
 ) -> Share:
-    """A model beside best-of-n at its own KL.
+    """A model compared with best-of-n at its own KL.
 
     Args:
         model: its name.
@@ -196,8 +196,9 @@ def share(
         counts: the n of the curve.
 
     Returns:
-        With an interval from resampled prompts, of which each brings its score, its KL and its
-        part of the curve along. Resamples whose KL lies beyond the largest n count as if there.
+        The share with an interval over resampled prompts; a prompt's score, KL and part of the
+        curve are resampled together. A resample whose KL lies beyond the largest n is compared
+        with the largest n.
     """
     score = float(scores.mean())
     if kl is None:
@@ -207,8 +208,8 @@ def share(
     rows = np.column_stack([scores, kl, *(expected_best(drawn, n) for n in counts)])
     means = rows.mean(axis=0, keepdims=True)
     at = float(means[0, 1])
-    found = _shares(means, bounds)[0]
-    estimate = None if np.isnan(found) else float(found)
+    estimated = _shares(means, bounds)[0]
+    estimate = None if np.isnan(estimated) else float(estimated)
     if at > bounds[-1]:
         return Share(model, at, score, None, None, None, estimate, needed_n(at))
     best = float(np.interp(at, bounds, means[0, 2:]))

@@ -1,4 +1,4 @@
-"""Models side by side: the same prompts and random numbers, each model judged in turn."""
+"""Models side by side: the same prompts and random numbers, one model after the other."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ppo_cli.errors import PPOCliError, UsageError
 from ppo_cli.evaluation.best_of_n import best_of_n, share
 from ppo_cli.evaluation.comparison_result import (
     Comparison,
-    Judged,
-    ModelVerdict,
+    ModelResult,
+    ScoredSamples,
     most_changed,
     paired_difference,
     rows_of,
 )
-from ppo_cli.evaluation.draw_samples import draw_rollout, draw_scores, judge
+from ppo_cli.evaluation.draw_samples import draw_rollout, draw_scores, score_rollout
 from ppo_cli.evaluation.generate import (
     Loaded,
     Request,
@@ -30,21 +30,21 @@ from ppo_cli.evaluation.generate import (
     check_room,
     encode,
     find_input,
-    load_judge,
+    load_classifier,
     load_model,
     sampling_errors,
 )
 from ppo_cli.evaluation.likelihoods import likelihoods
+from ppo_cli.models.context import context_length
 from ppo_cli.models.loading import load_tokenizer
-from ppo_cli.models.sampling import context_length
 from ppo_cli.rewards.sentiment import SentimentReward
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What every model has to answer, and who judges the answers.
+    """Prompts and settings that all models share.
 
     `ids` and `tokenizer` are those of held-out prompts, None for other texts.
     """
@@ -56,7 +56,7 @@ class _Task:
     max_new_tokens: int
     seed: int
     reward: SentimentReward
-    tell: Tell
+    report: Report
 
 
 def compare(
@@ -68,22 +68,22 @@ def compare(
     seed: int,
     examples: int = 3,
     best_of: Sequence[int] = (),
-    progress: Tell = lambda _: None,
+    progress: Report = lambda _: None,
 ) -> Comparison:
-    """Sample every model of `request` on the same prompts, and judge.
+    """Sample every model of `request` on the same prompts, and measure the samples.
 
     KL and perplexity are measured from the reference of the first run directory, which is loaded
-    once and stays; of the other models one is there at a time.
+    once. Of the other models only one is in memory at a time.
 
     Args:
-        request: at least two models, the reference among them, and a classifier.
+        request: two models or more, the reference among them, and a classifier.
         prompts: texts; empty for the held-out prompts of the first run.
-        count: prompts used; with fewer texts each is used several times.
+        count: number of prompts; with fewer texts each is used several times.
         max_new_tokens: limit on a response; None for the run's own.
         seed: of the random numbers that all models share.
-        examples: most-changed prompts to name, of each kind.
+        examples: number of prompts to list whose score rose most, and fell most.
         best_of: the n of best-of-n from the reference; empty leaves that out.
-        progress: told what is being done, and what had to be left out.
+        progress: called with each step of the work, and with what is left out.
 
     Raises:
         UsageError: fewer than two models, no prompts and no run that has some, or `best_of` without
@@ -104,18 +104,18 @@ def compare(
     texts = [texts[i % len(texts)] for i in range(count)]
     if max_new_tokens is None:
         max_new_tokens = request.run.rollout.output_max_length - 1 if request.run else 30
-    reward = load_judge(request)
+    reward = load_classifier(request)
     assert reward is not None and request.reward is not None
     task = _Task(request, texts, ids, tokenizer, max_new_tokens, seed, reward, progress)
     reference = _reference(task, needed=bool(best_of) or request.reference in request.sources)
     models = []
     for source in request.sources:
         with sampling_errors(source.name):
-            models.append(_judged(task, source, reference))
+            models.append(_scored_samples(task, source, reference))
     curve, shares = None, []
     if best_of and reference is not None:
         with sampling_errors(reference.name):
-            drawn = _drawn(task, reference, max(best_of))
+            drawn = _best_of_n_scores(task, reference, max(best_of))
         curve = best_of_n(drawn, best_of, label=reward.label, seed=seed)
         shares = [
             share(model.model, model.scores, model.kl, drawn, best_of)
@@ -129,7 +129,7 @@ def compare(
         seed=seed,
         reference=request.reference.model if reference and request.reference else None,
         max_new_tokens=max_new_tokens,
-        models=[ModelVerdict.of(model) for model in models],
+        models=[ModelResult.of(model) for model in models],
         differences=[paired_difference(models[0], other) for other in models[1:]],
         changes=most_changed(models[0], models[-1], examples),
         best_of_n=curve,
@@ -139,28 +139,28 @@ def compare(
 
 
 def _reference(task: _Task, *, needed: bool) -> Loaded | None:
-    """What KL is measured from; None, with a word about it, where there is no such model.
+    """The model that KL is measured from; None, which is reported, where there is none.
 
     Args:
-        task: whose request names it.
-        needed: whether it is also sampled from, so that without it nothing can be done.
+        task: its request names the reference.
+        needed: whether the reference is also sampled from; then an error in loading it is raised.
     """
     source = task.request.reference
     if source is None:
-        task.tell("none of the models is a run directory, which names a reference: no KL from it")
+        task.report("none of the models is a run directory, which names a reference: no KL from it")
         return None
     try:
         return load_model(source, task.request.device, task.request.trusted)
     except PPOCliError as error:
         if needed:
             raise
-        task.tell(f"no KL from the reference: {error}")
+        task.report(f"no KL from the reference: {error}")
         return None
 
 
-def _judged(task: _Task, source: Source, reference: Loaded | None) -> Judged:
-    """One model's samples and how they read; what is loaded here is gone afterwards."""
-    task.tell(f"sampling from {source.name}")
+def _scored_samples(task: _Task, source: Source, reference: Loaded | None) -> ScoredSamples:
+    """One model's samples and likelihoods. A model that is loaded here is freed afterwards."""
+    task.report(f"sampling from {source.name}")
     if reference is not None and source == task.request.reference:
         loaded = reference
     else:
@@ -170,24 +170,24 @@ def _judged(task: _Task, source: Source, reference: Loaded | None) -> Judged:
         loaded.model,
         loaded.tokenizer,
         queries,
+        loaded.params(),
         max_new_tokens=task.max_new_tokens,
         seed=task.seed,
-        eos_token_id=loaded.ends or None,
     )
     longest = max(len(q) + len(r) for q, r in zip(queries, rollout.responses, strict=True))
     against, obstacle = loaded, None
     if reference is not None:
-        obstacle = _obstacle(loaded, reference, longest)
+        obstacle = _why_unreadable(loaded, reference, longest)
         against = loaded if obstacle else reference
     if obstacle:
-        task.tell(f"no KL and no perplexity of {source.name}: {obstacle}")
+        task.report(f"no KL and no perplexity of {source.name}: {obstacle}")
     read = likelihoods(loaded.model, against.model, queries, rollout.responses)
-    samples = judge(rollout, task.texts, task.reward)
-    return Judged(source.name, samples, read, reference is not None and obstacle is None)
+    samples = score_rollout(rollout, task.texts, task.reward)
+    return ScoredSamples(source.name, samples, read, reference is not None and obstacle is None)
 
 
 def _queries(task: _Task, loaded: Loaded) -> list[Tensor]:
-    """The prompts as a model's tokens: held-out ones as they are, where it has the run's tokenizer.
+    """The prompts as a model's tokens; held-out ones unchanged where it has the run's tokenizer.
 
     Another tokenizer encodes their texts, which can differ from what the run's tokens stand for
     where a query ends within a word or a character.
@@ -198,8 +198,8 @@ def _queries(task: _Task, loaded: Loaded) -> list[Tensor]:
     return task.ids
 
 
-def _obstacle(loaded: Loaded, reference: Loaded, longest: int) -> str | None:
-    """Why the reference cannot read what a model wrote, token by token; None where it can."""
+def _why_unreadable(loaded: Loaded, reference: Loaded, longest: int) -> str | None:
+    """Why the reference cannot read a model's responses, token by token; None where it can."""
     ours, theirs = loaded.tokenizer.get_vocab(), reference.tokenizer.get_vocab()
     sizes = {one.model.config.get_text_config().vocab_size for one in (loaded, reference)}
     if ours != theirs or len(sizes) > 1:
@@ -210,29 +210,31 @@ def _obstacle(loaded: Loaded, reference: Loaded, longest: int) -> str | None:
     return None
 
 
-def _drawn(task: _Task, reference: Loaded, count: int) -> np.ndarray:
-    """Scores (P, count) of the reference's responses, the work told in quarters if it is long."""
+def _best_of_n_scores(task: _Task, reference: Loaded, count: int) -> np.ndarray:
+    """Scores (P, count) of the reference's responses; each quarter of long work is reported."""
     total = len(task.texts) * count
-    task.tell(f"sampling {count} responses to each of {len(task.texts)} prompts from the reference")
-    told = 0
+    task.report(
+        f"sampling {count} responses to each of {len(task.texts)} prompts from the reference"
+    )
+    reported = 0
 
     def progress(done: int) -> None:
-        nonlocal told
+        nonlocal reported
         quarter = 4 * done // total
-        if told < quarter < 4 and total >= 4096:
-            told = quarter
-            task.tell(f"{done} of {total} responses")
+        if reported < quarter < 4 and total >= 4096:
+            reported = quarter
+            task.report(f"{done} of {total} responses")
 
     return draw_scores(
         reference.model,
         reference.tokenizer,
         _queries(task, reference),
+        reference.params(),
         count=count,
         max_new_tokens=task.max_new_tokens,
         seed=task.seed,
         reward=task.reward,
         progress=progress,
-        eos_token_id=reference.ends or None,
     )
 
 
@@ -241,7 +243,7 @@ def _held_out(request: Request, count: int) -> tuple[list[Prompt], Any]:
     if request.run is None:
         raise UsageError("none of the models is a run directory with prompts: give --prompts FILE")
     settings = request.run.prompts
-    if settings.source == EMBEDDED:  # there are as many as anyone wants
+    if settings.source == EMBEDDED:  # the grammar writes any number of them
         settings = settings.model_copy(update={"held_out": count})
     source, _ = find_input(request.inputs, PROMPTS, settings.source)
     settings = settings.model_copy(update={"source": source})

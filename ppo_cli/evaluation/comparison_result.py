@@ -1,4 +1,4 @@
-"""What a comparison found: plain values, the document that `compare --format json` writes.
+"""The result of a comparison: plain values, the document that `compare --format json` writes.
 
 The docstrings of the fields are the descriptions in its JSON Schema.
 """
@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, create_model
+from pydantic_core import CoreSchema
 
+from ppo_cli.evaluation import quality
 from ppo_cli.evaluation.best_of_n import BestOfN, Share
 from ppo_cli.evaluation.bootstrap import Interval, bootstrap_interval
 from ppo_cli.evaluation.quality import Likelihoods, Quality
@@ -20,20 +22,20 @@ from ppo_cli.evaluation.samples import Sample
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What one model wrote, a sample a prompt, and how it reads.
+class ScoredSamples:
+    """One model's responses, one to each of P prompts, with scores and likelihoods.
 
     Attributes:
         model: its name.
         samples: in the order of the prompts.
-        read: of the same responses.
-        against_reference: whether `read` is against the reference. If not, nothing in it that a
-            reference is needed for counts.
+        likelihoods: of the same responses.
+        against_reference: whether `likelihoods` are those of the reference. If not, measures that
+            need a reference are unknown.
     """
 
     model: str
     samples: list[Sample]
-    read: Likelihoods
+    likelihoods: Likelihoods
     against_reference: bool
 
     @property
@@ -44,63 +46,69 @@ class Judged:
     @property
     def kl(self) -> np.ndarray | None:
         """(P,), nats per response; None where it is not known."""
-        return self.read.kl if self.against_reference else None
+        return self.likelihoods.kl if self.against_reference else None
 
 
 @dataclass(frozen=True)
-class ModelVerdict:
-    """Means over the samples of one model."""
+class ModelResult:
+    """The quality measures of one model's samples.
+
+    Attributes:
+        model: its name; `reference` for the run's reference.
+        quality: the measures.
+        intervals: bootstrap intervals of those that are means over the samples, by key.
+    """
 
     model: str
-    """The model, as it was named; `reference` for the run's reference."""
-    samples: int
-    """How many samples, one to each prompt."""
-    mean_score: float
-    """The classifier's score, its mean."""
-    mean_probability: float
-    """Probability of the label, its mean."""
-    on_target: float
-    """Share of samples to which the label has a probability over a half."""
-    kl: float | None
-    """KL from the reference, nats per response; null where there is no comparing the two."""
-    kl_interval: Interval | None
-    """Bootstrap interval of it."""
-    perplexity: float | None
-    """Of the responses under the reference; null where that cannot read them."""
-    entropy: float
-    """Of the model's next token, nats."""
-    distinct_1: float
-    """Share of different words among all. Falls with the number of samples."""
-    distinct_2: float
-    """Share of different pairs of words among all. Falls with the number of samples."""
-    repetition: float
-    """Share of a response's word pairs that it contains already, mean."""
-    most_common: float
-    """Share of samples that the most frequent response makes up."""
-    length: float
-    """Tokens per response, an end-of-text token included."""
+    quality: Quality
+    intervals: dict[str, Interval]
 
     @classmethod
-    def of(cls, judged: Judged) -> ModelVerdict:
-        """Of one model's samples."""
-        quality = Quality.of(judged.samples, judged.read)
-        kl = judged.kl
-        return cls(
-            model=judged.model,
-            samples=quality.samples,
-            mean_score=quality.score,
-            mean_probability=quality.probability,
-            on_target=quality.on_target,
-            kl=None if kl is None else quality.kl,
-            kl_interval=None if kl is None else bootstrap_interval(kl.tolist()),
-            perplexity=quality.perplexity if judged.against_reference else None,
-            entropy=quality.entropy,
-            distinct_1=quality.distinct_1,
-            distinct_2=quality.distinct_2,
-            repetition=quality.repetition,
-            most_common=quality.most_common,
-            length=quality.length,
+    def of(cls, scored: ScoredSamples) -> ModelResult:
+        """Measure one model's samples."""
+        samples, likelihoods = scored.samples, scored.likelihoods
+        measured = Quality.of(samples, likelihoods, scored.against_reference)
+        intervals = {
+            m.key: bootstrap_interval(m.of_each(samples, likelihoods).tolist())
+            for m in quality.MEASURES
+            if m.of_each is not None and m.key in measured.values
+        }
+        return cls(scored.model, measured, intervals)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; None for what is not known."""
+        values: dict[str, Any] = {"model": self.model, "samples": self.quality.samples}
+        for measure in quality.MEASURES:
+            key = measure.document_key or measure.key
+            values[key] = self.quality.values.get(measure.key)
+            if measure.of_each is not None:
+                interval = self.intervals.get(measure.key)
+                values[f"{key}_interval"] = None if interval is None else asdict(interval)
+        return values
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """The schema of `as_dict`."""
+        name = "The model, as it was named; `reference` for the run's reference."
+        fields: dict[str, Any] = {
+            "model": (str, Field(description=name)),
+            "samples": (int, Field(description="How many samples, one to each prompt.")),
+        }
+        for measure in quality.MEASURES:
+            key = measure.document_key or measure.key
+            text = measure.description or f"{measure.meaning[:1].upper()}{measure.meaning[1:]}."
+            kind = float | None if measure.needs_reference else float
+            fields[key] = (kind, Field(description=text))
+            if measure.of_each is not None:
+                interval = Field(description="Bootstrap interval of it.")
+                fields[f"{key}_interval"] = (Interval | None, interval)
+        document = create_model(
+            "ModelVerdict",  # the name that the schema has had from the first release on
+            __config__=ConfigDict(extra="forbid", use_attribute_docstrings=True),
+            __doc__="Means over the samples of one model.",
+            **fields,
         )
+        return handler(document)
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,7 @@ class Comparison:
     """The model that KL and perplexity are measured from; null where there is none."""
     max_new_tokens: int
     """Limit on a response, tokens."""
-    models: list[ModelVerdict]
+    models: list[ModelResult]
     """What each model's samples come to, in the order given, the reference last."""
     differences: list[PairedDifference]
     """The first model against each other one."""
@@ -209,14 +217,14 @@ class Comparison:
     @property
     def gap(self) -> float:
         """Mean score of the first model minus that of the second."""
-        return self.models[0].mean_score - self.models[1].mean_score
+        return self.models[0].quality["score"] - self.models[1].quality["score"]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        return asdict(self) | {"models": [model.as_dict() for model in self.models]}
 
 
-def paired_difference(first: Judged, second: Judged) -> PairedDifference:
+def paired_difference(first: ScoredSamples, second: ScoredSamples) -> PairedDifference:
     """Differences in score and wins, from samples to the same prompts."""
     gaps = first.scores - second.scores
     wins = (gaps > 0) + 0.5 * (gaps == 0)
@@ -226,7 +234,7 @@ def paired_difference(first: Judged, second: Judged) -> PairedDifference:
     )
 
 
-def most_changed(first: Judged, second: Judged, count: int) -> Changes:
+def most_changed(first: ScoredSamples, second: ScoredSamples, count: int) -> Changes:
     """The `count` prompts at most where the score rose most, and where it fell most."""
     gaps = first.scores - second.scores
     order = np.argsort(-gaps, kind="stable")
@@ -236,7 +244,7 @@ def most_changed(first: Judged, second: Judged, count: int) -> Changes:
     return Changes(first.model, second.model, gained[:count], lost[:count])
 
 
-def rows_of(models: Sequence[Judged]) -> list[Row]:
+def rows_of(models: Sequence[ScoredSamples]) -> list[Row]:
     """Prompt by prompt, every model's response."""
     return [
         Row(sample.query, [_answer(model, i) for model in models])
@@ -244,13 +252,13 @@ def rows_of(models: Sequence[Judged]) -> list[Row]:
     ]
 
 
-def _answer(judged: Judged, i: int) -> Answer:
-    kl = judged.kl
+def _answer(scored: ScoredSamples, i: int) -> Answer:
+    kl = scored.kl
     return Answer(
-        model=judged.model,
+        model=scored.model,
         kl=None if kl is None else float(kl[i]),
-        tokens=int(judged.read.tokens[i]),
-        **judged.samples[i].as_dict(),
+        tokens=int(scored.likelihoods.tokens[i]),
+        **scored.samples[i].as_dict(),
     )
 
 

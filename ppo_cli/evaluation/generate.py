@@ -1,11 +1,11 @@
-"""Text from one or several models to the same prompts, and reading those prompts."""
+"""Responses of one model to prompts, and the loading of models and classifiers for that."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,17 +14,18 @@ from ppo_cli.config.schema import PolicyConfig, RewardConfig, RunConfig
 from ppo_cli.data.fingerprint import CLASSIFIER, POLICY, Inputs, inputs_of, trusted_too
 from ppo_cli.data.prompts import Encoder
 from ppo_cli.errors import DataError, ModelError, NumericalError
-from ppo_cli.evaluation.draw_samples import draw_samples
+from ppo_cli.evaluation.draw_samples import draw_rollout, score_rollout
 from ppo_cli.evaluation.samples import Generated
+from ppo_cli.models.context import context_length
 from ppo_cli.models.loading import load_policy, load_tokenizer
-from ppo_cli.models.sampling import context_length
+from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.rewards.loading import load_reward
 from ppo_cli.rewards.sentiment import SentimentReward
 from ppo_cli.utils.text import shortened
 
 REFERENCE = "reference"
-DEFAULT_NEW_TOKENS = 30
+PURE = SamplingParams()
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,11 @@ class Source:
     """A model to sample from.
 
     Attributes:
-        name: on the screen.
-        model, revision: what loads it.
-        stop: what ends a response.
-        inputs: of the run whose policy it was at the start, by which it is found and known.
+        name: its name on the screen.
+        model, revision: folder or hub id, and the hub's revision.
+        stop: texts that end a response.
+        inputs: records of the run whose policy it was at the start, by which it is found and
+            compared.
     """
 
     name: str
@@ -47,16 +49,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Request:
-    """Which models, judged how; worked out from run directories and options.
+    """Which models to sample and how to score them, by run directories and options.
 
     Attributes:
-        sources: what to sample from, in order; the reference last, if it is wanted among them.
+        sources: models to sample from, in order; the reference last, if it is wanted among them.
         reward: the classifier, if one is wanted.
         run: configuration of the first run directory.
-        device: where all of it runs.
+        device: of all models.
         trusted: models whose own code may run.
-        reference: that run's reference, whether it is among `sources` or not.
-        inputs: of that run, where the classifier is its own.
+        reference: the reference of the first run directory, among `sources` or not.
+        inputs: records of that run, by which its classifier and prompts are found.
     """
 
     sources: list[Source]
@@ -70,9 +72,9 @@ class Request:
     @property
     def input_names(self) -> list[str]:
         """Names of all models, of the classifier and of the run's prompts."""
-        found = [source.model for source in self.sources]
-        found += [self.reward.model] if self.reward else []
-        return [*found, *(inputs_of(self.run).values() if self.run else ())]
+        models = [source.model for source in self.sources]
+        models += [self.reward.model] if self.reward else []
+        return [*models, *(inputs_of(self.run).values() if self.run else ())]
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,15 @@ class Loaded:
     name: str
     model: Any
     tokenizer: Any
-    ends: list[int]
+    stop_token_ids: tuple[int, ...]
+
+    def params(self, params: SamplingParams = PURE) -> SamplingParams:
+        """`params` with the model's own stop and pad tokens."""
+        pad = self.tokenizer.pad_token_id
+        return replace(params, stop_token_ids=self.stop_token_ids, pad_token_id=pad)
 
 
-def load_judge(request: Request) -> SentimentReward | None:
+def load_classifier(request: Request) -> SentimentReward | None:
     """The classifier of a request, if one is wanted."""
     if request.reward is None:
         return None
@@ -100,10 +107,10 @@ def load_judge(request: Request) -> SentimentReward | None:
 def find_input(
     inputs: Inputs | None, key: str, name: str, revision: str | None = None
 ) -> tuple[str, str | None]:
-    """What to load for an input of a run; warns where it has changed since the run began.
+    """Name and revision of an input of a run; warns where it has changed since the run began.
 
     Args:
-        inputs: the run's; None where there is no run.
+        inputs: the run's records; None where there is no run.
         key: of the input.
         name, revision: as the run's settings have them.
     """
@@ -127,11 +134,20 @@ def generate(
     device: torch.device,
     reward: SentimentReward | None,
     trusted: Collection[str] = (),
-    **sampling: Any,
+    params: SamplingParams = PURE,
 ) -> Generated:
     """Sample `samples_each` responses to each prompt from one model.
 
-    Equal seeds give every model the same random numbers.
+    Args:
+        source: names the model.
+        prompts: texts.
+        samples_each: responses to each prompt.
+        max_new_tokens: limit on a response.
+        seed: equal seeds give every model the same random numbers.
+        device: of the model.
+        reward: scores the responses; None leaves scores out.
+        trusted: models whose own code may run.
+        params: settings of sampling; the model's own stop and pad tokens take the place of theirs.
 
     Raises:
         DataError: a prompt has no tokens, or exceeds the model's context.
@@ -140,23 +156,21 @@ def generate(
     loaded = load_model(source, device, trusted)
     ids = encode(loaded, prompts, max_new_tokens)
     with sampling_errors(source.name):
-        samples = draw_samples(
+        rollout = draw_rollout(
             loaded.model,
             loaded.tokenizer,
             [row for row in ids for _ in range(samples_each)],
-            [text for text in prompts for _ in range(samples_each)],
+            loaded.params(params),
             max_new_tokens=max_new_tokens,
             seed=seed,
-            reward=reward,
-            eos_token_id=loaded.ends or None,
-            **sampling,
         )
-    return Generated(source.name, samples)
+    texts = [text for text in prompts for _ in range(samples_each)]
+    return Generated(source.name, score_rollout(rollout, texts, reward))
 
 
 @contextmanager
 def sampling_errors(name: str) -> Iterator[None]:
-    """Around sampling from the model `name`, which is not being trained.
+    """Around sampling from the model `name` outside of training.
 
     Raises:
         ModelError: its probabilities are not finite.
@@ -171,7 +185,7 @@ def sampling_errors(name: str) -> Iterator[None]:
 
 
 def load_model(source: Source, device: torch.device, trusted: Collection[str] = ()) -> Loaded:
-    """Load what a source names.
+    """Load the model that a source names.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -181,12 +195,12 @@ def load_model(source: Source, device: torch.device, trusted: Collection[str] = 
     tokenizer = load_tokenizer(name, revision, trusted)
     settings = PolicyConfig(model=name, revision=revision)
     policy = load_policy(settings, tokenizer, trusted)
-    ends = end_tokens(tokenizer, source.stop, policy)
-    return Loaded(source.name, policy.to(device).eval(), tokenizer, ends)
+    stop = tuple(end_tokens(tokenizer, source.stop, policy))
+    return Loaded(source.name, policy.to(device).eval(), tokenizer, stop)
 
 
 def encode(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> list[torch.Tensor]:
-    """Prompts as token ids, 1-D, each with room for a response.
+    """Prompts as token ids, 1-D; each leaves room for a response in the context.
 
     Raises:
         DataError: a prompt has no tokens, or exceeds the model's context.

@@ -1,4 +1,4 @@
-"""The held-out prompts put to a model: what it writes there, and what that is worth."""
+"""Evaluation on the held-out prompts: responses of policy and reference, and their quality."""
 
 from __future__ import annotations
 
@@ -12,39 +12,38 @@ import numpy as np
 
 from ppo_cli.data.prompts import Prompt
 from ppo_cli.evaluation.best_of_n import BestOfN, best_of_n
-from ppo_cli.evaluation.draw_samples import draw_rollout, draw_scores, judge
-from ppo_cli.evaluation.early_stopping import Evaluation
+from ppo_cli.evaluation.draw_samples import draw_rollout, draw_scores, score_rollout
+from ppo_cli.evaluation.history import Evaluation
 from ppo_cli.evaluation.likelihoods import likelihoods
-from ppo_cli.evaluation.quality import Quality
+from ppo_cli.evaluation.quality import Quality, evaluation_statistics
 from ppo_cli.evaluation.samples import Sample
+from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.rewards.sentiment import SentimentReward
 
-COMPARED = ("score", "perplexity", "distinct_2")
-"""Measures of the reference that a reader needs to judge the policy's by."""
-
 
 @dataclass(frozen=True)
-class Examined:
-    """A model's samples to the held-out prompts, and what they are worth."""
+class MeasuredSamples:
+    """A model's samples to the held-out prompts, and their quality."""
 
     samples: list[Sample]
     quality: Quality
 
 
-class Examination:
-    """Puts the same prompts to the reference and to the policy as it is at the time.
+class HeldOutEvaluation:
+    """Samples from the reference and from the present policy, on the same prompts.
 
-    All evaluations of a run draw from the same random numbers; those that training draws from stay
-    as they are, and so do the models' modes.
+    All evaluations of a run draw from the same random numbers. The random numbers of training and
+    the models' modes stay as they are.
 
     Args:
         trainer: has both models.
-        tokenizer: theirs.
-        reward: judges the responses.
-        prompts: the held-out ones.
+        tokenizer: the models'.
+        reward: scores the responses.
+        prompts: the held-out prompts.
         seed: the run's.
-        sampling: of `draw_rollout`.
+        params: settings of sampling.
+        max_new_tokens: limit on a response.
     """
 
     def __init__(
@@ -54,7 +53,8 @@ class Examination:
         reward: SentimentReward,
         prompts: Sequence[Prompt],
         seed: int,
-        **sampling: Any,
+        params: SamplingParams,
+        max_new_tokens: int,
     ) -> None:
         self._trainer = trainer
         self._tokenizer = tokenizer
@@ -62,39 +62,41 @@ class Examination:
         self._queries = [prompt.input_ids for prompt in prompts]
         self._texts = [prompt.query for prompt in prompts]
         self._seed = seed
-        self._sampling = sampling
-        self._compared: Quality | None = None
+        self._params = params
+        self._max_new_tokens = max_new_tokens
+        self._reference_quality: Quality | None = None
 
     def begin(self) -> None:
-        """Examine the reference, which every evaluation is compared with."""
-        self._compared = self.of_reference(self._seed).quality
+        """Measure the reference, with which every evaluation is compared."""
+        self._reference_quality = self.of_reference(self._seed).quality
 
     def evaluate(self, step: int) -> tuple[Evaluation, dict[str, float]]:
-        """The policy after `step`: what counts of it, and all of it under its keys in the metrics.
+        """Evaluate the policy after `step`. `begin` has to be called first.
 
-        `begin` comes first.
+        Returns:
+            The evaluation, and its statistics for the step's metrics.
         """
-        assert self._compared is not None
+        assert self._reference_quality is not None
         started = time.perf_counter()
         quality = self.of_policy(self._seed).quality
-        numbers = evaluation_statistics(quality, self._compared)
-        numbers["time/evaluating"] = time.perf_counter() - started
-        return Evaluation(step, quality.score, quality.kl), numbers
+        statistics = evaluation_statistics(quality, self._reference_quality)
+        statistics["time/evaluating"] = time.perf_counter() - started
+        return Evaluation(step, quality["score"], quality["kl"]), statistics
 
-    def close(self) -> tuple[Examined, Examined]:
-        """Reference and policy with random numbers of their own, which no evaluation draws from.
+    def close(self) -> tuple[MeasuredSamples, MeasuredSamples]:
+        """Reference and policy, with random numbers that no evaluation draws from.
 
-        The best of several evaluations is best by luck, too: measured again with the random
+        The best of several evaluations is partly the best by chance: measured with the random
         numbers by which it was chosen it would look better than it is.
         """
         seed = int(np.random.SeedSequence(self._seed, spawn_key=(1,)).generate_state(1)[0])
         return self.of_reference(seed), self.of_policy(seed)
 
-    def of_policy(self, seed: int) -> Examined:
+    def of_policy(self, seed: int) -> MeasuredSamples:
         """The policy, sampled with random numbers that `seed` decides."""
         return self._of(self._policy, seed, self._trainer.adapter_off)
 
-    def of_reference(self, seed: int) -> Examined:
+    def of_reference(self, seed: int) -> MeasuredSamples:
         """The reference, likewise; its KL from itself is zero."""
         with self._trainer.adapter_off():  # peft would switch it on at the end of an inner block
             return self._of(self._reference, seed, nullcontext)
@@ -106,22 +108,28 @@ class Examination:
                 self._reference,
                 self._tokenizer,
                 self._queries,
+                self._params,
                 count=max(counts),
+                max_new_tokens=self._max_new_tokens,
                 seed=self._seed,
                 reward=self._reward,
-                **self._sampling,
             )
         return best_of_n(scores, counts, label=self._reward.label, seed=self._seed)
 
     def _of(
         self, model: Any, seed: int, as_reference: Callable[[], AbstractContextManager[None]]
-    ) -> Examined:
+    ) -> MeasuredSamples:
         with self._trainer.accelerator.autocast():
             rollout = draw_rollout(
-                model, self._tokenizer, self._queries, seed=seed, **self._sampling
+                model,
+                self._tokenizer,
+                self._queries,
+                self._params,
+                max_new_tokens=self._max_new_tokens,
+                seed=seed,
             )
-            samples = judge(rollout, self._texts, self._reward)
-            read = likelihoods(
+            samples = score_rollout(rollout, self._texts, self._reward)
+            found = likelihoods(
                 model,
                 self._reference,
                 rollout.queries,
@@ -129,7 +137,7 @@ class Examination:
                 as_reference=as_reference,
                 temperature=self._trainer.config.temperature,
             )
-        return Examined(samples, Quality.of(samples, read))
+        return MeasuredSamples(samples, Quality.of(samples, found))
 
     @property
     def _policy(self) -> Any:
@@ -140,11 +148,3 @@ class Examination:
         if self._trainer.ref_model is None:  # the policy, its adapter off
             return self._policy
         return self._trainer.accelerator.unwrap_model(self._trainer.ref_model)
-
-
-def evaluation_statistics(policy: Quality, reference: Quality) -> dict[str, float]:
-    """What an evaluation adds to its step's metrics, under the keys of `RUN_STATISTICS`."""
-    measures = policy.as_dict()
-    del measures["samples"]
-    own = {f"eval/{name}": value for name, value in measures.items()}
-    return own | {f"eval/reference_{name}": getattr(reference, name) for name in COMPARED}

@@ -1,4 +1,4 @@
-"""Responses read by policy and reference: KL, entropy and surprise of each."""
+"""Likelihoods of responses under policy and reference: KL, entropy, log-probability of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ppo_cli.ppo.packing import TokenBatch
 from ppo_cli.utils.device import modes_kept
 
 LOGITS_BYTES = 2**26
-"""Of float32 logits that are there at once, for each of the models; in one sequence maybe more."""
+"""Bytes of float32 logits in memory at once, of each model; a single sequence may have more."""
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def likelihoods(
     as_reference: Callable[[], AbstractContextManager[None]] = nullcontext,
     temperature: float = 1.0,
 ) -> Likelihoods:
-    """Read B responses with both models, dropout off.
+    """Likelihoods of B responses under both models, with dropout off.
 
     The KL of a response is summed over its tokens from whole next-token distributions, which has
     the expectation of the log-ratio of what was sampled, with less noise, and is never negative
@@ -41,9 +41,9 @@ def likelihoods(
         policy: a model with a value head.
         reference: another over the same vocabulary; `policy` itself where `as_reference` makes it
             the reference.
-        queries, responses: B tensors of token ids each, 1-D; queries hold a token at least.
-        as_reference: entered around the reference's forwards: turns an adapter off.
-        temperature: with which the responses were sampled; divides both models' logits.
+        queries, responses: B tensors of token ids each, 1-D; a query has one token or more.
+        as_reference: a context for the reference's forward passes, which turns an adapter off.
+        temperature: of the sampling; divides both models' logits.
     """
     tokens = TokenBatch.from_lists(
         queries, responses, None, pad_token_id=0, device=torch.device(policy.device)

@@ -1,14 +1,19 @@
-"""What samples are worth, beside their score: variety, fluency, distance from the reference."""
+"""Quality measures of a model's samples: score, variety, fluency, distance from the reference.
+
+`MEASURES` is the one list of them. The tables, the model card, the documents of `compare` and the
+`eval/` statistics are made from it: a new measure is one more entry.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ppo_cli.evaluation.samples import Sample, mean_probability, mean_score
+from ppo_cli.ppo.statistics import Statistic
 from ppo_cli.utils.ngrams import distinct, most_common, repetition
 
 
@@ -29,84 +34,202 @@ class Likelihoods:
     reference_nll: np.ndarray
     tokens: np.ndarray
 
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all responses, at least 1."""
+        return max(int(self.tokens.sum()), 1)
+
 
 @dataclass(frozen=True)
-class Quality:
-    """Means over the samples of one model.
+class Measure:
+    """One quality measure of a model's samples.
 
     Attributes:
-        samples: how many.
-        score: the classifier's.
-        probability: of the wanted label.
-        on_target: share of samples to which the label has a probability over a half.
-        kl: from the reference, nats per response.
-        entropy: of the policy, nats per token.
-        perplexity: of the responses, under the reference.
-        distinct_1, distinct_2: share of different words, of different pairs of words, among all
-            (Li et al. 2016, https://arxiv.org/abs/1510.03055). Falls with the number of samples:
-            compare equal numbers alone.
-        repetition: share of a response's word pairs that it contains already, mean.
-        most_common: share of samples that the most frequent response makes up.
-        length: tokens per response.
+        key: its name in code, in metrics (`eval/KEY`) and in the summary of `train --json`.
+        name: its name in tables; `{label}` stands for the classifier's label.
+        meaning: what it is, in a few words.
+        places: decimal places in tables.
+        of: computes it from samples and their likelihoods.
+        needs_reference: whether it is unknown where the reference cannot read the responses.
+        of_each: computes (B,) values, one for each sample, of which `of` is the mean; given, the
+            comparison shows a bootstrap interval.
+        of_reference: whether a run's metrics also hold the reference's, as `eval/reference_KEY`.
+        document_key: its key in the document of `compare`; empty for `key`.
+        description: its description in that document's JSON Schema; empty for `meaning`.
     """
 
-    samples: int
-    score: float
-    probability: float
-    on_target: float
-    kl: float
-    entropy: float
-    perplexity: float
-    distinct_1: float
-    distinct_2: float
-    repetition: float
-    most_common: float
-    length: float
-
-    @classmethod
-    def of(cls, samples: Sequence[Sample], likelihoods: Likelihoods) -> Quality:
-        """Of samples that were judged."""
-        texts = [sample.response for sample in samples]
-        tokens = max(int(likelihoods.tokens.sum()), 1)
-        chances = [sample.probability or 0.0 for sample in samples]
-        return cls(
-            samples=len(samples),
-            score=mean_score(samples),
-            probability=mean_probability(samples),
-            on_target=float(np.mean(np.asarray(chances) > 0.5)),
-            kl=float(likelihoods.kl.mean()),
-            entropy=float(likelihoods.entropy.sum()) / tokens,
-            perplexity=float(np.exp(likelihoods.reference_nll.sum() / tokens)),
-            distinct_1=distinct(texts, 1),
-            distinct_2=distinct(texts, 2),
-            repetition=repetition(texts),
-            most_common=most_common(texts),
-            length=float(likelihoods.tokens.mean()),
-        )
-
-    def as_dict(self) -> dict[str, float]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-
-class Measure(NamedTuple):
-    """How one of `Quality`'s numbers is shown: name, meaning in a word, decimal places."""
-
+    key: str
     name: str
     meaning: str
     places: int
+    of: Callable[[Sequence[Sample], Likelihoods], float]
+    needs_reference: bool = False
+    of_each: Callable[[Sequence[Sample], Likelihoods], np.ndarray] | None = None
+    of_reference: bool = False
+    document_key: str = ""
+    description: str = ""
 
 
-MEASURES: dict[str, Measure] = {
-    "score": Measure("mean score", "what the classifier says", 3),
-    "probability": Measure("mean P({label})", "the same as a probability", 3),
-    "on_target": Measure("on target", "share of responses with P over a half", 3),
-    "kl": Measure("KL", "distance from the reference, nats per response", 2),
-    "entropy": Measure("entropy", "openness, nats per token", 2),
-    "perplexity": Measure("perplexity", "how odd the reference finds the responses", 1),
-    "distinct_1": Measure("distinct-1", "different words among all", 3),
-    "distinct_2": Measure("distinct-2", "different pairs of words among all", 3),
-    "repetition": Measure("repetition", "pairs of words that a response has already", 3),
-    "most_common": Measure("most common", "share of the most frequent response", 3),
-    "length": Measure("length", "tokens per response", 1),
-}
+def _on_target(samples: Sequence[Sample], _: Likelihoods) -> float:
+    return float(np.mean([(sample.probability or 0.0) > 0.5 for sample in samples]))
+
+
+def _perplexity(_: Sequence[Sample], likelihoods: Likelihoods) -> float:
+    return float(np.exp(likelihoods.reference_nll.sum() / likelihoods.total_tokens))
+
+
+def _texts(samples: Sequence[Sample]) -> list[str]:
+    return [sample.response for sample in samples]
+
+
+MEASURES: tuple[Measure, ...] = (
+    Measure(
+        "score",
+        "mean score",
+        "mean score of the classifier",
+        3,
+        lambda samples, _: mean_score(samples),
+        of_reference=True,
+        document_key="mean_score",
+        description="The classifier's score, its mean.",
+    ),
+    Measure(
+        "probability",
+        "mean P({label})",
+        "mean probability of the wanted label",
+        3,
+        lambda samples, _: mean_probability(samples),
+        document_key="mean_probability",
+        description="Probability of the label, its mean.",
+    ),
+    Measure(
+        "on_target",
+        "on target",
+        "share of responses with a probability over a half",
+        3,
+        _on_target,
+        description="Share of samples to which the label has a probability over a half.",
+    ),
+    Measure(
+        "kl",
+        "KL",
+        "exact KL from the reference, nats per response",
+        2,
+        lambda _, likelihoods: float(likelihoods.kl.mean()),
+        needs_reference=True,
+        of_each=lambda _, likelihoods: likelihoods.kl,
+        description="KL from the reference, nats per response; null where there is no comparing "
+        "the two.",
+    ),
+    Measure(
+        "entropy",
+        "entropy",
+        "entropy of the policy, nats per token",
+        2,
+        lambda _, likelihoods: float(likelihoods.entropy.sum()) / likelihoods.total_tokens,
+        description="Of the model's next token, nats.",
+    ),
+    Measure(
+        "perplexity",
+        "perplexity",
+        "perplexity of the responses under the reference",
+        1,
+        _perplexity,
+        needs_reference=True,
+        of_reference=True,
+        description="Of the responses under the reference; null where that cannot read them.",
+    ),
+    # Li et al. 2016 (https://arxiv.org/abs/1510.03055).
+    Measure(
+        "distinct_1",
+        "distinct-1",
+        "different words among all",
+        3,
+        lambda samples, _: distinct(_texts(samples), 1),
+        description="Share of different words among all. Falls with the number of samples.",
+    ),
+    Measure(
+        "distinct_2",
+        "distinct-2",
+        "different pairs of words among all",
+        3,
+        lambda samples, _: distinct(_texts(samples), 2),
+        of_reference=True,
+        description="Share of different pairs of words among all. Falls with the number of "
+        "samples.",
+    ),
+    Measure(
+        "repetition",
+        "repetition",
+        "share of a response's word pairs that it has already",
+        3,
+        lambda samples, _: repetition(_texts(samples)),
+        description="Share of a response's word pairs that it contains already, mean.",
+    ),
+    Measure(
+        "most_common",
+        "most common",
+        "share that the most frequent response makes up",
+        3,
+        lambda samples, _: most_common(_texts(samples)),
+        description="Share of samples that the most frequent response makes up.",
+    ),
+    Measure(
+        "length",
+        "length",
+        "tokens per response",
+        1,
+        lambda _, likelihoods: float(likelihoods.tokens.mean()),
+        description="Tokens per response, an end-of-text token included.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The quality measures of one model's samples.
+
+    Attributes:
+        samples: how many.
+        values: by key of `MEASURES`; without a reference, those that need one are missing.
+    """
+
+    samples: int
+    values: dict[str, float]
+
+    @classmethod
+    def of(
+        cls, samples: Sequence[Sample], likelihoods: Likelihoods, has_reference: bool = True
+    ) -> Quality:
+        """Measure samples that have scores.
+
+        Args:
+            samples: B samples.
+            likelihoods: of their responses.
+            has_reference: whether `likelihoods` are those of a reference.
+        """
+        measures = (m for m in MEASURES if has_reference or not m.needs_reference)
+        return cls(len(samples), {m.key: m.of(samples, likelihoods) for m in measures})
+
+    def __getitem__(self, key: str) -> float:
+        return self.values[key]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"samples": self.samples, **self.values}
+
+
+def evaluation_statistics(policy: Quality, reference: Quality) -> dict[str, float]:
+    """What an evaluation on held-out prompts adds to its step's metrics."""
+    own = {f"eval/{m.key}": policy[m.key] for m in MEASURES}
+    return own | {f"eval/reference_{m.key}": reference[m.key] for m in MEASURES if m.of_reference}
+
+
+def explained_statistics() -> dict[str, Statistic]:
+    """The keys of `evaluation_statistics`, and what they mean."""
+    own = {f"eval/{m.key}": Statistic(m.meaning) for m in MEASURES}
+    return own | {
+        f"eval/reference_{m.key}": Statistic(f"the reference's: {m.meaning}")
+        for m in MEASURES
+        if m.of_reference
+    }

@@ -1,4 +1,4 @@
-"""What samples come to: means, differences, intervals. Plain values, no models."""
+"""A response with its score: plain values, no models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sample:
-    """One response: what was asked, what came, how it was judged (None without a classifier)."""
+    """A query, the response to it, and its score and probability (None without a classifier)."""
 
     query: str
     response: str
@@ -32,10 +32,10 @@ class Generated:
 
 
 def mean_score(samples: Sequence[Sample]) -> float:
-    """Mean score of samples that were judged."""
+    """Mean score of the samples that have one."""
     return float(np.mean([s.score for s in samples if s.score is not None]))
 
 
 def mean_probability(samples: Sequence[Sample]) -> float:
-    """Mean probability of the wanted label over samples that were judged."""
+    """Mean probability of the wanted label over the samples that have one."""
     return float(np.mean([s.probability for s in samples if s.probability is not None]))

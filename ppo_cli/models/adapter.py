@@ -1,4 +1,4 @@
-"""A new low-rank adapter for a model: which of its modules, checked before weights are loaded."""
+"""A new low-rank adapter: the choice of its modules, checked before weights are loaded."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ ALL_LINEAR = "all-linear"
 def new_adapter(settings: AdapterConfig, name: str, **kwargs: Any) -> Any:
     """The `peft.LoraConfig` of a new adapter.
 
-    Without `target_modules` it is peft's choice for the architecture; where peft has none, every
-    linear layer of the language model but the output layer.
+    Without `target_modules` it adapts peft's choice for the architecture; where peft has none,
+    every linear layer of the language model but the output layer.
 
     Args:
         settings: the configuration's.
         name: folder or hub id of the model.
-        kwargs: go to `AutoConfig.from_pretrained`.
+        kwargs: passed to `AutoConfig.from_pretrained`.
 
     Raises:
         ModelError: peft is missing, or the model's configuration cannot be read.
@@ -71,7 +71,7 @@ def new_adapter(settings: AdapterConfig, name: str, **kwargs: Any) -> Any:
 
 
 def _plan(name: str, **kwargs: Any) -> Any:
-    """The model without memory for its weights."""
+    """The model with weights on the meta device, which take no memory."""
     config = AutoConfig.from_pretrained(name, **kwargs)
     trust = kwargs.get("trust_remote_code", False)
     if not trust:
@@ -84,7 +84,7 @@ def _plan(name: str, **kwargs: Any) -> Any:
 
 
 def _refusal(lora: Any, plan: Any) -> str | None:
-    """What peft says where it cannot adapt a model so; None where it can."""
+    """Why peft cannot adapt a model so; None where it can."""
     from peft import get_peft_model
 
     # What happens to a copy does not count, its warnings neither.
@@ -98,7 +98,7 @@ def _refusal(lora: Any, plan: Any) -> str | None:
 
 
 def _chosen_by_peft(lora: Any, plan: Any) -> set[str] | str | None:
-    """The modules that peft adapts in this architecture; None where it has no choice."""
+    """The modules that peft adapts in this architecture by default, None for none."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICES
 
     choice = CHOICES.get(plan.config.model_type)
@@ -112,8 +112,8 @@ def _chosen_by_peft(lora: Any, plan: Any) -> set[str] | str | None:
 def _language_layers(plan: Any) -> set[str]:
     """Names of the language model's linear layers, without the output layer.
 
-    Left out: what reads pictures and sounds, and layers of Mamba blocks whose weights are read
-    without the layer, and so without its adapter.
+    Left out: layers for pictures and sounds, and layers of Mamba blocks whose weights are used
+    without calling the layer, and so without its adapter.
     """
     head, language = plan.get_output_embeddings(), plan.get_decoder()
     if not isinstance(language, PreTrainedModel):
@@ -135,12 +135,12 @@ def _language_layers(plan: Any) -> set[str]:
 
 
 def _is_pattern(name: str) -> bool:
-    """Whether it can only be a regular expression, not a module's name."""
+    """Whether `name` can only be a regular expression, not a module's name."""
     return re.search(r"[^\w.-]", name) is not None
 
 
 def _check_names(wanted: Sequence[str], model: str, plan: Any) -> None:
-    """Raise `UsageError` for a name that is no module's, which peft would leave out in silence."""
+    """Raise `UsageError` for a name that is no module's; peft would ignore it silently."""
     names = [f".{name}" for name, _ in plan.named_modules()]
     for one in wanted:
         if not any(name.endswith(f".{one}") for name in names):
@@ -154,5 +154,5 @@ def _offer(plan: Any) -> str:
 
 
 def _last_parts(plan: Any) -> list[str]:
-    """What the language model's linear layers are called in their blocks."""
+    """Names of the language model's linear layers within their blocks."""
     return sorted({name.rpartition(".")[2] for name in _language_layers(plan)})

@@ -1,7 +1,7 @@
-"""What a language model's architecture allows, found out by asking the model itself.
+"""Capabilities of a language model: which fast paths it allows, by forward passes of the model.
 
-Each answer is found with a few tokens, and found anew once the model's modules, weights or hooks
-are others. It decides between the fast way and the one that suits every model.
+Each check reads a few tokens. Its result is kept until the model's modules, weights or hooks
+change. It decides between the fast path and the one that is right for every model.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ppo_cli.utils.device import modes_kept
 
 REFUSALS = (TypeError, AttributeError, ValueError, LookupError, RuntimeError, AssertionError)
 RECORDER = "transformers.utils.output_capturing"
-"""Whose hooks stay once hidden states were asked for, and change nothing."""
+"""Its hooks stay on a model that has returned hidden states, and change nothing."""
 
 
 class _Structure:
-    """A model's modules with their weights and hooks, to tell whether they are still the same."""
+    """A model's modules with their weights and hooks, by which a change of the model is noticed."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [
@@ -41,7 +41,7 @@ class _Structure:
         self._hooks = [_hooks(module) for module, *_ in self._modules]
 
     def is_kept(self) -> bool:
-        """Whether nothing was added, replaced or taken away since. It is asked in each forward."""
+        """Whether nothing was added, replaced or removed since. Every forward pass calls this."""
         for i, (module, kind, children, has_own_forward) in enumerate(self._modules):
             if (
                 type(module) is not kind
@@ -65,31 +65,32 @@ def _hooks(module: nn.Module) -> list[Any]:
     return [hook for hook in hooks if getattr(hook, "__module__", None) != RECORDER]
 
 
-class _Findings:
-    """What was found out about a model, and the structure that it holds for."""
+class _CheckResults:
+    """Results of the checks of a model, and the structure that they are valid for."""
 
     def __init__(self, model: nn.Module) -> None:
         self.structure = _Structure(model)
         self.answers: dict[Any, Any] = {}
 
 
-_findings: WeakKeyDictionary[nn.Module, _Findings] = WeakKeyDictionary()
+_check_results: WeakKeyDictionary[nn.Module, _CheckResults] = WeakKeyDictionary()
 
 
-def findings(model: nn.Module) -> dict[Any, Any]:
-    """What was found out about a model as it is now, by question; empty again once it changes."""
-    found = _findings.get(model)
+def check_results(model: nn.Module) -> dict[Any, Any]:
+    """Results of the checks of a model as it is now, by check; empty again once it changes."""
+    found = _check_results.get(model)
     if found is None or not found.structure.is_kept():
-        found = _findings[model] = _Findings(model)
+        found = _check_results[model] = _CheckResults(model)
     return found.answers
 
 
 @contextmanager
-def asking() -> Iterator[None]:
-    """Around a model's forward pass that asks whether it takes such inputs.
+def unsuitable_errors() -> Iterator[None]:
+    """Around a forward pass that checks whether a model takes such inputs.
 
     Raises:
-        UnsuitableModel: it does not. Memory that runs out, and what our own code raises, pass.
+        UnsuitableModel: it does not. Lack of memory and errors of our own code are raised as they
+            are.
     """
     try:
         yield
@@ -108,30 +109,30 @@ def _is_ours(error: BaseException) -> bool:
     return is_here and frame.f_code not in PASSED_ON
 
 
-def _once_a_model(question: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    @wraps(question)
-    def ask(model: Any) -> bool:
-        answers = findings(model)
-        if question not in answers:
+def _checked_once(capability: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    @wraps(capability)
+    def check(model: Any) -> bool:
+        results = check_results(model)
+        if capability not in results:
             with torch.no_grad(), modes_kept(model), no_autocast(model), fast_matmul():
                 model.eval()
                 try:
-                    answers[question] = question(model)
+                    results[capability] = capability(model)
                 except UnsuitableModel:
-                    answers[question] = False
-        return bool(answers[question])
+                    results[capability] = False
+        return bool(results[capability])
 
-    return ask
+    return check
 
 
 class Reading(NamedTuple):
-    """How a model is to read sequences, to say what it thinks of some of their tokens.
+    """How a model reads sequences in the forward pass that computes their log-probabilities.
 
     Attributes:
-        rows: several sequences a row; one a row, padded on the right; or sequences of equal length
-            together, without padding.
-        masked: packed rows are told apart by a mask, which need not be looked for.
-        logits: multiplied from the output layer's weights, asked of that layer, or of the model.
+        rows: several sequences in a row; one in a row, padded on the right; or sequences of equal
+            length together, without padding.
+        masked: a mask separates packed sequences, so that the model need not look for their ends.
+        logits: by the output layer's weights, by a call of that layer, or by the whole model.
         narrow: the last feed-forward network runs on the positions that are read alone.
     """
 
@@ -155,19 +156,19 @@ def fastest_reading(model: Any) -> Reading:
 
 
 PADDED_READING = Reading("padded", masked=False, logits="model", narrow=False)
-"""Suits all models whose padding on the right changes nothing."""
+"""Right for every model in which padding on the right changes nothing."""
 
 
 def safer_readings(reading: Reading) -> list[Reading]:
-    """What is left to try where `reading` is not what the model says, fastest first."""
+    """The readings to try where `reading` is not right for a model, the fastest first."""
     ways = (PADDED_READING, PADDED_READING._replace(rows="equal"))
     return [way for way in ways if way != reading]
 
 
 def is_plain_layer(layer: Any) -> bool:
-    """Whether a layer does no more than multiply by its weight, in float32 or below.
+    """Whether a layer only multiplies by its weight, in float32 or a lower precision.
 
-    Not so with an adapter, hooks, a parametrization, quantised or offloaded weights.
+    That is not so with an adapter, hooks, a parametrization, quantised or offloaded weights.
     """
     return (
         type(layer) is nn.Linear
@@ -181,42 +182,42 @@ def is_plain_layer(layer: Any) -> bool:
     )
 
 
-@_once_a_model
+@_checked_once
 def ends_in_output_layer(model: Any) -> bool:
-    """Whether a causal model's logits are what its output layer makes of its last hidden state.
+    """Whether a causal model's logits are its output layer's output for the last hidden state.
 
-    Some architectures scale or cap them; for these the whole model has to run.
+    Some architectures scale or cap the logits; then the whole model has to run.
     """
     ids = _tokens(model, [[0, 1]])
-    with asking():
+    with unsuitable_errors():
         hidden = _hidden(model.base_model(input_ids=ids, use_cache=False))
         plain = model.get_output_embeddings()(hidden)
         whole = model(input_ids=ids, use_cache=False).logits
     return plain.shape == whole.shape and torch.equal(plain, whole.to(plain.dtype))
 
 
-@_once_a_model
+@_checked_once
 def looks_ahead(model: Any) -> bool:
-    """Whether what a model says at a position depends on the tokens that come later."""
+    """Whether a model's output at a position depends on later tokens."""
     rows = _tokens(model, [[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 9, 10, 11]])
-    with asking():
+    with unsuitable_errors():
         first, other = model(input_ids=rows, use_cache=False).logits[:, -8:-3]
     return bool(first.isfinite().all()) and not same(other, first, precision(model))
 
 
-@_once_a_model
+@_checked_once
 def reads_packed(model: Any) -> bool:
-    """Whether a causal model keeps apart several sequences in a row, told by their positions.
+    """Whether a causal model separates several sequences in a row by their position ids.
 
-    That means position ids that begin anew, without an attention mask: what one sequence holds must
-    not change a bit of the next, and each must come out as it does alone. Models without position
-    ids or with a recurrent state do not.
+    The position ids of each sequence begin at 0, and there is no attention mask. The tokens of one
+    sequence must not change a bit of the next one's output, and each output must be that of the
+    sequence alone. Models without position ids or with a recurrent state cannot do that.
     """
     ids, positions = _packed_rows(model)
     changed = _tokens(model, [[7, 8, 9, 3, 4, 5, 6], [8, 9, 4, 3, 2, 1, 0]])
 
     def read(tokens: Tensor, **inputs: Tensor) -> Tensor:
-        with asking():
+        with unsuitable_errors():
             return _hidden(model.base_model(input_ids=tokens, use_cache=False, **inputs))
 
     both = read(torch.cat([ids, changed]), position_ids=torch.cat([positions, positions]))
@@ -229,7 +230,7 @@ def reads_packed(model: Any) -> bool:
     return not leaks and same(together, alone, precision(model))
 
 
-@_once_a_model
+@_checked_once
 def ends_in_feed_forward(model: Any) -> bool:
     """Whether a causal model's last feed-forward network may run on some positions alone.
 
@@ -239,7 +240,7 @@ def ends_in_feed_forward(model: Any) -> bool:
     read = torch.tensor([2, 5, 9, 13], device=ids.device)
 
     def hidden() -> Tensor:
-        with asking():
+        with unsuitable_errors():
             at_all = _hidden(model.base_model(input_ids=ids, use_cache=False))
         return at_all.flatten(0, 1)[read]
 
@@ -248,39 +249,40 @@ def ends_in_feed_forward(model: Any) -> bool:
         return same(hidden(), expected, precision(model))
 
 
-@_once_a_model
+@_checked_once
 def reads_block_mask(model: Any) -> bool:
-    """Whether a causal model takes a mask (B, 1, T, T) in place of finding sequences in a row.
+    """Whether a causal model takes a mask (B, 1, T, T) that separates the sequences in a row.
 
-    To find them it would wait for the GPU. Models with windows have other masks in some layers.
+    Without the mask it looks for the sequences, which waits for the GPU. Models with windows have
+    other masks in some layers.
     """
-    with asking():
+    with unsuitable_errors():
         if has_windows(model.config):
             return False
     ids, positions = _packed_rows(model)
     inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-    with asking():
+    with unsuitable_errors():
         found = _hidden(model.base_model(**inputs))
         given = _hidden(model.base_model(**inputs, attention_mask=block_mask(positions)))
     return same(given, found, precision(model))
 
 
-@_once_a_model
+@_checked_once
 def reads_still_cache(model: Any) -> bool:
-    """Whether a causal model reads a cache of fixed size, told by a mask what of it is there.
+    """Whether a causal model reads a cache of fixed size, of which a mask says what is written.
 
     The next token's hidden state must be the one that a growing cache gives. Models with windows
-    do not, nor those whose attention does not take a mask (B, 1, T, room) of what may be seen.
+    do not read it, nor those whose attention does not take a mask (B, 1, T, room).
     """
     ids, mask = _tokens(model, [[0, 1, 2], [3, 4, 5]]), _tokens(model, [[0, 1, 1], [1, 1, 1]])
     next_ids, positions = _tokens(model, [[6], [7]]), _tokens(model, [[0, 0, 1], [0, 1, 2]])
 
     def read(tokens: Tensor, seen: Tensor, at: Tensor, cache: Any) -> Tensor:
         inputs = {"attention_mask": seen, "position_ids": at, "past_key_values": cache}
-        with asking():
+        with unsuitable_errors():
             return _hidden(model.base_model(input_ids=tokens, use_cache=True, **inputs))[:, -1]
 
-    with asking():
+    with unsuitable_errors():
         growing, still = (roomy_cache(model.config, ids.shape[1] + 2) for _ in range(2))
     for cache in (growing, still):
         read(ids, mask, positions, cache)
@@ -292,10 +294,10 @@ def reads_still_cache(model: Any) -> bool:
 
 
 def rope_switch(config: Any) -> int | None:
-    """Tokens beyond which a model turns the positions of a whole forward pass otherwise.
+    """Tokens beyond which a model changes the position embeddings of a whole forward pass.
 
-    So does "longrope" (Phi 3): there a row beside a longer one is not read as it is alone. None for
-    a model that has no such length.
+    "longrope" (Phi 3) does so: a row beside a longer one is not read as it is alone. None for a
+    model without such a length.
     """
     text = config.get_text_config()
     settings = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -310,10 +312,10 @@ def rope_switch(config: Any) -> int | None:
 
 
 def precision(model: nn.Module) -> torch.dtype:
-    """What a model rounds its numbers to, at the lowest; bfloat16 where weights are quantised.
+    """The lowest precision of a model's weights; bfloat16 where they are quantised.
 
-    A quantised model's numbers may differ by as much with what is read beside them: what is rounded
-    how is decided by all of an input.
+    The outputs of a quantised model for one row may differ by as much with the other rows, where
+    rounding depends on the whole input.
     """
     kinds = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
     parts = (*model.modules(), *(p.data for p in model.parameters()))
@@ -331,12 +333,12 @@ def same(
     dtype: torch.dtype = torch.float32,
     scale: Tensor | None = None,
 ) -> bool:
-    """Whether the two differ in rounding alone.
+    """Whether two tensors are equal up to rounding.
 
     Args:
-        actual: what is compared, of the shape of `expected`.
-        expected: what it should be.
-        dtype: what both were computed in.
+        actual: of the shape of `expected`.
+        expected: the right values.
+        dtype: precision in which both were computed.
         scale: size of the numbers that were rounded; None for the largest of `expected`.
     """
     if expected.numel() == 0:
@@ -347,7 +349,7 @@ def same(
     eps, single = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
     if eps <= single:
         return bool(difference.max() <= 10 * single**0.75 * scale)
-    # So few digits leave room for a wrong model, too, unless the mean is looked at.
+    # With so few digits a wrong model may pass by the maximum alone, but not by the mean.
     return bool(difference.max() <= 8 * eps * scale and difference.mean() <= 2 * eps * scale)
 
 
@@ -372,5 +374,5 @@ def _tokens(model: Any, rows: list[list[int]], wrap: bool = True) -> Tensor:
 
 
 def no_autocast(model: Any) -> torch.autocast:
-    """In a `with` block `model` computes in its own precision."""
+    """A context in which `model` computes in its own precision."""
     return torch.autocast(model.device.type, enabled=False)

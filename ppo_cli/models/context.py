@@ -1,4 +1,4 @@
-"""How many tokens a model reads at once."""
+"""The context length: how many tokens a model can read."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ LIMITS = (
     "seq_length",
     "n_ctx",
 )
-"""What configurations call it, the commonest first."""
+"""Names of the context length in configurations, the commonest first."""
 UNLIMITED = 10**7
-"""A limit from here on is a number that stands for none."""
+"""Values from here on stand for no limit."""
 
 
 def context_length(model: Any) -> int | None:
-    """Most tokens that a model reads at once, None where nothing limits them.
+    """The largest number of tokens that a model can read, None for no limit.
 
     Args:
-        model: a `transformers` model, or its configuration. Only the model itself shows where its
-            positions begin after the padding index, as RoBERTa's do, so that it reads fewer tokens
-            than its configuration says.
+        model: a `transformers` model, or its configuration. In some models, such as RoBERTa,
+            positions begin after the padding index, so that they read fewer tokens than the
+            configuration says: only the model itself shows that.
     """
     config = getattr(model, "config", model)
     found = [_limit(one) for one in (config.get_text_config(), config)]
@@ -43,7 +43,7 @@ def _limit(config: Any) -> int | None:
 
 
 def _unused_positions(model: Any) -> int:
-    """How many rows of the table of positions come before the first token's."""
+    """Number of rows of the position embeddings before the first token's."""
     if not hasattr(model, "named_modules"):
         return 0
     return max(

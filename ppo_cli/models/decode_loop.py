@@ -1,4 +1,4 @@
-"""The decode loop behind sampling: a cache allocated once, ended rows dropped, one draw a row."""
+"""The decode loop of sampling: one allocation of the cache, and ended rows are dropped."""
 
 from __future__ import annotations
 
@@ -19,45 +19,42 @@ from ppo_cli.kernels.cuda_graph import NotReplayable, Replayed
 from ppo_cli.kernels.kv_cache import hold_still, roomy_cache
 from ppo_cli.models.capabilities import reads_still_cache
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.models.sampling_params import SamplingParams
 
-DROP_SHARE = 0.25  # of the rows have ended: worth copying the cache without them
-FEWEST_REPLAYS = 6  # of a step: worth recording it, which takes as long as some of it
-REPLAYS_AT_ONCE = 8  # before the GPU is asked whether rows are left
+DROP_SHARE = 0.25  # share of ended rows from which on the cache is copied without them
+FEWEST_REPLAYS = 6  # replays of a step that are worth the time of recording it
+REPLAYS_AT_ONCE = 8  # between two checks whether rows are left, which wait for the GPU
+
+LogitsCallback = Callable[[Tensor, Tensor], None]
+"""Called for each token with the indices (b,) of the rows that it is drawn for, and their logits
+(b, V)."""
 
 _not_replayable: WeakSet[AutoModelForCausalLMWithValueHead] = WeakSet()
-# Models of which a step was recorded, and how many hooks they had, which may make them another.
+# Models of which a step was recorded, with their number of hooks, which may change what they do.
 _proven: WeakKeyDictionary[AutoModelForCausalLMWithValueHead, int] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def decode_responses(
+def decode_cached(
     policy: AutoModelForCausalLMWithValueHead,
     input_ids: Tensor,
     attention_mask: Tensor,
     limits: Sequence[int],
-    end_ids: set[int],
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    watch: Callable[[Tensor, Tensor], None] | None = None,
+    params: SamplingParams,
+    on_logits: LogitsCallback | None = None,
 ) -> list[Tensor]:
-    """Sample a response to each query. The policy must allow `reads_packed`.
+    """Sample a response to each query, with a cache. The policy must allow `reads_packed`.
 
-    Each row has random numbers of its own, drawn before the first token, so that a response does
-    not depend on when others end. A CUDA GPU records one step and replays it for the others.
+    The random numbers of each row are drawn before the first token, so that a response does not
+    depend on when others end. A CUDA GPU records one step and replays it for the others.
 
     Args:
         policy: in eval mode.
         input_ids: (B, T) queries, padded on the left.
         attention_mask: (B, T).
-        limits: B numbers of new tokens at most.
-        end_ids: tokens that end a response.
-        temperature: divides the logits.
-        top_k: draw among so many most probable tokens; 0 for all.
-        top_p: draw among the most probable tokens that together have this probability.
-        watch: told with each token the rows (b,) that have one to come, and its logits (b, V);
-            nothing is recorded then.
+        limits: B limits on the new tokens.
+        params: settings of sampling.
+        on_logits: called with each token's logits; no step is recorded then.
 
     Returns:
         B tensors of token ids, 1-D, each with its end token if one was drawn.
@@ -65,14 +62,13 @@ def decode_responses(
     Raises:
         NumericalError: a probability is not finite.
     """
-    chances = torch.rand(len(limits), max(limits), device=input_ids.device)
-    warp = _warpers(temperature, top_k, top_p)
+    uniforms = _uniforms(limits, input_ids.device)
 
     def start() -> tuple[_Drawn, _GrowingStep]:
-        drawn = _Drawn(chances, limits, end_ids)
-        return drawn, _GrowingStep(policy, input_ids, attention_mask, warp, drawn, watch)
+        drawn = _Drawn(uniforms, limits, params)
+        return drawn, _GrowingStep(policy, input_ids, attention_mask, drawn, on_logits)
 
-    if watch is None and _is_worth_recording(policy, max(limits)):
+    if on_logits is None and _is_worth_recording(policy, max(limits)):
         try:
             return _by_replays(*start())
         except NotReplayable:
@@ -81,36 +77,36 @@ def decode_responses(
 
 
 @torch.no_grad()
-def decode_whole(
+def decode_uncached(
     policy: AutoModelForCausalLMWithValueHead,
     input_ids: Tensor,
     limits: Sequence[int],
-    end_ids: set[int],
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    watch: Callable[[Tensor, Tensor], None] | None = None,
+    params: SamplingParams,
+    on_logits: LogitsCallback | None = None,
 ) -> list[Tensor]:
-    """As `decode_responses`, by a plain forward pass of the whole rows for each token.
+    """As `decode_cached`, by a plain forward pass of the whole rows for each token.
 
     Args:
         policy: in eval mode; any causal model will do.
         input_ids: (B, T) queries of equal length, without padding.
-        limits, end_ids, temperature, top_k, top_p, watch: as there.
+        limits, params, on_logits: as there.
     """
-    chances = torch.rand(len(limits), max(limits), device=input_ids.device)
-    drawn, warp = _Drawn(chances, limits, end_ids), _warpers(temperature, top_k, top_p)
+    drawn = _Drawn(_uniforms(limits, input_ids.device), limits, params)
     rows = torch.arange(len(limits), device=input_ids.device)
     ids = input_ids
     while True:
         logits = policy.pretrained_model(input_ids=ids, use_cache=False).logits[:, -1].float()
-        if watch is not None:
-            watch(rows, logits)
-        tokens = drawn.add(warp(ids, logits), rows)
+        if on_logits is not None:
+            on_logits(rows, logits)
+        tokens = drawn.add(ids, logits, rows)
         if not drawn.rows_left():
             return drawn.responses()
         ids = torch.cat([ids, tokens.unsqueeze(1)], 1)
+
+
+def _uniforms(limits: Sequence[int], device: torch.device) -> Tensor:
+    """(B, R) random numbers in [0, 1), one for each token; R is the largest limit."""
+    return torch.rand(len(limits), max(limits), device=device)
 
 
 def _step_by_step(drawn: _Drawn, step: _GrowingStep) -> list[Tensor]:
@@ -122,7 +118,7 @@ def _step_by_step(drawn: _Drawn, step: _GrowingStep) -> list[Tensor]:
 
 
 def _by_replays(drawn: _Drawn, first: _GrowingStep) -> list[Tensor]:
-    """The first step reads the queries; all others do the same as each other."""
+    """The first step reads the queries; all later steps are alike, and so are recorded once."""
     policy, hooks = first.policy, _hooks(first.policy)
     first()
     if not drawn.rows_left():
@@ -152,32 +148,38 @@ def _is_worth_recording(policy: AutoModelForCausalLMWithValueHead, longest: int)
 
 
 class _Drawn:
-    """What B rows have drawn, kept on their device, so that it need not be waited for.
+    """The tokens that B rows have drawn, kept on their device, so that nothing waits for it.
 
     Args:
-        chances: (B, R) random numbers, one a token.
-        limits: B numbers of tokens at most, R the largest.
-        end_ids: tokens that end a row.
+        uniforms: (B, R) random numbers, one for each token.
+        limits: B limits on the tokens, R the largest.
+        params: settings of sampling.
 
     Attributes:
         going: (B,) whether a row has not ended.
         longest: R.
     """
 
-    def __init__(self, chances: Tensor, limits: Sequence[int], end_ids: set[int]) -> None:
-        device, self.longest = chances.device, chances.shape[1]
+    def __init__(self, uniforms: Tensor, limits: Sequence[int], params: SamplingParams) -> None:
+        device, self.longest = uniforms.device, uniforms.shape[1]
         self.going = torch.ones(len(limits), dtype=torch.bool, device=device)
-        self._chances = chances
+        self._uniforms, self._warp = uniforms, _warpers(params)
         self._limits = torch.tensor(limits, device=device)
-        self._ends = torch.tensor(sorted(end_ids), dtype=torch.long, device=device)
-        self._tokens = torch.zeros(chances.shape, dtype=torch.long, device=device)
+        self._ends = torch.tensor(params.stop_token_ids, dtype=torch.long, device=device)
+        self._tokens = torch.zeros(uniforms.shape, dtype=torch.long, device=device)
         self._lengths = torch.zeros_like(self._limits)
         self._place = torch.zeros(1, dtype=torch.long, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
 
-    def add(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """Draw a token (b,) for each of `rows` (b,), with logits (b, V). Other rows have ended."""
-        tokens, finite = draw(logits, self._chances[rows, self._place])
+    def add(self, ids: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
+        """Draw a token (b,) for each of `rows` (b,). All other rows have ended.
+
+        Args:
+            ids: (b, t) tokens that the rows have read.
+            logits: (b, V) of what follows them.
+            rows: (b,) their indices.
+        """
+        tokens, finite = draw(self._warp(ids, logits), self._uniforms[rows, self._place])
         self._tokens[rows, self._place] = tokens
         self._place += 1
         self._finite &= finite
@@ -205,9 +207,9 @@ class _Drawn:
 
 
 class _GrowingStep:
-    """A token more for each row: reads as much of the cache as there is.
+    """Draws one more token for each row; the part of the cache that it reads grows.
 
-    Arguments as in `decode_responses`. The first call reads the queries.
+    Arguments as in `decode_cached`. The first call reads the queries.
     """
 
     def __init__(
@@ -215,13 +217,12 @@ class _GrowingStep:
         policy: AutoModelForCausalLMWithValueHead,
         input_ids: Tensor,
         attention_mask: Tensor,
-        warp: LogitsProcessorList,
         drawn: _Drawn,
-        watch: Callable[[Tensor, Tensor], None] | None = None,
+        on_logits: LogitsCallback | None = None,
     ) -> None:
-        self.watch = watch
+        self.on_logits = on_logits
         count, self.width = input_ids.shape
-        self.policy, self.warp, self.drawn = policy, warp, drawn
+        self.policy, self.drawn = policy, drawn
         self.cache = roomy_cache(policy.config, self.width + drawn.longest)
         self.projection = policy.ready_projection(rows=count, times=drawn.longest)
         self.rows = torch.arange(count, device=input_ids.device)  # that the cache has
@@ -236,18 +237,18 @@ class _GrowingStep:
     def draw(self, ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The token (b, 1) that follows `ids` (b, t) in each row, and whether it goes on (b, 1).
 
-        A row that does not stays at its position: further on the context may be over.
+        The position of a row that has ended stays: a later one may exceed the context.
         """
         logits = self.policy.next_logits(
             ids, mask, positions, self.projection, past_key_values=self.cache
         )
-        if self.watch is not None:
-            self.watch(self.rows, logits)
-        tokens = self.drawn.add(self.warp(ids, logits), self.rows)
+        if self.on_logits is not None:
+            self.on_logits(self.rows, logits)
+        tokens = self.drawn.add(ids, logits, self.rows)
         return tokens.unsqueeze(1), self.drawn.going[self.rows].unsqueeze(1)
 
     def drop_ended(self, left: int) -> None:
-        """Go on without the rows that have ended, where few enough are `left`."""
+        """Drop the rows that have ended, where few enough are `left`."""
         if left > (1 - DROP_SHARE) * len(self.rows):
             return
         kept = self.drawn.going[self.rows].nonzero().squeeze(1)
@@ -258,10 +259,10 @@ class _GrowingStep:
 
 
 class _StillStep:
-    """A token more for each row: the same work on the same tensors every time.
+    """Draws one more token for each row, with the same work on the same tensors every time.
 
     Args:
-        begun: has read the queries; its cache is taken over.
+        begun: the step that has read the queries; its cache is used further.
     """
 
     def __init__(self, begun: _GrowingStep) -> None:
@@ -281,37 +282,37 @@ class _StillStep:
         self._slot += 1
 
 
-def draw(logits: Tensor, chances: Tensor) -> tuple[Tensor, Tensor]:
-    """One token (B,) a row of logits (B, V), by inverting the distribution at `chances` (B,).
+def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """One token (B,) a row of logits (B, V), by inverting the distribution at `uniforms` (B,).
 
     Source: Devroye 1986, "Non-Uniform Random Variate Generation", III.2, sequential search.
     The sums are float64, where there is such a type: 50,000 float32 terms would lose rare tokens.
 
     Returns:
-        The tokens, and a scalar that says whether all probabilities are finite. A row where they
-        are not has some token or other.
+        The tokens, and a scalar: whether all probabilities are finite. A row where they are not
+        gets an arbitrary token.
     """
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     sums = logits.float().softmax(-1).cumsum(-1, dtype=exact)
     total = sums[:, -1:]
-    places = torch.searchsorted(sums, chances.unsqueeze(1).to(exact) * total, right=True)
+    places = torch.searchsorted(sums, uniforms.unsqueeze(1).to(exact) * total, right=True)
     return places.squeeze(1).clamp(max=logits.shape[1] - 1), total.isfinite().all()
 
 
 def not_finite() -> NumericalError:
-    """What to raise where probabilities are not finite."""
+    """The error for probabilities that are not finite."""
     return NumericalError(
         "the policy's probabilities are not finite any more: its last update went too far. "
         "Lower ppo.learning_rate or set ppo.max_grad_norm"
     )
 
 
-def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
+def _warpers(params: SamplingParams) -> LogitsProcessorList:
     warpers = LogitsProcessorList()
-    if temperature != 1:
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        warpers.append(TopKLogitsWarper(int(top_k)))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(float(top_p)))
+    if params.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(params.temperature)))
+    if params.top_k:
+        warpers.append(TopKLogitsWarper(int(params.top_k)))
+    if params.top_p < 1:
+        warpers.append(TopPLogitsWarper(float(params.top_p)))
     return warpers

@@ -1,6 +1,6 @@
-"""From the names in a configuration to tokenizer, policy and classifier.
+"""Loading the tokenizer and the policy that a configuration names.
 
-`trusted` are the models, named as the configuration names them, whose own code may run.
+`trusted` are the models, by their names in the configuration, whose own code may run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def check_trusted(trusted: Collection[str], names: Collection[str]) -> None:
 
 
 def load_tokenizer(name: str, revision: str | None = None, trusted: Collection[str] = ()) -> Any:
-    """The tokenizer of a model; its pad token is its end-of-text token where it has none."""
+    """The tokenizer of a model; its pad token is the end-of-text token where it has none."""
     source = str(policy_folder()) if name == EMBEDDED else name
     with loading_errors(source):
         tokenizer = tokenizer_of(source, **source_keywords(name, revision, trusted))
@@ -55,7 +55,8 @@ def load_policy(
     """The model to tune, with its value head and, where configured, a new adapter.
 
     Raises:
-        ModelError: `tokenizer` has ids that the model has no embedding for, or peft is missing.
+        ModelError: the model cannot be run, `tokenizer` has ids without an embedding in the
+            model, or peft is missing.
         UsageError: the model is not causal, or an adapter does not fit it.
     """
     source = str(policy_folder()) if config.model == EMBEDDED else config.model
@@ -84,6 +85,6 @@ def load_policy(
 
 
 def source_keywords(name: str, revision: str | None, trusted: Collection[str]) -> dict[str, Any]:
-    """Keywords of `from_pretrained`. Left out, `trust_remote_code` would ask on the terminal."""
+    """Keywords of `from_pretrained`. Without `trust_remote_code` it would ask on the terminal."""
     settings: dict[str, Any] = {"trust_remote_code": name in trusted}
     return settings if revision is None else settings | {"revision": revision}

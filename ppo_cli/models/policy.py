@@ -25,7 +25,13 @@ from ppo_cli.kernels.lm_head import (
     token_logprobs_and_entropies,
 )
 from ppo_cli.kernels.tied_embeddings import tied_gradient
-from ppo_cli.models.capabilities import PADDED_READING, Reading, fastest_reading, findings
+from ppo_cli.models.architectures import (
+    activation_checkpointing,
+    hidden_size,
+    keep_weights_as_stored,
+    untie_embeddings,
+)
+from ppo_cli.models.capabilities import PADDED_READING, Reading, check_results, fastest_reading
 from ppo_cli.models.pretrained import (
     HUB_KEYWORDS,
     VALUE_HEAD_FILE,
@@ -34,7 +40,6 @@ from ppo_cli.models.pretrained import (
     refuse_if_not_causal,
 )
 from ppo_cli.models.value_head import ValueHead
-from ppo_cli.utils.device import modes_kept
 from ppo_cli.utils.hub import adapter_errors, first_line, loading_errors
 
 
@@ -158,21 +163,21 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where the value head, and with it the model's output, lives."""
+        """The device of the value head, and so of the model's output."""
         return self.v_head.summary.weight.device
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are recomputed in the backward pass."""
-        return bool(_renamed(self._base_model, "is_{}_checkpointing"))
+        return bool(activation_checkpointing(self._base_model, "is_{}_checkpointing"))
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
-        _renamed(self._base_model, "{}_checkpointing_enable")(*args, **kwargs)
+        activation_checkpointing(self._base_model, "{}_checkpointing_enable")(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        _renamed(self._base_model, "{}_checkpointing_disable")()
+        activation_checkpointing(self._base_model, "{}_checkpointing_disable")()
 
     def enable_input_require_grads(self) -> None:
         """Let gradients reach an adapter through frozen embeddings, for checkpointing."""
@@ -257,9 +262,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         return (*results, output.past_key_values) if return_past_key_values else results
 
     def ready_projection(self, rows: int, times: int) -> Callable[[Tensor], Tensor] | None:
-        """For `next_logits`: last hidden states (B, H) to logits, while weights stay as they are.
+        """For `next_logits`: last hidden states (B, H) to logits, while the weights do not change.
 
-        None for an architecture that does more than that.
+        None for an architecture that does more than multiply by the output layer's weight.
         """
         how, head = self.reading().logits, self._base_model.get_output_embeddings()
         if how == "model":
@@ -276,7 +281,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         projection: Callable[[Tensor], Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Logits (B, V), float32, of what follows the last of `input_ids` (B, T).
+        """Logits (B, V), float32, of the token that follows `input_ids` (B, T).
 
         `projection` is what `ready_projection` returned, if it was called before.
         """
@@ -288,16 +293,16 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             return model(**inputs).logits[:, -1].float()
         return projection(model.base_model(**inputs).last_hidden_state[:, -1])
 
-    def allows(self, question: Callable[[Any], bool]) -> bool:
-        """What the language model answers to one of `ppo_cli.models.capabilities`'s questions.
+    def allows(self, capability: Callable[[Any], bool]) -> bool:
+        """Whether the language model has one of the capabilities of `ppo_cli.models.capabilities`.
 
-        No where an adapter puts virtual tokens in front, outside the language model.
+        False where an adapter puts virtual tokens in front, outside the language model.
         """
-        return not self._adds_tokens and question(self._base_model)
+        return not self._adds_tokens and capability(self._base_model)
 
     def reading(self) -> Reading:
-        """How it reads sequences: as its architecture allows, unless a trial said otherwise."""
-        answers = findings(self.pretrained_model)
+        """How the policy reads sequences: as its capabilities allow, or as `read_as` said."""
+        answers = check_results(self.pretrained_model)
         if "reading" not in answers:
             # Virtual tokens are put in front outside of the language model.
             answers["reading"] = (
@@ -306,11 +311,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         return cast(Reading, answers["reading"])
 
     def read_as(self, reading: Reading) -> None:
-        """Read sequences in this way from now on, until the model is changed."""
-        findings(self.pretrained_model)["reading"] = reading
+        """Read sequences in this way until the model changes."""
+        check_results(self.pretrained_model)["reading"] = reading
 
     def last_hidden_states(self, output: Any) -> Tensor:
-        """(B, T, H), what the value head reads, of an output with hidden states.
+        """(B, T, H), the value head's input, of an output with hidden states.
 
         Raises:
             UnsuitableModel: it has none of that form.
@@ -363,7 +368,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Take what `state_dict` returned."""
+        """Load what `state_dict` returned."""
         head = {k.removeprefix("v_head."): v for k, v in state_dict.items() if k[:7] == "v_head."}
         body = {k: v for k, v in state_dict.items() if k[:7] != "v_head."}
         self.v_head.load_state_dict(head, strict=strict, assign=assign)
@@ -372,16 +377,16 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         return self.pretrained_model.load_state_dict(body, strict=strict, assign=assign)
 
     def merged(self, *, untied: bool = False) -> AutoModelForCausalLMWithValueHead:
-        """A copy without an adapter: its weights are added to those it adapts.
+        """A copy without an adapter: the adapter's weights are added to those that it adapts.
 
         Args:
-            untied: let input and output embeddings be two weights in it, where they are one and the
-                adapter changes them in different ways.
+            untied: give the copy separate input and output embeddings. That is needed where they
+                share a weight and the adapter changes them in different ways.
         """
         twin = copy.deepcopy(self)
         adapted = cast(Any, twin.pretrained_model)
         if untied:
-            _untie(twin._base_model)
+            untie_embeddings(twin._base_model)
         plain = AutoModelForCausalLMWithValueHead(adapted.merge_and_unload())
         plain.v_head = twin.v_head
         return plain
@@ -393,12 +398,12 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write a plain `transformers` folder, and the value head in a file of its own beside it.
+        """Write a plain `transformers` folder, and the value head in a separate file in it.
 
         Args:
-            save_directory: made if absent.
-            state_dict: weights to write instead of the model's own, named as `state_dict` names
-                them (what a distributed run has gathered, for example).
+            save_directory: created if absent.
+            state_dict: weights to write instead of the model's own, named as in `state_dict`
+                (those that a distributed run has gathered, for example).
             push_to_hub: upload the folder as well; `repo_id` and the like as keywords.
             kwargs: go to `PreTrainedModel.save_pretrained`, `max_shard_size` for example.
         """
@@ -423,46 +428,3 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             PushToHubMixin.push_to_hub(
                 self, hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs
             )
-
-
-def keep_weights_as_stored(model: Any) -> None:
-    """Have RWKV keep its weights in eval mode, which it divides there, for the range of float16.
-
-    What is learnt, saved in a checkpoint or in a folder would be the divided ones. The function is
-    the same.
-    """
-    if not getattr(model.config, "rescale_every", 0):
-        return
-    for module in model.modules():
-        if getattr(module, "layers_are_rescaled", False):
-            with modes_kept(module):
-                module.train()
-                module._rescale_layers()
-    model.config.rescale_every = 0
-
-
-def hidden_size(model: Any) -> int:
-    """Width of a causal language model's last hidden states."""
-    config = model.config.get_text_config()
-    for name in ("word_embed_proj_dim", "hidden_size"):  # OPT projects its states to the first
-        if isinstance(width := getattr(config, name, None), int):
-            return width
-    return int(model.get_output_embeddings().weight.shape[-1])
-
-
-def _untie(model: Any) -> None:
-    """Give a model's output layer a weight of its own, if it shares that of the embeddings."""
-    config = model.config
-    layer = model.get_output_embeddings()
-    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    for part in (config, config.get_text_config()):
-        part.tie_word_embeddings = False
-    if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = {}
-
-
-def _renamed(model: Any, name: str) -> Any:
-    """An attribute that later releases of transformers 5 call by another name."""
-    new = name.format("activation")
-    return getattr(model, new) if hasattr(model, new) else getattr(model, name.format("gradient"))

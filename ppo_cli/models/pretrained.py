@@ -1,4 +1,4 @@
-"""What a policy is loaded from: folders of transformers, of this project, of TRL, of adapters."""
+"""Loading the weights of a policy from folders of transformers, this project, TRL and peft."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ppo_cli.utils.hub import implementations, loading_errors, refuse_misshaped,
 VALUE_HEAD_FILE = "value_head.safetensors"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-# transformers would refuse them with a report in its log; what it returns can be told better.
+# transformers would refuse such weights with a report in its log; our own error says more.
 SHAPES_LATER = {"ignore_mismatched_sizes": True}
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -36,11 +36,11 @@ HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "rev
 def refuse_if_not_causal(config: Any, model_class: type | None = None) -> None:
     """Raise `UsageError`, naming the architecture, unless a model is a causal language model.
 
-    A model that reads pictures, too (`...ForConditionalGeneration`) is one where
-    AutoModelForCausalLM takes its configuration: what it loads may be the language model alone.
+    A model that also reads pictures (`...ForConditionalGeneration`) is accepted where
+    AutoModelForCausalLM takes its configuration; it may load the language model alone.
 
     Args:
-        config: the model's; its `architectures` count where there is no class.
+        config: the model's; its `architectures` are used where there is no class.
         model_class: the model's class.
     """
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -62,9 +62,9 @@ def refuse_if_not_causal(config: Any, model_class: type | None = None) -> None:
 
 
 def _has_language_model(config: Any) -> bool:
-    """Whether AutoModelForCausalLM loads a model of several parts, and what is saved of it again.
+    """Whether AutoModelForCausalLM loads a model of several parts, and later what was saved of it.
 
-    Of some it loads, and saves, the language model alone, under a configuration of its own.
+    Of some models it loads and saves the language model alone, with another configuration.
     """
     text = config.get_text_config()
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or text is config:
@@ -75,10 +75,10 @@ def _has_language_model(config: Any) -> bool:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A peft adapter that lies on this disk.
+    """A peft adapter on this disk.
 
     Attributes:
-        folder: holds its files, in the cache if they came from the hub.
+        folder: has its files; in the hub's cache if they were downloaded.
         config: its `peft.PeftConfig`.
     """
 
@@ -87,7 +87,7 @@ class Adapter:
 
     @property
     def base(self) -> str:
-        """Folder or hub id of the model that it adapts."""
+        """Folder or hub id of its base model."""
         return str(self.config.base_model_name_or_path)
 
 
@@ -96,10 +96,10 @@ def find_adapter(name: str, **hub: Any) -> Adapter | None:
 
     Args:
         name: folder or hub id.
-        hub: says where on the hub, see `HUB_KEYWORDS`.
+        hub: keywords of the hub, see `HUB_KEYWORDS`.
 
     Raises:
-        ModelError: it is an adapter, and peft is missing, or it names a module to import.
+        ModelError: it is an adapter, and peft is missing, or its configuration names code.
     """
     found = find_adapter_config_file(name, **hub)
     if found is None:
@@ -124,9 +124,9 @@ def find_adapter(name: str, **hub: Any) -> Adapter | None:
 
 
 def base_keywords(adapter: Adapter, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keywords that load an adapter's base model, from those that were given for the adapter.
+    """Keywords that load an adapter's base model, from those for the adapter.
 
-    The adapter's files name its base model: trust in the one is none in the other.
+    The adapter's files name the base model, so trust in the adapter is not trust in the base model.
     """
     place = {"revision": adapter.config.revision} if adapter.config.revision else {}
     kept = {key: v for key, v in kwargs.items() if key not in ("revision", "subfolder")}
@@ -157,7 +157,7 @@ def base_errors(name: str, adapter: Adapter) -> Iterator[None]:
 
 
 def tokenizer_of(name: str, **kwargs: Any) -> Any:
-    """The tokenizer beside a model; for an adapter that has none, its base model's."""
+    """The tokenizer of a model; for an adapter without one, its base model's."""
     hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
     adapter = find_adapter(name, **hub)
     if adapter is None or _located(name, "tokenizer_config.json", hub):
@@ -190,13 +190,13 @@ def _load_adapted(name: str, adapter: Adapter, is_trainable: bool, **kwargs: Any
 def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> PreTrainedModel:
     """A causal language model, or one with an adapter, from a folder or the hub.
 
-    Warns of weights that the model does not have; TRL's value heads among them are no cause. Its
-    attribute `stored_dtype` says in what type its configuration has the weights, if it does.
+    Warns of weights in the files that the model does not have, but for TRL's value heads. The
+    model's attribute `stored_dtype` is the dtype of its weights by its configuration, or None.
 
     Args:
         name: folder or hub id.
-        is_trainable: whether an adapter that is loaded can be trained further.
-        args, kwargs: go to `from_pretrained`.
+        is_trainable: whether a loaded adapter can be trained further.
+        args, kwargs: passed to `from_pretrained`.
 
     Raises:
         ModelError: weights are missing.
@@ -239,7 +239,7 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
 
 
 def find_value_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:
-    """The value head's tensors, from our file or among the weights as TRL put them; or none."""
+    """The value head's tensors, from our file or from TRL's place among the weights; or none."""
 
     def locate(file: str) -> str | None:
         return _located(name, file, hub)
@@ -258,7 +258,7 @@ def find_value_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _located(name: str, file: str, hub: dict[str, Any]) -> str | None:
-    """Where a model's file lies on the disk, None where the model has no such file."""
+    """Path of a model's file on the disk, None where the model has no such file."""
     return cached_file(
         name,
         file,

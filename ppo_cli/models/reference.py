@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ppo_cli.errors import UsageError
+from ppo_cli.models.capabilities import precision, same
+from ppo_cli.models.plain_forward import sample_logits
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 
 
@@ -23,7 +26,7 @@ def create_reference_model(
         num_shared_layers: this many layers from the bottom, and the embeddings below them, are
             frozen in the policy too and shared: policy and reference hold the same tensors.
         pattern: prefix of a layer's parameter names with `{layer}` in it, such as
-            `transformer.h.{layer}`, where it cannot be found by itself.
+            `transformer.h.{layer}`, where it cannot be found automatically.
 
     Raises:
         UsageError: `num_shared_layers` is not in 0..number of layers, or the layers are not found.
@@ -40,13 +43,41 @@ def create_reference_model(
 def create_adapter_reference(
     model: AutoModelForCausalLMWithValueHead,
 ) -> AutoModelForCausalLMWithValueHead:
-    """A frozen copy of a policy with an adapter as it is; weights that do not train are shared."""
+    """A frozen copy of a policy with its adapter; weights that do not train are shared."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, memo).requires_grad_(False).eval()
 
 
+def starts_as_its_base(policy: AutoModelForCausalLMWithValueHead) -> bool:
+    """Whether a policy with its adapter off is and stays the policy as it starts: the reference.
+
+    That is so where the adapter changes nothing yet, and no weight outside of it is trained.
+    """
+
+    def base() -> Tensor:
+        with policy.pretrained_model.disable_adapter():
+            return sample_logits(policy)
+
+    dtype, before = precision(policy.pretrained_model), base()
+    if not same(sample_logits(policy), before, dtype):
+        return False
+    trained = [p for p in policy.pretrained_model.parameters() if p.requires_grad]
+    values = [p.detach().clone() for p in trained]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter in trained:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.to(parameter.device, parameter.dtype))
+        return same(base(), before, dtype)
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(trained, values, strict=True):
+                parameter.copy_(value)
+
+
 def refuse_shared_weights(model: nn.Module, reference: nn.Module) -> None:
-    """Raise `UsageError` where a reference holds weights that are trained: it would move along."""
+    """Raise `UsageError` where a reference shares weights that are trained."""
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if any(id(p) in trained for p in reference.parameters()):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Writing a policy as a plain model folder, and seeing that it is the policy."""
+"""Writing a policy as a plain model folder, with a check that the folder holds the policy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from ppo_cli.errors import ModelError, is_out_of_memory
 from ppo_cli.models.capabilities import precision, same
+from ppo_cli.models.plain_forward import sample_logits
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.models.self_check import logits_of_trial
 from ppo_cli.utils.files import settle, writing
 from ppo_cli.utils.inventory import UNFINISHED_MODEL, Inventory
 
@@ -26,15 +26,15 @@ def save_folder(
 ) -> None:
     """Write policy, value head and tokenizer as a plain model folder; an adapter is merged.
 
-    Files appear whole, each replacing its forerunner, once transformers read from them a model that
-    says what the policy says.
+    The files are first written to another folder. Once transformers loads from them a model with
+    the policy's logits, each of them replaces its predecessor.
 
     Args:
-        policy, tokenizer: what is written.
-        inventory: of the folder, which is there.
+        policy, tokenizer: are written.
+        inventory: the list of the folder's files; the folder exists.
 
     Raises:
-        ModelError: that model says something else; nothing is replaced.
+        ModelError: that model has other logits; nothing is replaced.
         UsageError: it would replace a file that is not on the folder's list.
     """
     folder = inventory.folder
@@ -64,16 +64,16 @@ def save_folder(
 
 
 def _is_written_rightly(policy: AutoModelForCausalLMWithValueHead, folder: Path) -> bool:
-    expected = logits_of_trial(policy)
+    expected = sample_logits(policy)
     ways = [policy.merged, lambda: policy.merged(untied=True)] if policy.is_peft_model else []
     for whole in ways or [lambda: policy]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()  # fails where it is a link
         model = whole()
-        if not same(logits_of_trial(model), expected, *_tolerance(policy, expected)):
+        if not same(sample_logits(model), expected, *_tolerance(policy, expected)):
             continue
         _write(model, folder, getattr(policy.pretrained_model, "stored_dtype", None))
-        if _says(model, folder, expected):
+        if _has_logits(model, folder, expected):
             return True
     return False
 
@@ -81,7 +81,7 @@ def _is_written_rightly(policy: AutoModelForCausalLMWithValueHead, folder: Path)
 def _write(
     policy: AutoModelForCausalLMWithValueHead, folder: Path, stored: torch.dtype | None
 ) -> None:
-    """Write a policy, in the type that its weights were stored in if none changes by it."""
+    """Write a policy, in the dtype of the stored weights where that changes none of them."""
     weights = policy.state_dict()
     lower = {} if stored is None else {key: value.to(stored) for key, value in weights.items()}
     body = [key for key in lower if not key.startswith("v_head.")]
@@ -95,10 +95,10 @@ def _write(
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _says(policy: AutoModelForCausalLMWithValueHead, folder: Path, expected: Tensor) -> bool:
-    """Whether the model that transformers reads from `folder` gives the logits `expected`.
+def _has_logits(policy: AutoModelForCausalLMWithValueHead, folder: Path, expected: Tensor) -> bool:
+    """Whether the model that transformers loads from `folder` has the logits `expected`.
 
-    Where there is no memory for it that is not looked at, with a warning.
+    True, with a warning, where there is no memory for that model.
     """
     own_code = type(policy.pretrained_model).__module__.startswith("transformers_modules")
     verbosity = transformers_logging.get_verbosity()
@@ -107,7 +107,7 @@ def _says(policy: AutoModelForCausalLMWithValueHead, folder: Path, expected: Ten
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=policy.pretrained_model.dtype, trust_remote_code=own_code
         )
-        logits = logits_of_trial(model.eval())
+        logits = sample_logits(model.eval())
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -121,7 +121,7 @@ def _says(policy: AutoModelForCausalLMWithValueHead, folder: Path, expected: Ten
 def _tolerance(
     policy: AutoModelForCausalLMWithValueHead, expected: Tensor
 ) -> tuple[torch.dtype, Tensor]:
-    """Precision and size of what is compared; another device has kernels of its own."""
+    """Precision and scale for the comparison, which is made on the CPU."""
     is_cpu = policy.device.type == "cpu"
     dtype = precision(policy.pretrained_model) if is_cpu else torch.bfloat16
     return dtype, expected.abs().max()

@@ -1,4 +1,4 @@
-"""Which tokens end a response: end-of-text tokens, and those that hold a stop text."""
+"""The tokens that end a response: end-of-text tokens, and tokens that contain a stop text."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from typing import Any
 from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.utils.text import shortened
 
-SPACE_MARK = "▁"  # what SentencePiece writes for a space, which decoding drops at the beginning
+SPACE_MARK = "▁"  # SentencePiece's sign for a space, which decoding drops at the beginning
 
 
 def end_tokens(tokenizer: Any, stop: Sequence[str] = (), model: Any = None) -> list[int]:
-    """Ids of the tokens that end a response, in ascending order; none where there is nothing.
+    """Ids of the tokens that end a response, in ascending order; empty where there are none.
 
-    They are the tokenizer's end-of-text token, all those that the model's configurations name
-    (chat models have one for a turn beside the one for a text), and those that hold a text of
-    `stop`. Ids outside the vocabulary, which small models keep from a large one, do not count.
+    They are the tokenizer's end-of-text token, all those in the model's configurations (chat models
+    have one for the end of a turn and one for the end of a text), and the tokens that contain a
+    text of `stop`. Ids outside the vocabulary, which small models keep from a large one, are left
+    out.
 
-    A text stops where one token holds it, alone or with other characters: "." is in " ." and
-    '."' too. It may be a special token's own text, such as "<|im_end|>", too. A text that the
-    model spells with several tokens does not stop.
+    A stop text has to be in one token, alone or with other characters: "." is also in " ." and
+    '."'. It may be the text of a special token, such as "<|im_end|>". A stop text that the model
+    spells with several tokens does not end a response.
 
     Args:
         tokenizer: the model's.
         stop: texts that end a response.
-        model: has `config` and `generation_config`, as `transformers` does; None to leave out
-            what it says.
+        model: has `config` and `generation_config`, as `transformers` does; None for the
+            tokenizer's tokens alone.
 
     Raises:
-        UsageError: no token holds one of `stop`.
-        ModelError: a configuration names something that is no id.
+        UsageError: no token contains one of `stop`.
+        ModelError: an `eos_token_id` in a configuration is not an id.
     """
     vocabulary = _vocabulary(tokenizer, model)
     named = [tokenizer, *_configurations(model)]
@@ -56,7 +57,7 @@ def end_tokens(tokenizer: Any, stop: Sequence[str] = (), model: Any = None) -> l
 
 
 def _listed(ids: Any) -> list[int]:
-    """Ids as a list, which a configuration gives as one number, as several, or not at all.
+    """`eos_token_id` of a configuration, which is one number, several or None, as a list.
 
     Raises:
         ModelError: something else is among them.
@@ -77,13 +78,13 @@ def _configurations(model: Any) -> list[Any]:
 
 
 def _vocabulary(tokenizer: Any, model: Any) -> int:
-    """How many ids there are: the model's, which may be more than the tokenizer's."""
+    """Number of ids: the model's, which may be more than the tokenizer's."""
     sizes = [getattr(one, "vocab_size", None) or 0 for one in _configurations(model)]
     return max(len(tokenizer), *sizes)
 
 
 def _texts(tokenizer: Any) -> list[str]:
-    """Text of every token, spaces at its beginning included."""
+    """Text of every token, with spaces at its beginning."""
     ids = range(len(tokenizer))
     texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
     pieces = tokenizer.convert_ids_to_tokens(list(ids))

@@ -1,4 +1,4 @@
-"""The value head: what a policy expects a text to be worth, token by token."""
+"""The value head: the return that a policy expects, token by token."""
 
 from __future__ import annotations
 

@@ -8,15 +8,16 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor
 
+from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
+from ppo_cli.models.transformers_generate import GenerateSettings, from_generation_kwargs
 
 
 def generation_settings(
     given: Mapping[str, Any], *, tokenizer: Any, policy: Any, temperature: float
-) -> dict[str, Any]:
-    """The caller's settings of `transformers`' `generate`, completed.
+) -> SamplingParams | GenerateSettings:
+    """The caller's keywords of `transformers`' `generate`, completed.
 
     Args:
         given: the caller's settings; they win.
@@ -32,7 +33,7 @@ def generation_settings(
         ends = given["eos_token_id"]
     elif ends is None:
         ends = end_tokens(tokenizer, model=policy) or None
-    return settings | {"eos_token_id": ends.tolist() if isinstance(ends, Tensor) else ends}
+    return from_generation_kwargs(**settings | {"eos_token_id": ends})
 
 
 @contextmanager

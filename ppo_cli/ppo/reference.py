@@ -14,8 +14,8 @@ from ppo_cli.models.reference import (
     create_adapter_reference,
     create_reference_model,
     refuse_shared_weights,
+    starts_as_its_base,
 )
-from ppo_cli.models.self_check import starts_as_its_base
 from ppo_cli.ppo.accelerator import require
 
 

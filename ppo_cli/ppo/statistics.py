@@ -68,7 +68,7 @@ STATISTICS: dict[str, Statistic] = {
 }
 
 
-# The keys that `ppo-cli train` adds in a run's metrics.
+# The keys that `ppo-cli train` adds in a run's metrics, except those of evaluations.
 RUN_STATISTICS: dict[str, Statistic] = {
     "env/reward_mean": Statistic("mean score of the classifier"),
     "env/reward_std": Statistic("its standard deviation"),
@@ -83,21 +83,6 @@ RUN_STATISTICS: dict[str, Statistic] = {
     "time/step": Statistic("seconds: the whole step"),
     "perf/tokens_per_second": Statistic("query and response tokens per second, all phases"),
     "run/rollbacks": Statistic("number of returns to a checkpoint after divergence"),
-    # Only in steps with an evaluation on the held-out prompts.
-    "eval/score": Statistic("mean score on held-out prompts"),
-    "eval/probability": Statistic("mean probability of the wanted label there"),
-    "eval/on_target": Statistic("share of responses with a probability over 0.5"),
-    "eval/kl": Statistic("exact KL from the reference, nats per response"),
-    "eval/entropy": Statistic("entropy of the policy, nats per token"),
-    "eval/perplexity": Statistic("perplexity of the responses under the reference"),
-    "eval/distinct_1": Statistic("share of distinct words"),
-    "eval/distinct_2": Statistic("share of distinct word pairs"),
-    "eval/repetition": Statistic("share of repeated word pairs in a response"),
-    "eval/most_common": Statistic("share of the most frequent response"),
-    "eval/length": Statistic("tokens per response"),
-    "eval/reference_score": Statistic("mean score of the reference, same random numbers"),
-    "eval/reference_perplexity": Statistic("perplexity of the reference's own responses"),
-    "eval/reference_distinct_2": Statistic("share of distinct word pairs in them"),
     "time/evaluating": Statistic("seconds: the evaluation, not part of the step"),
 }
 
@@ -131,16 +116,29 @@ GROUPS: dict[bool, dict[str, tuple[str, ...]]] = {
 
 
 def grouped(
-    stats: Mapping[str, Any], related_to_objective: bool
+    stats: Mapping[str, Any],
+    related_to_objective: bool,
+    evaluation: Mapping[str, Statistic] | None = None,
 ) -> dict[str, list[tuple[str, float, str]]]:
-    """Scalar statistics under their headings: (key, value, meaning) of each."""
+    """Scalar statistics under their headings: (key, value, meaning) of each.
+
+    Args:
+        stats: the statistics; arrays are left out.
+        related_to_objective: which half of them.
+        evaluation: explains the keys of evaluations, in their order.
+    """
     numbers = scalars(stats)
-    known = STATISTICS | RUN_STATISTICS
+    known = STATISTICS | RUN_STATISTICS | dict(evaluation or {})
+    order = list(known)
+
+    def place(key: str) -> tuple[int, str]:
+        return (order.index(key) if key in known else len(order), key)
+
     groups: dict[str, list[tuple[str, float, str]]] = {}
     for title, prefixes in GROUPS[related_to_objective].items():
         rows = [
             (key, numbers[key], known[key].meaning if key in known else "")
-            for key in sorted(numbers, key=_table_order)
+            for key in sorted(numbers, key=place)
             if key.startswith(prefixes)
         ]
         if rows:
@@ -169,8 +167,3 @@ def print_ppo_stats(
             label = meaning.partition(",")[0] or key
             shown = f"{value:.6g}" if math.isfinite(value) else str(value)
             write(f"  {label[:1].upper()}{label[1:]} ({key}): {shown}")
-
-
-def _table_order(key: str) -> tuple[int, str]:
-    order = [*STATISTICS, *RUN_STATISTICS]
-    return (order.index(key) if key in order else len(order), key)

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_cli.kernels.patches import fast_matmul
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.models.sampling import new_token_limits, sample_responses
+from ppo_cli.models.sampling import sample_responses
+from ppo_cli.models.transformers_generate import new_token_limits
 from ppo_cli.ppo.accelerator import make_accelerator, record_surroundings, require
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.dataloader import make_dataloader
@@ -189,7 +190,7 @@ class PPOTrainer:
             unwrapped = unwrapped_for_generation(model, self.accelerator)
             with unwrapped as inner, self._sampling.active(), self.accelerator.autocast():
                 responses = sample_responses(
-                    inner, queries, limits, batch_size=batch_size, **settings
+                    inner, queries, limits, settings, batch_size=batch_size
                 )
             if return_prompt:
                 responses = [

@@ -10,16 +10,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ppo_cli.evaluation import quality
 from ppo_cli.evaluation.best_of_n import BestOfN, Share
 from ppo_cli.evaluation.bootstrap import Interval
 from ppo_cli.evaluation.comparison_result import (
     Answer,
     Change,
     Comparison,
-    ModelVerdict,
+    ModelResult,
     PairedDifference,
 )
-from ppo_cli.evaluation.quality import MEASURES
 from ppo_cli.reporting.tables import below, cell, titled_table
 from ppo_cli.utils.text import markdown_text, spreadsheet_text
 
@@ -30,8 +30,6 @@ SHARE_TITLE = (
 BEST_HEADS = ("n", "KL at most", "score", "95 % interval")
 SHARE_HEADS = ("model", "KL", "score", "best-of-n there", "share", "95 % interval")
 PAIRED_HEADS = ("", "mean", "95 % interval", "wins", "95 % interval")
-
-FIELDS = {"score": "mean_score", "probability": "mean_probability"}  # of a verdict, by `MEASURES`
 
 Line = tuple[str, ...]
 
@@ -66,15 +64,15 @@ def comparison_tables(comparison: Comparison, rows: int) -> list[RenderableType]
     return tables
 
 
-def measures(label: str, models: Sequence[ModelVerdict]) -> list[Line]:
-    """A line a measure: its name, then each model's value."""
+def measures(label: str, models: Sequence[ModelResult]) -> list[Line]:
+    """A line for each measure: its name, then each model's value."""
     lines: list[Line] = []
-    for field, measure in MEASURES.items():
-        values = [getattr(model, FIELDS.get(field, field)) for model in models]
+    for measure in quality.MEASURES:
+        values = [model.quality.values.get(measure.key) for model in models]
         form = f".{measure.places}f"
         lines.append((measure.name.format(label=label), *(_number(v, form) for v in values)))
-        if field == "kl":
-            intervals = [_interval(model.kl_interval, form) for model in models]
+        if measure.of_each is not None:
+            intervals = [_interval(model.intervals.get(measure.key), form) for model in models]
             lines.append(("  95 % interval", *intervals))
     return lines
 

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from ppo_cli.config.schema import RunSettings
 from ppo_cli.errors import UsageError
 from ppo_cli.evaluation.best_of_n import BestOfN
-from ppo_cli.evaluation.early_stopping import Evaluation, Standing
+from ppo_cli.evaluation.history import Evaluation, EvaluationHistory
 from ppo_cli.reporting.plots import COLOURS, drawing, legend_labels
 from ppo_cli.utils.files import refuse_stream, write_text
 from ppo_cli.utils.text import json_text
@@ -63,11 +63,11 @@ def trail(name: str, metrics: Sequence[Mapping[str, Any]], settings: RunSettings
             f"{name} has no evaluation in its metrics, so no score at a KL: train with "
             "run.eval_every above 0, or leave --frontier out to draw its other metrics"
         )
-    standing = Standing()
+    history = EvaluationHistory()
     evaluations = [Evaluation(row["step"], row[KEYS[0]], row[KEYS[1]]) for row in rows]
     for evaluation in evaluations:
-        standing = standing.after(evaluation, settings)
-    return Trail(name, evaluations, standing.best, rows[-1][KEYS[2]])
+        history = history.after(evaluation, settings)
+    return Trail(name, evaluations, history.best, rows[-1][KEYS[2]])
 
 
 def write_curve(folder: Path, curve: BestOfN) -> None:

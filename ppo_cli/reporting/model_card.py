@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ppo_cli.evaluation.quality import MEASURES
+from ppo_cli.evaluation import quality
 from ppo_cli.models.model_card import HEADER, USAGE
 from ppo_cli.utils.text import json_text, markdown_code, markdown_text
 
@@ -26,9 +26,9 @@ def run_card(summary: Any, config: Any) -> str:
         unfinished = f" The run ended early, after {made}: {markdown_text(summary.stopped_early)}."
     label, plain = markdown_code(summary.label), markdown_text(summary.label)
     table = "\n".join(
-        f"| {m.name.format(label=plain)} | {getattr(summary.before, field):.{m.places}f} "
-        f"| {getattr(summary.after, field):.{m.places}f} | {m.meaning} |"
-        for field, m in MEASURES.items()
+        f"| {m.name.format(label=plain)} | {summary.before[m.key]:.{m.places}f} "
+        f"| {summary.after[m.key]:.{m.places}f} | {m.meaning} |"
+        for m in quality.MEASURES
     )
     examples = "\n".join(
         f"| {markdown_text(sample.query)} | {markdown_text(sample.response)} | {sample.score:.2f} |"

@@ -111,4 +111,4 @@ class TrainingSummary:
         """Plain values without the samples, for JSON."""
         values = dataclasses.asdict(self)
         del values["before_samples"], values["after_samples"]
-        return values
+        return values | {"before": self.before.as_dict(), "after": self.after.as_dict()}

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ppo_cli.evaluation.quality import MEASURES
+from ppo_cli.evaluation import quality
 from ppo_cli.evaluation.samples import Generated, Sample
 from ppo_cli.utils.text import escape_controls
 
@@ -26,8 +26,8 @@ def summary_table(summary: TrainingSummary) -> Group:
     for heading in ("", "reference", summary.run, "change"):
         table.add_column(cell(heading), justify="left" if heading == "" else "right")
     before, after = summary.before, summary.after
-    for field, measure in MEASURES.items():
-        low, high, places = getattr(before, field), getattr(after, field), measure.places
+    for measure in quality.MEASURES:
+        low, high, places = before[measure.key], after[measure.key], measure.places
         numbers = f"{low:.{places}f}", f"{high:.{places}f}", f"{high - low:+.{places}f}"
         table.add_row(cell(measure.name.format(label=summary.label)), *numbers)
     prompts = len(summary.after_samples)

@@ -14,12 +14,13 @@ from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.fingerprint import Inputs, inputs_of, trusted_too, what_differs
 from ppo_cli.data.prompts import LengthSampler, collate, load_prompts
 from ppo_cli.errors import DataError, DivergenceError, UsageError
-from ppo_cli.evaluation.draw_samples import judge
-from ppo_cli.evaluation.early_stopping import Standing
-from ppo_cli.evaluation.held_out import Examination
+from ppo_cli.evaluation.draw_samples import score_rollout
+from ppo_cli.evaluation.held_out import HeldOutEvaluation
+from ppo_cli.evaluation.history import EvaluationHistory
 from ppo_cli.evaluation.samples import Sample, mean_probability
 from ppo_cli.models.loading import check_trusted, load_tokenizer
-from ppo_cli.models.sampling import Rollout, decode
+from ppo_cli.models.sampling import Rollout, to_texts
+from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.saving import save_folder
 from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.ppo.statistics import scalars
@@ -122,14 +123,14 @@ class Training:
         self._say(filter(None, [sampling_advice(config)]))
         self.adviser = Adviser(config)
         self.trainer.advises = False  # the adviser does, and knows more
-        self.examination = Examination(
+        self.examination = HeldOutEvaluation(
             self.trainer,
             self.tokenizer,
             self.reward,
             self.prompts.held_out,
             config.run.seed,
+            self._sampling,
             max_new_tokens=config.rollout.output_max_length - 1,
-            **self._sampling,
         )
         self.progress = Progress(self.directory, self.trainer, self.lengths, given)
         facts = {"machine": machine(self.device, self.trainer.accelerator.mixed_precision)}
@@ -301,13 +302,13 @@ class Training:
             length_sampler=self.lengths,
             batch_size=self.config.rollout.batch_size or len(batch["input_ids"]),
             return_prompt=False,
-            **self._sampling,
+            **self._sampling.generation_kwargs(),
         )
         sampled = time.perf_counter()
-        rollout = decode(self.tokenizer, batch["input_ids"], responses)
+        rollout = to_texts(self.tokenizer, batch["input_ids"], responses)
         check_texts(rollout.response_texts, self.config)
         with classifier_faults(self.reward.name):
-            samples = judge(rollout, batch["query"], self.reward)
+            samples = score_rollout(rollout, batch["query"], self.reward)
             promised = self._potentials(rollout)
         scores = torch.tensor([sample.score for sample in samples])
         penalties = score_penalties(
@@ -356,7 +357,7 @@ class Training:
         self.trainer.accelerator.log(numbers, step=self.step)
         return numbers
 
-    def _closing_evaluation(self) -> Standing:
+    def _closing_evaluation(self) -> EvaluationHistory:
         """The standing at the end of the run, whose newest step is evaluated if it was not yet.
 
         That evaluation does not belong to the run's state: a run that goes on from here later is
@@ -403,14 +404,15 @@ class Training:
         return machine if isinstance(machine, dict) else {}
 
     @property
-    def _sampling(self) -> dict[str, Any]:
+    def _sampling(self) -> SamplingParams:
         rollout = self.config.rollout
-        return {
-            "temperature": rollout.temperature,
-            "top_k": rollout.top_k,
-            "top_p": rollout.top_p,
-            "eos_token_id": self.ends or None,
-        }
+        return SamplingParams(
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            stop_token_ids=tuple(self.ends),
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
 
     @property
     def _policy(self) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.prompts import LengthSampler
 from ppo_cli.errors import PPOCliError
-from ppo_cli.evaluation.early_stopping import Standing, over_limit
+from ppo_cli.evaluation.history import EvaluationHistory, over_limit
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.reporting.summary import Weights
 from ppo_cli.training.checkpoint import (
@@ -61,7 +61,7 @@ class Progress:
         self._settings = config.run
         self.seconds = 0.0
         self.kl = 0.0
-        self.standing = Standing()
+        self.standing = EvaluationHistory()
         self.rollbacks = 0
         self.checkpoint: Path | None = None
         self.saved_step = -1
@@ -112,7 +112,7 @@ class Progress:
         self._lengths.load_state_dict(state["lengths"])
         set_random_state(state["random"])
         self.seconds, self.kl = state["seconds"], state["kl"]
-        self.standing = Standing.from_dict(state["standing"]).within(self._settings)
+        self.standing = EvaluationHistory.from_dict(state["standing"]).within(self._settings)
         self.rollbacks, self._record_lengths = state["rollbacks"], state["records"]
         self.checkpoint, self.saved_step = checkpoint, self._trainer.current_step
 
@@ -128,7 +128,7 @@ class Progress:
             self._directory.put_evaluation(self.saved_step, {})
         self._directory.restore_records(self._record_lengths, self.saved_step)
 
-    def take_weights(self, standing: Standing) -> Weights:
+    def take_weights(self, standing: EvaluationHistory) -> Weights:
         """Give the policy the weights that the run directory shall have, by `run.weights`.
 
         The rest of the run's state stays that of its newest step; train no further.

@@ -46,7 +46,7 @@ def main() -> None:
             PPOTrainer,
             SentimentReward,
         )
-        from ppo_cli.models.sampling import decode
+        from ppo_cli.models.sampling import to_texts
         from ppo_cli.rewards.partial_scores import potentials
 
         reward: Any = SentimentReward(arguments.classifier, "positive", device=device)
@@ -120,7 +120,7 @@ def main() -> None:
         scores = torch.tensor(list(map(float, reward(texts))))
         extra = {}
         if arguments.who == "ours-shaped":
-            rollout = decode(tokenizer, queries, responses)
+            rollout = to_texts(tokenizer, queries, responses)
             extra["potentials"] = potentials(rollout, tokenizer, reward, every=1)
         stats = trainer.step(queries, responses, list(scores), **extra)
         scores_so_far.append(scores.mean().item())

@@ -22,6 +22,7 @@ from ppo_cli.data.prompts import load_prompts
 from ppo_cli.evaluation.draw_samples import draw_rollout
 from ppo_cli.models.loading import load_policy, load_tokenizer
 from ppo_cli.models.sampling import Rollout
+from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.rewards.loading import load_reward
 from ppo_cli.rewards.partial_scores import potentials
 
@@ -41,12 +42,15 @@ def main() -> None:
     config = load_config(arguments.config, assignments=arguments.changes)
     tokenizer = load_tokenizer(config.policy.model)
     reference = load_policy(config.policy, tokenizer).eval()
+    params = SamplingParams(
+        stop_token_ids=(tokenizer.eos_token_id,), pad_token_id=tokenizer.pad_token_id
+    )
     reward = load_reward(config.reward, torch.device("cpu"))
     prompts = load_prompts(config.prompts, tokenizer, config.run.seed).train
 
     def draw(queries: list[torch.Tensor], tokens: int, seed: int) -> Rollout:
         return draw_rollout(
-            reference, tokenizer, queries, max_new_tokens=tokens, seed=seed, batch_size=256
+            reference, tokenizer, queries, params, max_new_tokens=tokens, seed=seed, batch_size=256
         )
 
     drawn = draw(

@@ -28,8 +28,7 @@ request = requests.resolve([sys.argv[2]], reference=False, score=True, sentiment
                              classifier="embedded", device="cpu", trusted=())
 result = generate.generate(
     request.sources[0], ["This movie"], samples_each=3, max_new_tokens=12, seed=1,
-    device=request.device, reward=generate.load_judge(request), trusted=(),
-    temperature=1.0, top_k=0, top_p=1.0,
+    device=request.device, reward=generate.load_classifier(request), trusted=(),
 )
 found = {"samples": [sample.as_dict() for sample in result.samples], "modules": list(sys.modules)}
 """

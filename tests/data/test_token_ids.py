@@ -28,7 +28,7 @@ from ppo_cli.data.prompts import Encoder, load_held_out, load_prompts
 from ppo_cli.evaluation import compare, generate
 from ppo_cli.evaluation.generate import Request, Source
 from ppo_cli.models.loading import load_tokenizer
-from ppo_cli.models.sampling import Rollout, decode
+from ppo_cli.models.sampling import Rollout, to_texts
 from ppo_cli.rewards.partial_scores import potentials
 from tests.conftest import make_gpt2, make_tokenizer
 
@@ -219,7 +219,7 @@ def test_query_and_response_together_are_the_whole_text_wherever_it_is_cut(
     tokenizer = TOKENIZERS[name]()
     length = len(Encoder(tokenizer)([text])[0])
     pairs = [split(tokenizer, text, at) for at in range(1, length)]
-    rollout = decode(tokenizer, [q for q, _ in pairs], [r for _, r in pairs])
+    rollout = to_texts(tokenizer, [q for q, _ in pairs], [r for _, r in pairs])
     assert set(rollout.texts) == {text}
     broken = "\N{REPLACEMENT CHARACTER}"
     for (query, _), response in zip(pairs, rollout.response_texts, strict=True):
@@ -241,14 +241,14 @@ def test_where_decoding_changes_what_came_before_a_response_is_decoded_alone() -
         def decode(self, row: Any, **_: Any) -> str:
             return "s"
 
-    rollout = decode(Joining(), [torch.tensor([1])], [torch.tensor([2])])
+    rollout = to_texts(Joining(), [torch.tensor([1])], [torch.tensor([2])])
     assert rollout.response_texts == ["s"]
 
 
 def test_unfinished_texts_are_beginnings_of_the_finished_one() -> None:
     tokenizer = sentencepiece()
     query, response = split(tokenizer, PROSE[0], 4)
-    rollout = decode(tokenizer, [query], [response])
+    rollout = to_texts(tokenizer, [query], [response])
     seen: list[str] = []
 
     def reward(texts: Sequence[str]) -> Tensor:
@@ -335,12 +335,14 @@ def test_compare_asks_the_held_out_prompts_by_the_ids_that_training_evaluates(
     asked: list[list[list[int]]] = []
     draw = compare.draw_rollout
 
-    def spy(model: Any, tokenizer: Any, queries: Sequence[Tensor], **settings: Any) -> Rollout:
+    def spy(
+        model: Any, tokenizer: Any, queries: Sequence[Tensor], *args: Any, **kw: Any
+    ) -> Rollout:
         asked.append([query.tolist() for query in queries])
-        return draw(model, tokenizer, queries, **settings)
+        return draw(model, tokenizer, queries, *args, **kw)
 
     monkeypatch.setattr(compare, "draw_rollout", spy)
-    monkeypatch.setattr(compare, "load_judge", lambda _: Judge())
+    monkeypatch.setattr(compare, "load_classifier", lambda _: Judge())
     sources = [Source(name, str(tmp_path / name)) for name in ("tuned", "base", "other")]
     request = Request(
         sources, RewardConfig(model="x"), run, torch.device("cpu"), reference=sources[1]

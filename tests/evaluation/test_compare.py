@@ -1,4 +1,4 @@
-"""Models beside each other, in this process, with small models and a judge that counts."""
+"""Comparisons in this process, with small models and a classifier that counts."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compare(folders: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(comparison, "load_judge", lambda _: Counting())
+    monkeypatch.setattr(comparison, "load_classifier", lambda _: Counting())
 
     def run(*names: str, base: str | None = "base", column: bool = True, **settings: Any) -> Any:
         sources = [Source(name, str(folders / name)) for name in names]
@@ -97,7 +97,7 @@ def test_the_first_model_against_each_other_prompt_by_prompt(compare: Any) -> No
     found: Comparison = compare("a", "b", "a")
     assert [m.model for m in found.models] == ["a", "b", "a", "reference"]
     scores = np.array([[answer.score for answer in row.responses] for row in found.rows])
-    assert [m.mean_score for m in found.models] == pytest.approx(scores.mean(0).tolist())
+    assert [m.quality["score"] for m in found.models] == pytest.approx(scores.mean(0).tolist())
     against_b, against_itself, _ = found.differences
     assert against_b.difference.mean == pytest.approx((scores[:, 0] - scores[:, 1]).mean())
     assert against_b.win_rate == np.mean(scores[:, 0] > scores[:, 1])
@@ -109,10 +109,11 @@ def test_the_first_model_against_each_other_prompt_by_prompt(compare: Any) -> No
 
 def test_divergence_and_perplexity_are_those_of_the_reference(compare: Any, folders: Path) -> None:
     found: Comparison = compare("a")
-    tuned, reference = found.models
-    assert reference.kl == 0 and reference.perplexity is not None
-    assert tuned.kl is not None and tuned.kl > 0.01 and tuned.kl_interval is not None
-    assert tuned.kl == pytest.approx(np.mean([row.responses[0].kl for row in found.rows]))
+    tuned, reference = (model.quality for model in found.models)
+    assert reference["kl"] == 0 and reference["perplexity"] > 1
+    assert tuned["kl"] > 0.01
+    assert tuned["kl"] == pytest.approx(np.mean([row.responses[0].kl for row in found.rows]))
+    assert found.models[0].intervals["kl"].mean == tuned["kl"]
     assert found.reference == str(folders / "base")
     # Perplexity again, from a plain forward of the reference over the texts.
     model, words = make_gpt2(0), 0
@@ -129,7 +130,7 @@ def test_divergence_and_perplexity_are_those_of_the_reference(compare: Any, fold
             float(logits[len(query) - 1 + i, token].detach()) for i, token in enumerate(response)
         )
         words += len(response)
-    assert tuned.perplexity == pytest.approx(math.exp(surprise / words), rel=1e-4)
+    assert tuned["perplexity"] == pytest.approx(math.exp(surprise / words), rel=1e-4)
 
 
 def test_without_its_column_the_reference_still_measures(compare: Any) -> None:
@@ -138,31 +139,33 @@ def test_without_its_column_the_reference_still_measures(compare: Any) -> None:
     assert without.models == with_column.models[:2]
 
 
-def test_another_vocabulary_has_no_divergence_and_it_is_said(compare: Any) -> None:
-    told: list[str] = []
-    found = compare("other", "a", progress=told.append)
-    assert found.models[0].kl is None and found.models[0].perplexity is None
-    assert found.models[0].kl_interval is None and found.rows[0].responses[0].kl is None
-    assert found.models[0].length > 0 and found.models[0].entropy > 0
-    assert found.models[1].kl is not None
-    assert [line for line in told if "vocabulary" in line and "other" in line]
+def test_another_vocabulary_has_no_kl_and_that_is_reported(compare: Any) -> None:
+    reports: list[str] = []
+    found = compare("other", "a", progress=reports.append)
+    document = found.models[0].as_dict()
+    assert document["kl"] is document["perplexity"] is document["kl_interval"] is None
+    assert found.rows[0].responses[0].kl is None
+    assert document["length"] > 0 and document["entropy"] > 0
+    assert found.models[1].as_dict()["kl"] is not None
+    assert [line for line in reports if "vocabulary" in line and "other" in line]
 
 
-def test_models_without_a_run_have_no_reference_and_it_is_said(compare: Any) -> None:
-    told: list[str] = []
-    found = compare("a", "b", base=None, progress=told.append)
+def test_models_without_a_run_have_no_reference_and_that_is_reported(compare: Any) -> None:
+    reports: list[str] = []
+    found = compare("a", "b", base=None, progress=reports.append)
     assert found.reference is None
-    assert {m.kl for m in found.models} == {m.perplexity for m in found.models} == {None}
-    assert [line for line in told if "names a reference" in line]
+    for key in ("kl", "perplexity"):
+        assert [model.as_dict()[key] for model in found.models] == [None, None]
+    assert [line for line in reports if "names a reference" in line]
     with pytest.raises(UsageError, match="--best-of-n"):
         compare("a", "b", base=None, best_of=[2])
 
 
 def test_a_reference_that_is_gone_is_missed_only_where_it_is_sampled(compare: Any) -> None:
-    told: list[str] = []
-    found = compare("a", "b", base="gone", column=False, progress=told.append)
-    assert found.reference is None and found.models[0].kl is None
-    assert [line for line in told if "no KL" in line and "gone" in line]
+    reports: list[str] = []
+    found = compare("a", "b", base="gone", column=False, progress=reports.append)
+    assert found.reference is None and "kl" not in found.models[0].quality.values
+    assert [line for line in reports if "no KL" in line and "gone" in line]
     with pytest.raises(PPOCliError, match="gone"):
         compare("a", "b", base="gone")
     with pytest.raises(PPOCliError, match="gone"):
@@ -205,10 +208,10 @@ def test_best_of_n_draws_for_every_prompt(compare: Any) -> None:
     assert (curve.prompts, curve.samples) == (70, 4)
     scores = [p.score for p in curve.points]
     assert scores == sorted(scores) and scores[0] == pytest.approx(curve.reference_score)
-    reference = found.models[-1]
-    assert curve.reference_score == pytest.approx(reference.mean_score, abs=0.05)
+    reference = found.models[-1].quality
+    assert curve.reference_score == pytest.approx(reference["score"], abs=0.05)
     assert [s.model for s in found.shares] == ["a"]
-    assert found.shares[0].score == found.models[0].mean_score
+    assert found.shares[0].score == found.models[0].quality["score"]
 
 
 def test_the_json_is_as_its_schema_says(compare: Any) -> None:

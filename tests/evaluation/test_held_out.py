@@ -1,4 +1,4 @@
-"""Evaluation during a run: what it measures and records, and that learning does not notice it."""
+"""Evaluation during a run: measures and records, without an effect on learning."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from ppo_cli.config.loading import load_config
-from ppo_cli.evaluation.quality import MEASURES, Quality
-from ppo_cli.ppo.statistics import RUN_STATISTICS, grouped
+from ppo_cli.evaluation.quality import MEASURES, Quality, explained_statistics
+from ppo_cli.models.sampling import sample_responses
+from ppo_cli.models.sampling_params import SamplingParams
+from ppo_cli.models.stop_tokens import end_tokens
+from ppo_cli.ppo.statistics import grouped
 from ppo_cli.reporting.summary import Pace, TrainingSummary
 from ppo_cli.training.run import Training
 from ppo_cli.training.run_directory import RunDirectory
@@ -61,8 +64,8 @@ Evaluated = tuple[Path, TrainingSummary]
 
 
 def test_steps_that_are_due_and_the_last_are_evaluated_no_others(evaluated: Evaluated) -> None:
-    keys = {key for key in RUN_STATISTICS if key.startswith("eval/")} | {"time/evaluating"}
-    assert {f"eval/{name}" for name in MEASURES} < keys
+    keys = {*explained_statistics(), "time/evaluating"}
+    assert {f"eval/{measure.key}" for measure in MEASURES} < keys
     for row in rows(evaluated[0]):
         found = {key for key in row if key.startswith("eval/") or key == "time/evaluating"}
         assert found == (keys if row["step"] in (2, 4, 5) else set())
@@ -118,9 +121,33 @@ def test_evaluating_changes_no_random_state_and_no_mode(tmp_path: Path) -> None:
     assert first == again  # the same random numbers each time
 
 
+@pytest.mark.filterwarnings("ignore:with rollout")
+def test_every_response_is_sampled_as_the_configuration_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ["temperature=0.5", "top_k=7", "top_p=0.9", "stop=['.']"]
+    training = make(tmp_path / "run", "run.steps=2", *(f"rollout.{change}" for change in changes))
+    used = []
+
+    def spy(model: Any, queries: Any, limits: Any, settings: Any, **kwargs: Any) -> Any:
+        used.append(settings)
+        return sample_responses(model, queries, limits, settings, **kwargs)
+
+    for module in ("ppo_cli.ppo.trainer", "ppo_cli.evaluation.draw_samples"):
+        monkeypatch.setattr(f"{module}.sample_responses", spy)
+    try:
+        assert len(list(training.steps())) == 2
+    finally:
+        training.directory.unlock()
+    ends = tuple(end_tokens(training.tokenizer, ["."], training.trainer.model))
+    assert len(ends) > 1
+    expected = SamplingParams(0.5, 7, 0.9, ends, training.tokenizer.pad_token_id)
+    assert len(used) == 4  # the reference, two batches, an evaluation
+    assert used == [expected] * 4
+
+
 def same_but_for_rounding(one: Quality, other: Quality) -> None:
-    for name in MEASURES:
-        assert getattr(one, name) == pytest.approx(getattr(other, name), abs=1e-4), name
+    assert one.values == pytest.approx(other.values, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +155,12 @@ def same_but_for_rounding(one: Quality, other: Quality) -> None:
     [[], ["policy.adapter.r=2"], ["policy.num_shared_layers=1"], ["policy.precision=bf16"]],
     ids=["plain", "adapter", "shared layers", "bfloat16"],
 )
-def test_policy_and_reference_are_told_apart(changes: list[str], tmp_path: Path) -> None:
+def test_policy_and_reference_are_measured_separately(changes: list[str], tmp_path: Path) -> None:
     training = make(tmp_path / "run", *changes)
     policy, reference = training.examination.of_policy(3), training.examination.of_reference(3)
     assert policy.samples == reference.samples  # as yet the policy is its reference
     same_but_for_rounding(policy.quality, reference.quality)
-    assert reference.quality.kl == pytest.approx(0, abs=1e-4)
+    assert reference.quality["kl"] == pytest.approx(0, abs=1e-4)
     with torch.no_grad():
         for parameter in training._policy.parameters():
             if parameter.requires_grad:
@@ -141,27 +168,27 @@ def test_policy_and_reference_are_told_apart(changes: list[str], tmp_path: Path)
     moved, still = training.examination.of_policy(3), training.examination.of_reference(3)
     assert still.samples == reference.samples
     same_but_for_rounding(still.quality, reference.quality)
-    assert moved.quality.kl > 0.01
-    assert moved.quality.entropy != pytest.approx(reference.quality.entropy, abs=1e-3)
+    assert moved.quality["kl"] > 0.01
+    assert moved.quality["entropy"] != pytest.approx(reference.quality["entropy"], abs=1e-3)
 
 
 def test_the_closing_figures_come_from_other_random_numbers(evaluated: Evaluated) -> None:
     folder, summary = evaluated
     last = rows(folder)[-1]
     assert summary.weights.step == 5  # the very weights that were evaluated last
-    assert summary.after.score != last["eval/score"]
-    assert summary.before.score != last["eval/reference_score"]
+    assert summary.after["score"] != last["eval/score"]
+    assert summary.before["score"] != last["eval/reference_score"]
     assert summary.after.as_dict().keys() >= {"samples", "score", "probability", "kl"}
     assert summary.before.samples == len(summary.before_samples) == 8
-    assert summary.before.kl == pytest.approx(0, abs=1e-5)
+    assert summary.before["kl"] == pytest.approx(0, abs=1e-5)
 
 
 def test_the_card_holds_every_measure_of_both(evaluated: Evaluated) -> None:
     folder, summary = evaluated
     card = (folder / "README.md").read_text()
-    for name, measure in MEASURES.items():
+    for measure in MEASURES:
         low, high = (
-            f"{getattr(q, name):.{measure.places}f}" for q in (summary.before, summary.after)
+            f"{q[measure.key]:.{measure.places}f}" for q in (summary.before, summary.after)
         )
         shown = measure.name.format(label=summary.label)
         assert f"| {shown} | {low} | {high} | {measure.meaning} |" in card
@@ -172,9 +199,9 @@ def test_the_card_holds_every_measure_of_both(evaluated: Evaluated) -> None:
 def test_statistics_are_shown_under_a_heading_where_they_are(evaluated: Evaluated) -> None:
     heading = "Evaluation on Held-out Prompts"
     first, second = rows(evaluated[0])[:2]
-    assert heading not in grouped(first, False)
-    found = grouped(second, False)[heading]
-    assert [key for key, _, _ in found] == [key for key in RUN_STATISTICS if key[:5] == "eval/"]
+    assert heading not in grouped(first, False, explained_statistics())
+    found = grouped(second, False, explained_statistics())[heading]
+    assert [key for key, _, _ in found] == list(explained_statistics())
     assert all(meaning for _, _, meaning in found)
 
 

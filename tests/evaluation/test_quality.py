@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
+from rich.console import Console
 
+from ppo_cli.config.schema import RunConfig
+from ppo_cli.evaluation import quality
+from ppo_cli.evaluation.comparison_result import ModelResult, ScoredSamples, json_schema
 from ppo_cli.evaluation.likelihoods import likelihoods
-from ppo_cli.evaluation.quality import Likelihoods, Quality
+from ppo_cli.evaluation.quality import (
+    Likelihoods,
+    Measure,
+    Quality,
+    evaluation_statistics,
+    explained_statistics,
+)
 from ppo_cli.evaluation.samples import Sample
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.ppo.statistics import grouped
+from ppo_cli.reporting.comparison_tables import measures
+from ppo_cli.reporting.model_card import run_card
+from ppo_cli.reporting.tables import summary_table
 from ppo_cli.utils.ngrams import distinct, most_common, repetition
 from tests.conftest import make_policy
 
@@ -44,15 +63,17 @@ def test_quality_of_samples() -> None:
         reference_nll=np.array([4.0, 6.0]),
         tokens=np.array([2.0, 3.0]),
     )
-    quality = Quality.of(samples, read)
-    assert quality.score == 0.5
-    assert quality.probability == pytest.approx(0.55)
-    assert quality.on_target == 0.5
-    assert quality.kl == 2
-    assert quality.entropy == 2
-    assert quality.perplexity == pytest.approx(math.exp(2))
-    assert quality.length == 2.5
-    assert quality.as_dict()["samples"] == 2
+    found = Quality.of(samples, read)
+    assert found["score"] == 0.5
+    assert found["probability"] == pytest.approx(0.55)
+    assert found["on_target"] == 0.5
+    assert found["kl"] == 2
+    assert found["entropy"] == 2
+    assert found["perplexity"] == pytest.approx(math.exp(2))
+    assert found["length"] == 2.5
+    assert found.as_dict()["samples"] == 2
+    without = Quality.of(samples, read, has_reference=False)
+    assert found.values.keys() - without.values.keys() == {"kl", "perplexity"}
 
 
 Policies = tuple[AutoModelForCausalLMWithValueHead, AutoModelForCausalLMWithValueHead]
@@ -98,3 +119,45 @@ def test_likelihoods_do_not_depend_on_the_batch(
     alone = likelihoods(policy, reference, queries, responses)
     np.testing.assert_allclose(whole.kl, alone.kl, rtol=1e-4)
     np.testing.assert_allclose(whole.reference_nll, alone.reference_nll, rtol=1e-4)
+
+
+def test_a_new_entry_of_the_list_is_in_every_table_and_document(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shouting = Measure(
+        "shouting",
+        "shouting",
+        "share of responses with an exclamation mark",
+        2,
+        lambda samples, _: float(np.mean(["!" in sample.response for sample in samples])),
+        of_each=lambda samples, _: np.array(["!" in s.response for s in samples], dtype=float),
+        of_reference=True,
+        document_key="mean_shouting",
+    )
+    monkeypatch.setattr(quality, "MEASURES", (*quality.MEASURES, shouting))
+    samples = [Sample("q", "good!", 1.0, 0.9), *[Sample("q", "a film", 0.0, 0.4)] * 3]
+    read = Likelihoods(*np.ones((4, 4)))
+    found = Quality.of(samples, read)
+    statistics = evaluation_statistics(found, found)
+    assert statistics["eval/shouting"] == statistics["eval/reference_shouting"] == 0.25
+    assert statistics.keys() == explained_statistics().keys()
+    groups = grouped(statistics, False, explained_statistics())
+    rows = groups["Evaluation on Held-out Prompts"]
+    assert ("eval/shouting", 0.25, shouting.meaning) in rows
+    scored = ScoredSamples("m", samples, read, against_reference=True)
+    result = ModelResult.of(scored)
+    document = result.as_dict()
+    assert document["mean_shouting"] == 0.25
+    assert document["mean_shouting_interval"]["mean"] == 0.25
+    TypeAdapter(ModelResult).validate_json(json.dumps(document), strict=True)
+    fields = json.loads(json_schema())["$defs"]["ModelVerdict"]["properties"]
+    assert fields["mean_shouting"]["description"] == f"S{shouting.meaning[1:]}."
+    assert ("shouting", "0.25") in measures("HIGH", [result])
+    summary: Any = SimpleNamespace(
+        run="run", label="HIGH", before=found, after=found, after_samples=samples, weights="last",
+        steps=1, planned_steps=1, stopped_early=None, kl=0.0,
+    )  # fmt: skip
+    console = Console(file=io.StringIO(), width=80)
+    console.print(summary_table(summary))
+    assert "shouting" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"| shouting | 0.25 | 0.25 | {shouting.meaning} |" in run_card(summary, RunConfig())

@@ -1,4 +1,4 @@
-"""Which modules a new adapter adapts, and what is refused before any weight is loaded."""
+"""The modules of a new adapter, and refusals before any weight is loaded."""
 
 from __future__ import annotations
 

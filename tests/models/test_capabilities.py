@@ -189,8 +189,8 @@ def test_a_model_that_leaks_from_one_sequence_into_the_next_is_found_out(
     assert not reads_packed(model)
 
 
-def test_a_model_that_reads_packed_rows_in_its_own_way_is_found_out() -> None:
-    """Nothing leaks, but what comes out is not what each sequence gives alone."""
+def test_packed_rows_that_are_not_read_as_alone_are_noticed() -> None:
+    """Nothing leaks, but the output is not that of each sequence alone."""
     model = make_gpt2()
     model.base_model.register_forward_hook(Leak(0.01, 0), with_kwargs=True)
     assert not reads_packed(model)
@@ -235,7 +235,7 @@ def test_logits_changed_after_the_output_embeddings_are_not_projected_plainly() 
     )
 
 
-def test_a_model_is_asked_once_and_left_in_its_mode_without_gradients() -> None:
+def test_a_capability_is_checked_once_without_gradients_or_a_change_of_mode() -> None:
     model = make_gpt2(resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5).train()
     model.transformer.drop.eval()
     modes = [module.training for module in model.modules()]

@@ -1,4 +1,4 @@
-"""How many tokens a model reads: what its configuration calls it, and what a forward bears."""
+"""The context length: under every name in a configuration, and in a forward pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 import transformers
 
 from ppo_cli.models.context import context_length
-from ppo_cli.models.sampling import context_length as of_rollout
 from tests.conftest import SMALL, make_gpt2, make_policy
 
 
@@ -62,6 +61,5 @@ def test_a_model_reads_as_many_tokens_as_it_is_said_to(kind: str) -> None:
             model(torch.full((1, length + 1), 2))
 
 
-def test_a_policy_is_asked_as_its_model_is() -> None:
+def test_a_policy_has_the_context_length_of_its_model() -> None:
     assert context_length(make_policy()) == context_length(make_gpt2()) == 48
-    assert of_rollout is context_length

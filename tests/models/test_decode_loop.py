@@ -1,4 +1,4 @@
-"""The decode loop: transformers' own tokens where one is sure, the model's chances elsewhere."""
+"""The decode loop: greedy tokens as in transformers, others as frequent as the model says."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from ppo_cli.kernels import kv_cache
 from ppo_cli.kernels.cuda_graph import NotReplayable
 from ppo_cli.models import decode_loop, sampling
 from ppo_cli.models.capabilities import reads_packed, reads_still_cache
-from ppo_cli.models.decode_loop import decode_responses, draw
+from ppo_cli.models.decode_loop import decode_cached, draw
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling import sample_responses
+from ppo_cli.models.transformers_generate import GenerateSettings, from_generation_kwargs
 from tests.conftest import EOS, SMALL, VOCABULARY, make_gpt2, tried
 
 WINDOW = {"num_key_value_heads": 1, "sliding_window": 4}
@@ -54,9 +55,18 @@ def make_policy(name: str = "gpt2") -> AutoModelForCausalLMWithValueHead:
     return tried(policy)
 
 
-def sample(policy: Any, queries: list[Tensor], limits: list[int], **kwargs: Any) -> list[list[int]]:
-    settings = {"pad_token_id": 0, "eos_token_id": sorted(END_IDS), **kwargs}
-    return [r.tolist() for r in sample_responses(policy, queries, limits, **settings)]
+def sample(
+    policy: Any,
+    queries: list[Tensor],
+    limits: list[int],
+    batch_size: int | None = None,
+    **kwargs: Any,
+) -> list[list[int]]:
+    """Responses by keywords of transformers' `generate`."""
+    keywords = {"pad_token_id": 0, "eos_token_id": sorted(END_IDS), **kwargs}
+    settings = from_generation_kwargs(**keywords)
+    responses = sample_responses(policy, queries, limits, settings, batch_size=batch_size)
+    return [response.tolist() for response in responses]
 
 
 def left_padded(queries: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -71,12 +81,12 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Batch sizes that went through the decode loop."""
     sizes: list[int] = []
 
-    def spy(policy: Any, ids: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
-        if kwargs.get("watch") is None:  # not in a model's trial
+    def spy(policy: Any, ids: Tensor, *args: Any) -> list[Tensor]:
+        if args[-1] is None:  # no callback: not in a model's self-check
             sizes.append(len(ids))
-        return decode_responses(policy, ids, *args, **kwargs)
+        return decode_cached(policy, ids, *args)
 
-    monkeypatch.setattr(sampling, "decode_responses", spy)
+    monkeypatch.setattr(sampling, "decode_cached", spy)
     return sizes
 
 
@@ -225,7 +235,7 @@ def test_the_test_of_frequencies_would_notice_a_wrong_temperature() -> None:
     assert statistic > bound
 
 
-def test_draw_inverts_the_distribution_at_each_chance() -> None:
+def test_draw_inverts_the_distribution_at_each_uniform_number() -> None:
     logits = torch.tensor([0.2, 0.5, 0.3]).log().expand(6, 3)
     chances = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 0.99])
     tokens, finite = draw(logits, chances)
@@ -260,7 +270,7 @@ def test_rare_tokens_of_a_large_vocabulary_keep_their_own_places() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, None], ids=["nan", "inf", "all -inf"])
-def test_probabilities_that_are_not_finite_are_told(value: float | None) -> None:
+def test_probabilities_that_are_not_finite_are_reported(value: float | None) -> None:
     logits = torch.zeros(3, 8)
     logits[1] = -torch.inf
     if value is not None:
@@ -284,8 +294,8 @@ def test_a_policy_gone_wrong_is_an_error_not_a_sample(value: float, taken: list[
 # ---------------------------------------------------------------- rows that end
 
 
-def with_chances(monkeypatch: pytest.MonkeyPatch, rows: list[int]) -> None:
-    """Let the loop draw the numbers of these rows of one table, however many it asks for."""
+def with_uniforms(monkeypatch: pytest.MonkeyPatch, rows: list[int]) -> None:
+    """Give the loop the numbers of these rows of one table, however many it draws."""
     table = torch.rand(len(QUERIES), 64, generator=torch.Generator().manual_seed(3))
 
     def rand(count: int, length: int, **kwargs: Any) -> Tensor:
@@ -301,9 +311,9 @@ def test_a_response_does_not_depend_on_what_else_is_in_the_batch(
     name: str, rows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = make_policy(name)
-    with_chances(monkeypatch, list(range(len(QUERIES))))
+    with_uniforms(monkeypatch, list(range(len(QUERIES))))
     whole = sample(policy, QUERIES, LIMITS)
-    with_chances(monkeypatch, rows)
+    with_uniforms(monkeypatch, rows)
     some = sample(policy, [QUERIES[i] for i in rows], [LIMITS[i] for i in rows])
     assert some == [whole[i] for i in rows]
 
@@ -321,7 +331,7 @@ def test_dropping_ended_rows_changes_nothing_and_saves_their_work(
         return next_logits(ids, *args, **kwargs)
 
     monkeypatch.setattr(policy, "next_logits", spy)
-    with_chances(monkeypatch, list(range(len(QUERIES))))
+    with_uniforms(monkeypatch, list(range(len(QUERIES))))
     results, work = [], []
     for share in (2.0, 0.25, 0.0):  # never, as usual, at each step
         monkeypatch.setattr(decode_loop, "DROP_SHARE", share)
@@ -372,15 +382,16 @@ def test_a_row_that_ended_does_not_leave_the_context(monkeypatch: pytest.MonkeyP
 def test_batches_have_the_size_that_was_asked_for(
     size: int, min_length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    policy, pad_left = make_policy(), sampling._pad_left
+    sampling._method(policy, GenerateSettings())  # both self-checks come first
     sizes: list[int] = []
-    pad_left = sampling._pad_left
 
     def spy(rows: list[Tensor], pad: int) -> Any:
         sizes.append(len(rows))
         return pad_left(rows, pad)
 
     monkeypatch.setattr(sampling, "_pad_left", spy)
-    sample(make_policy(), QUERIES, LIMITS, batch_size=size, min_length=min_length)
+    sample(policy, QUERIES, LIMITS, batch_size=size, min_length=min_length)
     assert sizes == {1: [1] * 6, 4: [4, 2], 100: [6]}[size]
 
 
@@ -418,7 +429,7 @@ def test_steps_of_one_shape_draw_what_growing_ones_draw(
 ) -> None:
     policy = make_policy(name)
     assert policy.allows(reads_still_cache)
-    with_chances(monkeypatch, list(range(len(QUERIES))))
+    with_uniforms(monkeypatch, list(range(len(QUERIES))))
     expected = sample(policy, QUERIES, LIMITS, **settings)
     monkeypatch.setattr(decode_loop, "_is_worth_recording", lambda *_: True)
     monkeypatch.setattr(decode_loop, "Replayed", Repeated)
@@ -429,7 +440,7 @@ def test_what_lies_in_room_that_was_not_written_does_not_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policy, room = make_policy(), kv_cache._RoomyLayer._room
-    with_chances(monkeypatch, list(range(len(QUERIES))))
+    with_uniforms(monkeypatch, list(range(len(QUERIES))))
     expected = sample(policy, QUERIES, LIMITS)
 
     def dirty(self: Any, like: Tensor, rows: int) -> Tensor:
@@ -452,7 +463,7 @@ def test_replays_stop_once_all_rows_have_ended(
             taken.append(1)
             super().__call__()
 
-    with_chances(monkeypatch, list(range(len(QUERIES))))
+    with_uniforms(monkeypatch, list(range(len(QUERIES))))
     limits = [7, 50 - 9, 30, 12, 12, 12]
     expected = sample(policy, QUERIES, limits)
     needed = max(map(len, expected)) - 1  # after the first step
@@ -480,7 +491,7 @@ def test_a_step_that_cannot_be_replayed_is_taken_anew_and_the_model_remembered(
             raise NotReplayable("it waits")
 
     policy = tried(AutoModelForCausalLMWithValueHead(make_gpt2()).eval())
-    with_chances(monkeypatch, list(range(len(QUERIES))))
+    with_uniforms(monkeypatch, list(range(len(QUERIES))))
     expected = sample(policy, QUERIES, LIMITS)
     worth = decode_loop._is_worth_recording
     monkeypatch.setattr(
@@ -527,7 +538,7 @@ def test_a_row_takes_its_own_random_numbers_in_its_own_order(
     policy = tried(AutoModelForCausalLMWithValueHead(make_gpt2()).eval())
     with torch.no_grad():
         policy.pretrained_model.transformer.ln_f.weight.zero_()
-    with_chances(monkeypatch, list(range(6)))
+    with_uniforms(monkeypatch, list(range(6)))
     table = decode_loop.torch.rand(6, 15)
     responses = sample(policy, QUERIES, LIMITS, eos_token_id=None)
     expected = (table * VOCABULARY).long().tolist()
@@ -562,7 +573,7 @@ def test_what_the_loop_does_not_do_goes_through_transformers(
     settings: dict[str, Any], ours: bool, taken: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = make_policy()
-    sampling._way(policy, 0, is_plain=False)  # the trial asks transformers, too
+    sampling._method(policy, GenerateSettings())  # its self-check calls transformers, too
     asked: list[dict[str, Any]] = []
     generate = policy.generate
 

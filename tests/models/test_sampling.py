@@ -1,7 +1,8 @@
-"""Batched sampling: what comes out is the model's own distribution, whatever surrounds it."""
+"""Batched sampling: responses follow the model's own distribution in any batch."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -14,7 +15,9 @@ from transformers import GenerationConfig
 
 from ppo_cli.errors import UsageError
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.models.sampling import sample_responses, sample_texts
+from ppo_cli.models.sampling import sample_responses, to_texts
+from ppo_cli.models.sampling_params import SamplingParams
+from ppo_cli.models.transformers_generate import GenerateSettings, from_generation_kwargs
 from tests.conftest import EOS, SMALL, make_gpt2, make_tokenizer
 
 QUERIES = [torch.tensor(ids) for ids in ([5], [7, 8, 9, 10, 11], [1, 2], [3, 30, 40], [60])]
@@ -29,9 +32,19 @@ def make_model(name: str) -> Any:
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
-def sample(model: Any, queries: list[Tensor], limits: list[int], **kwargs: Any) -> list[Tensor]:
-    settings = {"pad_token_id": EOS, "eos_token_id": EOS, **kwargs}
-    return sample_responses(model, queries, limits, **settings)
+ENDS_AT_0 = SamplingParams(stop_token_ids=(0,), pad_token_id=0)
+
+
+def sample(
+    model: Any,
+    queries: list[Tensor],
+    limits: list[int],
+    batch_size: int | None = None,
+    **kwargs: Any,
+) -> list[Tensor]:
+    """Responses by keywords of transformers' `generate`."""
+    settings = from_generation_kwargs(**{"pad_token_id": EOS, "eos_token_id": EOS, **kwargs})
+    return sample_responses(model, queries, limits, settings, batch_size=batch_size)
 
 
 @torch.no_grad()
@@ -127,8 +140,7 @@ def test_samples_of_a_padded_batch_are_as_frequent_as_the_model_says() -> None:
         model,
         [query for query in queries for _ in range(repeats)],
         [2] * (3 * repeats),
-        pad_token_id=0,
-        eos_token_id=0,
+        ENDS_AT_0,
     )
     for i, query in enumerate(queries):
         drawn = [tuple(r.tolist()) for r in responses[i * repeats : (i + 1) * repeats]]
@@ -145,9 +157,8 @@ def test_the_test_of_frequencies_would_notice_a_wrong_temperature() -> None:
     vocabulary, repeats = 5, 3000
     model = make_gpt2(vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, initializer_range=0.5)
     query = torch.tensor([3])
-    responses = sample_responses(
-        model, [query] * repeats, [2] * repeats, pad_token_id=0, eos_token_id=0, temperature=1.3
-    )
+    warm = dataclasses.replace(ENDS_AT_0, temperature=1.3)
+    responses = sample_responses(model, [query] * repeats, [2] * repeats, warm)
     drawn = [tuple(r.tolist()) for r in responses]
     exact = exact_pairs(model, query, vocabulary)
     statistic = sum((drawn.count(k) - repeats * p) ** 2 / (repeats * p) for k, p in exact.items())
@@ -158,7 +169,7 @@ def test_the_test_of_frequencies_would_notice_a_wrong_temperature() -> None:
 
 
 def always(token: int) -> Any:
-    """A GPT-2 that nearly always says `token`, whatever it reads."""
+    """A GPT-2 that nearly always writes `token`, after any text."""
     model = make_gpt2(tie_word_embeddings=False)
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
@@ -192,9 +203,7 @@ def test_rows_that_have_ended_do_not_touch_those_that_go_on() -> None:
     """Random samples end at different places; none has anything after its end."""
     model = make_gpt2(vocab_size=4, bos_token_id=0, eos_token_id=0, initializer_range=0.05)
     torch.manual_seed(0)
-    responses = sample_responses(
-        model, [torch.tensor([1])] * 200, [10] * 200, pad_token_id=0, eos_token_id=0
-    )
+    responses = sample_responses(model, [torch.tensor([1])] * 200, [10] * 200, ENDS_AT_0)
     lengths = {len(response) for response in responses}
     assert len(lengths) > 5
     for response in responses:
@@ -206,7 +215,7 @@ def test_rows_that_have_ended_do_not_touch_those_that_go_on() -> None:
 
 
 def skewed(model: Any) -> Any:
-    """Give a model a generation_config that changes its distribution in every way."""
+    """Give a model a generation_config that changes its distribution in many ways."""
     model.generation_config.update(
         do_sample=False,
         top_k=1,
@@ -312,6 +321,23 @@ def test_sampling_settings_that_are_passed_have_their_effect() -> None:
     assert [r.tolist() for r in best] == [r.tolist() for r in cold]
 
 
+PARAMS = SamplingParams(temperature=0.5, top_k=7, top_p=0.9, stop_token_ids=(3, 5), pad_token_id=2)
+
+
+def test_sampling_params_and_keywords_of_generate_say_the_same() -> None:
+    assert from_generation_kwargs(**PARAMS.generation_kwargs()) == PARAMS
+    for name in ("temperature", "top_k", "top_p"):
+        changed = dataclasses.replace(PARAMS, **{name: getattr(SamplingParams(), name)})
+        assert from_generation_kwargs(**changed.generation_kwargs()) == changed
+        assert GenerateSettings.of(changed).kwargs[name] == getattr(SamplingParams(), name)
+    for ends in (3, [3], torch.tensor(3), torch.tensor([3])):
+        assert from_generation_kwargs(eos_token_id=ends, pad_token_id=None) == SamplingParams(
+            stop_token_ids=(3,)
+        )
+    with pytest.raises(TypeError, match="num_beams"):
+        SamplingParams(num_beams=2)  # type: ignore[call-arg]
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -350,12 +376,12 @@ def test_no_queries_give_no_responses() -> None:
 
 
 def test_a_rollout_holds_queries_responses_and_their_texts_without_special_tokens() -> None:
-    tokenizer = make_tokenizer(pad=0)
-    rollout = sample_texts(always(EOS), tokenizer, QUERIES[:2], [3, 3])
+    tokenizer, queries = make_tokenizer(pad=0), QUERIES[:2]
+    rollout = to_texts(tokenizer, queries, sample(always(EOS), queries, [3, 3]))
     assert [q.tolist() for q in rollout.queries] == [q.tolist() for q in QUERIES[:2]]
     assert [r.tolist() for r in rollout.responses] == [[EOS], [EOS]]
     assert rollout.texts == ["t5", "t7 t8 t9 t10 t11"]
     assert rollout.response_texts == ["", ""]
-    rollout = sample_texts(always(4), tokenizer, QUERIES[:2], [3, 1])
+    rollout = to_texts(tokenizer, queries, sample(always(4), queries, [3, 1]))
     assert rollout.texts == ["t5 t4 t4 t4", "t7 t8 t9 t10 t11 t4"]
     assert rollout.response_texts == [" t4 t4 t4", " t4"]  # what they add to their queries

@@ -42,7 +42,7 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ADAPTED)
-def test_a_merged_adapter_says_what_the_policy_said(name: str, tmp_path: Path) -> None:
+def test_a_merged_adapter_has_the_logits_of_the_policy(name: str, tmp_path: Path) -> None:
     family, settings, tied = ADAPTED[name]
     policy = Policy(with_adapter(make_model(family), **settings)).eval()
     expected = logits(policy.pretrained_model)

@@ -1,4 +1,4 @@
-"""What is computed is what the model says: held against a plain forward of each sequence alone."""
+"""The self-check: fast paths against a plain forward pass of each sequence alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ppo_cli.errors import DataError, ModelError, UsageError
 from ppo_cli.models import capabilities, self_check
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead as Policy
 from ppo_cli.models.sampling import sample_responses
+from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.ppo.forward import check_reading, token_forward, token_logits
 from ppo_cli.ppo.packing import TokenBatch
 from ppo_cli.training.build import check_context
@@ -26,6 +27,7 @@ from tests.conftest import SMALL, VOCABULARY, make_batch, make_gpt2, make_policy
 
 QUERIES = [torch.tensor(ids) for ids in ([5], [7, 8, 9, 10, 11, 12], [1, 2], [3, 30, 40], [60])]
 LIMITS = [7, 12, 1, 9, 4]
+GREEDY = SamplingParams(top_k=1)
 
 TINY = {**SMALL, "bos_token_id": 1, "eos_token_id": 1}
 HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16}
@@ -91,9 +93,7 @@ def assert_right(policy: Policy) -> None:
     model = policy.pretrained_model
     policy.eval()
     queries = [query.to(policy.device) for query in QUERIES]
-    responses = sample_responses(
-        policy, queries, LIMITS, pad_token_id=0, eos_token_id=None, top_k=1
-    )
+    responses = sample_responses(policy, queries, LIMITS, GREEDY)
     expected = []
     for query, response in zip(queries, responses, strict=True):
         log_p = alone(model, torch.cat([query, response]))[len(query) - 1 : -1]
@@ -193,7 +193,7 @@ def test_what_a_user_puts_on_the_output_layer_counts(name: str, change: str) -> 
 
 
 @pytest.mark.parametrize("change", ["hook", "cast to float", "forward replaced"])
-def test_what_is_put_there_after_a_trial_counts_too(change: str) -> None:
+def test_a_change_of_the_output_layer_after_the_self_check_counts(change: str) -> None:
     policy = Policy(make_model("llama"), summary_dropout_prob=0.0)
     assert_right(policy)
     assert policy.reading().logits == "weights"
@@ -223,7 +223,7 @@ def test_an_adapter_on_either_end_is_sampled_read_and_learns(name: str) -> None:
     assert not still
 
 
-def test_an_adapter_injected_into_a_model_that_was_tried_counts() -> None:
+def test_an_adapter_injected_after_the_self_check_counts() -> None:
     policy = Policy(make_model("llama"), summary_dropout_prob=0.0)
     assert_right(policy)
     with_adapter(policy.pretrained_model, target_modules=["lm_head"])
@@ -238,7 +238,7 @@ def test_a_model_that_looks_ahead_is_refused_by_name() -> None:
     model = transformers.BertLMHeadModel(config).eval()
     for ask in (
         lambda p: check_reading(p),
-        lambda p: sample_responses(p, QUERIES, LIMITS, pad_token_id=0, eos_token_id=None),
+        lambda p: sample_responses(p, QUERIES, LIMITS, SamplingParams()),
     ):
         with pytest.raises(UsageError, match=r"looks ahead.*BertLMHeadModel.*is_decoder"):
             ask(Policy(model))
@@ -268,8 +268,8 @@ def test_a_quantised_model_is_right_to_its_own_rounding_or_refused(name: str) ->
     assert (found - torch.cat(wanted)).abs().mean() < 0.05
 
 
-def test_a_model_that_no_way_is_right_for_is_refused() -> None:
-    """What it says of a row depends on how often it was asked."""
+def test_a_model_for_which_no_method_is_right_is_refused() -> None:
+    """Its output for a row depends on the number of calls."""
     model = make_gpt2()
     asked: list[int] = []
 
@@ -301,7 +301,9 @@ def test_numbers_that_are_not_finite_are_the_models_and_not_an_answer() -> None:
         (MemoryError("no room"), "no room"),
     ],
 )
-def test_memory_that_runs_out_in_a_trial_is_no_answer(error: Exception, message: str) -> None:
+def test_lack_of_memory_in_a_self_check_is_raised_and_no_result(
+    error: Exception, message: str
+) -> None:
     model = make_gpt2()
     policy = Policy(model)
 
@@ -319,7 +321,9 @@ def test_memory_that_runs_out_in_a_trial_is_no_answer(error: Exception, message:
     assert_right(policy)
 
 
-def test_a_bug_of_our_own_in_a_trial_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_our_own_code_in_a_self_check_is_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise TypeError("a bug")
 
@@ -336,34 +340,34 @@ def test_a_model_whose_own_shapes_do_not_fit_is_refused_and_not_called_a_bug() -
         check_reading(Policy(model))
 
 
-# ---------------------------------------------------------------- what a trial leaves alone
+# ---------------------------------------------------------------- no side effects
 
 
-def test_a_trial_leaves_modes_gradients_and_random_numbers_alone() -> None:
+def test_a_self_check_changes_no_modes_gradients_or_random_numbers() -> None:
     policy = make_policy(resid_pdrop=0.5).train()
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
     check_reading(policy)
-    sample_responses(policy, [], [], pad_token_id=0, eos_token_id=None)
+    sample_responses(policy, [], [], SamplingParams())
     assert torch.equal(torch.rand(3), expected)
     assert all(module.training for module in policy.modules())
     assert all(parameter.grad is None for parameter in policy.parameters())
 
 
-def test_a_model_is_tried_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[int] = []
-    plain = self_check._PlainReading
+def test_a_model_is_checked_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[int] = []
+    plain = self_check.PlainReading
     monkeypatch.setattr(
-        self_check, "_PlainReading", lambda *args: (tried.append(1), plain(*args))[1]
+        self_check, "PlainReading", lambda *args: (checks.append(1), plain(*args))[1]
     )
     policy = make_policy()
     for _ in range(2):
         check_reading(policy)
-    assert len(tried) == 1
+    assert len(checks) == 1
     policy.pretrained_model.transformer.h[0].register_forward_hook(lambda *_: None)
     check_reading(policy)
-    assert len(tried) == 2
+    assert len(checks) == 2
 
 
 # ---------------------------------------------------------------- positions of long rows
@@ -406,7 +410,7 @@ def test_a_short_row_beside_one_whose_positions_turn_otherwise_is_read_as_alone(
         ]
     torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-4)
     limits = [4, 3, 5, 3]
-    together = sample_responses(policy, queries, limits, pad_token_id=0, eos_token_id=None, top_k=1)
+    together = sample_responses(policy, queries, limits, GREEDY)
     for query, response, limit in zip(queries, together, limits, strict=True):
         ids = query
         for _ in range(limit):
@@ -497,7 +501,7 @@ def test_checkpointing_leaves_no_noise_on(name: str) -> None:
 
 
 class Noise(nn.Module):
-    """What no attribute or setting tells of."""
+    """Noise that no attribute or setting shows."""
 
     gradient_checkpointing = True
 
@@ -530,7 +534,7 @@ def test_the_frozen_layers_are_those_of_the_decoder() -> None:
 
 def test_the_causal_model_that_transformers_makes_is_a_policy_too() -> None:
     model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**TINY)).eval()
-    responses = sample_responses(model, QUERIES, LIMITS, pad_token_id=0, eos_token_id=None, top_k=1)
+    responses = sample_responses(model, QUERIES, LIMITS, GREEDY)
     for query, response in zip(QUERIES, responses, strict=True):
         log_p = alone(model, torch.cat([query, response]))[len(query) - 1 : -1]
         assert torch.equal(log_p.argmax(1), response)

@@ -13,9 +13,10 @@ from ppo_cli.config.loading import load_config
 from ppo_cli.config.schema import RewardConfig
 from ppo_cli.errors import UsageError
 from ppo_cli.evaluation.compare import compare
-from ppo_cli.evaluation.draw_samples import draw_samples
+from ppo_cli.evaluation.draw_samples import draw_rollout
 from ppo_cli.evaluation.generate import Request, generate
 from ppo_cli.models.loading import load_tokenizer
+from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.ppo.statistics import RUN_STATISTICS
 from ppo_cli.rewards.penalties import (
@@ -159,19 +160,11 @@ def test_samples_end_at_a_stop_token_which_they_hold(bpe: Any) -> None:
     policy, tokenizer = make_policy(), make_tokenizer()
     ends = end_tokens(tokenizer, ["t3", "t4"])  # 22 of 80 tokens
     queries = [torch.tensor([1, 2])] * 64
-    samples = draw_samples(
-        policy,
-        tokenizer,
-        queries,
-        ["t1 t2"] * 64,
-        max_new_tokens=12,
-        seed=0,
-        reward=None,
-        eos_token_id=ends,
-    )
+    params = SamplingParams(stop_token_ids=tuple(ends))
+    rollout = draw_rollout(policy, tokenizer, queries, params, max_new_tokens=12, seed=0)
     ended = 0
-    for sample in samples:
-        words = sample.response.split()
+    for response in rollout.response_texts:
+        words = response.split()
         stops = [word for word in words if word.startswith(("t3", "t4"))]
         assert stops in ([], words[-1:])
         ended += bool(stops)
@@ -256,16 +249,16 @@ def test_a_models_own_end_tokens_end_what_is_trained_evaluated_and_generated(
     assert 0 < sum(fines) / 2 < 1.5 / 2  # half of the tokens end
     summary = training.finish()
     training.directory.unlock()
-    assert 1 < summary.before.length < 3
-    assert 1 < summary.after.length < 3
+    assert 1 < summary.before["length"] < 3
+    assert 1 < summary.after["length"] < 3
 
     def asked(*models: str) -> Request:
         return resolve(
             models, reference=True, score=True, sentiment=None, classifier="embedded", device="cpu"
         )
 
-    verdict = compare(asked("ppo-good"), [], count=32, max_new_tokens=30, seed=0)
-    assert [1 < model.length < 3 for model in verdict.models] == [True, True]
+    result = compare(asked("ppo-good"), [], count=32, max_new_tokens=30, seed=0)
+    assert [1 < model.quality["length"] < 3 for model in result.models] == [True, True]
     request = asked("chat")
     samples = generate(
         request.sources[0],

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ppo_cli.errors import ModelError, ModelNotFoundError, UsageError
-from ppo_cli.models.sampling import decode
+from ppo_cli.models.sampling import to_texts
 from ppo_cli.rewards.partial_scores import potentials
 from ppo_cli.rewards.sentiment import PROBES, SentimentReward, resolve_label
 from tests.conftest import make_gpt2, make_tokenizer
@@ -368,7 +368,7 @@ def test_a_long_prompt_leaves_room_for_every_part_of_its_response(tmp_path: Path
     policy.pad_token = None
     reward = SentimentReward(save(tmp_path, model, policy))
     query, response = torch.arange(20), torch.tensor([30, 31, 32, 33])
-    rollout = decode(policy, [query], [response])
+    rollout = to_texts(policy, [query], [response])
     with pytest.warns(UserWarning, match="4 of 4 texts"):
         promised = potentials(rollout, policy, reward, every=1)[0]
     whole = [*query.tolist(), *response.tolist()]

@@ -1,4 +1,4 @@
-"""How a run stands by its evaluations: which is best, and whether to go on."""
+"""A run's evaluations so far: which is the best, and whether the run should end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ppo_cli.config.schema import RunSettings
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What counts of an evaluation: after which step, mean score, KL in nats per response."""
+    """Mean score and KL (nats per response) on the held-out prompts after a step."""
 
     step: int
     score: float
@@ -19,43 +19,43 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Standing:
+class EvaluationHistory:
     """A run's evaluations so far.
 
     Attributes:
         newest: the last of them.
-        best: that of the highest score among those within the limits of KL, the first of equals.
-        stale: how many there were since the best; all where none is.
+        best: the one with the highest score within the limits of KL; the first of equals.
+        stale: how many followed the best; all where none is best.
     """
 
     newest: Evaluation | None = None
     best: Evaluation | None = None
     stale: int = 0
 
-    def after(self, evaluation: Evaluation, settings: RunSettings) -> Standing:
-        """With one more evaluation."""
+    def after(self, evaluation: Evaluation, settings: RunSettings) -> EvaluationHistory:
+        """The history with one more evaluation."""
         best = self.within(settings).best
         counts = over_limit(evaluation, settings) is None
         if counts and (best is None or evaluation.score > best.score):
-            return Standing(evaluation, evaluation)
-        return Standing(evaluation, best, self.stale + 1)
+            return EvaluationHistory(evaluation, evaluation)
+        return EvaluationHistory(evaluation, best, self.stale + 1)
 
-    def within(self, settings: RunSettings) -> Standing:
-        """The same where the limits of KL may have changed since the best was chosen."""
+    def within(self, settings: RunSettings) -> EvaluationHistory:
+        """The history by limits of KL that may have changed since the best was chosen."""
         if self.best is None or over_limit(self.best, settings) is None:
             return self
-        return Standing(self.newest, None, self.stale)
+        return EvaluationHistory(self.newest, None, self.stale)
 
     def reason_to_stop(self, settings: RunSettings) -> str | None:
         """Why the run should end after the newest evaluation; None to go on."""
         if (newest := self.newest) is None:
             return None
-        found = f"the evaluation after step {newest.step}"
+        which = f"the evaluation after step {newest.step}"
         if settings.stop_kl is not None and newest.kl > settings.stop_kl:
-            return f"{found} has a KL of {newest.kl:.4g}, over run.stop_kl ({settings.stop_kl:g})"
+            return f"{which} has a KL of {newest.kl:.4g}, over run.stop_kl ({settings.stop_kl:g})"
         target = settings.target_score
         if target is not None and newest.score >= target and over_limit(newest, settings) is None:
-            return f"{found} scores {newest.score:.4g}, run.target_score is {target:g}"
+            return f"{which} scores {newest.score:.4g}, run.target_score is {target:g}"
         if settings.patience is not None and self.stale >= settings.patience:
             best = f"since step {self.best.step}" if self.best else "at all"
             return f"{self.stale} evaluations without a new best {best} (run.patience)"
@@ -66,16 +66,16 @@ class Standing:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Standing:
-        """What `as_dict` gave."""
+    def from_dict(cls, values: Mapping[str, Any]) -> EvaluationHistory:
+        """The history that `as_dict` gave."""
         newest, best = (Evaluation(**v) if (v := values[k]) else None for k in ("newest", "best"))
         return cls(newest, best, values["stale"])
 
 
 def over_limit(evaluation: Evaluation, settings: RunSettings) -> str | None:
-    """The limit of KL that an evaluation is over, None for none."""
+    """The limit of KL that an evaluation exceeds, None for none."""
     for name in ("kl_limit", "stop_kl"):
         limit = getattr(settings, name)
-        if limit is not None and not evaluation.kl <= limit:  # so also where it is no number
+        if limit is not None and not evaluation.kl <= limit:  # NaN exceeds every limit
             return f"run.{name} ({limit:g})"
     return None

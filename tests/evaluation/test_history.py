@@ -1,4 +1,4 @@
-"""Which weights a run leaves, when it ends by itself: the rules, and runs that obey them."""
+"""Which weights a run keeps and when it ends early: the rules, and runs that follow them."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from stress.kill import contents, differences
 
 from ppo_cli.config.schema import RunSettings
 from ppo_cli.errors import DivergenceError
-from ppo_cli.evaluation.early_stopping import Evaluation, Standing
+from ppo_cli.evaluation.history import Evaluation, EvaluationHistory
 from ppo_cli.reporting.summary import TrainingSummary
 from ppo_cli.training.run import Training
 from tests.evaluation.test_held_out import make as make_any
 from tests.evaluation.test_held_out import rows
 from tests.evaluation.test_held_out import train as train_any
+from tests.stress.kill import contents, differences
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 # ---------------------------------------------------------------- rules, without a model
 
 
-def standing_after(evaluations: list[Evaluation], settings: RunSettings) -> Standing:
-    standing = Standing()
+def history_after(evaluations: list[Evaluation], settings: RunSettings) -> EvaluationHistory:
+    history = EvaluationHistory()
     for evaluation in evaluations:
-        standing = standing.after(evaluation, settings)
-    return standing
+        history = history.after(evaluation, settings)
+    return history
 
 
 def made_up(seed: int, count: int = 9) -> list[Evaluation]:
@@ -57,24 +57,24 @@ def test_the_best_is_the_first_of_the_highest_within_the_limits(
 ) -> None:
     settings = RunSettings(kl_limit=kl_limit, stop_kl=stop_kl)
     evaluations = made_up(seed)
-    standing = standing_after(evaluations, settings)
+    history = history_after(evaluations, settings)
     limit = min(v for v in (kl_limit, stop_kl, float("inf")) if v is not None)
     within = sorted((-e.score, e.step) for e in evaluations if e.kl <= limit)
-    assert standing.newest == evaluations[-1]
-    assert (standing.best and standing.best.step) == (within[0][1] if within else None)
+    assert history.newest == evaluations[-1]
+    assert (history.best and history.best.step) == (within[0][1] if within else None)
     since = within[0][1] if within else 0
-    assert standing.stale == len([e for e in evaluations if e.step > since])
-    assert Standing.from_dict(json.loads(json.dumps(standing.as_dict()))) == standing
+    assert history.stale == len([e for e in evaluations if e.step > since])
+    assert EvaluationHistory.from_dict(json.loads(json.dumps(history.as_dict()))) == history
 
 
 def test_a_best_outside_of_limits_that_were_lowered_is_no_longer_one() -> None:
-    before = standing_after([Evaluation(10, 1.0, 5.0)], RunSettings())
+    before = history_after([Evaluation(10, 1.0, 5.0)], RunSettings())
     assert before.within(RunSettings(kl_limit=5)) == before
     assert before.within(RunSettings(kl_limit=4)).best is None
 
 
 def test_a_kl_that_is_no_number_is_within_no_limit() -> None:
-    assert standing_after([Evaluation(10, 1.0, float("nan"))], RunSettings()).best is None
+    assert history_after([Evaluation(10, 1.0, float("nan"))], RunSettings()).best is None
 
 
 REASONS: list[tuple[dict[str, Any], list[tuple[float, float]], str | None]] = [
@@ -100,7 +100,7 @@ def test_reasons_to_stop(
 ) -> None:
     settings = RunSettings(**changes)
     evaluations = [Evaluation(10 * (i + 1), *pair) for i, pair in enumerate(found)]
-    reason = standing_after(evaluations, settings).reason_to_stop(settings)
+    reason = history_after(evaluations, settings).reason_to_stop(settings)
     assert (reason is None) == (wanted is None)
     assert wanted is None or wanted in (reason or "")
 
@@ -120,20 +120,20 @@ def train(folder: Path, *changes: str, resume: bool = False) -> TrainingSummary:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes the evaluations of the runs that follow score as is said, step by step."""
+    """Gives the evaluations of later runs the scores of a script, step by step."""
 
     def script(scores: dict[int, float], kl: dict[int, float] | None = None) -> None:
-        from ppo_cli.evaluation.held_out import Examination
+        from ppo_cli.evaluation.held_out import HeldOutEvaluation
 
-        original = Examination.evaluate
+        original = HeldOutEvaluation.evaluate
 
-        def evaluate(self: Examination, step: int) -> Any:
+        def evaluate(self: HeldOutEvaluation, step: int) -> Any:
             _, numbers = original(self, step)
             distance = (kl or {}).get(step, 1.0)
             changed = {"eval/score": scores[step], "eval/kl": distance}
             return Evaluation(step, scores[step], distance), numbers | changed
 
-        monkeypatch.setattr(Examination, "evaluate", evaluate)
+        monkeypatch.setattr(HeldOutEvaluation, "evaluate", evaluate)
 
     return script
 
