@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from stress.kill import RUN, SETTINGS, contents, differences, go_on
 
 from ppo_cli.training.checkpoint import find_damage
 from tests import faults
 from tests.conftest import SMALL_RUN
 from tests.forked import Done, Fault, ppo_cli, start
+from tests.stress.kill import RUN, SETTINGS, contents, differences, go_on
 
 QUICK = [
     "--config", SMALL_RUN, "--set", "run.checkpoint_every=2",

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from stress.kill import contents, differences
 
 from ppo_cli.config.loading import change_config, load_config
 from ppo_cli.data.embedded import TRAIN_SEED, classifier_folder, policy_folder
@@ -24,6 +23,7 @@ from ppo_cli.ppo.learning_rate import learning_rate_factor
 from ppo_cli.training.run_directory import RunDirectory
 from tests.conftest import SMALL_RUN
 from tests.forked import Done, ppo_cli
+from tests.stress.kill import contents, differences
 
 NAMED = [
     "--set", "policy.model=./model", "--set", "reward.model=judge",

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from stress.kill import contents, differences
 
 from ppo_cli.config.schema import RunSettings
 from ppo_cli.errors import DivergenceError
@@ -22,6 +21,7 @@ from ppo_cli.training.run import Training
 from tests.evaluation.test_held_out import make as make_any
 from tests.evaluation.test_held_out import rows
 from tests.evaluation.test_held_out import train as train_any
+from tests.stress.kill import contents, differences
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
