@@ -27,7 +27,7 @@ def check_texts(responses: Sequence[str], config: RunConfig) -> None:
     if count / len(responses) >= limit:
         raise DivergenceError(
             f"{count} of {len(responses)} responses are {text[:40]!r}: the text has collapsed. "
-            f"Likely remedy: {_hold_back(config)} (run.collapse_limit is {limit:g})"
+            f"Likely remedy: {stronger_kl_penalty(config)} (run.collapse_limit is {limit:g})"
         )
 
 
@@ -43,7 +43,7 @@ def check_numbers(numbers: Mapping[str, float], config: RunConfig) -> None:
     if limit is not None and abs(kl) >= limit:
         raise DivergenceError(
             f"objective/kl is {kl:.4g}, over run.kl_limit ({limit:g}): the policy runs away "
-            f"from its reference. Likely remedy: {_hold_back(config)}"
+            f"from its reference. Likely remedy: {stronger_kl_penalty(config)}"
         )
 
 
@@ -66,8 +66,8 @@ def _smaller_steps(config: RunConfig) -> str:
     return f"lower {first} or set ppo.max_grad_norm"
 
 
-def _hold_back(config: RunConfig) -> str:
-    """Against a policy that goes too far from its reference."""
+def stronger_kl_penalty(config: RunConfig) -> str:
+    """The remedy for a policy that moves too far from its reference."""
     return f"raise ppo.init_kl_coef ({config.ppo.init_kl_coef:g}) or lower {config.step_size}"
 
 

@@ -30,13 +30,12 @@ from ppo_cli.reporting.summary import Pace, StepReport, TrainingSummary
 from ppo_cli.rewards.loading import load_reward
 from ppo_cli.rewards.partial_scores import potentials
 from ppo_cli.rewards.penalties import check_terms, penalties, shaped, shaping_statistics
-from ppo_cli.training.advice import Adviser
 from ppo_cli.training.build import check_context, make_trainer, try_models
 from ppo_cli.training.checkpoint import state_faults
+from ppo_cli.training.diagnostics import Diagnostics, sampling_warning
 from ppo_cli.training.divergence import check_numbers, check_texts, check_weights, classifier_faults
 from ppo_cli.training.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory, code
 from ppo_cli.training.state import Progress
-from ppo_cli.training.symptoms import sampling_advice
 from ppo_cli.utils.device import machine, resolve_device, take_threads
 from ppo_cli.utils.files import write_text
 from ppo_cli.utils.random_state import set_seed
@@ -114,9 +113,9 @@ class Training:
         check_terms(config.reward, self.ends)
         check_context(config, self._policy, self.prompts.train)
         try_models(self.trainer)
-        self._say(filter(None, [sampling_advice(config)]))
-        self.adviser = Adviser(config)
-        self.trainer.advises = False  # the adviser does, and knows more
+        self._say(filter(None, [sampling_warning(config)]))
+        self.diagnostics = Diagnostics(config)
+        self.trainer.advises = False  # the diagnostics do, and know more
         self.examination = Examination(
             self.trainer,
             self.tokenizer,
@@ -171,7 +170,7 @@ class Training:
         else:
             self.progress.drop_what_followed()
             self.directory.record(self.config)
-            self.adviser.recall(self.directory.rows())
+            self.diagnostics.replay(self.directory.rows())
         self.examination.begin()
         while self.step < self.config.run.steps and not (self.stopping or self.stopped_early):
             number = self.step + 1
@@ -216,7 +215,7 @@ class Training:
         if self.config.run.best_of_n and not self.stopping:  # who stops a run does not want to wait
             write_curve(self.directory.path, self.examination.best_of_n(self.config.run.best_of_n))
         if self.step == self.config.run.steps:
-            self._say(self.adviser.closing())
+            self._say(self.diagnostics.check_end())
         return summary
 
     def _located(self, allow_changed: bool) -> tuple[RunConfig, Inputs | None]:
@@ -271,7 +270,7 @@ class Training:
         if self.config.run.on_divergence == "rollback" and rollbacks <= MAX_ROLLBACKS:
             self.progress.go_back(rollbacks)
             self.progress.drop_what_followed()
-            self.adviser.recall(self.directory.rows())
+            self.diagnostics.replay(self.directory.rows())
             rate = self.trainer.optimizer.param_groups[0]["lr"]
             warnings.warn(
                 f"{what}. Back to step {self.step}, with a learning rate of {rate:g} and other "
@@ -332,7 +331,7 @@ class Training:
         numbers |= self._evaluation_if_due()
         shown = samples[: max(self.config.run.samples_per_step, 1)]
         self._record(numbers, shown)
-        self._say(self.adviser.take({"step": self.step, **numbers}))
+        self._say(self.diagnostics.check_step({"step": self.step, **numbers}))
         best, stops = self.progress.standing.best, self.stopped_early is not None
         return StepReport(
             self.step, self.config.run.steps, numbers, shown, best.step if best else None, stops

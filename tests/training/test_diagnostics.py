@@ -13,10 +13,16 @@ from ppo_cli.config.loading import load_config
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.errors import DivergenceError
 from ppo_cli.ppo.statistics import RUN_STATISTICS, STATISTICS
-from ppo_cli.training.advice import CLOSING_RULES, RULES, Adviser
+from ppo_cli.training.diagnostics import (
+    FINAL_RULES,
+    RECENT_STEPS,
+    REQUIRED,
+    RULES,
+    Diagnostics,
+    sampling_warning,
+)
 from ppo_cli.training.divergence import check_numbers, check_texts, check_weights
 from ppo_cli.training.run import Training
-from ppo_cli.training.symptoms import MEMORY, READ, sampling_advice
 from tests.conftest import SMALL_RUN, make_batch, make_policy, make_trainer
 
 STEPS = 60
@@ -47,10 +53,10 @@ def healthy(step: int) -> Row:
 
 def advice(config: RunConfig, change: Change, steps: int = STEPS) -> tuple[list[str], list[str]]:
     """What is said in the course of a healthy run with `change` made to each step, and after it."""
-    adviser = Adviser(config)
+    diagnostics = Diagnostics(config)
     rows = [{**healthy(step), **change(step)} for step in range(1, steps + 1)]
-    said = [text for row in rows for text in adviser.take(row)]
-    return said, adviser.closing()
+    said = [text for row in rows for text in diagnostics.check_step(row)]
+    return said, diagnostics.check_end()
 
 
 def configuration(*assignments: str) -> RunConfig:
@@ -90,7 +96,7 @@ SPOILT: dict[str, tuple[list[str], Change, Change, list[str]]] = {
         [],
         lambda step: {"objective/entropy": 0.75 * healthy(step)["objective/entropy"]},
         lambda step: {"objective/entropy": 0.93 * healthy(step)["objective/entropy"]},
-        ["step 20:", "75% of the surprise", "policy.precision=fp32"],
+        ["step 20:", "is 75% of the policy's entropy", "policy.precision=fp32"],
     ),
     "skips": (
         ["ppo.ratio_threshold=7"],
@@ -150,7 +156,7 @@ SPOILT: dict[str, tuple[list[str], Change, Change, list[str]]] = {
         ["reward.missing_eos_penalty=1.5"],
         only_in("env/missing_eos_penalty", ALWAYS, 1.5),
         only_in("env/missing_eos_penalty", ALWAYS, 1.3),
-        ["step 5:", "limit alone", "rollout.stop"],
+        ["step 5:", "only at its length limit", "rollout.stop"],
     ),
 }
 
@@ -179,9 +185,9 @@ LOST = end(lambda step: 20.0, lambda step: 0.2)
 def test_the_end_is_judged_in_runs_of_some_length() -> None:
     config = configuration()
     assert advice(config, lambda step: {}) == ([], [])
-    assert [t[:28] for t in advice(config, BOTH)[1]] == ["KL was still climbing at the"]
+    assert [t[:28] for t in advice(config, BOTH)[1]] == ["KL was still rising at the e"]
     assert "and so was the score: more run.steps" in advice(config, BOTH)[1][0]
-    assert "buys nothing. Raise ppo.init_kl_coef (0.07)" in advice(config, ALONE)[1][0]
+    assert "for nothing. Remedy: raise ppo.init_kl_coef (0.07)" in advice(config, ALONE)[1][0]
     assert "hardly moved" in advice(config, STILL)[1][0]
     assert "ppo.learning_rate (0.001)" in advice(config, STILL)[1][0]
     assert "20 nats" in advice(config, LOST)[1][0]
@@ -251,60 +257,62 @@ def test_what_was_said_before_a_resume_is_not_said_again_and_the_rest_is_as_with
         )
 
     rows = [{**healthy(step), **change(step)} for step in range(1, STEPS + 1)]
-    whole = Adviser(config)
-    said = [whole.take(row) for row in rows]
+    whole = Diagnostics(config)
+    said = [whole.check_step(row) for row in rows]
     assert sum(map(len, said)) == 3
     for stop in (10, 37, 55):
-        resumed = Adviser(config)
-        resumed.recall([*rows[:stop], {"step": stop, "eval/score": 1.0}])
-        assert [resumed.take(row) for row in rows[stop:]] == said[stop:]
-        assert resumed.closing() == Adviser.closing(_after(config, rows))
+        resumed = Diagnostics(config)
+        resumed.replay([*rows[:stop], {"step": stop, "eval/score": 1.0}])
+        assert [resumed.check_step(row) for row in rows[stop:]] == said[stop:]
+        assert resumed.check_end() == Diagnostics.check_end(_after(config, rows))
 
 
 def test_after_steps_that_were_lost_advice_names_the_step_that_it_is() -> None:
     rows: list[Row] = [{**healthy(step), "step": step} for step in range(1, 60)]
     skipped = {**rows[-1], "ppo/policy/skipped": 0.5}
     for left in ([], rows[:5], rows[40:58], [*rows[:5], {"step": 6}, *rows[50:58]]):
-        adviser = Adviser(configuration())
-        adviser.recall(left)
-        (text,) = adviser.take(skipped)
+        diagnostics = Diagnostics(configuration())
+        diagnostics.replay(left)
+        (text,) = diagnostics.check_step(skipped)
         assert text.startswith("step 59: ")
-        closing = [text for text in adviser.closing() if "skipped" in text]
+        closing = [text for text in diagnostics.check_end() if "skipped" in text]
         whole = [row for row in left if len(row) > 1]
         assert closing == (
             [f"in 1 of {len(whole) + 1} steps mini-batches were skipped"] * bool(whole)
         )
 
 
-@pytest.mark.parametrize("key", READ)
+@pytest.mark.parametrize("key", REQUIRED)
 def test_steps_that_lack_what_rules_read_are_not_recalled(key: str) -> None:
     rows: list[Row] = [{**healthy(step), "step": step} for step in range(1, STEPS + 1)]
     assert key in rows[0]
-    adviser = Adviser(configuration())
-    adviser.recall([{k: v for k, v in row.items() if k != key} for row in rows])
-    assert adviser.closing() == []  # as of a run without steps
+    diagnostics = Diagnostics(configuration())
+    diagnostics.replay([{k: v for k, v in row.items() if k != key} for row in rows])
+    assert diagnostics.check_end() == []  # as of a run without steps
 
 
 def test_rules_read_nothing_else_of_every_step() -> None:
-    rows: list[Row] = [{key: healthy(step)[key] for key in READ} for step in range(1, STEPS + 1)]
-    _after(configuration(), rows).closing()
+    rows: list[Row] = [
+        {key: healthy(step)[key] for key in REQUIRED} for step in range(1, STEPS + 1)
+    ]
+    _after(configuration(), rows).check_end()
 
 
-def _after(config: RunConfig, rows: list[Row]) -> Adviser:
-    adviser = Adviser(config)
-    adviser.recall(rows)
-    return adviser
+def _after(config: RunConfig, rows: list[Row]) -> Diagnostics:
+    diagnostics = Diagnostics(config)
+    diagnostics.replay(rows)
+    return diagnostics
 
 
 def test_going_back_takes_the_dropped_steps_out_of_the_series() -> None:
-    adviser = Adviser(configuration())
+    diagnostics = Diagnostics(configuration())
     rows = [healthy(step) for step in range(1, 40)]
     bad = [{**row, "ppo/policy/clipfrac": 0.4} for row in rows[:2]]
     for row in [*rows[:10], *bad[:1]]:
-        assert adviser.take(row) == []
-    adviser.recall(rows[:4])
-    assert adviser.take(bad[0]) == []
-    assert [text[:7] for text in adviser.take(bad[1])] == ["step 6:"]
+        assert diagnostics.check_step(row) == []
+    diagnostics.replay(rows[:4])
+    assert diagnostics.check_step(bad[0]) == []
+    assert [text[:7] for text in diagnostics.check_step(bad[1])] == ["step 6:"]
 
 
 def test_a_value_head_that_is_not_the_fault_is_not_blamed() -> None:
@@ -328,12 +336,12 @@ def test_every_rule_is_tested_and_watches_statistics_that_exist() -> None:
     same = {"clipped": "large updates", "leaps": "large updates", "saturated scores": None}
     found = {same.get(name, name) for name in names} - {None}
     assert {rule.name for rule in RULES} == found
-    assert max(rule.needs for rule in (*RULES, *CLOSING_RULES)) <= 2 * MEMORY
+    assert max(rule.min_steps for rule in (*RULES, *FINAL_RULES)) <= 2 * RECENT_STEPS
 
 
 def test_sampling_that_is_not_pure_is_named_before_the_first_step() -> None:
-    assert sampling_advice(configuration()) is None
-    said = sampling_advice(configuration("rollout.top_p=0.9"))
+    assert sampling_warning(configuration()) is None
+    said = sampling_warning(configuration("rollout.top_p=0.9"))
     assert said is not None
     assert "rollout.top_p=0.9" in said
     assert "top_p=1" in said
