@@ -86,11 +86,11 @@ def check(run: Run, arguments: list[str], cwd: Path, about: object) -> str:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps."""
     from ppo_cli.config.loading import load_config
-    from ppo_cli.training.run import Training
+    from ppo_cli.training.build import build_training
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     changes = [f"run.output={folder}", "run.steps=2", "run.eval_every=0", "run.device=cpu"]
-    training = Training(load_config(SMALL_RUN, assignments=changes))
+    training = build_training(load_config(SMALL_RUN, assignments=changes))
     list(training.steps())
     training.finish()
     training.directory.unlock()

@@ -20,6 +20,7 @@ from ppo_cli.data.embedded.grammar import reviews
 from ppo_cli.errors import UsageError
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.learning_rate import learning_rate_factor
+from ppo_cli.training.resume import resumed_config
 from ppo_cli.training.run_directory import RunDirectory
 from tests.conftest import SMALL_RUN
 from tests.forked import Done, ppo_cli
@@ -127,15 +128,14 @@ def test_an_input_that_was_moved_can_be_named_anew_but_no_other(home: Path) -> N
 def test_without_a_record_of_an_input_its_name_may_not_change(tmp_path: Path) -> None:
     config = load_config(SMALL_RUN)
     run = RunDirectory(tmp_path)
-    run.facts = {"inputs": {"reward.model": {"name": "embedded", "files": {}}}}
-    run.record(config)
+    run.record(config, {"inputs": {"reward.model": {"name": "embedded", "files": {}}}})
     wanted = change_config(config, assignments=["reward.model=x", "reward.revision=y"])
-    assert run.resumed_config(wanted)[1] == [
+    assert resumed_config(run, wanted)[1] == [
         'reward.model "embedded" -> "x"', 'reward.revision null -> "y"'
     ]  # fmt: skip
     for change in ("policy.model=x", "policy.revision=x", "prompts.source=x"):
         with pytest.raises(UsageError, match=change.partition("=")[0]):
-            run.resumed_config(change_config(config, assignments=[change]))
+            resumed_config(run, change_config(config, assignments=[change]))
 
 
 CHANGES: dict[str, tuple[str, list[str]]] = {
@@ -275,11 +275,11 @@ def test_a_damaged_record_keeps_the_whole_lines_of_its_steps(state: str, tmp_pat
         record.write_bytes(found)
     run = RunDirectory(tmp_path)
     with pytest.warns(UserWarning, match="records were damaged or lost") as said:
-        run.restore_records({"metrics.jsonl": len(content)}, 3)
+        run.records.restore({"metrics.jsonl": len(content)}, 3)
     assert len(said) == 1
     left = [step for step in (1, 2, 3) if found is not None and line(step) in found]
     assert record.read_bytes() == b"".join(line(step) for step in left)
-    assert [row["step"] for row in run.rows()] == left
+    assert [row["step"] for row in run.records.rows()] == left
     missing = {
         (): "steps 1 to 3", (1, 2): "step 3", (2, 3): "step 1", (1, 2, 3): ""
     }[tuple(left)]  # fmt: skip
@@ -293,7 +293,7 @@ def test_whole_records_are_cut_in_silence_and_no_others_touched(tmp_path: Path) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run = RunDirectory(tmp_path)
-        run.restore_records({"metrics.jsonl": len(row), "samples.jsonl": 0, "notes": 99}, 1)
+        run.records.restore({"metrics.jsonl": len(row), "samples.jsonl": 0, "notes": 99}, 1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == row
     assert (tmp_path / "notes").read_bytes() == row
 

@@ -26,7 +26,7 @@ def stats(
     from ppo_cli.ppo.statistics import grouped
     from ppo_cli.training.run_directory import RunDirectory
 
-    rows = RunDirectory.existing(run).metrics()
+    rows = RunDirectory.existing(run).records.metrics()
     by_step = {row["step"]: row for row in rows}
     number = rows[-1]["step"] if step is None else step
     if number not in by_step:

@@ -282,8 +282,8 @@ def test_reading_leaves_nothing_behind_and_needs_no_home(tmp_path: Path) -> None
 
 EMBEDDED = """
 from ppo_cli.config.schema import PromptsConfig
+from ppo_cli.data.prompts import load_prompts
 from ppo_cli.models.loading import load_tokenizer
-from ppo_cli.training.run import load_prompts
 assert load_prompts(PromptsConfig(limit=10), load_tokenizer("embedded"), 0).train
 """
 

@@ -15,6 +15,7 @@ from ppo_cli.config.loading import load_config
 from ppo_cli.evaluation.quality import MEASURES, Quality
 from ppo_cli.ppo.statistics import RUN_STATISTICS, grouped
 from ppo_cli.reporting.summary import Pace, TrainingSummary
+from ppo_cli.training.build import build_training
 from ppo_cli.training.run import Training
 from ppo_cli.training.run_directory import RunDirectory
 from ppo_cli.utils.random_state import random_state
@@ -27,7 +28,7 @@ QUICK = ["run.device=cpu", "run.seed=5", "run.eval_every=2"]
 
 def make(folder: Path, *changes: str, resume: bool = False) -> Training:
     settings = [*QUICK, f"run.output={json.dumps(str(folder))}", *changes]
-    return Training(load_config(SMALL_RUN, assignments=settings), resume=resume)
+    return build_training(load_config(SMALL_RUN, assignments=settings), resume=resume)
 
 
 def train(folder: Path, *changes: str, resume: bool = False) -> TrainingSummary:
@@ -180,15 +181,18 @@ def test_statistics_are_shown_under_a_heading_where_they_are(evaluated: Evaluate
 
 def test_an_evaluation_is_put_into_its_line_and_taken_out_again(tmp_path: Path) -> None:
     directory, path = RunDirectory(tmp_path), tmp_path / "metrics.jsonl"
-    directory.put_evaluation(2, {"eval/score": 1.0})  # there is no file yet
+    directory.records.put_evaluation(2, {"eval/score": 1.0})  # there is no file yet
     plain: list[dict[str, Any]] = [{"step": n, "a": 0.1 * n, "time/step": 1.0} for n in (1, 2)]
     directory.append("metrics.jsonl", plain)
     with path.open("a") as file:
         file.write('{"step": 3, "a"')  # a killed run's last line
     before = path.read_bytes()
-    directory.put_evaluation(2, {"eval/score": 1.0, "time/evaluating": 2.0})
-    assert directory.metrics() == [plain[0], plain[1] | {"eval/score": 1.0, "time/evaluating": 2.0}]
+    directory.records.put_evaluation(2, {"eval/score": 1.0, "time/evaluating": 2.0})
+    assert directory.records.metrics() == [
+        plain[0],
+        plain[1] | {"eval/score": 1.0, "time/evaluating": 2.0},
+    ]
     assert path.read_bytes().endswith(b'{"step": 3, "a"')
-    directory.put_evaluation(2, {})
+    directory.records.put_evaluation(2, {})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]

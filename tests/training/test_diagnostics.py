@@ -13,6 +13,7 @@ from ppo_cli.config.loading import load_config
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.errors import DivergenceError
 from ppo_cli.ppo.statistics import RUN_STATISTICS, STATISTICS
+from ppo_cli.training.build import build_training
 from ppo_cli.training.diagnostics import (
     FINAL_RULES,
     RECENT_STEPS,
@@ -22,7 +23,6 @@ from ppo_cli.training.diagnostics import (
     sampling_warning,
 )
 from ppo_cli.training.divergence import check_numbers, check_texts, check_weights
-from ppo_cli.training.run import Training
 from tests.conftest import SMALL_RUN, make_batch, make_policy, make_trainer
 
 STEPS = 60
@@ -380,7 +380,7 @@ def run(*assignments: str, resume: bool = False) -> list[str]:
     """The warnings of a small run of the embedded model."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        training = Training(
+        training = build_training(
             load_config(SMALL_RUN, assignments=[*SMALL, *assignments]), resume=resume
         )
         for _ in training.steps():
