@@ -6,9 +6,7 @@ reference, finds an input whose path is relative to another folder, and tells on
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,8 +16,9 @@ from typing import Any
 
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.embedded import TRAIN_SEED, classifier_folder, policy_folder
-from ppo_cli.data.sources import EMBEDDED
-from ppo_cli.utils.hub import TIMEOUT, adapter_base, is_path
+from ppo_cli.data.sources import EMBEDDED, all_files
+from ppo_cli.utils.hub import TIMEOUT
+from ppo_cli.utils.model_folder import ADAPTER_FILE, adapter_base, base_model, is_path
 
 POLICY, CLASSIFIER, PROMPTS = "policy.model", "reward.model", "prompts.source"
 WHOLE = 64 * 2**20
@@ -35,7 +34,6 @@ LOADED = {
     ".tiktoken", ".txt",
 }  # fmt: skip
 NOT_LOADED = {"frontier.json", "trainer_state.json"}
-ADAPTER_FILE = "adapter_config.json"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Record = dict[str, Any]
@@ -178,40 +176,6 @@ def record_of(
     return record
 
 
-def data_files(source: str) -> list[Path]:
-    """The files that a prompts source names: itself, those of a folder or of a pattern; or none."""
-    path = Path(os.path.expanduser(source))
-    if os.path.isdir(path):
-        return sorted(file for file in path.rglob("*") if file.is_file())
-    if os.path.isfile(path):
-        return [path]
-    return sorted(
-        Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)
-    )
-
-
-def what_differs(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How code and machine differ from a record of them, as `torch 2.9.0 (now 2.9.1)`.
-
-    Args:
-        was, now: `versions`, `git_commit` and `machine`, as `run.yaml` has them. What one of them
-            does not have is not compared.
-    """
-
-    def flat(record: Mapping[str, Any]) -> dict[str, str]:
-        values = {**_dict(record, "versions"), **_dict(record, "machine")}
-        if commit := record.get("git_commit"):
-            values["git commit"] = str(commit)[:12]
-        return {key: str(value) for key, value in values.items()}
-
-    before, after = flat(was), flat(now)
-    return [
-        f"{key} {value} (now {after[key]})"
-        for key, value in before.items()
-        if key in after and after[key] != value
-    ]
-
-
 def _named(config: RunConfig) -> dict[str, tuple[str, str | None]]:
     return {
         POLICY: (config.policy.model, config.policy.revision),
@@ -223,7 +187,7 @@ def _named(config: RunConfig) -> dict[str, tuple[str, str | None]]:
 def _files(key: str, name: str) -> list[Path]:
     """What is read of an input that lies here; nothing where there is none."""
     if key == PROMPTS:
-        return data_files(name)
+        return all_files(name)
     folder = Path(name)
     if not os.path.isdir(folder):
         return []
@@ -249,12 +213,8 @@ def _embedded(key: str) -> dict[str, str]:
 
 def _base(key: str, adapter: Path) -> Record | None:
     """The record of the model that an adapter is for, by the adapter's configuration."""
-    try:
-        settings = json.loads(adapter.read_text(encoding="utf-8"))
-        name, revision = settings["base_model_name_or_path"], settings.get("revision")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    if not isinstance(name, str) or not name:
+    name, revision = base_model(adapter)
+    if name is None:
         return None
     if files := _files(key, name):
         return {"name": name, **_absolute(name), "files": _digests(files)}

@@ -9,8 +9,9 @@ from typing import Any
 
 from ppo_cli.config.loading import validate
 from ppo_cli.config.schema import RunConfig
-from ppo_cli.data.fingerprint import Inputs, what_differs
+from ppo_cli.data.fingerprint import Inputs
 from ppo_cli.errors import UsageError
+from ppo_cli.training.provenance import what_differs
 from ppo_cli.training.run_directory import CONFIG_FILE, RunDirectory
 from ppo_cli.utils.inventory import STATE_FILE
 

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from ppo_cli.errors import ConfigError, UsageError
 from ppo_cli.utils.files import is_inside, is_same_place, write_text
-from ppo_cli.utils.hub import MODEL_FILES
+from ppo_cli.utils.model_folder import MODEL_FILES
 from ppo_cli.utils.yaml_io import read_yaml
 
 MARKER = "ppo-cli.json"

@@ -22,7 +22,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
-from ppo_cli.data.sources import BATCH, read_texts, source_files
+from ppo_cli.data.readers import BATCH
+from ppo_cli.data.sources import read_texts, source_files
 from ppo_cli.errors import DataError
 from tests.test_cli import environment
 

@@ -23,12 +23,13 @@ import transformers
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 
-from ppo_cli import AutoModelForCausalLMWithValueHead, hub
+from ppo_cli import AutoModelForCausalLMWithValueHead
 from ppo_cli.config.schema import PolicyConfig, RewardConfig
 from ppo_cli.data.embedded import classifier_folder
 from ppo_cli.errors import ModelError, ModelNotFoundError, PPOCliError
 from ppo_cli.models.loading import load_policy, load_tokenizer
 from ppo_cli.rewards.loading import load_reward
+from ppo_cli.utils import hub
 from tests.conftest import make_gpt2, make_tokenizer
 
 NAME = "org/name"
