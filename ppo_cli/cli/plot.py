@@ -18,9 +18,7 @@ def plot(
     ] = None,
     smooth: Annotated[
         int | None,
-        typer.Option(
-            "--smooth", min=1, metavar="W", help="Steps in the moving average; 1 for none."
-        ),
+        typer.Option("--smooth", min=1, metavar="W", help="Steps in the moving average; 1: none."),
     ] = None,
     output: Annotated[
         str | None,
@@ -37,8 +35,8 @@ def plot(
         bool,
         typer.Option(
             "--frontier",
-            help="Draw score against KL, a point an evaluation, beside best-of-n from the "
-            "reference where run.best_of_n measured it.",
+            help="Draw score against KL, one point per evaluation, with best-of-n from the "
+            "reference if run.best_of_n measured it.",
         ),
     ] = False,
 ) -> None:

@@ -38,11 +38,17 @@ def train(
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option("--output", metavar="DIR", help="Default: ppo-good, ppo-bad or ppo-LABEL."),
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            help="Run directory. Default: ppo-good, ppo-bad or ppo-LABEL.",
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="PPO steps.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Number of PPO steps.")
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything.")
+        int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of all random numbers.")
     ] = None,
     device: Annotated[
         str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")
@@ -53,24 +59,24 @@ def train(
     ] = None,
     trust_remote_code: options.Trust = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the run directory's newest checkpoint.")
+        bool, typer.Option("--resume", help="Continue from the run directory's newest checkpoint.")
     ] = False,
     allow_changed_inputs: Annotated[
         bool,
         typer.Option(
             "--allow-changed-inputs",
-            help="With --resume: go on although a model or the prompts have changed since.",
+            help="With --resume: continue although a model or the prompts have changed.",
         ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a run directory that exists.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Load and check everything, then stop.")
+        bool, typer.Option("--dry-run", help="Load and check everything, write nothing.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="The closing summary as one JSON object.")
+        bool, typer.Option("--json", help="Print the summary as one JSON object.")
     ] = False,
 ) -> int:
     """Tune a language model with PPO towards a sentiment."""
