@@ -28,7 +28,7 @@ def is_plain(stream: TextIO) -> bool:
 
 
 def console(*, stderr: bool) -> Console:
-    """A console on one of the streams; without a terminal 80 columns wide, without control codes."""
+    """A console on one of the streams; without a terminal: 80 columns, no control codes."""
     stream = sys.stderr if stderr else sys.stdout
     plain = is_plain(stream)
     return Console(

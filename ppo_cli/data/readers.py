@@ -29,7 +29,7 @@ BATCH = 256  # rows in memory at once: a table may hold a megabyte in each
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file to read: its name for people, where `datasets` finds it, its ending."""
+    """A file to read: name for messages, address for `datasets`, ending."""
 
     name: str
     address: str
@@ -38,7 +38,7 @@ class DataFile:
 
     @classmethod
     def of(cls, name: str, address: str) -> DataFile:
-        """Raise `DataError` for an ending that says nothing about what is inside."""
+        """Make one; raise `DataError` for an unknown ending."""
         stem, ending = os.path.splitext(name.lower())
         compression = COMPRESSED.get(ending)
         if compression:
@@ -48,18 +48,18 @@ class DataFile:
         return cls(name, address, ending, compression)
 
     def open(self) -> Any:
-        """Its bytes, decompressed, as a context manager."""
+        """Open the file for reading, decompressed; a context manager."""
         import fsspec
 
         return fsspec.open(self.address, "rb", compression=self.compression)
 
 
 class Reader:
-    """Reads files, each by its ending.
+    """Reads files by their endings.
 
     Args:
-        cache: a folder for what `datasets` has to write.
-        column: the column that holds the text.
+        cache: a folder for the files that `datasets` writes.
+        column: the column of the texts.
     """
 
     def __init__(self, cache: str, column: str) -> None:
@@ -77,7 +77,7 @@ class Reader:
         }
 
     def __call__(self, file: DataFile) -> Iterator[Any]:
-        """The cells of the column, row by row.
+        """Read the cells of the column, row by row.
 
         Raises:
             DataError: the file cannot be read.
@@ -137,8 +137,8 @@ class Reader:
         yield from self._column_of(self._rows("text", file, encoding=encoding), "text")
 
     def _jsonl(self, file: DataFile) -> Iterator[Any]:
-        # The library's own reader takes blocks of 10 MB at once, guesses types, and cannot say
-        # which line is wrong.
+        # The reader of `datasets` takes blocks of 10 MB, guesses types, and does not name the line
+        # of an error.
         for number, line in enumerate(self._lines(file), start=1):
             if line.strip():
                 yield _cell(f"{file.name}, line {number}", self._column, line)
@@ -150,7 +150,7 @@ class Reader:
         lines = head.decode("utf-8-sig", errors="ignore").strip().split("\n")
         if not lines[0]:
             return
-        if _is_json(lines[0]) and lines[0].startswith(("{", '"')):  # one to a line, maybe one alone
+        if _is_json(lines[0]) and lines[0].startswith(("{", '"')):  # one object or string per line
             yield from self._jsonl(file)
             return
         rows = self._rows("json", file)
@@ -175,7 +175,7 @@ class Reader:
                 f"{file.name}: its first row has {len(first)} cells, its header {len(header)}: put "
                 f"texts that hold '{delimiter}' in quotation marks"
             )
-        # All cells are texts: no numbers, dates, or "null" are guessed.
+        # All cells are read as texts: no guessing of numbers, dates or null.
         yield from self._column_of(
             self._rows(
                 "csv",
@@ -210,7 +210,7 @@ def _encoding(head: bytes) -> str:
 
 
 def _first_bad_byte(file: DataFile) -> int:
-    """The library decodes in chunks and counts from the start of one."""
+    """Position in the file: the library counts from the start of a chunk."""
     try:
         with file.open() as opened:
             opened.read().decode()
@@ -224,7 +224,7 @@ def _table(text: str, delimiter: str) -> Iterator[list[str]]:
 
 
 def _delimiter(text: str, column: str) -> str:
-    """The first by which the header has the column; failing that, the one that divides it most."""
+    """The first delimiter that gives the column; else the one that gives the most columns."""
     headers = {
         delimiter: next(filter(None, _table(text, delimiter)), []) for delimiter in DELIMITERS
     }
@@ -235,7 +235,7 @@ def _delimiter(text: str, column: str) -> str:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Names of columns, each once, as pandas gives them: a, a.1 ..."""
+    """Names of columns made distinct as pandas does: a, a.1 ..."""
     found: dict[str, None] = {}
     for place, name in enumerate(names):
         base = unique = name or f"Unnamed: {place}"
@@ -248,7 +248,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def _cell(place: str, column: str, line: str) -> Any:
-    """What a line of JSON has in the column: a text, or None."""
+    """The column in a line of JSON: a text or None."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -273,7 +273,7 @@ def _is_json(text: str) -> bool:
 
 
 def _json_problem(file: DataFile) -> str:
-    """Why a whole document of JSON cannot be read as rows."""
+    """Message for a JSON document that cannot be read as rows."""
     try:
         with file.open() as opened:
             json.loads(opened.read().decode("utf-8-sig"))
@@ -285,7 +285,7 @@ def _json_problem(file: DataFile) -> str:
 
 
 def _parser_problem(problem: str) -> str:
-    """What pandas says of a table, without the names of its parts."""
+    """A message of pandas about a table, without its technical terms."""
     problem = problem.removeprefix("Error tokenizing data. C error: ")
     if problem.startswith("EOF inside string"):
         return f"a quotation mark in row {problem.rpartition(' ')[2]} is never closed"

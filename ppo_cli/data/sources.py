@@ -41,17 +41,17 @@ def read_texts(
     limit: int | None = None,
     distinct: bool = False,
 ) -> list[str]:
-    """The texts of a source that `keep` accepts, at most `limit` of them. Blank ones are left out.
+    """Read the texts of a source that `keep` accepts, at most `limit`, without blank ones.
 
     Args:
         source: a file, a pattern of files, a folder, an http address, or a dataset's hub id.
-        column: the column that holds the text; `.txt` files have none.
-        subset: of a hub dataset, or of a folder whose README.md has several.
+        column: the column of the texts; `.txt` files have none.
+        subset: of a hub dataset, or of a folder whose README.md names several.
         split: of a hub dataset or a folder.
-        distinct: leave repeats out, which count towards the limit nevertheless.
+        distinct: leave repeats out; they count towards the limit nevertheless.
 
     Raises:
-        DataError: absent, unreadable, empty, in an encoding that is not known, without `column`.
+        DataError: the source is absent, unreadable, empty, not UTF-8, or lacks `column`.
     """
     texts = iter(_texts(source, column, subset, split))
     first = next(texts, None)
@@ -62,10 +62,10 @@ def read_texts(
 
 
 def source_files(source: str, subset: str | None = None, split: str = "train") -> list[Path]:
-    """The files that a source is read from, in order; none for a hub id, an address, `embedded`.
+    """The files that a source is read from, in order; none for a hub id, address or `embedded`.
 
     Raises:
-        DataError: no such file, or a folder without `split`.
+        DataError: there is no such file, or the folder lacks `split`.
     """
     if source == EMBEDDED or "://" in source:
         return []
@@ -73,7 +73,7 @@ def source_files(source: str, subset: str | None = None, split: str = "train") -
     if path.is_dir():
         return _folder_files(path, subset, split)
     if os.path.exists(path):
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # reading a pipe would wait for a writer
             raise DataError(f"{path}: {NEEDED} is needed")
         return [path]
     if glob.has_magic(source):
@@ -88,7 +88,7 @@ def source_files(source: str, subset: str | None = None, split: str = "train") -
 
 
 def all_files(source: str) -> list[Path]:
-    """Every file that a source names, whatever is read of it; none where nothing is there."""
+    """All files that a source names, also those that are not read; none where none exists."""
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
         return sorted(file for file in path.rglob("*") if file.is_file())
@@ -104,7 +104,7 @@ def _named_files(path: Path) -> list[Path]:
 
 
 def check_encodable(text: str, place: str) -> None:
-    """Raise `DataError` for halves of surrogate pairs, which stand for bytes that are no text."""
+    """Raise `DataError` for halves of surrogate pairs, which stand for bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -115,7 +115,7 @@ def check_encodable(text: str, place: str) -> None:
 
 
 def _shown(source: str) -> str:
-    """A source for people: an address without what may be a password or a key."""
+    """A source for messages: an address without possible passwords and keys."""
     if "://" not in source:
         return source
     parts = urlparse(source)
@@ -124,12 +124,12 @@ def _shown(source: str) -> str:
 
 
 def _texts(source: str, column: str, subset: str | None, split: str) -> Iterator[str]:
-    """Texts that are not blank, one after the other, each checked."""
+    """Read the texts of a source one by one; check each, skip blank ones."""
     local = source_files(source, subset, split)
     if (folder := Path(source).expanduser()).is_dir():
         _tell_what_is_left_out(folder, local)
-    # Files are streamed: no copy of them in a cache, which would cost the disk as much again and
-    # could be stale or half written. The folder is for the library's locks and for downloads.
+    # Files are streamed. A copy in a cache would need as much disk again and could be stale or half
+    # written. The temporary folder holds the library's locks, and downloads.
     with TemporaryDirectory(prefix="ppo-cli-") as cache, _quiet_library():
         read = Reader(cache, column)
         if "://" in source:
@@ -157,10 +157,10 @@ def _only_texts(name: str, column: str, values: Iterable[Any]) -> Iterator[str]:
 
 
 def _download(address: str, folder: str) -> str:
-    """A copy of what is at an address, which then need not be answered for in parts.
+    """Download a file as a whole; return its path.
 
     Raises:
-        DataError: it is none of a file over http, or nothing comes from there.
+        DataError: the address is not that of a file over http, or the download fails.
     """
     from huggingface_hub import constants
     from huggingface_hub.file_download import http_get
@@ -189,7 +189,7 @@ def _download(address: str, folder: str) -> str:
 
 
 def _members(name: str, address: str) -> list[DataFile]:
-    """The file itself, or the files of an archive. `name` says by its ending which it is."""
+    """The files of an archive, or the file itself, by the ending of `name`."""
     if os.path.splitext(name.lower())[1] != ARCHIVE:
         return [DataFile.of(name, address)]
     try:
@@ -205,7 +205,7 @@ def _members(name: str, address: str) -> list[DataFile]:
 
 
 def _folder_files(folder: Path, subset: str | None, split: str) -> list[Path]:
-    """The files of a split, as `datasets` finds them by names, README.md or `save_to_disk`."""
+    """The files of a split as `datasets` finds them: by names, README.md or `save_to_disk`."""
     if (folder / "dataset_dict.json").is_file():
         splits = {state.parent.name: state.parent for state in folder.glob("*/state.json")}
         by_split = {name: sorted(inner.glob("*.arrow")) for name, inner in splits.items()}
@@ -222,7 +222,7 @@ def _folder_files(folder: Path, subset: str | None, split: str) -> list[Path]:
 
 
 def _tell_what_is_left_out(folder: Path, files: Sequence[Path]) -> None:
-    """Warn of files of another kind, of which `datasets` reads the most frequent alone."""
+    """Warn about unread files: `datasets` reads only the most frequent kind in a folder."""
     kinds = {file.suffix.lower() for file in files}
     candidates = {".csv", ".jsonl", ".ndjson", ".parquet", ".tsv", ".txt"} - kinds
     others = {file.suffix.lower() for file in folder.rglob("*")} & candidates
@@ -243,7 +243,7 @@ def _builder_files(folder: Path, subset: str | None) -> dict[str, list[Path]]:
         except FileNotFoundError as error:
             raise DataError(f"{folder} holds no data: {NEEDED} is needed there") from error
         except Exception as error:
-            problem = " ".join(str(error).split())[:300]  # what there is comes on a second line
+            problem = " ".join(str(error).split())[:300]  # the second line lists what exists
             raise DataError(f"{folder} cannot be read as a dataset: {problem}") from error
     return {
         str(split): [Path(file) for file in files]
@@ -252,7 +252,7 @@ def _builder_files(folder: Path, subset: str | None) -> dict[str, list[Path]]:
 
 
 def _hub_values(name: str, column: str, subset: str | None, split: str) -> Iterator[Any]:
-    """The cells of a hub dataset, which stays in the library's cache."""
+    """Read the column of a hub dataset, which stays in the library's cache."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -264,7 +264,7 @@ def _hub_values(name: str, column: str, subset: str | None, split: str) -> Itera
                 f"{name}: neither a file here nor a dataset on the hub (a private one needs "
                 "HF_TOKEN); files end in " + ", ".join(FILE_ENDINGS)
             ) from error
-        except ValueError as error:  # an unknown subset or split; the message lists what there is
+        except ValueError as error:  # an unknown subset or split; the message lists the known ones
             raise DataError(f"{name}: {str(error).splitlines()[0]}") from error
     need_column(name, column, data.column_names)
     for batch in data.select_columns([column]).iter(batch_size=BATCH):
@@ -273,7 +273,7 @@ def _hub_values(name: str, column: str, subset: str | None, split: str) -> Itera
 
 @contextmanager
 def _quiet_library() -> Iterator[None]:
-    """What goes wrong is said once, by us."""
+    """Silence the log of `datasets`: its errors become messages here."""
     from datasets import logging
 
     level = logging.get_verbosity()

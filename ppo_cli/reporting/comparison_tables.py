@@ -1,4 +1,4 @@
-"""A comparison -> tables, Markdown, CSV."""
+"""A comparison as tables, Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ Line = tuple[str, ...]
 
 
 def comparison_tables(comparison: Comparison, rows: int) -> list[RenderableType]:
-    """Examples, then what the models come to: the verdict is what a terminal shows last.
+    """Examples first, means and differences last, where a terminal shows them.
 
     Args:
-        comparison: what was found.
-        rows: how many of the first prompts are shown.
+        comparison: the result to show.
+        rows: number of the first prompts that are shown.
     """
     tables: list[RenderableType] = []
     total = len(comparison.rows)
@@ -67,7 +67,7 @@ def comparison_tables(comparison: Comparison, rows: int) -> list[RenderableType]
 
 
 def measures(label: str, models: Sequence[ModelVerdict]) -> list[Line]:
-    """A line a measure: its name, then each model's value."""
+    """One line per measure: its name, then each model's value."""
     lines: list[Line] = []
     for field, measure in MEASURES.items():
         values = [getattr(model, FIELDS.get(field, field)) for model in models]
@@ -80,7 +80,7 @@ def measures(label: str, models: Sequence[ModelVerdict]) -> list[Line]:
 
 
 def paired_line(item: PairedDifference) -> Line:
-    """Who, mean difference, its interval, wins, their interval."""
+    """Pair of models, mean difference, its interval, win rate, its interval."""
     return (
         f"{item.first} - {item.second}",
         f"{item.difference.mean:+.3f}",
@@ -91,12 +91,12 @@ def paired_line(item: PairedDifference) -> Line:
 
 
 def best_of_title(curve: BestOfN) -> str:
-    """What the curve was made from."""
+    """Title of the best-of-n table."""
     return f"best of n responses from the reference, to {curve.prompts} prompts"
 
 
 def best_of_lines(curve: BestOfN) -> list[Line]:
-    """A line an n."""
+    """One line per n."""
     return [
         (
             f"{point.n:,}",
@@ -109,7 +109,7 @@ def best_of_lines(curve: BestOfN) -> list[Line]:
 
 
 def share_line(item: Share) -> Line:
-    """A model's KL and score, best-of-n's there, and the share."""
+    """A model's KL and score, the score of best-of-n at that KL, and the share."""
     share = _number(item.share, ".2f")
     if item.share_at_most is not None:
         share = f"under {item.share_at_most:.2f}"
@@ -124,7 +124,7 @@ def share_line(item: Share) -> Line:
 
 
 def share_notes(comparison: Comparison) -> list[str]:
-    """A sentence for each model that best-of-n does not reach."""
+    """A sentence for each model whose KL is beyond that of best-of-n."""
     notes = []
     assert comparison.best_of_n is not None
     last = comparison.best_of_n.points[-1]
@@ -141,7 +141,7 @@ def share_notes(comparison: Comparison) -> list[str]:
 
 
 def changed_parts(comparison: Comparison) -> list[tuple[str, list[Change]]]:
-    """Titles and prompts of what changed most; parts without any are left out."""
+    """Titles and changes of the prompts that gained or lost most; empty parts are left out."""
     changes = comparison.changes
     names = f"score of {changes.first} minus {changes.second}'s"
     parts = [
@@ -158,7 +158,7 @@ def changed_line(comparison: Comparison, change: Change) -> tuple[float, str, An
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """All prompts side by side, then what the tables show, as Markdown tables."""
+    """All prompts side by side, then the contents of the tables, as Markdown."""
     names = [model.model for model in comparison.models]
     rows = [
         (row.query, *(f"{a.response.strip()} ({a.score:.2f})" for a in row.responses))
@@ -193,10 +193,10 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 
 def comparison_csv(comparison: Comparison) -> str:
-    """A line a prompt and model: query, model, response, score, probability, KL, tokens.
+    """One line per prompt and model: query, model, response, score, probability, KL, tokens.
 
-    A text that a spreadsheet would take for a formula has an apostrophe in front; KL is empty where
-    it is not known.
+    A text that a spreadsheet would evaluate as a formula begins with an apostrophe. An unknown KL
+    is empty.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""What a resumed run shares with the run before the pause: settings, inputs, code and machine."""
+"""Checks of a resumed run: settings, inputs, code and machine are those it was started with."""
 
 from __future__ import annotations
 

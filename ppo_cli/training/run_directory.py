@@ -1,4 +1,4 @@
-"""The folder that a training run writes: its layout, its configuration, who may write there."""
+"""The folder of a run: its layout, its configuration, and whether it may be written."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of what `--resume` needs."""
+        """The folder of the checkpoints."""
         return self.path / CHECKPOINTS
 
     @property
@@ -76,7 +76,7 @@ class RunDirectory:
 
     @classmethod
     def existing(cls, path: str | Path) -> RunDirectory:
-        """The run directory at `path`.
+        """Open the run directory at `path`.
 
         Raises:
             UsageError: there is none.
@@ -103,7 +103,7 @@ class RunDirectory:
         raise UsageError(f"{path}: no such run directory.{near}")
 
     def check_resumable(self) -> None:
-        """Raise `UsageError` unless a run can go on here, writing nowhere else; changes nothing."""
+        """Raise `UsageError` unless a run can be resumed here; change nothing."""
         self._check_entries()
         if not any(self.checkpoints.glob("step-*")):
             raise UsageError(
@@ -111,11 +111,11 @@ class RunDirectory:
             )
 
     def check_writable(self, overwrite: bool, inputs: Mapping[str, str]) -> None:
-        """Raise `UsageError` unless a new run may be written here; changes nothing.
+        """Raise `UsageError` unless a new run may be written here; change nothing.
 
         Args:
             overwrite: whether an older run may be replaced.
-            inputs: what the new run reads, which must not lie here: option or key -> name.
+            inputs: names of what the new run reads, by option or key; they must not lie here.
         """
         longest = max((len(os.fsencode(part)) for part in self.path.parts), default=0)
         if longest > MAX_NAME_BYTES:
@@ -141,7 +141,7 @@ class RunDirectory:
             )
 
     def _check_replaceable(self, overwrite: bool) -> None:
-        """Raise `UsageError` unless all that is here is a run that may be replaced."""
+        """Raise `UsageError` unless the folder holds a replaceable run and nothing else."""
         if not self.is_run():
             raise UsageError(
                 f"{self.path} exists, is no run directory and is not overwritten: choose another "
@@ -160,7 +160,7 @@ class RunDirectory:
             )
 
     def _check_inputs(self, inputs: Mapping[str, str]) -> None:
-        """Raise `UsageError` where something that a run reads lies here, or around here."""
+        """Raise `UsageError` where an input is this folder, lies in it or contains it."""
         for key, name in inputs.items():
             for place in _places(name):
                 where = "is" if is_same_place(place, self.path) else None
@@ -175,7 +175,7 @@ class RunDirectory:
                     )
 
     def _check_entries(self) -> None:
-        """Raise `UsageError` where a file to be written is a link, or is not the run's."""
+        """Raise `UsageError` where a file to be written is a link or is not the run's."""
         refuse_special(self.path)
         for folder in (self.path, self.checkpoints, *self.checkpoints.glob("step-*")):
             refuse_special(folder)
@@ -203,7 +203,7 @@ class RunDirectory:
         self.lock.release()
 
     def _is_blank(self) -> bool:
-        """Whether nothing is in the folder but what a process killed at its beginning leaves."""
+        """Whether the folder is empty, but for files of a process that was killed at once."""
         marker = {MARKER} if self.is_run() else set()
         if not os.path.lexists(self.checkpoints):
             return _holds_only(self.path, UNFINISHED_BEGINNING | marker)
@@ -221,14 +221,14 @@ class RunDirectory:
         write_text(self.path / CONFIG_FILE, dump_yaml(record))
 
     def recorded(self) -> dict[str, Any]:
-        """What `run.yaml` holds beside the configuration."""
+        """Read `run.yaml` without the configuration: versions, commit, machine, inputs."""
         record = read_yaml(self.path / CONFIG_FILE)
         if not isinstance(record, dict):
             return {}
         return {key: value for key, value in record.items() if key != "config"}
 
     def config(self) -> RunConfig:
-        """The configuration that the run was made with."""
+        """Read the configuration in `run.yaml`."""
         path = self.path / CONFIG_FILE
         record = read_yaml(path)
         settings = record.get("config") if isinstance(record, dict) else None
@@ -240,7 +240,7 @@ class RunDirectory:
 
 
 def _places(name: str) -> list[Path]:
-    """The files and folders that a name stands for: itself, by a pattern, by links in a folder."""
+    """Files and folders that a name stands for: itself, matches of a pattern, links in it."""
     name = os.path.expanduser(name)
     found = [Path(name)] if os.path.exists(name) else [*map(Path, glob.glob(name, recursive=True))]
     return found + [

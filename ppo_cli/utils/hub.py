@@ -1,4 +1,4 @@
-"""Loading by folder or hub id: what it raises, turned into one message that names the thing."""
+"""Loading by folder or hub id: asking the hub, and turning errors into one message."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ppo_cli.errors import (
 )
 from ppo_cli.utils.model_folder import adapter_base, check_folder, is_path
 
-WAITS = (1, 2, 4)  # seconds between questions to a hub that does not answer
-TIMEOUT = 10  # seconds for each answer
-LONGEST_WAIT = 30  # seconds that the hub may have its client sleep
+WAITS = (1, 2, 4)  # seconds between requests to a hub that does not answer
+TIMEOUT = 10  # seconds per request
+MAX_WAIT = 30  # seconds; the hub may ask its client to wait for longer
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def loading_errors(name: str, kind: str = "model") -> Iterator[None]:
 
     Args:
         name: folder or hub id.
-        kind: what it should be, for the message: "model", "classifier", "dataset".
+        kind: for the message: "model", "classifier" or "dataset".
 
     Raises:
         ModelNotFoundError: no such folder, a folder that holds no model, no such hub repository.
@@ -64,14 +64,14 @@ def loading_errors(name: str, kind: str = "model") -> Iterator[None]:
 
 @contextmanager
 def trial_errors(name: str, kind: str = "model") -> Iterator[None]:
-    """Around the first use of what was loaded: files that can be read may yet make no sense.
+    """Around the first use of a model: files that can be read may hold wrong values.
 
     Args:
         name: folder or hub id.
-        kind: what it should be, for the message: "model", "classifier".
+        kind: for the message: "model" or "classifier".
 
     Raises:
-        ModelError: it does not work.
+        ModelError: the model does not work.
     """
     try:
         yield
@@ -88,10 +88,10 @@ def trial_errors(name: str, kind: str = "model") -> Iterator[None]:
 
 @contextmanager
 def adapter_errors(model: Any) -> Iterator[None]:
-    """Around peft's adding an adapter to `model`.
+    """Around adding an adapter to `model` with peft.
 
     Raises:
-        UsageError: it refuses, mostly for modules that the model does not have.
+        UsageError: peft refuses, mostly because the model lacks a module.
     """
     try:
         yield
@@ -109,9 +109,9 @@ def adapter_errors(model: Any) -> Iterator[None]:
 
 @lru_cache(maxsize=64)
 def _ask_hub(name: str, kind: str) -> bool:
-    """Ask whether `name` is there, a few times until the hub answers; whether it did.
+    """Ask the hub for `name`, a few times; return whether it answers.
 
-    False says that it does not, and that `name` is in the cache.
+    False means that it does not answer and that `name` is in the cache.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import repo_folder_name
@@ -126,7 +126,7 @@ def _ask_hub(name: str, kind: str) -> bool:
             if status == HTTPStatus.NOT_FOUND:
                 raise
             if not (_is_of_network(error) if status is None else _is_passing(status)):
-                return True  # loading it says best what is wrong
+                return True  # loading gives the better message
             folder = repo_folder_name(repo_id=name, repo_type=kind)
             if Path(constants.HF_HUB_CACHE, folder, "snapshots").is_dir():
                 return False
@@ -140,7 +140,7 @@ def _ask_hub(name: str, kind: str) -> bool:
 
 @contextmanager
 def _cache_alone(name: str) -> Iterator[None]:
-    """Keep the hub's client from asking: it would do so again and again, for minutes in all."""
+    """Keep the hub's client from asking again and again, for minutes in all."""
     from huggingface_hub import constants
 
     warnings.warn(f"the hub does not answer: {name} is taken from the cache", stacklevel=2)
@@ -152,17 +152,17 @@ def _cache_alone(name: str) -> Iterator[None]:
 
 
 class _Unavailable(Exception):
-    """The hub's answers are of no use, and more of the same is to be expected."""
+    """The hub does not give a useful answer and will not soon."""
 
 
 _unanswered: list[str] = []
-"""The address last asked for, as often as it was asked without success."""
+"""The newest address, once for each request without success."""
 _given_up: list[_Unavailable] = []
-"""What was raised; transformers takes some errors for a file that is not there, and goes on."""
+"""The raised errors: transformers treats some as a missing file and goes on."""
 
 
 def _bound_retries() -> None:
-    """Have the hub's client raise `_Unavailable` where it would go on asking, or sleep for long."""
+    """Make the hub's client raise `_Unavailable` instead of retrying or waiting for long."""
     from huggingface_hub import get_session
 
     client = get_session()
@@ -178,9 +178,9 @@ def _check_answer(response: Any) -> None:
     if not _is_passing(status):
         return
     _unanswered.append(address)
-    told = f"{response.headers.get('ratelimit', '')};t={response.headers.get('retry-after', '')}"
-    seconds = max((int(number) for number in re.findall(r"\bt=(\d{1,9})", told)), default=0)
-    if seconds > LONGEST_WAIT:
+    limits = f"{response.headers.get('ratelimit', '')};t={response.headers.get('retry-after', '')}"
+    seconds = max((int(number) for number in re.findall(r"\bt=(\d{1,9})", limits)), default=0)
+    if seconds > MAX_WAIT:
         problem = f"the hub asks to wait {seconds} s: try again then; with HF_TOKEN it allows more"
     elif len(_unanswered) > len(WAITS):
         problem = _answer(status)
@@ -191,7 +191,7 @@ def _check_answer(response: Any) -> None:
 
 
 def _is_passing(status: int) -> bool:
-    """Whether an answer of the hub may be another one in a moment."""
+    """Whether another request may soon get another answer."""
     return status in (408, 429) or status >= 500
 
 
@@ -200,7 +200,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _is_of_network(error: BaseException) -> bool:
-    # The hub's client library has changed its name between releases: httpx, httpx2.
+    # The HTTP library of the hub's client is httpx or httpx2, by its release.
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(
         "httpx"
     )
@@ -209,7 +209,7 @@ def _is_of_network(error: BaseException) -> bool:
 def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
     from huggingface_hub import errors as hub
 
-    # transformers and datasets wrap the hub's own errors; the first cause says what happened.
+    # transformers and datasets wrap the hub's errors; the causes say what happened.
     causes = list(causes_of(error))
 
     def caused_by(*types: type[BaseException]) -> BaseException | None:
@@ -295,7 +295,7 @@ def _lacks_package(name: str, error: BaseException) -> str:
 
 
 def _answer(status: int) -> str:
-    """What a hub's answer means, and what to do."""
+    """Message for an HTTP status of the hub, with what to do."""
     phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else "unknown"
     remedy = "try again later" if _is_passing(status) else "check HF_TOKEN"
     if status == HTTPStatus.TOO_MANY_REQUESTS:
@@ -304,12 +304,12 @@ def _answer(status: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, at most 300 characters.
+    """The first line of an exception's message, at most 300 characters.
 
-    With the next one where it ends in a colon.
+    A line that ends in a colon is joined with the next one.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return told[:300]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return line[:300]

@@ -1,4 +1,4 @@
-"""Checks of a model that was loaded: its weights, its tokenizer, and code that it names."""
+"""Checks of a loaded model: weights, tokenizer, and code that its configuration names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 
 def refuse_missing(name: str, missing: Collection[str]) -> None:
-    """Raise `ModelError` where weights are `missing`: they would be random numbers."""
+    """Raise `ModelError` where weights are missing: they would be random numbers."""
     if missing:
         names = ", ".join(sorted(missing)[:5]) + (" ..." if len(missing) > 5 else "")
         raise ModelError(
@@ -24,11 +24,11 @@ def refuse_missing(name: str, missing: Collection[str]) -> None:
 
 
 def refuse_misshaped(name: str, mismatched: Collection[tuple[str, Any, Any]]) -> None:
-    """Raise `ModelError` where weights have other shapes than the configuration gives them.
+    """Raise `ModelError` where weights have other shapes than the configuration says.
 
     Args:
         name: of the model.
-        mismatched: tensor, its shape in the file, and in the model; each.
+        mismatched: name, shape in the file and shape in the model, of each such tensor.
     """
     if mismatched:
         shown = [f"{key} is {tuple(file)}, not {tuple(model)}" for key, file, model in mismatched]
@@ -40,13 +40,13 @@ def refuse_misshaped(name: str, mismatched: Collection[tuple[str, Any, Any]]) ->
 
 
 def refuse_empty(name: str, tokenizer: Any) -> None:
-    """Raise `ModelError` for a tokenizer without words, which is made where none is found."""
+    """Raise `ModelError` for a tokenizer without words: transformers makes one if none is found."""
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ModelError(f"{name} holds no tokenizer: save one beside the model (tokenizer.json)")
 
 
 def refuse_unusable(name: str, tokenizer: Any) -> None:
-    """Raise `ModelError` for a tokenizer whose files hold values that it cannot work with."""
+    """Raise `ModelError` for a tokenizer whose files hold invalid values."""
     length = tokenizer.model_max_length
     if isinstance(length, bool) or not isinstance(length, (int, float)) or length != length:
         raise ModelError(
@@ -63,17 +63,17 @@ def refuse_unusable(name: str, tokenizer: Any) -> None:
 
 
 def refuse_nan(name: str, model: Any) -> None:
-    """Raise `ModelError` for weights that are no numbers: whatever is computed with them is none.
+    """Raise `ModelError` where a weight is NaN.
 
     Args:
         name: of the model.
-        model: a `torch.nn.Module`; weights of other classes than torch's own are not looked at.
+        model: a `torch.nn.Module`; weights of classes other than torch's own are not checked.
     """
     for key, weight in model.named_parameters():
         plain = type(weight.data).__name__ == "Tensor" and not weight.is_meta
         if not plain or not weight.is_floating_point() or weight.data.sum().isfinite():
             continue
-        if weight.data.isnan().any():  # asked second, as it takes longer than a sum
+        if weight.data.isnan().any():  # second, because it takes longer than a sum
             raise ModelError(
                 f"{name}: its weights are damaged: {key.removeprefix('pretrained_model.')} holds "
                 "NaN. Give another copy of the model"
@@ -81,11 +81,11 @@ def refuse_nan(name: str, model: Any) -> None:
 
 
 def implementations(name: str, config: Any, is_trusted: bool) -> dict[str, Any]:
-    """Keywords for `from_pretrained` that decide about code a configuration names elsewhere.
+    """Keyword arguments of `from_pretrained` for code that a configuration names elsewhere.
 
     A configuration may name a kernel on the hub, `owner/name`, which transformers would fetch and
-    run, or a package's that is not here. Without consent transformers' own code takes its place;
-    a warning says so.
+    run, or one of a package that is not installed. Unless the model is trusted, transformers' own
+    code takes its place, with a warning.
 
     Args:
         name: the model's.
@@ -112,7 +112,7 @@ def implementations(name: str, config: Any, is_trusted: bool) -> dict[str, Any]:
 
 
 def _all_values(config: Any, key: str) -> Iterator[str]:
-    """What a configuration and the configurations inside it have under `key`, if it is text."""
+    """Texts under `key` in a configuration and in the configurations inside it."""
     if isinstance(value := getattr(config, key, None), str):
         yield value
     for inner in getattr(config, "sub_configs", {}):
@@ -121,7 +121,7 @@ def _all_values(config: Any, key: str) -> Iterator[str]:
 
 
 def _is_elsewhere(implementation: str) -> bool:
-    """Whether an implementation is neither transformers' own nor an installed package's."""
+    """Whether an implementation is neither transformers' own nor that of an installed package."""
     from transformers import utils
 
     flash = re.search(r"flash_attention_(\d)$", implementation)

@@ -1,4 +1,4 @@
-"""The folder of a model: whether it holds one, and what its files name."""
+"""Checks of a model's folder, before it is loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_path(name: str) -> bool:
 
 
 def check_folder(name: str) -> None:
-    """Check a model's folder before it is loaded; names that are no paths are not looked at.
+    """Check a model's folder; a name that is not a path is not checked.
 
     Raises:
         ModelNotFoundError: there is no such folder, or it holds no model.
@@ -74,11 +74,11 @@ def base_model(adapter_config: Path) -> tuple[str | None, str | None]:
 
 
 def _check_files(folder: Path) -> None:
-    """Check what is read of a model's folder.
+    """Check the files of a model.
 
     Raises:
-        UsageError: a device, pipe or socket is among it.
-        ModelError: a file names others outside of the folder, or it cannot be read.
+        UsageError: a device, pipe or socket is among them.
+        ModelError: the folder cannot be read, or a file names others outside of it.
     """
     try:
         files = [*folder.iterdir()]
@@ -103,7 +103,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none: loading says best what is wrong."""
+    """The JSON object in a file; empty where there is none: loading gives the better message."""
     try:
         content = json.loads(file.read_bytes()) if os.path.isfile(file) else None
     except (OSError, ValueError, RecursionError):

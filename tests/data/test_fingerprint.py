@@ -52,7 +52,7 @@ def test_the_files_that_are_loaded_are_recorded_and_no_others(tmp_path: Path) ->
 def test_of_large_files_size_and_pieces_are_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fingerprint, "WHOLE", 1000)
+    monkeypatch.setattr(fingerprint, "MAX_HASHED_WHOLE", 1000)
     monkeypatch.setattr(fingerprint, "PIECE", 8)
     path = tmp_path / "model.safetensors"
     content = bytes(i * i % 251 for i in range(1501))

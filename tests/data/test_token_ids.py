@@ -296,8 +296,8 @@ def test_held_out_prompts_alone_are_those_of_all_prompts(tmp_path: Path) -> None
 def test_many_texts_are_tokenized_in_batches_and_it_is_told_how_far_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ppo_cli.data.prompts.AT_ONCE", 7)
-    monkeypatch.setattr("ppo_cli.data.prompts.TOLD_FROM", 40)
+    monkeypatch.setattr("ppo_cli.data.prompts.TOKENIZER_BATCH", 7)
+    monkeypatch.setattr("ppo_cli.data.prompts.PROGRESS_FROM", 40)
     settings, tokenizer, told = PromptsConfig(limit=40, held_out=5), bytelevel(), list[str]()
     prompts = load_prompts(settings, tokenizer, 0, told.append)
     assert told == [f"{n} of 40 texts tokenized" for n in (14, 21, 35, 40)]
