@@ -183,7 +183,7 @@ def test_an_evaluation_is_put_into_its_line_and_taken_out_again(tmp_path: Path) 
     directory, path = RunDirectory(tmp_path), tmp_path / "metrics.jsonl"
     directory.records.put_evaluation(2, {"eval/score": 1.0})  # there is no file yet
     plain: list[dict[str, Any]] = [{"step": n, "a": 0.1 * n, "time/step": 1.0} for n in (1, 2)]
-    directory.append("metrics.jsonl", plain)
+    directory.records.append("metrics.jsonl", plain)
     with path.open("a") as file:
         file.write('{"step": 3, "a"')  # a killed run's last line
     before = path.read_bytes()
