@@ -1,4 +1,4 @@
-"""A resumed run is the same run, or is refused, or says what differs: in real processes."""
+"""A resumed run equals one that never paused, or is refused, or warns: in real processes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def succeeded(done: Done) -> Done:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Inputs, a run of two steps from them, and `whole`, one of four."""
+    """Inputs, a run of two steps, and `whole`, a run of four steps."""
     home = tmp_path_factory.mktemp("made")
     make_inputs(home)
     succeeded(ppo_cli(*TRAIN, *NAMED, cwd=home))
@@ -60,7 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(made: Path, tmp_path: Path) -> Path:
-    """A copy of all that, where the absolute paths are those of the copy, too."""
+    """A copy of `made`, with its absolute paths."""
     home = tmp_path / "home"
     shutil.copytree(made, home)
     for name in ("run", "whole"):
@@ -70,7 +70,7 @@ def home(made: Path, tmp_path: Path) -> Path:
 
 
 def same_as_whole(run: Path) -> bool:
-    """Whether a run equals the one that never paused, but for its name."""
+    """Whether a run equals the one that never paused, except in its name."""
     expected, found = contents(run.parents[0] / "whole"), contents(run)
     for text in (expected, found):
         del text["README.md"], text["run.yaml"]
@@ -153,7 +153,7 @@ def test_a_changed_input_is_refused_by_name_and_taken_where_that_is_asked_for(
     key, wanted = CHANGES[file]
     before = contents(home / "run")
     content = (home / file).read_bytes()
-    # A space more in JSON and text; of the weights, one bit of the last number.
+    # A space is added to JSON and text; in the weights one bit of the last number changes.
     new = (
         content + b" " if not file.endswith("safetensors") else content[:-4] + b"\1" + content[-3:]
     )
@@ -249,7 +249,7 @@ def test_whether_a_learning_rate_depends_on_the_number_of_steps(kind: Any, end: 
 
 
 def damaged(content: bytes) -> dict[str, bytes | None]:
-    """A record of three steps in states that it may be found in."""
+    """A record of three steps in several states of damage."""
     first, *_ = lines = content.splitlines(keepends=True)
     return {
         "gone": None,

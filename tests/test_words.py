@@ -1,4 +1,4 @@
-"""What a message says: the thing, where it was set, and what would help this very command."""
+"""Messages name the thing, the place where it was set, and a remedy for this command."""
 
 from __future__ import annotations
 

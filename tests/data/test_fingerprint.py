@@ -1,4 +1,4 @@
-"""What a run is made from, known again: digests, places, commits."""
+"""Records of inputs: digests of files, places, commits of the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts of files of every kind, folders, archives, patterns and addresses; what is left on disk."""
+"""Texts from files of every kind, folders, archives, patterns, addresses; no files left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Score against KL: metrics and curves made by hand, drawn, tabled, and measured by a run."""
+"""Score against KL: synthetic metrics and curves in pictures and tables, and a real run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WAY = {10: (1.0, 0.5), 20: (2.0, 2.5), 30: (1.5, 3.5), 40: (9.0, 50.0)}  # step:
 def make_run(
     folder: Path, way: Mapping[int, tuple[float, float]] = WAY, reference: float = -0.1
 ) -> RunDirectory:
-    """A run directory with a line every five steps and these evaluations."""
+    """Make a run directory with a line every five steps and these evaluations."""
     run = RunDirectory(folder)
     run.path.mkdir(parents=True)
     run.record(load_config(SMALL_RUN, assignments=["run.kl_limit=20"]))
@@ -55,7 +55,7 @@ def trail_of(run: RunDirectory) -> Trail:
 
 
 def make_curve(*counts: int, score: float = 0.0) -> BestOfN:
-    """Scores of the logarithm of n, from `score` on."""
+    """Best-of-n whose score is `score` plus the logarithm of n."""
     scores = [score + math.log(n) for n in counts]
     points = [
         BestOfPoint(n, kl_bound(n), s, Interval(s, s - 0.1, s + 0.1))

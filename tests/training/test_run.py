@@ -1,4 +1,4 @@
-"""`Training` in this process: what a run is made of before anything is written."""
+"""A run that is built but not started: its batches; and the pace in its summary."""
 
 from __future__ import annotations
 

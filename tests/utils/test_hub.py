@@ -1,4 +1,4 @@
-"""A hub that refuses, fails or breaks off: one message in bounded time, or a retry that succeeds.
+"""A hub that refuses, fails or breaks off: one message in limited time, or a successful retry.
 
 The hub is a server of this process's own, asked by the real client.
 """
@@ -38,7 +38,7 @@ COMMIT = "0" * 40
 
 @dataclass
 class Fault:
-    """What is answered where the path holds `part`, `times` times."""
+    """An answer to the first `times` requests whose path contains `part`."""
 
     part: str
     status: int = 0
@@ -48,7 +48,7 @@ class Fault:
 
 
 class Hub(socketserver.ThreadingTCPServer):
-    """Serves one model; `faults` first."""
+    """Serves one model, after its `faults`."""
 
     daemon_threads = True
     block_on_close = False
@@ -120,14 +120,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What the process would have slept."""
+    """Seconds that the process would have slept."""
     seconds: list[float] = []
     monkeypatch.setattr(time, "sleep", seconds.append)
     return seconds
 
 
 def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT does when the client is imported."""
+    """Set the endpoint as HF_ENDPOINT does when the client is imported."""
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # keeps the first one it used
