@@ -36,7 +36,7 @@ _HOMES = {
     "SentimentReward": "ppo_cli.rewards.sentiment",
     "create_reference_model": "ppo_cli.models.reference",
     "print_ppo_stats": "ppo_cli.ppo.statistics",
-    "set_seed": "ppo_cli.utils.device",
+    "set_seed": "ppo_cli.utils.random_state",
 }
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""The errors that a user can cause, each with the exit code that the command line gives it.
+"""Errors that a user can cause, each with its exit code on the command line.
 
-Everything else that is raised is a defect of this program and keeps its traceback.
+Any other exception is a defect of this program and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,23 +10,21 @@ import errno
 import re
 from collections.abc import Iterable, Iterator
 
-SECRET = (
-    re.compile(  # by their shape: what services begin their keys with, and passwords in addresses
-        r"(?P<before>://)[^/@\s]*:[^/@\s]+(?=@)"
-        r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-        r"|\b(?:hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z]{20,}|gh[oprsu]_[A-Za-z0-9]{20,}"
-        r"|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-(?:[a-z]+[0-9]*-)*[A-Za-z0-9_]{20,}"
-        r"|[rs]k_(?:live|test)_[A-Za-z0-9]{10,}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}"
-        r"|xox[a-z]-[A-Za-z0-9-]{10,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,}|wandb_v\d_\w{20,}"
-        r"|eyJ[\w-]{8,}\.eyJ[\w-]{4,}\.[\w-]*|[Bb]earer\s+[\w.~+/-]{16,}=*)"
-    )
+SECRET = re.compile(  # prefixes of the keys of services, and passwords in addresses
+    r"(?P<before>://)[^/@\s]*:[^/@\s]+(?=@)"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|\b(?:hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z]{20,}|gh[oprsu]_[A-Za-z0-9]{20,}"
+    r"|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-(?:[a-z]+[0-9]*-)*[A-Za-z0-9_]{20,}"
+    r"|[rs]k_(?:live|test)_[A-Za-z0-9]{10,}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}"
+    r"|xox[a-z]-[A-Za-z0-9-]{10,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,}|wandb_v\d_\w{20,}"
+    r"|eyJ[\w-]{8,}\.eyJ[\w-]{4,}\.[\w-]*|[Bb]earer\s+[\w.~+/-]{16,}=*)"
 )
 
 
 class PPOCliError(Exception):
-    """The request is understood but could not be carried out (exit code 1).
+    """The request could not be carried out (exit code 1).
 
-    Its message repeats no secret that it was made with.
+    Secrets in its message are replaced by `***`.
     """
 
     exit_code = 1
@@ -36,35 +34,35 @@ class PPOCliError(Exception):
 
 
 class UsageError(PPOCliError, ValueError):
-    """The request itself is wrong: an option, a configuration, a path, data (exit code 2)."""
+    """The request is wrong: an option, a configuration, a path, data (exit code 2)."""
 
     exit_code = 2
 
 
 class ConfigError(UsageError):
-    """A configuration that does not parse or does not validate."""
+    """A configuration cannot be parsed or is not valid."""
 
 
 class DataError(UsageError):
-    """A prompt source that is absent, unreadable or empty."""
+    """A source of prompts is absent, unreadable or empty."""
 
 
 class ModelNotFoundError(UsageError):
-    """A model name or folder that names no model."""
+    """A name or folder is not that of a model."""
 
 
 class ModelError(PPOCliError):
-    """A model that is there but cannot be loaded or used, or a hub that does not answer."""
+    """A model cannot be loaded or used, or the hub does not answer."""
 
 
 class MissingPackageError(PPOCliError, ImportError):
-    """A setting that needs a package which is not installed."""
+    """A setting needs a package that is not installed."""
 
 
 class Interrupted(BaseException):
-    """A signal that asks to stop at once; `number` is the signal's.
+    """A signal asks to stop at once; `number` is its number.
 
-    No `Exception`, and no `KeyboardInterrupt`, which libraries catch as they like.
+    It is neither an `Exception` nor a `KeyboardInterrupt`, because libraries catch those.
     """
 
     def __init__(self, number: int) -> None:
@@ -73,30 +71,36 @@ class Interrupted(BaseException):
 
 
 class DivergenceError(PPOCliError):
-    """A training step that went wrong, so that going on from it makes no sense."""
+    """A training step failed, so that training cannot go on from it."""
 
 
 class NumericalError(DivergenceError):
-    """Numbers that stopped being finite during training."""
+    """Numbers are no longer finite during training."""
 
 
 class UnsuitableModel(TypeError):
-    """A fast way does not suit a model, or it does not take such inputs: another way is taken."""
+    """A fast path does not support a model or its inputs; the caller takes another path."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a processor of whatever kind: `error` or a cause of it says so."""
-    told = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "bad allocation")
+    """Whether `error`, or a cause of it, says that memory ran out, on any kind of device."""
+    phrases = (
+        "out of memory",
+        "allocate memory",
+        "not enough memory",
+        "bad_alloc",
+        "bad allocation",
+    )
     return any(
         isinstance(cause, MemoryError)
         or getattr(cause, "errno", None) == errno.ENOMEM
-        or any(words in str(cause).lower() for words in told)
+        or any(words in str(cause).lower() for words in phrases)
         for cause in causes_of(error)
     )
 
 
 def causes_of(error: BaseException | None) -> Iterator[BaseException]:
-    """`error`, what it was raised from or while handling, and so on."""
+    """`error`, then the chain of its causes and contexts."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -112,5 +116,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with `***` in place of what has the shape of a password, token or key."""
+    """Replace passwords, tokens and keys, recognised by their form, by `***`."""
     return SECRET.sub(lambda found: f"{found['before'] or ''}***", text)

@@ -20,7 +20,7 @@ IMPORTED = [
     "ppo_cli.cli.app",
     "ppo_cli.cli.display",
     "ppo_cli.data.embedded.grammar",
-    "ppo_cli.training.run",
+    "ppo_cli.training.build",
     "transformers.models.distilbert.modeling_distilbert",
     "transformers.models.gpt2.modeling_gpt2",
 ]

@@ -1,4 +1,4 @@
-"""Bad input over the real command: the code, one message that names thing and remedy, no trace.
+"""Bad input to the real command: exit code, one message with thing and remedy, nothing written.
 
 The table is in `bad_inputs.py`.
 """
@@ -42,7 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
-    """What there is, and when each was last written."""
+    """All files and folders with their modes, sizes and times."""
     found = {}
     for path in folder.rglob("*"):
         about = path.lstat()

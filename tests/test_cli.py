@@ -1,4 +1,4 @@
-"""The command line as its users meet it: real processes, their streams and exit codes.
+"""The command line in real processes: streams and exit codes.
 
 Most are forked from one that has imported everything; some begin with an interpreter.
 """
@@ -34,7 +34,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def anew(*arguments: Any, cwd: Path) -> Done:
-    """Run `ppo-cli ARGUMENTS` in an interpreter of its own, which takes seconds of imports."""
+    """Run `ppo-cli ARGUMENTS` in a new interpreter, which takes seconds to import."""
     done = subprocess.run(
         [sys.executable, "-m", "ppo_cli", *map(str, arguments)],
         cwd=cwd,

@@ -1,4 +1,4 @@
-"""Odd values, everywhere: each key of a configuration, each JSON file of a run and of a model.
+"""Odd values in every key of a configuration and every JSON file of a run and of a model.
 
 What is damaged is refused in a message of its own, or does no harm; an "unexpected" error, which
 asks for a report, is for faults of this program alone.
@@ -38,7 +38,7 @@ SAMPLE = ["-n", "1", "--max-new-tokens", "2", "--prompt", "This movie"]
 
 
 def places(data: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Keys and indices, three deep at most, of what a document holds."""
+    """Keys and indices of a document, at most three levels deep."""
     keys: list[Any] = list(data) if isinstance(data, dict) else []
     if isinstance(data, list) and data:
         keys = [0]
@@ -49,7 +49,7 @@ def places(data: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def damaged(data: Any, place: tuple[Any, ...], value: Any) -> Any:
-    """A copy with another value in one place, or with nothing there."""
+    """Copy a document with another value in one place, or without it."""
     data = json.loads(json.dumps(data))
     inner = data
     for key in place[:-1]:
@@ -62,7 +62,7 @@ def damaged(data: Any, place: tuple[Any, ...], value: Any) -> Any:
 
 
 def variants(data: Any, count: int, seed: int, extra: tuple[str, ...] = ()) -> Iterator[bytes]:
-    """The document with odd values in `count` places, and files that are none of the kind."""
+    """The document with odd values in `count` places, and files that are not JSON."""
     choice = random.Random(seed)
     found = list(places(data))
     for place in choice.sample(found, min(count, len(found))):
@@ -86,11 +86,11 @@ def check(run: Run, arguments: list[str], cwd: Path, about: object) -> str:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps."""
     from ppo_cli.config.loading import load_config
-    from ppo_cli.training.run import Training
+    from ppo_cli.training.build import build_training
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     changes = [f"run.output={folder}", "run.steps=2", "run.eval_every=0", "run.device=cpu"]
-    training = Training(load_config(SMALL_RUN, assignments=changes))
+    training = build_training(load_config(SMALL_RUN, assignments=changes))
     list(training.steps())
     training.finish()
     training.directory.unlock()

@@ -1,4 +1,4 @@
-"""Faults while a run goes on: what is said, with which code, and what is on the disk afterwards."""
+"""Faults during a run: message, exit code, and the files on the disk afterwards."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from stress.kill import RUN, SETTINGS, contents, differences, go_on
 
 from ppo_cli.training.checkpoint import find_damage
 from tests import faults
 from tests.conftest import SMALL_RUN
 from tests.forked import Done, Fault, ppo_cli, start
+from tests.stress.kill import RUN, SETTINGS, contents, differences, go_on
 
 QUICK = [
     "--config", SMALL_RUN, "--set", "run.checkpoint_every=2",
@@ -28,14 +28,14 @@ TRAIN = ["train", "--quiet", "--seed", 5, "--steps", 5, "--output", "run", *QUIC
 
 
 def checkpoints(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints; there are no others, and nothing half-written."""
+    """Steps of the checkpoints; checks that all are undamaged and no file is unfinished."""
     found = sorted(path for path in (folder / "run").glob("checkpoints/*") if path.is_dir())
     assert [path for path in found if find_damage(path)] == []
     return [int(path.name.removeprefix("step-")) for path in found]
 
 
 def only_message(done: Done) -> str:
-    """What the one error says, its further lines joined."""
+    """The one error message, its lines joined."""
     lines = done.err.splitlines()
     assert "Traceback" not in done.err
     assert sum(line.startswith("error: ") for line in lines) == 1, done.err

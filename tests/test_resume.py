@@ -1,4 +1,4 @@
-"""A resumed run is the same run, or is refused, or says what differs: in real processes."""
+"""A resumed run equals one that never paused, or is refused, or warns: in real processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from stress.kill import contents, differences
 
 from ppo_cli.config.loading import change_config, load_config
 from ppo_cli.data.embedded import TRAIN_SEED, classifier_folder, policy_folder
@@ -21,9 +20,11 @@ from ppo_cli.data.embedded.grammar import reviews
 from ppo_cli.errors import UsageError
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.learning_rate import learning_rate_factor
+from ppo_cli.training.resume import resumed_config
 from ppo_cli.training.run_directory import RunDirectory
 from tests.conftest import SMALL_RUN
 from tests.forked import Done, ppo_cli
+from tests.stress.kill import contents, differences
 
 NAMED = [
     "--set", "policy.model=./model", "--set", "reward.model=judge",
@@ -49,7 +50,7 @@ def succeeded(done: Done) -> Done:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Inputs, a run of two steps from them, and `whole`, one of four."""
+    """Inputs, a run of two steps, and `whole`, a run of four steps."""
     home = tmp_path_factory.mktemp("made")
     make_inputs(home)
     succeeded(ppo_cli(*TRAIN, *NAMED, cwd=home))
@@ -59,7 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(made: Path, tmp_path: Path) -> Path:
-    """A copy of all that, where the absolute paths are those of the copy, too."""
+    """A copy of `made`, with its absolute paths."""
     home = tmp_path / "home"
     shutil.copytree(made, home)
     for name in ("run", "whole"):
@@ -69,7 +70,7 @@ def home(made: Path, tmp_path: Path) -> Path:
 
 
 def same_as_whole(run: Path) -> bool:
-    """Whether a run equals the one that never paused, but for its name."""
+    """Whether a run equals the one that never paused, except in its name."""
     expected, found = contents(run.parents[0] / "whole"), contents(run)
     for text in (expected, found):
         del text["README.md"], text["run.yaml"]
@@ -127,15 +128,14 @@ def test_an_input_that_was_moved_can_be_named_anew_but_no_other(home: Path) -> N
 def test_without_a_record_of_an_input_its_name_may_not_change(tmp_path: Path) -> None:
     config = load_config(SMALL_RUN)
     run = RunDirectory(tmp_path)
-    run.facts = {"inputs": {"reward.model": {"name": "embedded", "files": {}}}}
-    run.record(config)
+    run.record(config, {"inputs": {"reward.model": {"name": "embedded", "files": {}}}})
     wanted = change_config(config, assignments=["reward.model=x", "reward.revision=y"])
-    assert run.resumed_config(wanted)[1] == [
+    assert resumed_config(run, wanted)[1] == [
         'reward.model "embedded" -> "x"', 'reward.revision null -> "y"'
     ]  # fmt: skip
     for change in ("policy.model=x", "policy.revision=x", "prompts.source=x"):
         with pytest.raises(UsageError, match=change.partition("=")[0]):
-            run.resumed_config(change_config(config, assignments=[change]))
+            resumed_config(run, change_config(config, assignments=[change]))
 
 
 CHANGES: dict[str, tuple[str, list[str]]] = {
@@ -153,7 +153,7 @@ def test_a_changed_input_is_refused_by_name_and_taken_where_that_is_asked_for(
     key, wanted = CHANGES[file]
     before = contents(home / "run")
     content = (home / file).read_bytes()
-    # A space more in JSON and text; of the weights, one bit of the last number.
+    # A space is added to JSON and text; in the weights one bit of the last number changes.
     new = (
         content + b" " if not file.endswith("safetensors") else content[:-4] + b"\1" + content[-3:]
     )
@@ -249,7 +249,7 @@ def test_whether_a_learning_rate_depends_on_the_number_of_steps(kind: Any, end: 
 
 
 def damaged(content: bytes) -> dict[str, bytes | None]:
-    """A record of three steps in states that it may be found in."""
+    """A record of three steps in several states of damage."""
     first, *_ = lines = content.splitlines(keepends=True)
     return {
         "gone": None,
@@ -275,11 +275,11 @@ def test_a_damaged_record_keeps_the_whole_lines_of_its_steps(state: str, tmp_pat
         record.write_bytes(found)
     run = RunDirectory(tmp_path)
     with pytest.warns(UserWarning, match="records were damaged or lost") as said:
-        run.restore_records({"metrics.jsonl": len(content)}, 3)
+        run.records.restore({"metrics.jsonl": len(content)}, 3)
     assert len(said) == 1
     left = [step for step in (1, 2, 3) if found is not None and line(step) in found]
     assert record.read_bytes() == b"".join(line(step) for step in left)
-    assert [row["step"] for row in run.rows()] == left
+    assert [row["step"] for row in run.records.rows()] == left
     missing = {
         (): "steps 1 to 3", (1, 2): "step 3", (2, 3): "step 1", (1, 2, 3): ""
     }[tuple(left)]  # fmt: skip
@@ -293,7 +293,7 @@ def test_whole_records_are_cut_in_silence_and_no_others_touched(tmp_path: Path) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run = RunDirectory(tmp_path)
-        run.restore_records({"metrics.jsonl": len(row), "samples.jsonl": 0, "notes": 99}, 1)
+        run.records.restore({"metrics.jsonl": len(row), "samples.jsonl": 0, "notes": 99}, 1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == row
     assert (tmp_path / "notes").read_bytes() == row
 

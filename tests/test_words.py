@@ -1,4 +1,4 @@
-"""What a message says: the thing, where it was set, and what would help this very command."""
+"""Messages name the thing, the place where it was set, and a remedy for this command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from ppo_cli.errors import (
     is_out_of_memory,
 )
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.utils.hub import loading_errors, refuse_nan, trial_errors
+from ppo_cli.utils.hub import loading_errors, trial_errors
+from ppo_cli.utils.model_checks import refuse_nan
 from tests.conftest import make_gpt2, make_policy, make_tokenizer, make_trainer
 from tests.test_bad_input import run_here  # noqa: F401
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from stress.zoo import verdict
+
+from tests.stress.zoo import verdict
 
 TRAINED = (
     "llama", "mistral", "qwen3_moe", "gemma3n_text", "bloom", "opt", "mamba", "rwkv", "minimax",

@@ -1,5 +1,5 @@
-"""The command line: parse, call one function, print.
+"""The command line: each command parses its options, calls one function and prints.
 
-Modules of commands do without `from __future__ import annotations`: typer would evaluate every
-annotation's text at each start, a tenth of it.
+The commands' modules do not use `from __future__ import annotations`: typer would then evaluate
+the text of every annotation, which takes a tenth of the start.
 """

@@ -1,4 +1,4 @@
-"""The commands' registration, and the one place where errors become messages and exit codes."""
+"""Registers the commands, and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from ppo_cli.utils.text import escape_controls
 
 
 class _Group(TyperGroup):
-    """Without a command it shows its help; before one it does not look at its own options.
+    """Shows the help where no command is given, and skips its own options where one is.
 
-    Typer would have pydantic check even those that are not given, and importing pydantic takes as
-    long as typer itself: twice the time until a mistyped option is answered.
+    Typer would import pydantic to check options that are not given. That takes as long as typer
+    itself, and doubles the time until a mistyped option is reported.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -48,7 +48,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
-            # No reader of ours, whose leaving `streams` sees to. Typer would exit without a word.
+            # `streams` handles readers of this program's output. Typer would exit silently.
             lost: Any = PPOCliError(
                 "broken pipe: a program that this one writes to, such as a tracker's, has ended"
             )
@@ -74,7 +74,7 @@ REMEDIES = {
     errno.EPERM: PLACE,
     errno.EROFS: PLACE,
 }
-# What may be lowered where a command runs out of memory.
+# What to change where a command runs out of memory.
 SMALLER = {
     "train": "lower ppo.mini_batch_size (raise ppo.gradient_accumulation_steps as much and the "
     "result stays the same), rollout.batch_size or reward.batch_size, set "
@@ -109,8 +109,8 @@ def main() -> NoReturn:
     """Run the command line and exit with its code."""
     streams.settle()
     _quieten()
-    # Importing torch and transformers makes millions of lasting objects; looking through them for
-    # garbage again and again was a fifth of `generate`'s time.
+    # Importing torch and transformers makes millions of lasting objects. Garbage collections that
+    # visit them again and again took a fifth of `generate`'s time.
     gc.set_threshold(50_000, 20, 50)
     sys.exit(_run())
 
@@ -134,7 +134,7 @@ def _run() -> int:
 
 
 def _usage_message(error: Exception, command: Any) -> str | None:
-    """What click says of a mistyped command line, in one line with the nearest name."""
+    """Click's message about a mistyped command line, on one line, with the nearest name."""
     if type(error).__name__ == "Abort":
         return "interrupted"
     if not hasattr(error, "format_message"):
@@ -153,7 +153,7 @@ def _usage_message(error: Exception, command: Any) -> str | None:
 
 
 def _explain(error: Exception) -> str:
-    """A message for what the system has against the request, or no one foresaw."""
+    """Message for an error of the operating system, or for an unexpected one."""
     text = str(error).strip().splitlines()
     first = text[0] if text else type(error).__name__
     if is_out_of_memory(error):
@@ -169,7 +169,7 @@ def _explain(error: Exception) -> str:
 
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> int:
-    """Print the message, and below it the notes that `error` carries, as PEP 678 has them."""
+    """Print the message, and below it the notes of `error` (PEP 678); return the exit code."""
     if os.environ.get("PPO_CLI_DEBUG") == "1":
         traceback.print_exc()
     _say("error: ", [*message.splitlines(), *getattr(error, "__notes__", ())])
@@ -177,19 +177,19 @@ def _fail(message: str, code: int, error: BaseException | None = None) -> int:
 
 
 def _say(label: str, lines: Sequence[str]) -> None:
-    """Lines on standard error, below each other behind a label."""
+    """Print lines on standard error; the label stands before the first."""
     for number, line in enumerate(lines or [""]):
         prefix = " " * len(label) if number else label
         print(prefix + escape_controls(line), file=sys.stderr)
 
 
 def _quieten() -> None:
-    """Our own warnings in one line each; the libraries' chatter not at all."""
+    """Show this program's warnings on one line each, and none of the libraries'."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ["MPLBACKEND"] = "agg"  # no windows: a notebook's need not even be installed
+    os.environ["MPLBACKEND"] = "agg"  # no windows; a notebook's backend may not be installed
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -11,7 +11,7 @@ GAP_NOT_REACHED = 3
 
 
 class Format(str, Enum):
-    """How the comparison is written."""
+    """Format of the comparison."""
 
     table = "table"
     json = "json"
@@ -27,25 +27,27 @@ def compare(
     prompts: Annotated[
         str | None,
         typer.Option(
-            "--prompts", metavar="FILE", help="Prompts. Default: the run's held-out ones."
+            "--prompts", metavar="FILE", help="Prompts. Default: the run's held-out prompts."
         ),
     ] = None,
     column: options.Column = "text",
     samples: Annotated[
-        int, typer.Option("--samples", min=1, max=1_000_000, help="Prompts to compare on.")
+        int, typer.Option("--samples", min=1, max=1_000_000, help="Number of prompts.")
     ] = 32,
     rows: Annotated[
         int,
         typer.Option(
             "--rows",
             min=0,
-            help="Examples: of the first prompts, of those that gained most, that lost most.",
+            help="Examples: of the first prompts, of the largest gains, of the largest losses.",
         ),
     ] = 3,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            "--max-new-tokens", min=1, help="Limit on a response. Default: the run's own."
+            "--max-new-tokens",
+            min=1,
+            help="Length limit of a response, tokens. Default: the run's.",
         ),
     ] = None,
     seed: options.Seed = 0,
@@ -53,7 +55,7 @@ def compare(
         bool,
         typer.Option(
             "--reference/--no-reference",
-            help="Compare with the run's reference too. KL is measured from it either way.",
+            help="Also compare with the run's reference. KL is measured from it either way.",
         ),
     ] = True,
     best_of_n: Annotated[
@@ -61,14 +63,14 @@ def compare(
         typer.Option(
             "--best-of-n",
             metavar="N,N...",
-            help="Put the models beside the best of n responses from the reference: 1,2,4,8,16.",
+            help="Also compare with the best of n responses from the reference: 1,2,4,8,16.",
         ),
     ] = None,
     sentiment: options.Sentiment = None,
     classifier: options.Classifier = None,
     device: options.Device = "auto",
     trust_remote_code: options.Trust = None,
-    format: Annotated[Format, typer.Option("--format", help="How to write.")] = Format.table,
+    format: Annotated[Format, typer.Option("--format", help="Output format.")] = Format.table,
     output: options.Output = None,
     html: Annotated[
         str | None,
@@ -86,7 +88,7 @@ def compare(
         bool, typer.Option("--schema", help="Print the JSON Schema of --format json.")
     ] = False,
 ) -> int:
-    """Judge models: the same prompts through each; scores, KL, variety and fluency side by side."""
+    """Compare models on the same prompts: scores, KL, diversity and fluency side by side."""
     import math
 
     from ppo_cli.cli.console import (

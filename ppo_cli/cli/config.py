@@ -8,7 +8,7 @@ import typer
 def config(
     name: Annotated[
         str | None,
-        typer.Argument(help="A configuration's name or file. Without one: list those that ship."),
+        typer.Argument(help="Name or file of a configuration. Without it: list those that ship."),
     ] = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of a configuration.")

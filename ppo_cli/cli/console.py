@@ -1,4 +1,4 @@
-"""Where the command line writes: results to standard output, all else to standard error."""
+"""Output of the commands: results to standard output, all else to standard error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ppo_cli.utils.files import is_same_place, refuse_special, write_text
 from ppo_cli.utils.inventory import refuse_owned
 from ppo_cli.utils.text import escape_controls, json_text
 
-TABLE_WIDTH = 80  # what tables are laid out for; on a narrower screen that breaks lines, not words
+TABLE_WIDTH = 80  # least width of tables, in columns; a narrower screen wraps their lines
 
 
 def is_plain(stream: TextIO) -> bool:
@@ -28,7 +28,7 @@ def is_plain(stream: TextIO) -> bool:
 
 
 def console(*, stderr: bool) -> Console:
-    """A console on one of the streams; without a terminal 80 columns wide and free of codes."""
+    """A console on one of the streams; without a terminal: 80 columns, no control codes."""
     stream = sys.stderr if stderr else sys.stdout
     plain = is_plain(stream)
     return Console(
@@ -44,7 +44,7 @@ def console(*, stderr: bool) -> Console:
 
 
 def _width(stream: TextIO) -> int | None:
-    """COLUMNS, as far as a terminal has them; None for whatever the terminal has at the time."""
+    """COLUMNS, at most the width of the terminal; None to follow the terminal's width."""
     asked = os.environ.get("COLUMNS")
     if not stream.isatty():
         return int(asked or 80)
@@ -52,30 +52,30 @@ def _width(stream: TextIO) -> int | None:
         return None
     try:
         there = os.get_terminal_size(stream.fileno()).columns
-    except OSError:  # it is gone
+    except OSError:  # the terminal was closed
         there = 0
     return min(int(asked), there or 80)
 
 
 def note(*lines: str) -> None:
-    """Lines for people, on standard error."""
+    """Print lines on standard error."""
     target = console(stderr=True)
     for line in lines:
         target.print(escape_controls(line), soft_wrap=True)
 
 
 def hush() -> None:
-    """No progress bars of transformers for what takes a moment; the hub's downloads keep theirs."""
+    """Hide the progress bars of transformers; those of downloads from the hub stay."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
 def write_result(text: str, output: str | None) -> None:
-    """A result as text: to standard output, or to a file, whole or not at all."""
+    """Write a result to standard output, or to a file, which is written whole or not at all."""
     if output is None:
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
-        sys.stdout.flush()  # so that a full disk is an error here, not at the end of the process
+        sys.stdout.flush()  # a full disk is an error here, not at the end of the process
         return
     check_output(output)
     write_text(Path(output), text if text.endswith("\n") else text + "\n")
@@ -89,8 +89,8 @@ def check_output(
 
     Args:
         output: the file; None for standard output.
-        inputs: what is read, files, folders and other names: no file of them is replaced.
-        allowed: files of runs that may be replaced all the same.
+        inputs: names of what is read; no file among them may be replaced.
+        allowed: files of runs that may be replaced nevertheless.
     """
     if output is None:
         return
@@ -106,7 +106,7 @@ def check_output(
 
 
 def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | None]) -> None:
-    """`check_output` of several, option -> file, which must not be one and the same either."""
+    """`check_output` of several files, by option; no two options may name one file."""
     given = {option: output for option, output in outputs.items() if output is not None}
     for option, output in given.items():
         check_output(output, [*inputs])
@@ -116,21 +116,21 @@ def check_outputs(outputs: Mapping[str, str | None], inputs: Iterable[str | None
 
 
 def write_json(*values: Any, output: str | None = None, indent: int | None = None) -> None:
-    """JSON as a result, a document a value; where standard output lacks a character, its escape."""
+    """Write each value as a JSON document; ASCII only where standard output is."""
     ascii_only = output is None and console(stderr=False).options.ascii_only
     texts = [json_text(value, indent=indent, ensure_ascii=ascii_only) for value in values]
     write_result("\n".join(texts), output)
 
 
 def print_tables(tables: Sequence[RenderableType], output: str | None = None) -> None:
-    """Tables to standard output, or as plain text to a file."""
+    """Write tables to standard output, or as plain text to a file."""
     target = console(stderr=False)
     target.width = max(target.width, min(TABLE_WIDTH, _least_width(target, tables)))
     if output is None and target.is_terminal:
         for table in tables:
             target.print(table)
         return
-    if output is not None:  # which is in UTF-8, whatever standard output is
+    if output is not None:  # files are UTF-8, whatever standard output is
         target = Console(file=io.StringIO(), width=target.width, color_system=None, markup=False)
     with target.capture() as written:
         for table in tables:
@@ -140,6 +140,6 @@ def print_tables(tables: Sequence[RenderableType], output: str | None = None) ->
 
 
 def _least_width(target: Console, tables: Sequence[RenderableType]) -> int:
-    """Columns below which words and figures of a table would be cut."""
+    """Least width in columns at which no word and no number of a table is cut."""
     unlimited = target.options.update(width=10_000)
     return max(Measurement.get(target, unlimited, table).minimum for table in tables)

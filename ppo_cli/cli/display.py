@@ -1,4 +1,4 @@
-"""What `train` shows while it works: a live view on a terminal, plain lines elsewhere."""
+"""Progress of `train`: a live view on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from ppo_cli.cli.console import console, is_plain
 from ppo_cli.reporting.summary import Pace, StepReport
 from ppo_cli.reporting.tables import sample_lines
 
-PLAIN_LINES = 20
+PLAIN_LINES = 20  # at most, of a run without evaluations
 SHOWN_SAMPLES = 2
-GAP = "  "
-FIGURE = 9  # columns that the shortest figure is given
-SHORTEST_BAR, LONGEST_BAR = 8, 30
+GAP = "  "  # between columns
+MIN_FIGURE_WIDTH = 9  # columns of the terminal
+MIN_BAR_WIDTH, MAX_BAR_WIDTH = 8, 30
 
 
 class Display(Protocol):
-    """Follows a run; a context manager."""
+    """Shows the progress of a run; a context manager."""
 
     def __enter__(self) -> Display:
-        """Begin."""
+        """Start."""
 
     def __exit__(self, *error: object) -> None:
-        """End."""
+        """Finish."""
 
     def status(self, message: str) -> None:
-        """Say what goes on outside the steps."""
+        """Show what is done before the first step or after the last."""
 
     def show(self, report: StepReport) -> None:
-        """Take in a step."""
+        """Show a step."""
 
 
 def make_display(quiet: bool) -> Display:
-    """The display that fits standard error."""
+    """Make the display that suits standard error."""
     if quiet:
         return QuietDisplay()
     return PlainDisplay() if is_plain(sys.stderr) else LiveDisplay(console(stderr=True))
@@ -58,28 +58,28 @@ class QuietDisplay:
         pass
 
     def status(self, message: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def show(self, report: StepReport) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class PlainDisplay(QuietDisplay):
-    """About twenty lines a run, with no control codes, for logs."""
+    """Prints about twenty lines a run, without control codes, for logs."""
 
     def __init__(self) -> None:
         self._console = console(stderr=True)
-        self._pace = _Pace()
-        self._evaluated: _Evaluated | None = None
+        self._remaining = _RemainingTime()
+        self._evaluation: _ShownEvaluation | None = None  # not printed yet
 
     def status(self, message: str) -> None:
-        """A line."""
+        """Print a line."""
         self._console.print(message, soft_wrap=True)
 
     def show(self, report: StepReport) -> None:
-        """A line every so many steps, for the first and the last; another for an evaluation."""
-        left = self._pace.left(report)
-        self._evaluated = _Evaluated.of(report) or self._evaluated
+        """Print the first step, the last, and some between; after it the newest evaluation."""
+        left = self._remaining.after(report)
+        self._evaluation = _ShownEvaluation.of(report) or self._evaluation
         every = max(report.steps // PLAIN_LINES, 1)
         if report.step % every and not report.is_last and report.step != 1:
             return
@@ -91,27 +91,28 @@ class PlainDisplay(QuietDisplay):
             f"{s['perf/tokens_per_second']:.0f} tok/s  {left} left",
             soft_wrap=True,
         )
-        if (found := self._evaluated) is not None:
-            best = "  best" if found.is_best else ""
+        if (evaluation := self._evaluation) is not None:
+            best = "  best" if evaluation.is_best else ""
             self._console.print(
-                f"held-out {found.step}: score {found.score}  P {found.probability}  "
-                f"kl {found.kl}  distinct-2 {found.distinct}  ppl {found.perplexity}{best}",
+                f"held-out {evaluation.step}: score {evaluation.score}  "
+                f"P {evaluation.probability}  kl {evaluation.kl}  "
+                f"distinct-2 {evaluation.distinct}  ppl {evaluation.perplexity}{best}",
                 soft_wrap=True,
             )
-            self._evaluated = None
+            self._evaluation = None
 
 
 class LiveDisplay:
-    """A progress bar, the figures that matter, and a sample or two, drawn in place."""
+    """Draws a progress bar, the most important statistics and some samples, in place."""
 
     def __init__(self, target: Console) -> None:
         self._console = target
         self._live = Live(console=target, refresh_per_second=8, transient=False)
-        self._pace = _Pace()
+        self._remaining = _RemainingTime()
+        self._left = "-:--"
         self._status = ""
         self._report: StepReport | None = None
-        self._evaluated: _Evaluated | None = None
-        self._left = "-:--"
+        self._evaluation: _ShownEvaluation | None = None
 
     def __enter__(self) -> Display:
         self._live.__enter__()
@@ -123,54 +124,44 @@ class LiveDisplay:
         self._live.__exit__(None, None, None)
 
     def status(self, message: str) -> None:
-        """A line below the figures, until the next."""
+        """Draw a line below the statistics, until the next step."""
         self._status = message
         self._live.update(self._view())
 
     def show(self, report: StepReport) -> None:
-        """Draw the step."""
+        """Draw a step."""
         self._report, self._status = report, ""
-        self._evaluated = _Evaluated.of(report) or self._evaluated
-        self._left = self._pace.left(report)
+        self._evaluation = _ShownEvaluation.of(report) or self._evaluation
+        self._left = self._remaining.after(report)
         self._live.update(self._view())
 
     def _view(self) -> RenderableType:
         parts: list[RenderableType] = []
         if (report := self._report) is not None:
-            parts += [self._head(report), self._figures(report)]
-            if (found := self._evaluated) is not None:
-                best = " (best)" if found.is_best else ""
-                figures = {
-                    "held-out": f"{found.step}{best}",
-                    "score": found.score,
-                    "P": found.probability,
-                    "KL": found.kl,
-                    "distinct-2": found.distinct,
-                    "perplexity": found.perplexity,
-                }
-                parts.append(self._laid_out(figures))
-            for line in sample_lines(report.samples, SHOWN_SAMPLES):
-                parts.append(self._cut(line))
+            parts += [self._head(report), self._columns(_step_figures(report))]
+            if (evaluation := self._evaluation) is not None:
+                parts.append(self._columns(_evaluation_figures(evaluation)))
+            parts += [self._cut(line) for line in sample_lines(report.samples, SHOWN_SAMPLES)]
         if self._status:
             parts.append(Text(self._status, style="dim"))
         return Group(*parts)
 
     def _head(self, report: StepReport) -> RenderableType:
-        """Where the run is; the bar takes what is left of the line, or one of its own."""
+        """Step, progress bar and time left; on a narrow screen the bar has a second line."""
         step = Text(f"step {report.step}/{report.steps}", style="bold")
         left = Text(f"{self._left} left", style="dim")
         free = self._console.width - len(step) - len(left) - 2 * len(GAP)
-        width = min(free if free >= SHORTEST_BAR else self._console.width - 1, LONGEST_BAR)
+        width = min(free if free >= MIN_BAR_WIDTH else self._console.width - 1, MAX_BAR_WIDTH)
         bar = ProgressBar(total=report.steps, completed=report.step, width=width)
         head = Table.grid(padding=(0, len(GAP)))
-        if free < SHORTEST_BAR:
+        if free < MIN_BAR_WIDTH:
             head.add_row(bar)
             return Group(Text.assemble(step, GAP, left), head)
         head.add_row(step, bar, left)
         return head
 
     def _cut(self, line: Text) -> Text:
-        """A line of text from models, no wider than the screen."""
+        """Cut a line to the width of the screen."""
         room = self._console.width - 1
         if line.cell_len > room:
             ellipsis = "..." if self._console.options.ascii_only else "…"
@@ -178,38 +169,50 @@ class LiveDisplay:
             line.append(ellipsis)
         return line
 
-    def _laid_out(self, figures: Mapping[str, str]) -> RenderableType:
-        """Figures below their names, in as many rows as it takes to show them in full."""
+    def _columns(self, figures: Mapping[str, str]) -> RenderableType:
+        """Figures below their names, in as many rows as they need to fit the screen."""
         rows: list[dict[str, str]] = []
         used = 0
         for name, value in figures.items():
-            width = max(len(name), len(value), FIGURE) + len(GAP)
+            width = max(len(name), len(value), MIN_FIGURE_WIDTH) + len(GAP)
             if not rows or used + width > self._console.width:
                 rows.append({})
                 used = 0
             rows[-1][name] = value
             used += width
-        if len(rows) == len(figures):  # on a screen so narrow, rather beside their names
+        if len(rows) == len(figures):  # so narrow a screen has room for one column: name, figure
             return Group(*(Text.assemble((name, "dim"), " ", figures[name]) for name in figures))
         return Group(*map(_figures_table, rows))
 
-    def _figures(self, report: StepReport) -> RenderableType:
-        s = report.stats
-        pace = Pace.of([s])
-        figures = {
-            "mean score": f"{s['env/reward_mean']:+.3f}",
-            "KL": f"{s['objective/kl']:.2f}",
-            "KL coef": f"{s['objective/kl_coef']:.3f}",
-            "loss": f"{s['ppo/loss/total']:+.4f}",
-            "tokens/s": f"{pace.tokens_per_second:,.0f}",
-            "sample/score/ppo": f"{pace.sampling:.0%}/{pace.scoring:.0%}/{pace.optimising:.0%}",
-        }
-        return self._laid_out(figures)
+
+def _step_figures(report: StepReport) -> dict[str, str]:
+    s = report.stats
+    pace = Pace.of([s])
+    return {
+        "mean score": f"{s['env/reward_mean']:+.3f}",
+        "KL": f"{s['objective/kl']:.2f}",
+        "KL coef": f"{s['objective/kl_coef']:.3f}",
+        "loss": f"{s['ppo/loss/total']:+.4f}",
+        "tokens/s": f"{pace.tokens_per_second:,.0f}",
+        "sample/score/ppo": f"{pace.sampling:.0%}/{pace.scoring:.0%}/{pace.optimising:.0%}",
+    }
+
+
+def _evaluation_figures(evaluation: _ShownEvaluation) -> dict[str, str]:
+    best = " (best)" if evaluation.is_best else ""
+    return {
+        "held-out": f"{evaluation.step}{best}",
+        "score": evaluation.score,
+        "P": evaluation.probability,
+        "KL": evaluation.kl,
+        "distinct-2": evaluation.distinct,
+        "perplexity": evaluation.perplexity,
+    }
 
 
 @dataclass(frozen=True)
-class _Evaluated:
-    """An evaluation as it is shown; variety and oddness as multiples of the reference's."""
+class _ShownEvaluation:
+    """An evaluation as text; distinct-2 and perplexity as multiples of the reference's."""
 
     step: int
     score: str
@@ -220,8 +223,8 @@ class _Evaluated:
     is_best: bool
 
     @classmethod
-    def of(cls, report: StepReport) -> _Evaluated | None:
-        """That of a step, None where it had none."""
+    def of(cls, report: StepReport) -> _ShownEvaluation | None:
+        """The evaluation of a step; None where it has none."""
         s = report.stats
         if "eval/score" not in s:
             return None
@@ -245,26 +248,27 @@ def _figures_table(figures: Mapping[str, str]) -> Table:
     """Figures in one row, below their names."""
     table = Table(box=None, padding=(0, len(GAP), 0, 0), header_style="dim")
     for name in figures:
-        table.add_column(name, justify="right", min_width=FIGURE, overflow="fold")
+        table.add_column(name, justify="right", min_width=MIN_FIGURE_WIDTH, overflow="fold")
     table.add_row(*figures.values())
     return table
 
 
-class _Pace:
-    """Time left, from the steps seen so far."""
+class _RemainingTime:
+    """Estimates the time to the last step, from the steps shown so far."""
 
     def __init__(self) -> None:
         self._started: float | None = None
-        self._first = 0
+        self._first_step = 0
 
-    def left(self, report: StepReport) -> str:
+    def after(self, report: StepReport) -> str:
+        """The time left after a step, as text."""
         now = time.monotonic()
         if self._started is None:
             stats = report.stats
             self._started = now - stats["time/step"] - stats.get("time/evaluating", 0.0)
-            self._first = report.step - 1
-        # A rollback may lead to before the first step that was seen.
-        seconds = (now - self._started) / max(report.step - self._first, 1)
+            self._first_step = report.step - 1
+        made = max(report.step - self._first_step, 1)  # a rollback may lead to before the first
+        seconds = (now - self._started) / made
         return clock(0 if report.is_last else seconds * (report.steps - report.step))
 
 

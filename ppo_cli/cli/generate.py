@@ -9,7 +9,7 @@ from ppo_cli.cli import options
 
 
 class Format(str, Enum):
-    """How samples are written."""
+    """Format of the samples."""
 
     table = "table"
     text = "text"
@@ -36,16 +36,22 @@ def generate(
     column: options.Column = "text",
     num_samples: Annotated[
         int,
-        typer.Option("-n", "--num-samples", min=1, max=10_000, help="Samples a prompt and model."),
+        typer.Option(
+            "-n", "--num-samples", min=1, max=10_000, help="Samples per prompt and model."
+        ),
     ] = 1,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Limit on a response.")
+        int, typer.Option("--max-new-tokens", min=1, help="Length limit of a response, tokens.")
     ] = 30,
     temperature: Annotated[
-        float, typer.Option("--temperature", help="Above 0; lower is tamer.")
+        float, typer.Option("--temperature", help="Above 0; lower values sample likelier tokens.")
     ] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="0 for off.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Above 0, up to 1 (off).")] = 1.0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=0, help="Sample from the k likeliest tokens; 0: off.")
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Nucleus sampling: above 0, up to 1 (off).")
+    ] = 1.0,
     seed: options.Seed = 0,
     reference: Annotated[
         bool,
@@ -53,16 +59,18 @@ def generate(
     ] = False,
     score: Annotated[
         bool | None,
-        typer.Option("--score/--no-score", help="Score each sample. Default: if a run is given."),
+        typer.Option(
+            "--score/--no-score", help="Score each sample. Default: if MODEL is a run directory."
+        ),
     ] = None,
     sentiment: options.Sentiment = None,
     classifier: options.Classifier = None,
     device: options.Device = "auto",
     trust_remote_code: options.Trust = None,
-    format: Annotated[Format, typer.Option("--format", help="How to write.")] = Format.table,
+    format: Annotated[Format, typer.Option("--format", help="Output format.")] = Format.table,
     output: options.Output = None,
 ) -> None:
-    """Write text with tuned models, and score it."""
+    """Generate text with tuned models, and score it."""
     from ppo_cli.cli.console import (
         check_output,
         hush,

@@ -9,10 +9,10 @@ import typer
 Device = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the sampling.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of sampling.")]
 Sentiment = Annotated[
     str | None,
-    typer.Option("--sentiment", help="Label to score. Default: the run's own."),
+    typer.Option("--sentiment", help="Label to score. Default: the run's."),
 ]
 Classifier = Annotated[
     str | None,
@@ -25,13 +25,13 @@ Trust = Annotated[
     typer.Option(
         "--trust-remote-code",
         metavar="MODEL",
-        help="Run the code that this model brings along (repeats). Off for all others.",
+        help="Run the code in this model's repository (repeats). Other models' code is not run.",
     ),
 ]
 Output = Annotated[
     str | None,
-    typer.Option("--output", help="Write there instead of to standard output."),
+    typer.Option("--output", help="File to write. Default: standard output."),
 ]
 Column = Annotated[
-    str, typer.Option("--column", help="Column of a file of prompts that has several.")
+    str, typer.Option("--column", help="Column that holds the prompts, in a file with columns.")
 ]

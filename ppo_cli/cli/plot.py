@@ -18,9 +18,7 @@ def plot(
     ] = None,
     smooth: Annotated[
         int | None,
-        typer.Option(
-            "--smooth", min=1, metavar="W", help="Steps in the moving average; 1 for none."
-        ),
+        typer.Option("--smooth", min=1, metavar="W", help="Steps in the moving average; 1: none."),
     ] = None,
     output: Annotated[
         str | None,
@@ -37,8 +35,8 @@ def plot(
         bool,
         typer.Option(
             "--frontier",
-            help="Draw score against KL, a point an evaluation, beside best-of-n from the "
-            "reference where run.best_of_n measured it.",
+            help="Draw score against KL, one point per evaluation, with best-of-n from the "
+            "reference if run.best_of_n measured it.",
         ),
     ] = False,
 ) -> None:
@@ -60,7 +58,7 @@ def plot(
         _plot_frontier(directories, output, terminal)
         return
     metrics = tuple(metric or DEFAULT_METRICS)
-    records = {str(directory.path): directory.metrics() for directory in directories}
+    records = {str(directory.path): directory.records.metrics() for directory in directories}
     if terminal:
         screen = console(stderr=False)
         ascii_only = screen.options.ascii_only
@@ -85,7 +83,10 @@ def _plot_frontier(directories: "list[RunDirectory]", output: str | None, termin
     if not terminal:
         pictures = [run.path / frontier.PICTURE for run in directories]
         check_output(str(target), [str(run.path) for run in directories], allowed=pictures)
-    trails = [frontier.trail(str(run.path), run.metrics(), run.config().run) for run in directories]
+    trails = [
+        frontier.trail(str(run.path), run.records.metrics(), run.config().run)
+        for run in directories
+    ]
     curve = frontier.read_curve([run.path for run in directories])
     if terminal:
         print_tables([frontier_table(trail, curve) for trail in trails])

@@ -1,12 +1,11 @@
-"""What a command's options ask for: which models, judged how, on which prompts."""
+"""Options that `generate` and `compare` share -> models, classifier and prompts."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
-from ppo_cli.config.schema import RewardConfig, check_name
+from ppo_cli.config.schema import RewardConfig, RunConfig, check_name
 from ppo_cli.data.fingerprint import Inputs
 from ppo_cli.data.sources import check_encodable, read_texts
 from ppo_cli.errors import DataError, UsageError
@@ -27,53 +26,40 @@ def resolve(
     device: str,
     trusted: Collection[str] = (),
 ) -> Request:
-    """Find out what `models` are.
+    """Resolve the models of a command, their reference and their classifier.
 
-    A run directory names its reference and its classifier; for other models `classifier` does.
-    What ends a response, `rollout.stop` of the first run directory, does for all of them.
+    The first run directory among the models names the reference, the classifier, and in
+    `rollout.stop` what ends a response; all of them apply to every model.
 
     Args:
         models: run directories, model folders or hub ids.
         reference: also sample from the reference of the first run directory among them.
-        score: whether a classifier is wanted.
-        sentiment: label to score; None for the first run's own.
-        classifier: hub id or folder; None for the first run's own.
+        score: whether responses are scored.
+        sentiment: label to score; None for the first run's.
+        classifier: hub id or folder; None for the first run's.
         device: as `resolve_device` takes it.
         trusted: models, named as in `models` or a run's configuration, whose own code may run.
 
     Raises:
         UsageError: a classifier is needed and none is known, or `trusted` names no model here.
     """
-    for what, name in [("model", model) for model in models] + [("--classifier", classifier)]:
-        try:
-            check_name("-" if name is None else name)
-        except ValueError as error:
-            raise UsageError(f"{what} '{shortened(str(name), 40)}' {error}") from error
-    runs = [RunDirectory(model) for model in models if RunDirectory(model).is_run()]
-    configs = [directory.config() for directory in runs]
+    _check_names(models, classifier)
+    directories = [RunDirectory(model) for model in models]
+    runs = [directory for directory in directories if directory.is_run()]
+    configs = [directory.config() for directory in runs]  # a damaged one is an error
     run = configs[0] if configs else None
     inputs = Inputs(runs[0].recorded().get("inputs")) if runs else None
-    names = [str(Path(model)) if RunDirectory(model).is_run() else model for model in models]
     stop = tuple(run.rollout.stop) if run is not None else ()
-    sources = [Source(name, model, None, stop) for name, model in zip(names, models, strict=True)]
+    sources = [
+        Source(str(directory.path) if directory in runs else model, model, None, stop)
+        for model, directory in zip(models, directories, strict=True)
+    ]
     base = None
     if run is not None:
         base = Source(REFERENCE, run.policy.model, run.policy.revision, stop, inputs)
     if reference and base is not None:
         sources.append(base)
-    reward = None
-    if score:
-        settings = run.reward if run is not None else RewardConfig()
-        if classifier is not None:
-            settings = RewardConfig(model=classifier, output=settings.output)
-        elif run is None:
-            raise UsageError(
-                f"{models[0]} is no run directory, so it names no classifier: give one with "
-                "--classifier (a folder, a hub id, or 'embedded'), or --no-score where there is one"
-            )
-        reward = settings.model_copy(
-            update={"sentiment": settings.sentiment if sentiment is None else sentiment}
-        )
+    reward = _reward(models[0], run, sentiment, classifier) if score else None
     loaded = [source.model for source in sources]
     loaded += [reward.model] if reward else []
     loaded += [run.policy.model] if run else []
@@ -81,8 +67,37 @@ def resolve(
     return Request(sources, reward, run, resolve_device(device), trusted, base, inputs)
 
 
+def _check_names(models: Sequence[str], classifier: str | None) -> None:
+    """Raise `UsageError` for a name that cannot be one of a model."""
+    names = [("model", model) for model in models]
+    if classifier is not None:
+        names.append(("--classifier", classifier))
+    for what, name in names:
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise UsageError(f"{what} '{shortened(name, 40)}' {error}") from error
+
+
+def _reward(
+    model: str, run: RunConfig | None, sentiment: str | None, classifier: str | None
+) -> RewardConfig:
+    """The classifier of the first run, or the one that was asked for, and its label."""
+    settings = RewardConfig() if run is None else run.reward
+    if classifier is not None:
+        settings = RewardConfig(model=classifier, output=settings.output)
+    elif run is None:
+        raise UsageError(
+            f"{model} is no run directory, so it names no classifier: give one with "
+            "--classifier (a folder, a hub id, or 'embedded'), or --no-score where there is one"
+        )
+    if sentiment is None:
+        return settings
+    return settings.model_copy(update={"sentiment": sentiment})
+
+
 def read_prompts(prompts: Sequence[str], file: str | None, column: str = "text") -> list[str]:
-    """Prompts given one by one, then those of a file (`-` for standard input, one a line).
+    """Read prompts given one by one, then those of a file (`-`: standard input, one a line).
 
     Raises:
         DataError: a prompt is empty, or the file is absent, empty or unreadable.

@@ -11,23 +11,23 @@ def stats(
         bool | None,
         typer.Option(
             "--objective/--no-objective",
-            help="Those that concern the optimised losses, or the others. Default: both.",
+            help="Statistics of the optimised losses, or the others. Default: both.",
         ),
     ] = None,
     step: Annotated[
         int | None,
         typer.Option("--step", min=1, help="Step to show. Default: the last."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what a PPO step returned."""
+    """Show the statistics of a PPO step."""
     from ppo_cli.cli.console import print_tables, write_json
     from ppo_cli.errors import UsageError
     from ppo_cli.evaluation.quality import explained_statistics
     from ppo_cli.ppo.statistics import grouped
     from ppo_cli.training.run_directory import RunDirectory
 
-    rows = RunDirectory.existing(run).metrics()
+    rows = RunDirectory.existing(run).records.metrics()
     by_step = {row["step"]: row for row in rows}
     number = rows[-1]["step"] if step is None else step
     if number not in by_step:

@@ -1,4 +1,4 @@
-"""Standard streams that last: whoever reads them may leave, they may be closed or full."""
+"""Standard streams that keep working when their reader exits, or when they are closed or full."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import stat
 import sys
 from typing import Any, TextIO
 
-NARROWEST = 20  # columns, the least that tables and charts are laid out for
+MIN_COLUMNS = 20  # of tables and charts
 ESCAPES = "ppo_cli.escapes"  # the error handler of both streams
-IN_ASCII = {"⏎": r"\n"}  # signs that this program puts into text
+IN_ASCII = {"⏎": r"\n"}  # for characters that this program adds to text
 
 
 def settle() -> None:
-    """Give this process streams that work, and a width that is one; called once, at the start.
+    """Make this process's streams robust, and its screen size valid; call it once, at the start.
 
-    Progress and notes end no work: what standard error does not take is dropped. Results may be
-    read in part, as in `ppo-cli generate ... | head`; any other fault of standard output is raised
-    once, as an `OSError` that names it.
+    A failing standard error must not end the work: its output is dropped. A reader of the results
+    may exit early, as in `ppo-cli generate ... | head`. Any other fault of standard output is
+    raised once, as an `OSError` that names it.
     """
     codecs.register_error(ESCAPES, _escaped)
-    # Python has None for what is closed. In this order the null device takes the streams' numbers.
-    # Otherwise a checkpoint would, and with it what a library in C says on standard error.
+    # Python has None for a closed stream. In this order the null device takes the streams'
+    # descriptors. Otherwise a checkpoint could take one, and a C library would write into it.
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     sys.stdout = _lasting(sys.stdout, needed=True)
@@ -36,16 +36,16 @@ def settle() -> None:
 
 
 def say_at_once(message: str) -> None:
-    """A line on standard error, from a signal handler: past Python's buffers, which may be busy."""
+    """Write a line on standard error from a signal handler, past Python's buffers."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{message}\n".encode())
 
 
 class _Sink(io.RawIOBase):
-    """Writes to a stream's descriptor as long as that takes anything."""
+    """Writes to a stream's descriptor until that fails for good."""
 
     def __init__(self, stream: TextIO, raw: io.RawIOBase, needed: bool) -> None:
-        self._stream = stream  # which would close the descriptor if it were not needed any more
+        self._stream = stream  # kept alive: its destructor would close the descriptor
         self._raw = raw
         self._needed = needed
         self.name = "standard output" if needed else "standard error"
@@ -61,31 +61,31 @@ class _Sink(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         try:
-            # None where another process has made the descriptor one that does not block.
+            # None: another process made the descriptor non-blocking.
             while (written := self._raw.write(data)) is None:
                 select.select([], [self.fileno()], [])
             return written
         except OSError as error:
             left = self._reader_has_left(error)
-            if left or self._needed:  # what else is buffered has nowhere to go either
+            if left or self._needed:  # for the rest of the buffer
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             if left or not self._needed:
                 return len(data)
             raise OSError(error.errno, error.strerror, self.name) from error
 
     def _reader_has_left(self, error: OSError) -> bool:
-        if error.errno in (errno.EIO, errno.ENXIO):  # of a terminal; of a file it is a bad disk
+        if error.errno in (errno.EIO, errno.ENXIO):  # a closed terminal; for a file: a bad disk
             return stat.S_ISCHR(os.fstat(self.fileno()).st_mode)
         return isinstance(error, ConnectionError)
 
 
 def _lasting(stream: TextIO | None, *, needed: bool) -> TextIO:
-    """`stream` over a `_Sink`; what its encoding lacks becomes an escape."""
+    """`stream` over a `_Sink`; characters that its encoding lacks become escapes."""
     if stream is None:
         return open(os.devnull, "w", encoding="utf-8", errors=ESCAPES)
     if not isinstance(stream, io.TextIOWrapper):
         return stream
-    raw = getattr(stream.buffer, "raw", stream.buffer)  # Python without buffers has but one layer
+    raw = getattr(stream.buffer, "raw", stream.buffer)  # `python -u` has no buffer layer
     if isinstance(raw, _Sink):
         return stream
     if not isinstance(raw, io.RawIOBase):
@@ -100,7 +100,7 @@ def _lasting(stream: TextIO | None, *, needed: bool) -> TextIO:
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
-    """What a stream's encoding lacks, as `codecs.register_error` wants it."""
+    """Error handler for `codecs.register_error`: characters that the encoding lacks -> escapes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
@@ -109,8 +109,8 @@ def _escaped(error: UnicodeError) -> tuple[str, int]:
 
 
 def _settle_size(name: str) -> None:
-    """Leave a size that the environment claims where it can be one, for every library to read."""
+    """Make COLUMNS or LINES in the environment valid, as every library reads them, or unset it."""
     claimed = os.environ.pop(name, "")
     if claimed.isdecimal() and len(claimed) <= 4 and int(claimed):
-        least = NARROWEST if name == "COLUMNS" else 1
+        least = MIN_COLUMNS if name == "COLUMNS" else 1
         os.environ[name] = str(max(int(claimed), least))

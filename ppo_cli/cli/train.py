@@ -2,7 +2,7 @@
 
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ppo_cli.reporting.summary import TrainingSummary
     from ppo_cli.training.run import Training
 
+Overrides = Mapping[tuple[str, str], Any]
+"""Values of options by section and key; None for what was not given."""
 HANGUP = {signal.SIGHUP} if hasattr(signal, "SIGHUP") else set()  # Windows has none
 
 
@@ -36,11 +38,17 @@ def train(
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option("--output", metavar="DIR", help="Default: ppo-good, ppo-bad or ppo-LABEL."),
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            help="Run directory. Default: ppo-good, ppo-bad or ppo-LABEL.",
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="PPO steps.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Number of PPO steps.")
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything.")
+        int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of all random numbers.")
     ] = None,
     device: Annotated[
         str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")
@@ -51,30 +59,28 @@ def train(
     ] = None,
     trust_remote_code: options.Trust = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the run directory's newest checkpoint.")
+        bool, typer.Option("--resume", help="Continue from the run directory's newest checkpoint.")
     ] = False,
     allow_changed_inputs: Annotated[
         bool,
         typer.Option(
             "--allow-changed-inputs",
-            help="With --resume: go on although a model or the prompts have changed since.",
+            help="With --resume: continue although a model or the prompts have changed.",
         ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a run directory that exists.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Load and check everything, then stop.")
+        bool, typer.Option("--dry-run", help="Load and check everything, write nothing.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="The closing summary as one JSON object.")
+        bool, typer.Option("--json", help="Print the summary as one JSON object.")
     ] = False,
 ) -> int:
     """Tune a language model with PPO towards a sentiment."""
-
     from ppo_cli.cli.console import hush, note, print_tables, write_json
-    from ppo_cli.config.loading import DEFAULT_CONFIG, change_config, config_file, load_config
 
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other: keep the run or replace it")
@@ -87,35 +93,18 @@ def train(
         ("run", "seed"): seed,
         ("run", "device"): device,
     }
-    changed = assignments or []
-    as_made = resume and config is None  # then what is not asked for is as the run was made
-    naming = [a for a in changed if a.startswith(("run.output=", "reward.sentiment="))]
-    settings = load_config(
-        DEFAULT_CONFIG if config is None else config,
-        assignments=naming if as_made else changed,
-        overrides=overrides,
-    )
-    from ppo_cli.data.fingerprint import inputs_of
-    from ppo_cli.training.run_directory import RunDirectory
-
     if resume:
-        run_directory = RunDirectory.existing(settings.output)
-        run_directory.check_resumable()
-        if as_made:
-            made_with = run_directory.config()
-            settings = change_config(made_with, assignments=changed, overrides=overrides)
-        settings, changes = run_directory.resumed_config(settings)
+        settings, changes = _settings_to_resume(config, assignments or [], overrides)
         if changes:
             note(f"resuming with changed settings: {', '.join(changes)}")
     else:
-        read = inputs_of(settings) | (
-            {} if config is None else {"--config": str(config_file(config))}
-        )
-        RunDirectory(settings.output).check_writable(overwrite, read)  # before the slow imports
+        settings = _settings_to_start(config, assignments or [], overrides, overwrite)
 
+    # The request is known to be sound; only now come the imports that take seconds.
     from ppo_cli.cli.display import make_display
     from ppo_cli.reporting.tables import summary_table
-    from ppo_cli.training.run import Training
+    from ppo_cli.training.build import build_training
+    from ppo_cli.utils.device import resolve_device
 
     hush()
     display = make_display(quiet)
@@ -124,8 +113,8 @@ def train(
             f"policy {settings.policy.model}, classifier {settings.reward.model}, "
             f"prompts {settings.prompts.source} -> {settings.output}"
         )
-    with _StopRequest(quiet) as stop:
-        training = Training(
+    with _StopSignals(quiet) as stop:
+        training = build_training(
             settings,
             resume=resume,
             overwrite=overwrite,
@@ -137,8 +126,8 @@ def train(
             training.directory.unlock()
             note(
                 f"all is well: {len(training.prompts.train)} prompts, label "
-                f"'{training.reward.label}', {settings.run.steps} steps on {training.device}; "
-                "nothing was written"
+                f"'{training.reward.label}', {settings.run.steps} steps on "
+                f"{resolve_device(settings.run.device)}; nothing was written"
             )
             return 0
         if resume and not quiet:
@@ -149,11 +138,11 @@ def train(
                     "change that setting with --set, or set it to null"
                 )
         stop.training = training
-        with display, _how_to_go_on(training):
-            display.status("judging the reference on held-out prompts")
+        with display, _unlocked_at_the_end(training):
+            display.status("evaluating the reference on held-out prompts")
             for report in training.steps():
                 display.show(report)
-            display.status("judging the tuned model, saving")
+            display.status("evaluating the tuned model, saving")
             summary = training.finish()
     if as_json:
         write_json({**summary.as_dict(), "interrupted": stop.signal is not None})
@@ -168,8 +157,58 @@ def train(
     return 0
 
 
+def _settings_to_start(
+    config: str | None, assignments: Sequence[str], overrides: Overrides, overwrite: bool
+) -> "RunConfig":
+    """Settings of a new run, which may be written where they say.
+
+    Raises:
+        UsageError: a setting is wrong, or the place is not free.
+    """
+    from ppo_cli.config.loading import DEFAULT_CONFIG, config_file, load_config
+    from ppo_cli.data.fingerprint import inputs_of
+    from ppo_cli.training.run_directory import RunDirectory
+
+    name = DEFAULT_CONFIG if config is None else config
+    settings = load_config(name, assignments=assignments, overrides=overrides)
+    inputs = inputs_of(settings)
+    if config is not None:
+        inputs["--config"] = str(config_file(config))
+    RunDirectory(settings.output).check_writable(overwrite, inputs)
+    return settings
+
+
+def _settings_to_resume(
+    config: str | None, assignments: Sequence[str], overrides: Overrides
+) -> "tuple[RunConfig, list[str]]":
+    """Settings of a run that is resumed, and how they differ from those it was started with.
+
+    Without `config` they are those of `run.yaml`, changed by the options. Then a configuration is
+    needed only to find the run: by its output, which a sentiment may name.
+
+    Raises:
+        UsageError: there is no such run, or a setting differs that may not change within a run.
+    """
+    from ppo_cli.config.loading import DEFAULT_CONFIG, change_config, load_config
+    from ppo_cli.training.resume import resumed_config
+    from ppo_cli.training.run_directory import RunDirectory
+
+    names_run = [a for a in assignments if a.startswith(("run.output=", "reward.sentiment="))]
+    settings = load_config(
+        DEFAULT_CONFIG if config is None else config,
+        assignments=names_run if config is None else assignments,
+        overrides=overrides,
+    )
+    directory = RunDirectory.existing(settings.output)
+    directory.check_resumable()
+    if config is None:
+        own = directory.config()
+        settings = change_config(own, assignments=assignments, overrides=overrides)
+    return resumed_config(directory, settings)
+
+
 def _closing_notes(summary: "TrainingSummary", settings: "RunConfig") -> None:
-    """How the run ended, what it left, what to do next."""
+    """Say how the run ended, what it saved and what to do next."""
     from ppo_cli.cli.console import note
 
     run = shlex.quote(summary.run)
@@ -193,67 +232,64 @@ def _resume_command(run: str) -> str:
 
 
 @contextmanager
-def _how_to_go_on(training: "Training") -> Iterator[None]:
-    """Whatever ends a run before its time: its message says what is left to go on from.
-
-    However it ends, the run directory is unlocked.
-    """
+def _unlocked_at_the_end(training: "Training") -> Iterator[None]:
+    """Unlock the run directory at the end; add to an error's message how the run can be resumed."""
     try:
         yield
     except (Exception, Interrupted) as error:
         error_with_notes: Any = error
-        if advice := _advice(training, error):
-            error_with_notes.__notes__ = advice  # what add_note makes, from Python 3.11 on
+        if notes := _how_to_resume(training, error):
+            error_with_notes.__notes__ = notes  # as `add_note` does from Python 3.11 on
         raise
     finally:
         training.directory.unlock()
 
 
-def _advice(training: "Training", error: BaseException) -> list[str]:
+def _how_to_resume(training: "Training", error: BaseException) -> list[str]:
     command = _resume_command(str(training.directory.path))
-    if training.progress.checkpoint is None:
+    if training.state.checkpoint is None:
         return []
     if isinstance(error, DivergenceError):
         if training.config.run.on_divergence == "rollback":
             return []
-        # With the same settings the same would happen again.
+        # The same settings would lead to the same error.
         command += " --set run.on_divergence=rollback"
     return [
-        f"go on from the checkpoint of step {training.progress.saved_step} with:",
+        f"go on from the checkpoint of step {training.state.saved_step} with:",
         f"  {command}",
     ]
 
 
-class _StopRequest:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into a wish to stop after the step; another stops.
+class _StopSignals:
+    """Handles SIGINT, SIGTERM and SIGHUP: the first requests a stop after the step, a second stops.
 
-    As long as no training has begun the first one stops, too. SIGHUP, which a terminal that goes
-    sends more than once, is never that other; a run that `nohup` started does not hear it.
+    Before training begins the first one stops at once, too. A terminal that closes sends SIGHUP
+    more than once, so a SIGHUP is never the second signal. A run under `nohup` ignores it.
     """
 
     def __init__(self, quiet: bool) -> None:
         self.signal: int | None = None
         self.training: Training | None = None
         self._quiet = quiet
-        self._before: dict[int, Any] = {}
+        self._old_handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> "_StopRequest":
+    def __enter__(self) -> "_StopSignals":
         for number in (signal.SIGINT, signal.SIGTERM, *HANGUP):
             if number in HANGUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue
-            self._before[number] = signal.signal(number, self._ask)
+            self._old_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if number in HANGUP and self.signal is not None:
             return
         if self.signal is not None or self.training is None:
             raise Interrupted(number)
         self.signal = number
-        self.training.stopping = True
+        self.training.request_stop()
         if not self._quiet:
             say_at_once("stopping after this step; a second signal stops at once")

@@ -1,1 +1,1 @@
-"""Prompts, where they come from, and the embedded world."""
+"""Prompts, their sources, and the embedded data and models."""

@@ -1,14 +1,12 @@
-"""What a run is made from, known again: files by their contents, hub repositories by their commit.
+"""Records of a run's inputs: digests of files, commits of hub repositories.
 
-`run.yaml` holds a record of each input. By it a resumed run, or what compares a run with its
-reference, finds an input whose path is relative to another folder, and tells one that has changed.
+`run.yaml` holds the records. With them a resumed run, or a comparison with the run's reference,
+finds inputs whose paths were relative to another folder, and detects inputs that have changed.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,39 +16,37 @@ from typing import Any
 
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.embedded import TRAIN_SEED, classifier_folder, policy_folder
-from ppo_cli.data.sources import EMBEDDED
-from ppo_cli.utils.hub import TIMEOUT, adapter_base, is_path
+from ppo_cli.data.sources import EMBEDDED, all_files
+from ppo_cli.utils.hub import TIMEOUT
+from ppo_cli.utils.model_folder import ADAPTER_FILE, adapter_base, base_model, is_path
 
 POLICY, CLASSIFIER, PROMPTS = "policy.model", "reward.model", "prompts.source"
-WHOLE = 64 * 2**20
-"""Files up to this size, bytes, are hashed whole; of larger ones their size and pieces are."""
+MAX_HASHED_WHOLE = 64 * 2**20  # bytes; of larger files the size and some pieces are hashed
 PIECES = 16
 PIECE = 2**20  # bytes
-MOST_FILES = 200
-"""Where there are more they are recorded together."""
-MOST_NAMED = 3
-# What is loaded from the top of a model's folder. A run directory among them holds records, too.
+MAX_FILES = 200  # recorded one by one; more are recorded together
+MAX_NAMED = 3  # files in a message
+# Endings of the files that are loaded from a model's folder. A run directory also holds records.
 LOADED = {
     ".bin", ".gguf", ".jinja", ".json", ".model", ".pt", ".pth", ".py", ".safetensors",
     ".tiktoken", ".txt",
 }  # fmt: skip
 NOT_LOADED = {"frontier.json", "trainer_state.json"}
-ADAPTER_FILE = "adapter_config.json"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Record = dict[str, Any]
-"""An input as `run.yaml` has it: `name` as given; `path`, absolute, and `files` with their digests
-of what lies here; `revision` and `commit` of what the hub has; `base`, a record, of an adapter."""
+"""An input in `run.yaml`. `name` as given; for local files the absolute `path` and the digests of
+`files`; for the hub `revision` and `commit`; for an adapter `base`, a record."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """An input looked for by its record.
+    """An input that was located by its record.
 
     Attributes:
-        name, revision: what to load: a path that is there; of a hub model the commit.
-        changes: how it differs from its record, for a message; empty where it does not.
-        record: of what was found.
+        name, revision: what to load: an existing path, or a hub id and a commit.
+        changes: differences from the record, for a message.
+        record: of the input as it is now.
     """
 
     name: str
@@ -60,13 +56,13 @@ class Found:
 
 
 class Inputs:
-    """The inputs that a run was started from, by the keys of the settings that name them.
+    """The inputs that a run was started with, by the keys of the settings that name them.
 
     Args:
-        records: as `run.yaml` has them; of what is no record nothing is known.
+        records: from `run.yaml`; anything that is not a record is ignored.
 
     Attributes:
-        told: changes that the user was told of already.
+        told: changes that were shown to the user already.
     """
 
     def __init__(self, records: Any) -> None:
@@ -80,15 +76,15 @@ class Inputs:
 
     @classmethod
     def of(cls, config: RunConfig) -> Inputs:
-        """Those that a configuration names, as they are now, once they have been loaded."""
+        """Make records of the inputs that a configuration names, after they were loaded."""
         records = {key: record_of(key, *named) for key, named in _named(config).items()}
         return cls({key: record for key, record in records.items() if record})
 
     def locate(self, config: RunConfig) -> tuple[RunConfig, list[str], Inputs]:
-        """Find all inputs of a run.
+        """Locate all inputs of a run.
 
         Returns:
-            `config` with what to load in place of the names; all changes; what was found.
+            `config` with the places to load from as names; all changes; the inputs as they are now.
         """
         found = {key: self.find(key, *named) for key, named in _named(config).items()}
         policy, classifier, prompts = (found[key] for key in (POLICY, CLASSIFIER, PROMPTS))
@@ -107,10 +103,10 @@ class Inputs:
         return located, changes, Inputs({key: one.record for key, one in found.items()})
 
     def find(self, key: str, name: str, revision: str | None = None) -> Found:
-        """One input, which the settings now call `name`.
+        """Locate one input, which the settings now call `name`.
 
-        Of a path that was relative to another folder the absolute one is taken, where what lies
-        there is as recorded and what lies here is not.
+        A relative path may have been relative to another folder. The absolute path of the record is
+        taken instead if the files there are as recorded and those of the relative path are not.
         """
         was = self.records.get(key)
         if was is None:
@@ -123,7 +119,7 @@ class Inputs:
             places.append(was["path"])
         found = []
         for place in places:
-            # A relative path looks like a hub id where it does not lead anywhere.
+            # A relative path that does not exist looks like a hub id.
             if "path" in was and is_same_name and not _files(key, place):
                 continue
             if now := record_of(key, place, revision, ask=True):
@@ -132,7 +128,7 @@ class Inputs:
                 if not changes:
                     return found[-1]
         if found:
-            return found[-1]  # the absolute path is what the run was made from
+            return found[-1]  # the absolute path, which the run was made from
         gone = f"{key} {name} is not there"
         if "path" in was:
             gone += f" (it was {was['path']})"
@@ -140,19 +136,19 @@ class Inputs:
 
 
 def trusted_too(trusted: Collection[str], names: Mapping[str, str]) -> set[str]:
-    """`trusted`, and where what is trusted lies: `names` has the one for the other."""
+    """`trusted`, with the places of the trusted names too; `names` maps names to places."""
     return {*trusted, *(place for name, place in names.items() if name in trusted)}
 
 
 def record_of(
     key: str, name: str, revision: str | None = None, *, ask: bool = False
 ) -> Record | None:
-    """The record of an input; None where nothing can be told of it.
+    """Make the record of an input; None where nothing is known of it.
 
     Args:
         key: `POLICY`, `CLASSIFIER` or `PROMPTS`.
-        name, revision: as the settings have them.
-        ask: ask the hub for the commit, rather than the cache, which knows what was loaded last.
+        name, revision: from the settings.
+        ask: ask the hub for the commit, not the cache, which knows the commit loaded last.
     """
     if name == EMBEDDED:
         return {"name": name, "files": _embedded(key)}
@@ -178,40 +174,6 @@ def record_of(
     return record
 
 
-def data_files(source: str) -> list[Path]:
-    """The files that a prompts source names: itself, those of a folder or of a pattern; or none."""
-    path = Path(os.path.expanduser(source))
-    if os.path.isdir(path):
-        return sorted(file for file in path.rglob("*") if file.is_file())
-    if os.path.isfile(path):
-        return [path]
-    return sorted(
-        Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)
-    )
-
-
-def what_differs(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How code and machine differ from a record of them, as `torch 2.9.0 (now 2.9.1)`.
-
-    Args:
-        was, now: `versions`, `git_commit` and `machine`, as `run.yaml` has them. What one of them
-            does not have is not compared.
-    """
-
-    def flat(record: Mapping[str, Any]) -> dict[str, str]:
-        values = {**_dict(record, "versions"), **_dict(record, "machine")}
-        if commit := record.get("git_commit"):
-            values["git commit"] = str(commit)[:12]
-        return {key: str(value) for key, value in values.items()}
-
-    before, after = flat(was), flat(now)
-    return [
-        f"{key} {value} (now {after[key]})"
-        for key, value in before.items()
-        if key in after and after[key] != value
-    ]
-
-
 def _named(config: RunConfig) -> dict[str, tuple[str, str | None]]:
     return {
         POLICY: (config.policy.model, config.policy.revision),
@@ -221,9 +183,9 @@ def _named(config: RunConfig) -> dict[str, tuple[str, str | None]]:
 
 
 def _files(key: str, name: str) -> list[Path]:
-    """What is read of an input that lies here; nothing where there is none."""
+    """Local files of an input; none where it is not local."""
     if key == PROMPTS:
-        return data_files(name)
+        return all_files(name)
     folder = Path(name)
     if not os.path.isdir(folder):
         return []
@@ -248,13 +210,9 @@ def _embedded(key: str) -> dict[str, str]:
 
 
 def _base(key: str, adapter: Path) -> Record | None:
-    """The record of the model that an adapter is for, by the adapter's configuration."""
-    try:
-        settings = json.loads(adapter.read_text(encoding="utf-8"))
-        name, revision = settings["base_model_name_or_path"], settings.get("revision")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    if not isinstance(name, str) or not name:
+    """Make the record of an adapter's base model, which the adapter's configuration names."""
+    name, revision = base_model(adapter)
+    if name is None:
         return None
     if files := _files(key, name):
         return {"name": name, **_absolute(name), "files": _digests(files)}
@@ -263,7 +221,7 @@ def _base(key: str, adapter: Path) -> Record | None:
 
 
 def _absolute(name: str) -> Record:
-    """The absolute path, where it can be written down: not all bytes of a path are text."""
+    """The absolute path, unless it is not valid UTF-8."""
     path = os.path.abspath(os.path.expanduser(name))
     try:
         path.encode()
@@ -273,7 +231,7 @@ def _absolute(name: str) -> Record:
 
 
 def _digests(files: Sequence[Path]) -> dict[str, str]:
-    """Name -> digest, by paths below the folder that holds all files."""
+    """Path below the common folder of all files -> digest."""
     top = (
         files[0].parent if len(files) == 1 else Path(os.path.commonpath([f.parent for f in files]))
     )
@@ -281,7 +239,7 @@ def _digests(files: Sequence[Path]) -> dict[str, str]:
         os.fsencode(file.relative_to(top)).decode(errors="backslashreplace"): _digest(file)
         for file in files
     }
-    if len(digests) <= MOST_FILES:
+    if len(digests) <= MAX_FILES:
         return digests
     together = hashlib.sha256("\n".join(f"{n}\t{d}" for n, d in digests.items()).encode())
     return {f"{len(digests)} files": f"sha256 {together.hexdigest()}"}
@@ -292,11 +250,11 @@ def _digest(path: Path) -> str:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            for block in _whole(file) if size <= WHOLE else _pieces(file, size):
+            for block in _whole(file) if size <= MAX_HASHED_WHOLE else _pieces(file, size):
                 digest.update(block)
-    except OSError as error:  # what needs the file says so; not all of them are needed
+    except OSError as error:  # not every file is needed; loading reports those that are
         return f"not readable: {error.strerror}"
-    of = "" if size <= WHOLE else f"{size} bytes, in pieces "
+    of = "" if size <= MAX_HASHED_WHOLE else f"{size} bytes, in pieces "
     return f"{of}sha256 {digest.hexdigest()}"
 
 
@@ -306,24 +264,24 @@ def _whole(file: Any) -> Iterator[bytes]:
 
 
 def _pieces(file: Any, size: int) -> Iterator[bytes]:
-    """Pieces at equal distances, the first and the last among them."""
+    """Pieces at equal distances, from the first to the last."""
     for i in range(PIECES):
         file.seek(i * (size - PIECE) // (PIECES - 1))
         yield file.read(PIECE)
 
 
 def _changes(what: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How one input differs from its record; what the hub does not tell does not differ."""
+    """Differences of an input from its record; what the hub does not answer is not compared."""
     changes = []
     before, after = _dict(was, "files"), _dict(now, "files")
     if before and not after and not now.get("commit"):
         changes.append(f"{what} is not there (it was {was.get('path')})")
     elif before and after:
         names = [n for n in {**before, **after} if before.get(n) != after.get(n)]
-        told = [_file_change(n, before.get(n), after.get(n)) for n in names[:MOST_NAMED]]
+        named = [_file_change(n, before.get(n), after.get(n)) for n in names[:MAX_NAMED]]
         if names:
-            more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-            changes.append(f"{what}: {', '.join(told)}{more}")
+            more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+            changes.append(f"{what}: {', '.join(named)}{more}")
     elif _identity(was) != _identity(now) and None not in (_identity(was), _identity(now)):
         changes.append(f"{what} was {_identity(was)}, now {_identity(now)}")
     base, new_base = _dict(was, "base"), _dict(now, "base")
@@ -359,7 +317,7 @@ def _dict(record: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _find_commit(key: str, was: Record) -> Found:
-    """A hub repository, at the commit that was recorded, whatever its branch has by now."""
+    """Locate a hub repository at the recorded commit, also if its branch has moved on."""
     name, commit = was["name"], str(was["commit"])
     what = f"{key} {name}"
     if key == PROMPTS:
@@ -376,7 +334,7 @@ def _find_commit(key: str, was: Record) -> Found:
 
 
 def _is_available(name: str, commit: str) -> bool:
-    """Whether a commit can be loaded, as far as that is known."""
+    """Whether a commit can be loaded; True where the hub does not say."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
 
@@ -387,12 +345,12 @@ def _is_available(name: str, commit: str) -> bool:
     except RevisionNotFoundError:
         return False
     except Exception:
-        return True  # loading it says best what is wrong
+        return True  # loading gives the better message
     return True
 
 
 def _commit(name: str, kind: str, revision: str | None, ask: bool) -> str | None:
-    """The commit that a hub repository's revision stands for; None where it cannot be told."""
+    """The commit of a revision of a hub repository; None where it is unknown."""
     from huggingface_hub import HfApi
 
     if COMMIT.fullmatch(revision or ""):
@@ -402,7 +360,7 @@ def _commit(name: str, kind: str, revision: str | None, ask: bool) -> str | None
             info = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=TIMEOUT)
             return info.sha
     except Exception:
-        pass  # then what the cache has is what will be loaded
+        pass  # then the commit in the cache will be loaded
     try:
         commit = (_cache(name, kind) / "refs" / (revision or "main")).read_text().strip()
     except (OSError, ValueError):
@@ -418,7 +376,7 @@ def _cache(name: str, kind: str) -> Path:
 
 
 def inputs_of(config: RunConfig) -> dict[str, str]:
-    """What a run reads: key of the configuration -> folder, file or name on the hub."""
+    """Inputs of a run: key of the configuration -> folder, file or name on the hub."""
     found = {"prompts.source": config.prompts.source}
     for key, model in (
         ("policy.model", config.policy.model),
@@ -427,4 +385,4 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
         found[key] = model
         if base := adapter_base(model):
             found[f"the base model of {key}"] = base
-    return {key: name for key, name in found.items() if name != "embedded"}  # which is no folder
+    return {key: name for key, name in found.items() if name != "embedded"}

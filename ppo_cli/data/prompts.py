@@ -1,4 +1,4 @@
-"""Where queries come from: texts, cut to their first tokens."""
+"""Queries: texts of a source, cut to their first tokens."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from ppo_cli.errors import DataError
 from ppo_cli.utils.random_state import numpy_state, set_numpy_state
 
 EMBEDDED_REVIEWS = 4000
-MOST_EMBEDDED_REVIEWS = 100_000
-AT_ONCE = 1000  # texts that a tokenizer is given together
-TOLD_FROM = 20_000  # texts from which it is told how far tokenizing is
+MAX_EMBEDDED_REVIEWS = 100_000
+TOKENIZER_BATCH = 1000  # texts
+PROGRESS_FROM = 20_000  # texts; progress of tokenizing fewer is not shown
 PROBE = "a"
-CHARACTERS = 5  # a token: more than prose has
+MAX_CHARACTERS = 5  # per token, more than prose has
 BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 ACROSS_WORDS = re.compile(
     r"[^\sĠĊĉč▁][ Ġ▁]"
-)  # in a token, as byte-level and SentencePiece write it
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
+)  # a token with a gap between words, in the form of byte-level or SentencePiece
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # a cut character decodes to it
 
 
 class LengthSampler:
-    """Draws an integer from `min_value` to `max_value - 1`, all alike, as TRL's does.
+    """Draws an integer from `min_value` to `max_value - 1` uniformly, like TRL's.
 
     Args:
         min_value: smallest length.
-        max_value: one more than the largest.
-        seed: gives the sampler random numbers of its own; None draws from NumPy's global state.
+        max_value: largest length plus one.
+        seed: of the sampler's own generator; None draws from NumPy's global state.
 
     Raises:
-        ValueError: there is no length to draw.
+        ValueError: the range is empty.
     """
 
     def __init__(self, min_value: int, max_value: int, seed: int | None = None) -> None:
@@ -49,23 +49,23 @@ class LengthSampler:
         self._own = None if seed is None else np.random.RandomState(seed)
 
     def __call__(self) -> int:
-        """One length."""
-        draw: Callable[[int], int] = (self._own or np.random).randint  # as `choice` does, faster
+        """Draw a length."""
+        draw: Callable[[int], int] = (self._own or np.random).randint  # like `choice`, but faster
         return self.values[draw(len(self.values))]
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of its own random numbers, plain values."""
+        """State of the sampler's own generator, plain values."""
         return {} if self._own is None else numpy_state(self._own)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore a `state_dict`."""
         if self._own is not None and state:
             set_numpy_state(self._own, state)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A query: its text for people, without special tokens; `input_ids` (query_length,) int64."""
+    """A query: text without special tokens, and `input_ids`, (query_length,) int64."""
 
     query: str
     input_ids: Any
@@ -73,23 +73,23 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Queries to train on, and others kept apart to evaluate on."""
+    """Queries to train on, and held-out ones to evaluate on."""
 
     train: list[Prompt]
     held_out: list[Prompt]
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Rows -> one list a column; what `PPOTrainer` wants of a dataset with ragged queries."""
+    """Rows -> one list per column: the data collator of `PPOTrainer` for ragged queries."""
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
 class Encoder:
-    """The one way from text to the tokens of a query.
+    """Encodes texts as queries.
 
-    What the tokenizer puts before a text, such as <s>, is part of the query; what it puts after it,
-    such as </s> or [SEP], is not: the model is to go on from there. Text that spells a special
-    token is text, where the tokenizer can tell the two apart.
+    Special tokens that the tokenizer puts before a text, such as <s>, are part of the query. Those
+    after it, such as </s> or [SEP], are not, because the model continues the text. Text that spells
+    a special token stays text, where the tokenizer can distinguish the two.
 
     Args:
         tokenizer: of the model that reads the queries.
@@ -104,12 +104,12 @@ class Encoder:
         self._beginning = list(whole[:before])
 
     def __call__(self, texts: Sequence[str], longest: int | None = None) -> list[list[int]]:
-        """The ids of each text, without end; none for a text without tokens of its own.
+        """Encode texts, without end tokens; a text without tokens gives an empty list.
 
         Args:
-            texts: what is to be continued.
-            longest: only so many ids of each are wanted, so that the rest of a text need not be
-                read where that is sure to change nothing.
+            texts: the texts to continue.
+            longest: number of ids to return of each text; the rest of a long text is not encoded
+                where that cannot change them.
         """
         starts = [self._start(text, longest) for text in texts]
         rows = self._ids(starts)
@@ -125,41 +125,45 @@ class Encoder:
         return [(self._beginning + row)[:longest] if row else [] for row in rows]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of the texts alone."""
+        """Encode the texts without special tokens."""
         tokenizer, rows = self._tokenizer, []
-        is_fast = getattr(tokenizer, "is_fast", None)  # None: mistral-common's, which mixes up none
+        is_fast = getattr(
+            tokenizer, "is_fast", None
+        )  # None: mistral-common's, which takes no text for special tokens
         if is_fast:
-            for i in range(0, len(texts), AT_ONCE):
-                batch = list(texts[i : i + AT_ONCE])
+            for i in range(0, len(texts), TOKENIZER_BATCH):
+                batch = list(texts[i : i + TOKENIZER_BATCH])
                 rows += tokenizer(
                     batch, add_special_tokens=False, split_special_tokens=True
                 ).input_ids
             return rows
         special = [] if is_fast is None else tokenizer.all_special_tokens
         for text in texts:
-            # Asked to, tokenizers in Python leave all added tokens out, not just special ones.
+            # With this option, tokenizers in Python split all added tokens, not only special ones.
             spelled = any(token in text for token in special)
             options = {"split_special_tokens": True} if spelled else {}
             rows.append(list(tokenizer(text, add_special_tokens=False, **options).input_ids))
         return rows
 
     def _start(self, text: str, longest: int | None) -> str:
-        """The text up to a gap between words after which `longest` tokens should have come."""
+        """The start of a text, cut between words, that should hold `longest` tokens."""
         if longest is None:
             return text
-        size = CHARACTERS * longest + 64
+        size = MAX_CHARACTERS * longest + 64
         if len(text) <= size or not self._reads_words_apart:
             return text
         gaps = [gap.start() for gap in BETWEEN_WORDS.finditer(text, size - 64, size)]
-        return text[: gaps[-3]] if len(gaps) > 2 else text  # two words decide how the last one ends
+        return (
+            text[: gaps[-3]] if len(gaps) > 2 else text
+        )  # the last token may depend on two more words
 
     @cached_property
     def _reads_words_apart(self) -> bool:
-        """Whether the tokens before a gap between words do not depend on what follows it.
+        """Whether the tokens before a gap between words do not depend on the text after it.
 
-        BPE makes each token from two others of its vocabulary, and Unigram chooses among paths of
-        such tokens: where none reaches across a gap, the text falls apart there. What comes before
-        either, normalizer and pre-tokenizer, looks no further than the next word.
+        BPE merges two tokens of its vocabulary into a third, and Unigram chooses among sequences of
+        its tokens. If no token contains a gap, neither looks across one. Normalizers and
+        pre-tokenizers look no further than the next word.
         """
         if not getattr(self._tokenizer, "is_fast", False):
             return False
@@ -173,13 +177,13 @@ class Encoder:
 def load_prompts(
     settings: Any, tokenizer: Any, seed: int, tell: Callable[[str], None] = lambda _: None
 ) -> PromptSet:
-    """Read the source, keep texts long enough, hold some out, cut all to their first tokens.
+    """Read the source, keep the long texts, hold some out, cut all to their first tokens.
 
     Args:
         settings: a `PromptsConfig`.
         tokenizer: the policy's.
         seed: decides which texts are held out and how long each query is.
-        tell: told how far it is, where that takes a while.
+        tell: receives messages about progress where tokenizing takes a while.
 
     Raises:
         DataError: the source is absent, unreadable, without its column, or yields no query.
@@ -199,13 +203,13 @@ def load_held_out(settings: Any, tokenizer: Any, seed: int) -> list[Prompt]:
     """The held-out prompts of `load_prompts`, without tokenizing the others."""
     train, held_out = _split_texts(settings, seed)
     lengths = _lengths(settings, seed)
-    for _ in train:  # each has drawn its length before
+    for _ in train:  # `load_prompts` draws their lengths first
         lengths()
     return list(_cut(held_out, tokenizer, lengths))
 
 
 def _split_texts(settings: Any, seed: int) -> tuple[list[str], list[str]]:
-    """Texts to train on and others, held out."""
+    """Texts to train on, and held-out texts."""
     if settings.source == EMBEDDED:
         return _embedded_texts(settings)
     texts = read_texts(
@@ -215,7 +219,7 @@ def _split_texts(settings: Any, seed: int) -> tuple[list[str], list[str]]:
         split=settings.split,
         keep=lambda text: len(text) > settings.min_characters,
         limit=settings.limit and settings.limit + settings.held_out,
-        distinct=True,  # what is held out is not trained on
+        distinct=True,  # no text is both held out and trained on
     )
     if not texts:
         raise DataError(
@@ -232,7 +236,7 @@ def _embedded_texts(settings: Any) -> tuple[list[str], list[str]]:
     from ppo_cli.data.embedded import HELD_OUT_SEED, TRAIN_SEED
     from ppo_cli.data.embedded.grammar import reviews
 
-    count = min(settings.limit or EMBEDDED_REVIEWS, MOST_EMBEDDED_REVIEWS)
+    count = min(settings.limit or EMBEDDED_REVIEWS, MAX_EMBEDDED_REVIEWS)
     return (
         [review.text for review in reviews(count, TRAIN_SEED)],
         [review.text for review in reviews(settings.held_out, HELD_OUT_SEED)],
@@ -252,17 +256,17 @@ def _cut(
     import torch
 
     encode = Encoder(tokenizer)
-    told = 0
-    for start in range(0, len(texts), AT_ONCE):
-        batch = texts[start : start + AT_ONCE]
+    shown = 0  # quarters
+    for start in range(0, len(texts), TOKENIZER_BATCH):
+        batch = texts[start : start + TOKENIZER_BATCH]
         rows = [ids[: lengths()] for ids in encode(batch, longest=lengths.values[-1])]
         for ids, text in zip(
             rows, tokenizer.batch_decode(rows, skip_special_tokens=True), strict=True
         ):
             if ids:
-                # The cut may go through a character, whose part is no text.
+                # The cut may split a character.
                 yield Prompt(text.rstrip(BROKEN) or text, torch.tensor(ids, dtype=torch.long))
         quarter = 4 * (start + len(batch)) // len(texts)
-        if told < quarter and len(texts) >= TOLD_FROM:
-            told = quarter
+        if shown < quarter and len(texts) >= PROGRESS_FROM:
+            shown = quarter
             tell(f"{start + len(batch)} of {len(texts)} texts tokenized")

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from ppo_cli.config.schema import AdapterConfig
 from ppo_cli.errors import ModelError, UsageError, did_you_mean
 from ppo_cli.models.pretrained import HUB_KEYWORDS, find_adapter, refuse_if_not_causal
-from ppo_cli.utils.hub import first_line, implementations, loading_errors
+from ppo_cli.utils.hub import first_line, loading_errors
+from ppo_cli.utils.model_checks import implementations
 from ppo_cli.utils.text import shortened
 
 KEY = "policy.adapter.target_modules"

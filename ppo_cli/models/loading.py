@@ -18,13 +18,8 @@ from ppo_cli.models.adapter import new_adapter
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.pretrained import tokenizer_of
 from ppo_cli.utils.device import modes_kept
-from ppo_cli.utils.hub import (
-    loading_errors,
-    refuse_empty,
-    refuse_nan,
-    refuse_unusable,
-    trial_errors,
-)
+from ppo_cli.utils.hub import loading_errors, trial_errors
+from ppo_cli.utils.model_checks import refuse_empty, refuse_nan, refuse_unusable
 
 
 def check_trusted(trusted: Collection[str], names: Collection[str]) -> None:

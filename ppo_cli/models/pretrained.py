@@ -23,7 +23,8 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ppo_cli.errors import ModelError, PPOCliError, UsageError
-from ppo_cli.utils.hub import implementations, loading_errors, refuse_misshaped, refuse_missing
+from ppo_cli.utils.hub import loading_errors
+from ppo_cli.utils.model_checks import implementations, refuse_misshaped, refuse_missing
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -1,4 +1,4 @@
-"""A comparison -> one self-contained HTML page."""
+"""A comparison as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ b { color: #0072B2; }
 
 
 def comparison_html(comparison: Comparison) -> str:
-    """Means, paired differences, best-of-n, what changed most, then all responses side by side."""
+    """Means, paired differences, best-of-n, largest changes, then all responses side by side."""
     label = _text(comparison.label)
     names = [model.model for model in comparison.models]
     rows = "".join(

@@ -1,4 +1,4 @@
-"""A comparison -> tables, Markdown, CSV."""
+"""A comparison as tables, Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from ppo_cli.evaluation.comparison_result import (
     Answer,
     Change,
     Comparison,
-    ModelResult,
     PairedDifference,
 )
 from ppo_cli.reporting.tables import below, cell, titled_table
@@ -35,11 +34,11 @@ Line = tuple[str, ...]
 
 
 def comparison_tables(comparison: Comparison, rows: int) -> list[RenderableType]:
-    """Examples, then what the models come to: the verdict is what a terminal shows last.
+    """Examples first, means and differences last, where a terminal shows them.
 
     Args:
-        comparison: what was found.
-        rows: how many of the first prompts are shown.
+        comparison: the result to show.
+        rows: number of the first prompts that are shown.
     """
     tables: list[RenderableType] = []
     total = len(comparison.rows)
@@ -65,7 +64,7 @@ def comparison_tables(comparison: Comparison, rows: int) -> list[RenderableType]
 
 
 def measures(label: str, models: Sequence[ModelResult]) -> list[Line]:
-    """A line for each measure: its name, then each model's value."""
+    """One line per measure: its name, then each model's value."""
     lines: list[Line] = []
     for measure in quality.MEASURES:
         values = [model.quality.values.get(measure.key) for model in models]
@@ -78,7 +77,7 @@ def measures(label: str, models: Sequence[ModelResult]) -> list[Line]:
 
 
 def paired_line(item: PairedDifference) -> Line:
-    """Who, mean difference, its interval, wins, their interval."""
+    """Pair of models, mean difference, its interval, win rate, its interval."""
     return (
         f"{item.first} - {item.second}",
         f"{item.difference.mean:+.3f}",
@@ -89,12 +88,12 @@ def paired_line(item: PairedDifference) -> Line:
 
 
 def best_of_title(curve: BestOfN) -> str:
-    """What the curve was made from."""
+    """Title of the best-of-n table."""
     return f"best of n responses from the reference, to {curve.prompts} prompts"
 
 
 def best_of_lines(curve: BestOfN) -> list[Line]:
-    """A line an n."""
+    """One line per n."""
     return [
         (
             f"{point.n:,}",
@@ -107,7 +106,7 @@ def best_of_lines(curve: BestOfN) -> list[Line]:
 
 
 def share_line(item: Share) -> Line:
-    """A model's KL and score, best-of-n's there, and the share."""
+    """A model's KL and score, the score of best-of-n at that KL, and the share."""
     share = _number(item.share, ".2f")
     if item.share_at_most is not None:
         share = f"under {item.share_at_most:.2f}"
@@ -122,7 +121,7 @@ def share_line(item: Share) -> Line:
 
 
 def share_notes(comparison: Comparison) -> list[str]:
-    """A sentence for each model that best-of-n does not reach."""
+    """A sentence for each model whose KL is beyond that of best-of-n."""
     notes = []
     assert comparison.best_of_n is not None
     last = comparison.best_of_n.points[-1]
@@ -139,7 +138,7 @@ def share_notes(comparison: Comparison) -> list[str]:
 
 
 def changed_parts(comparison: Comparison) -> list[tuple[str, list[Change]]]:
-    """Titles and prompts of what changed most; parts without any are left out."""
+    """Titles and changes of the prompts that gained or lost most; empty parts are left out."""
     changes = comparison.changes
     names = f"score of {changes.first} minus {changes.second}'s"
     parts = [
@@ -156,7 +155,7 @@ def changed_line(comparison: Comparison, change: Change) -> tuple[float, str, An
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """All prompts side by side, then what the tables show, as Markdown tables."""
+    """All prompts side by side, then the contents of the tables, as Markdown."""
     names = [model.model for model in comparison.models]
     rows = [
         (row.query, *(f"{a.response.strip()} ({a.score:.2f})" for a in row.responses))
@@ -191,10 +190,10 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 
 def comparison_csv(comparison: Comparison) -> str:
-    """A line a prompt and model: query, model, response, score, probability, KL, tokens.
+    """One line per prompt and model: query, model, response, score, probability, KL, tokens.
 
-    A text that a spreadsheet would take for a formula has an apostrophe in front; KL is empty where
-    it is not known.
+    A text that a spreadsheet would evaluate as a formula begins with an apostrophe. An unknown KL
+    is empty.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""Score against KL: a run's evaluations, and best-of-n from its reference as the curve to beat."""
+"""Score against KL: a run's evaluations, and best-of-n from its reference for comparison."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ppo_cli.utils.text import json_text
 CURVE_FILE = "frontier.json"
 PICTURE = "frontier.png"
 KEYS = ("eval/score", "eval/kl", "eval/reference_score")
-LABEL_GAP = 24  # between labels of the curve, points of a picture
+LABEL_GAP = 24  # between labels of the curve, in points (1/72 inch)
 HOW_TO_GET_IT = (
     "train with --set 'run.best_of_n=[1,2,4,8,16,32,64]' for it, or with that and --resume add it "
     "to a run"
@@ -36,8 +36,8 @@ class Trail:
     Attributes:
         name: the run's.
         evaluations: those with finite score and KL.
-        best: the one whose weights the run takes for the best; None where none may be.
-        reference_score: of the reference on the same prompts: score at KL 0.
+        best: the best within the limits of KL; None where there is none.
+        reference_score: mean score of the reference on the same prompts, at KL 0.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Trail:
 
 
 def trail(name: str, metrics: Sequence[Mapping[str, Any]], settings: RunSettings) -> Trail:
-    """The trail of a run.
+    """Read the trail of a run.
 
     Args:
         name: the run's.
-        metrics: a dictionary a step, oldest first.
-        settings: the run's, whose limits of KL say which evaluation may be the best.
+        metrics: one dictionary a step, oldest first.
+        settings: the run's; their limits of KL decide which evaluation can be the best.
 
     Raises:
         UsageError: its metrics hold no evaluation.
@@ -71,12 +71,12 @@ def trail(name: str, metrics: Sequence[Mapping[str, Any]], settings: RunSettings
 
 
 def write_curve(folder: Path, curve: BestOfN) -> None:
-    """Put best-of-n into a run directory."""
+    """Write best-of-n into a run directory."""
     write_text(folder / CURVE_FILE, json_text(curve.as_dict(), indent=2) + "\n")
 
 
 def read_curve(folders: Sequence[Path]) -> BestOfN | None:
-    """Best-of-n of the first run directory that has it; None where none does.
+    """Read best-of-n from the first run directory that has it; None where none has.
 
     Raises:
         UsageError: the file is damaged.
@@ -101,10 +101,10 @@ def read_curve(folders: Sequence[Path]) -> BestOfN | None:
 
 
 def plot_frontier(trails: Sequence[Trail], curve: BestOfN | None, output: Path) -> None:
-    """Draw each run's way from the reference, its best and its last evaluation marked.
+    """Draw each run's evaluations, from the reference on; mark the best and the last.
 
     Raises:
-        UsageError: `output` does not end as a picture does.
+        UsageError: `output` has no ending of a picture.
     """
     with drawing(output, 7.2, 5.2) as figure:
         panel = figure.subplots()
@@ -157,8 +157,8 @@ def _draw_curve(panel: Any, curve: BestOfN) -> None:
 
 
 def _label_points(figure: Any, panel: Any, curve: BestOfN) -> None:
-    """Write n at the points, from the largest down, leaving out what would lie on another."""
-    figure.draw_without_rendering()  # which settles the limits
+    """Write n at the points, largest n first; leave out labels that would overlap."""
+    figure.draw_without_rendering()  # sets the limits of the axes
     labelled: list[tuple[float, float]] = []
     for point in reversed(curve.points[1:]):
         x, y = panel.transData.transform((point.kl, point.score)) * 72 / figure.dpi

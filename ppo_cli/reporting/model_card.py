@@ -1,4 +1,4 @@
-"""Model cards: what a saved policy is, and how to load it."""
+"""The model card of a run: its origin, settings and results, and how to load the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ppo_cli.utils.text import json_text, markdown_code, markdown_text
 
 
 def run_card(summary: Any, config: Any) -> str:
-    """The card of a run directory: what it was made from, settings, results.
+    """Make the card of a run directory.
 
     Args:
         summary: a `TrainingSummary`.

@@ -18,7 +18,7 @@ from ppo_cli.utils.files import replacing
 from ppo_cli.utils.text import escape_controls
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
-"""Name of a run -> its metrics, a dictionary a step."""
+"""Name of a run -> its metrics, one dictionary a step."""
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 """Name of a run -> steps and values of one metric."""
 
@@ -31,11 +31,11 @@ TITLES = {
     "objective/kl": ("KL from the reference over time", "KL per sequence (nats)"),
     "objective/kl_coef": ("KL coefficient over time", "coefficient"),
 }
-# Drawn into another's panel, where a run has it: a label for its curve.
+# Metric of a panel -> another metric that is drawn in it if a run has it, and its label.
 COMPANIONS = {"ppo/mean_scores": ("eval/score", "held-out")}
-SPARSE = "eval/"  # of metrics that only some steps have: points, joined by lines
+SPARSE = "eval/"  # prefix of metrics that only some steps have: drawn as points and lines
 ENDINGS = (".png", ".svg", ".pdf")
-# Okabe and Ito's colours, told apart with colour-blind eyes too.
+# The palette of Okabe and Ito, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 GREY = "#666666"
 HOLLOW: dict[str, Any] = {
@@ -46,8 +46,8 @@ HOLLOW: dict[str, Any] = {
 }
 BARS, AXES = " ▁▂▃▄▅▆▇█", "│└─"
 ASCII_BARS, ASCII_AXES = " ...:::##", "|+-"
-AXIS = 12  # columns left of a chart's bars
-LABEL = 40  # characters of a legend's line
+AXIS_WIDTH = 12  # columns left of a chart's bars
+LABEL_WIDTH = 40  # characters of a legend's line
 
 
 def plot_training(
@@ -56,10 +56,10 @@ def plot_training(
     metrics: Sequence[str] = DEFAULT_METRICS,
     smooth: int | None = None,
 ) -> None:
-    """Draw a panel a metric, a colour a run: the raw line pale, its moving average over it.
+    """Draw one panel per metric, one colour per run: the raw line pale, its moving average over it.
 
     Args:
-        runs: what to draw.
+        runs: metrics of each run.
         output: `.png`, `.svg` or `.pdf`.
         metrics: keys of the metrics.
         smooth: steps in the moving average; None for a twentieth of the longest run.
@@ -80,7 +80,7 @@ def plot_training(
             _draw_panel(panel, metric, curve, labels, own_window)
             for name, colour in zip(curve, _cycle(COLOURS), strict=False):
                 _draw_companion(panel, metric, labels[name], runs[name], colour)
-        for panel in panels:  # what is left where metrics are odd in number
+        for panel in panels:  # an odd number of metrics leaves one empty
             panel.set_visible(False)
         _add_legend(figure, labels.values())
         if window > 1:
@@ -95,22 +95,22 @@ def plot_training(
 
 @contextmanager
 def drawing(output: Path, width: float, height: float) -> Iterator[Any]:
-    """A figure of that many inches, saved when the block ends.
+    """Make a figure, sizes in inches, and save it when the block ends.
 
-    matplotlib's warnings are not for who asked for the picture: a font may lack a character of a
-    run's name.
+    matplotlib's warnings are hidden: a font that lacks a character of a run's name is not the
+    user's concern.
 
     Raises:
-        UsageError: `output` does not end as a picture does.
+        UsageError: `output` has no ending of a picture.
     """
     check_ending(output)
-    # Importing it says at this level that there is nowhere to keep its list of fonts.
+    # Importing matplotlib logs a warning where it cannot cache its list of fonts.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Where a user's own settings ask for TeX, names would have to be TeX.
+    # With a user's own TeX setting, names would have to be valid TeX.
     with warnings.catch_warnings(), matplotlib.rc_context({"text.usetex": False}):
         warnings.simplefilter("ignore")
         figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
@@ -151,7 +151,7 @@ def _draw_panel(
 def _draw_companion(
     panel: Any, metric: str, run: str, rows: Sequence[Mapping[str, Any]], colour: str
 ) -> None:
-    """The metric that belongs into the same panel: hollow points, joined by a dashed line."""
+    """Draw the companion of a metric: hollow points, joined by a dashed line."""
     key, label = COMPANIONS.get(metric, ("", ""))
     if points := [(row["step"], row[key]) for row in rows if key in row]:
         panel.plot(
@@ -160,7 +160,7 @@ def _draw_companion(
 
 
 def _add_legend(figure: Any, runs: Collection[str]) -> None:
-    """Below the panels: an entry a run, and one for the companions. The figure grows for it."""
+    """Add a legend below the panels: one entry per run, one per companion. The figure grows."""
     from matplotlib.lines import Line2D
 
     lines = {line.get_label(): line for panel in figure.axes for line in panel.get_lines()}
@@ -179,13 +179,13 @@ def _add_legend(figure: Any, runs: Collection[str]) -> None:
 
 
 def check_ending(output: Path) -> None:
-    """Raise `UsageError` unless `output` ends as a picture does."""
+    """Raise `UsageError` unless `output` has the ending of a picture."""
     if output.suffix.lower() not in ENDINGS:
         raise UsageError(f"{output}: a picture ends in {', '.join(ENDINGS)}")
 
 
 def moving_average(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values at each place, of fewer at the start."""
+    """Mean of the last `window` values at each place, of fewer at the start; skips NaN and inf."""
     array = np.asarray(values, dtype=np.float64)
     finite = np.isfinite(array)
 
@@ -202,7 +202,7 @@ def moving_average(values: Sequence[float] | np.ndarray, window: int) -> np.ndar
 def terminal_chart(
     runs: Runs, metric: str, width: int = 72, height: int = 8, ascii_only: bool = False
 ) -> list[str]:
-    """Lines of a chart of bars, one chart a run, each column the mean of its share of steps."""
+    """Lines of a bar chart, one chart per run; each column is the mean of consecutive steps."""
     lines: list[str] = []
     bars, axes = (ASCII_BARS, ASCII_AXES) if ascii_only else (BARS, AXES)
     for name, (steps, values) in _curves(runs, metric).items():
@@ -213,7 +213,8 @@ def terminal_chart(
             lines += ["", f"{shown}, {name}: no finite value"]
             continue
         columns = [
-            part.mean() for part in np.array_split(values, min(max(width - AXIS, 1), len(values)))
+            part.mean()
+            for part in np.array_split(values, min(max(width - AXIS_WIDTH, 1), len(values)))
         ]
         low, high = min(columns), max(columns)
         span = (high - low) or 1.0
@@ -226,7 +227,7 @@ def terminal_chart(
             cells = "".join(bars[int(min(max(level - row * 8, 0), 8))] for level in levels)
             lines.append(f"{label} {axes[0]}{cells}")
         lines.append(f"{'':10} {axes[1]}{axes[2] * len(columns)}")
-        lines.append(f"{'':{AXIS}}step {steps[0]} to {steps[-1]}")
+        lines.append(f"{'':{AXIS_WIDTH}}step {steps[0]} to {steps[-1]}")
     return lines
 
 
@@ -252,7 +253,7 @@ def _cycle(colours: Sequence[str]) -> Any:
 
 
 def legend_labels(names: Iterable[str]) -> dict[str, str]:
-    """Runs' paths -> as few of their last parts as tell them apart, in lines for a legend."""
+    """Paths of runs -> their shortest distinct ends, wrapped for a legend."""
     parts = {name: Path(name).parts for name in names}
     labels = {}
     for name, own in parts.items():
@@ -261,11 +262,11 @@ def legend_labels(names: Iterable[str]) -> dict[str, str]:
         while count < len(own) and any(part[-count:] == own[-count:] for part in others):
             count += 1
         end = escape_controls(str(Path(*own[-count:])))
-        labels[name] = plain(*wrap(end, LABEL))
+        labels[name] = plain(*wrap(end, LABEL_WIDTH))
     return labels
 
 
 def plain(*lines: str) -> str:
-    """Lines without what matplotlib would read as mathematics or as `no label`."""
+    """Text for matplotlib, without `$` as mathematics and a leading `_`, which hides a label."""
     shown = "\n".join(map(escape_controls, lines))
     return shown.replace("$", r"\$").lstrip("_") or "run"

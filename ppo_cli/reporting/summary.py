@@ -1,4 +1,4 @@
-"""What a training run reports: each step, and how it ended."""
+"""Reports of a training run: each step, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ppo_cli.evaluation.samples import Sample
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one PPO step did, for a display.
+    """One PPO step, for a display.
 
     Attributes:
-        step, steps: its number, and how many were asked for.
-        stats: its line of the metrics.
-        samples: some of its batch.
-        best: the step whose evaluation is best so far, if any.
-        stops: whether its evaluation ends the run.
+        step, steps: number of the step, and of all steps of the run.
+        stats: the step's line of the metrics.
+        samples: some samples of the batch.
+        best: the step whose evaluation is the best so far, if any.
+        stops: whether the step's evaluation ends the run.
     """
 
     step: int
@@ -32,13 +32,13 @@ class StepReport:
 
     @property
     def is_last(self) -> bool:
-        """Whether the run is over after this step."""
+        """Whether the run ends after this step."""
         return self.stops or self.step == self.steps
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Which step's weights a run directory has, and why those."""
+    """The step whose weights a run directory holds, and why."""
 
     step: int
     why: str
@@ -49,7 +49,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a run was: query and response tokens a second, and shares of the time."""
+    """Speed of a run: query and response tokens per second, and shares of the time."""
 
     tokens_per_second: float
     sampling: float
@@ -58,7 +58,7 @@ class Pace:
 
     @classmethod
     def of(cls, metrics: Sequence[Mapping[str, float]]) -> Pace:
-        """Of the metrics of any number of steps; zeros for none that are whole."""
+        """Compute the pace over the steps that have all their times; zeros where none has."""
         parts = ("time/sampling", "time/scoring", "time/optimising")
         needed = {"time/step", "perf/tokens_per_second", *parts}
         whole = [row for row in metrics if needed <= row.keys()]
@@ -75,22 +75,21 @@ class Pace:
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """How a run ended: the reference and the policy on the same held-out prompts.
+    """Results of a run: reference and policy on the same held-out prompts.
 
     Attributes:
         run: the run directory.
-        label: what the policy was steered towards.
-        steps, planned_steps: made, and asked for.
-        seconds: spent in steps.
-        before, after: the reference's samples, and those of the weights that the directory has,
-            with random numbers that no evaluation drew from: the choice of the best by evaluations
-            does not flatter them.
-        kl: of the last step's batch, as the penalty estimates it.
-        pace: of the steps.
-        weights: which step's are in the directory.
-        stopped_early: why the run ended before the steps that were asked for; None where it did not
-            or was interrupted.
-        before_samples, after_samples: what `before` and `after` are means of.
+        label: the label that the policy was trained towards.
+        steps, planned_steps: number of steps made, and of steps asked for.
+        seconds: time spent in steps.
+        before, after: quality of the reference, and of the policy with the weights in the
+            directory. Their random numbers are used by no evaluation, so that the choice of the
+            weights by evaluations does not bias them.
+        kl: of the last step's batch, as the KL penalty estimates it, nats per response.
+        pace: speed of the steps.
+        weights: the step whose weights are in the directory.
+        stopped_early: why an evaluation ended the run before its last step; None where none did.
+        before_samples, after_samples: the samples that `before` and `after` summarise.
     """
 
     run: str
@@ -108,7 +107,7 @@ class TrainingSummary:
     after_samples: list[Sample]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values without the samples, for JSON."""
+        """All values but the samples, for JSON."""
         values = dataclasses.asdict(self)
         del values["before_samples"], values["after_samples"]
         return values | {"before": self.before.as_dict(), "after": self.after.as_dict()}

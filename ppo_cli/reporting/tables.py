@@ -1,4 +1,4 @@
-"""Data -> what people read on the screen: rich tables and lines."""
+"""Rich tables and lines for the terminal."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def summary_table(summary: TrainingSummary) -> Group:
 
 
 def sample_lines(samples: Sequence[Sample], count: int) -> list[Text]:
-    """A line a sample: score, query, response, as many as `count`."""
+    """One line per sample: score, query, response; at most `count`."""
     return [sample_line(sample) for sample in samples[:count]]
 
 
@@ -51,7 +51,7 @@ def sample_line(sample: Sample) -> Text:
 def statistics_tables(
     groups: Mapping[str, Sequence[tuple[str, float, str]]], title: str
 ) -> list[RenderableType]:
-    """A table a heading: key, value and meaning of each statistic."""
+    """One table per heading: key, value and meaning of each statistic."""
     parts: list[RenderableType] = [cell(title, style="italic"), Text("")]
     for heading, entries in groups.items():
         table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
@@ -91,7 +91,7 @@ def generation_table(models: Sequence[Generated], scored: bool) -> Table:
 
 
 def frontier_table(trail: Trail, curve: BestOfN | None) -> Group:
-    """A run's evaluations: KL, score, and beside them best-of-n at the same KL."""
+    """A run's evaluations: step, KL, score, and the score of best-of-n at the same KL."""
     table = titled_table(None)
     for heading in ("step", "KL", "score", "best-of-n there", "share", ""):
         table.add_column(heading, justify="right" if heading else "left")
@@ -117,17 +117,17 @@ def frontier_table(trail: Trail, curve: BestOfN | None) -> Group:
 
 
 def cell(text: str, style: str = "") -> Text:
-    """Text from models, data or files: no markup, no control characters."""
+    """A cell of untrusted text: no markup, control characters escaped."""
     return Text(escape_controls(text), style=style, overflow="fold")
 
 
 def below(title: str, table: Table) -> Group:
-    """`table` below a title, which may be wider than the table."""
+    """A title above `table`; it may be wider than the table."""
     return Group(cell(title, style="italic"), table)
 
 
 def titled_table(title: str | None) -> Table:
-    """An empty table in the house style."""
+    """An empty table in the style of all tables."""
     return Table(
         title=None if title is None else cell(title, style="italic"),
         box=box.SIMPLE_HEAD,

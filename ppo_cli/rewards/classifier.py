@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppo_cli.errors import ModelError
 from ppo_cli.models.pretrained import HUB_KEYWORDS, base_errors, base_keywords, find_adapter
-from ppo_cli.utils.hub import implementations, refuse_misshaped, refuse_missing
+from ppo_cli.utils.model_checks import implementations, refuse_misshaped, refuse_missing
 
 Row = Mapping[str, Sequence[int]]
 """The tokens of a text: `input_ids`, and the model's other inputs for each token."""

@@ -16,7 +16,8 @@ from ppo_cli.kernels.patches import fast_matmul
 from ppo_cli.models.context import UNLIMITED, context_length
 from ppo_cli.models.pretrained import tokenizer_of
 from ppo_cli.rewards.classifier import Padding, Row, is_same, load_classifier, rows_of
-from ppo_cli.utils.hub import loading_errors, refuse_empty, refuse_unusable
+from ppo_cli.utils.hub import loading_errors
+from ppo_cli.utils.model_checks import refuse_empty, refuse_unusable
 
 POSITIVE_NAMES = ("positive", "pos", "good", "favorable", "favourable", "5 stars", "very positive")
 NEGATIVE_NAMES = (

@@ -1,1 +1,1 @@
-"""One training run, from a configuration to a run directory."""
+"""One training run, from its configuration to its run directory."""

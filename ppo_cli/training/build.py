@@ -1,37 +1,161 @@
-"""What a run needs before its first step: the trainer, and lengths that its model can read."""
+"""Builds a run from its configuration: everything is loaded and checked, nothing is written."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from ppo_cli.config.schema import RunConfig
-from ppo_cli.data.prompts import Prompt
-from ppo_cli.errors import DataError
+from ppo_cli.data.fingerprint import Inputs, inputs_of, trusted_too
+from ppo_cli.data.prompts import LengthSampler, Prompt, PromptSet, load_prompts
+from ppo_cli.errors import DataError, UsageError
+from ppo_cli.evaluation.held_out import HeldOutEvaluation
 from ppo_cli.models.capabilities import rope_switch
 from ppo_cli.models.context import context_length
-from ppo_cli.models.loading import load_policy
+from ppo_cli.models.loading import check_trusted, load_policy, load_tokenizer
 from ppo_cli.models.sampling import check_sampling
+from ppo_cli.models.sampling_params import SamplingParams
+from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.forward import check_reading
 from ppo_cli.ppo.trainer import PPOTrainer
-from ppo_cli.utils.device import accelerator_settings
+from ppo_cli.rewards.loading import load_reward
+from ppo_cli.rewards.penalties import check_penalties
+from ppo_cli.training.checkpoint import state_faults
+from ppo_cli.training.diagnostics import Diagnostics, sampling_warning
+from ppo_cli.training.provenance import code
+from ppo_cli.training.resume import locate_inputs, reproducibility_warnings
+from ppo_cli.training.run import Training
+from ppo_cli.training.run_directory import RunDirectory
+from ppo_cli.training.state import TrainingState
+from ppo_cli.training.step import PPOStep
+from ppo_cli.utils.device import accelerator_settings, machine, resolve_device, take_threads
+from ppo_cli.utils.random_state import set_seed
+
+
+def build_training(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    trusted: Collection[str] = (),
+    tell: Callable[[str], None] = lambda _: None,
+    allow_changed_inputs: bool = False,
+) -> Training:
+    """Build a run that is ready to start.
+
+    A resumed run takes the number of threads that it was started with, for the whole process.
+
+    Args:
+        config: what to do.
+        resume: go on from the newest checkpoint of the run directory.
+        overwrite: replace a run directory that exists.
+        trusted: models, as `config` names them, whose own code may run.
+        tell: receives messages about progress while many prompts are read.
+        allow_changed_inputs: resume although a model or the prompts have changed since.
+
+    Raises:
+        PPOCliError: the request cannot be met.
+    """
+    check_trusted(trusted, (config.policy.model, config.reward.model))
+    directory = RunDirectory(config.output)
+    located, inputs = config, None  # `located` names the places where the inputs are
+    if resume:
+        directory.check_resumable()
+        located, inputs = locate_inputs(directory, config, allow_changed_inputs)
+        names = {
+            config.policy.model: located.policy.model,
+            config.reward.model: located.reward.model,
+        }
+        trusted = trusted_too(trusted, names)
+        directory.lock.acquire()
+        _warn([take_threads(_recorded_threads(directory))])
+    else:
+        directory.check_writable(overwrite, inputs_of(config))
+
+    set_seed(config.run.seed)
+    device = resolve_device(config.run.device)
+    tokenizer = load_tokenizer(located.policy.model, located.policy.revision, trusted)
+    prompts = load_prompts(located.prompts, tokenizer, config.run.seed, tell)
+    _check_prompt_count(config, prompts)
+    reward = load_reward(located.reward, device, trusted=trusted)
+    if config.reward.probe:
+        reward.probe()
+    length_sampler = LengthSampler(
+        config.rollout.output_min_length,
+        config.rollout.output_max_length,
+        seed=(config.run.seed + 1) % 2**32,  # not the seed of the queries' lengths
+    )
+    trainer = make_trainer(located, device, tokenizer, trusted)
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    end_token_ids = end_tokens(tokenizer, config.rollout.stop, policy)
+    check_penalties(config.reward, end_token_ids)
+    check_context(config, policy, prompts.train)
+    try_models(trainer)
+    _warn([sampling_warning(config)])
+
+    sampling = SamplingParams(
+        temperature=config.rollout.temperature,
+        top_k=config.rollout.top_k,
+        top_p=config.rollout.top_p,
+        stop_token_ids=tuple(end_token_ids),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    facts: dict[str, Any] = {"machine": machine(device, trainer.accelerator.mixed_precision)}
+    state = TrainingState(directory, trainer, length_sampler, config)
+    if resume:
+        _restore(state, directory, config, trainer)
+        now = {**code(), **facts}
+        _warn(reproducibility_warnings(directory, config, trainer.current_step, now))
+    facts["inputs"] = (inputs or Inputs.of(located)).records
+    return Training(
+        config=config,
+        directory=directory,
+        overwrite=overwrite,
+        facts=facts,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        reward=reward,
+        trainer=trainer,
+        ppo_step=PPOStep(
+            config=config,
+            trainer=trainer,
+            tokenizer=tokenizer,
+            prompts=prompts.train,
+            length_sampler=length_sampler,
+            reward=reward,
+            end_token_ids=end_token_ids,
+            sampling=sampling,
+        ),
+        held_out=HeldOutEvaluation(
+            trainer,
+            tokenizer,
+            reward,
+            prompts.held_out,
+            config.run.seed,
+            sampling,
+            max_new_tokens=config.rollout.output_max_length - 1,
+        ),
+        state=state,
+        diagnostics=Diagnostics(config),
+    )
 
 
 def make_trainer(
     config: RunConfig, device: torch.device, tokenizer: Any, trusted: Collection[str]
 ) -> PPOTrainer:
-    """The trainer that a configuration describes, its policy loaded."""
+    """Load the policy and make its trainer."""
     settings = dataclasses.asdict(config.ppo)
     settings["accelerator_kwargs"] = {
         **accelerator_settings(device),
         "mixed_precision": config.policy.precision,
         **config.ppo.accelerator_kwargs,
     }
-    return PPOTrainer(
+    trainer = PPOTrainer(
         PPOConfig(
             **settings,
             seed=config.run.seed,
@@ -46,14 +170,16 @@ def make_trainer(
         tokenizer,
         num_shared_layers=config.policy.num_shared_layers,
     )
+    trainer.advises = False  # `Diagnostics` warns of the same faults, and of more
+    return trainer
 
 
 def try_models(trainer: PPOTrainer) -> None:
-    """See that what will be computed is what policy and reference say, before anything is written.
+    """Check on a few tokens that the fast ways to sample from the models give the right numbers.
 
     Raises:
-        UsageError: the policy looks ahead, so it is not causal.
-        ModelError: it cannot be sampled from, or read, in any way that is right.
+        UsageError: the policy is not causal.
+        ModelError: no way to sample from it, or to compute its log-probabilities, is right.
     """
     policy = trainer.accelerator.unwrap_model(trainer.model)
     check_sampling(policy, trainer.tokenizer.pad_token_id)
@@ -62,10 +188,11 @@ def try_models(trainer: PPOTrainer) -> None:
 
 
 def check_context(config: RunConfig, model: Any, prompts: Sequence[Prompt]) -> None:
-    """Raise `DataError` where queries and responses have lengths that do not suit the model.
+    """Raise `DataError` where queries with their responses have lengths that do not suit the model.
 
-    They are longer than it can read, or cross the length from which on it turns all positions
-    otherwise: then what is sampled token by token is not what it says of the whole.
+    They exceed its context, or they cross the length from which on it rotates all positions by
+    other angles (longrope): then the probabilities of sampling token by token are not those of a
+    forward over the whole sequence.
     """
     context = context_length(model)
     longest = max(len(prompt.input_ids) for prompt in prompts)
@@ -86,3 +213,38 @@ def check_context(config: RunConfig, model: Any, prompts: Sequence[Prompt]) -> N
             "their samples would not be the policy's: keep both below that with a lower "
             "prompts.input_max_text_length, or all queries above it"
         )
+
+
+def _restore(
+    state: TrainingState, directory: RunDirectory, config: RunConfig, trainer: PPOTrainer
+) -> None:
+    """Restore the newest checkpoint; raise `UsageError` where it is past the last step."""
+    with state_faults(directory.checkpoints):
+        state.restore()
+    if trainer.current_step > config.run.steps:
+        raise UsageError(
+            f"{config.output} has made {trainer.current_step} steps already, more than "
+            f"run.steps ({config.run.steps}): give a larger number with --steps"
+        )
+
+
+def _check_prompt_count(config: RunConfig, prompts: PromptSet) -> None:
+    """Raise `DataError` where there are fewer prompts than a batch has queries."""
+    queries = config.ppo.batch_size // config.ppo.responses_per_query
+    if len(prompts.train) < queries:
+        raise DataError(
+            f"{config.prompts.source} yields {len(prompts.train)} prompts to train on, "
+            f"fewer than a batch has queries ({queries}): lower ppo.batch_size and "
+            "ppo.mini_batch_size, or give more texts"
+        )
+
+
+def _recorded_threads(directory: RunDirectory) -> Any:
+    recorded = directory.recorded().get("machine")
+    return recorded.get("threads") if isinstance(recorded, dict) else None
+
+
+def _warn(messages: Iterable[str | None]) -> None:
+    for message in messages:
+        if message is not None:
+            warnings.warn(message, stacklevel=2)

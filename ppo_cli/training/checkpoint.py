@@ -1,7 +1,7 @@
-"""Checkpoints: all state of a run in safetensors and JSON, there whole or not at all.
+"""Checkpoints: the whole state of a run in safetensors and JSON, written whole or not at all.
 
-A checkpoint is a folder `step-N`. It is written beside its place, put on the disk and renamed; its
-manifest, written last, holds the length and the SHA-256 of every other file, so that damage shows.
+A checkpoint is a folder `step-N`. It is written under another name, flushed to the disk and
+renamed. Its manifest, written last, holds the SHA-256 of every other file, so that damage is found.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-N`, then `prune`.
 
-    At every instant a whole checkpoint is there, once one was: what exists is deleted last, and a
-    step that is saved again gets a name of its own (`step-N.1`).
+    From the first checkpoint on there is a whole one at every instant: older ones are deleted last,
+    and a step that is saved again gets another name (`step-N.1`).
 
     Args:
         folder: the run's checkpoints.
         step: N.
-        model: its trainable parameters are saved; the others are still those of its source.
+        model: its trainable parameters are saved; the others are those of the model it came from.
         state: nested dictionaries and lists of plain values and tensors.
         keep: as for `prune`.
         best: as for `prune`.
@@ -68,9 +68,10 @@ def save_checkpoint(
 
 
 def prune(folder: Path, keep: int, best: int | None = None) -> None:
-    """Delete all but the checkpoints of the `keep` newest steps and that of step `best`.
+    """Delete all checkpoints but those of the `keep` newest steps and of step `best`.
 
-    Where a step was saved again the last one stays. What killed processes left goes, too.
+    Of a step that was saved again, the last checkpoint is kept. Unfinished checkpoints of killed
+    processes are deleted, too.
     """
     _sweep(folder)
     found = _checkpoints(folder)
@@ -81,7 +82,7 @@ def prune(folder: Path, keep: int, best: int | None = None) -> None:
 
 
 def whole_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint in `folder` that is as it was written; warns of damaged newer ones.
+    """Find the newest undamaged checkpoint in `folder`; warn about damaged newer ones.
 
     Raises:
         PPOCliError: there is none, or all of them are damaged.
@@ -99,7 +100,7 @@ def whole_checkpoint(folder: Path) -> Path:
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
-    """The checkpoint of a step, as it was written.
+    """Find the undamaged checkpoint of a step.
 
     Raises:
         PPOCliError: there is none, or it is damaged.
@@ -113,7 +114,7 @@ def checkpoint_of(folder: Path, step: int) -> Path:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None if nothing is."""
+    """Describe the damage to a checkpoint's files; None if there is none."""
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
         files = {str(name): str(digest) for name, digest in manifest["sha256"].items()}
@@ -135,15 +136,15 @@ def find_damage(path: Path) -> str | None:
 
 
 def discard_newer(folder: Path, path: Path) -> None:
-    """Delete the checkpoints that are newer than `path`, which damage made useless."""
+    """Delete the checkpoints that are newer than `path`: they are damaged."""
     _delete([other for other in _checkpoints(folder) if _order(other) > _order(path)])
 
 
 def load_checkpoint(path: Path, model: torch.nn.Module) -> dict[str, Any]:
-    """Put the saved weights into `model`; return the saved state.
+    """Load the saved weights into `model`; return the saved state.
 
     Raises:
-        PPOCliError: as of `load_weights`.
+        PPOCliError: the weights are those of another model.
     """
     load_weights(path, model)
     tree = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
@@ -153,10 +154,10 @@ def load_checkpoint(path: Path, model: torch.nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def state_faults(folder: Path) -> Iterator[None]:
-    """Around taking up the newest state in `folder`: whole, and yet it may not be of this form.
+    """Around restoring the newest state in `folder`, which another release may have written.
 
     Raises:
-        PPOCliError: for whatever that raises, but lack of memory.
+        PPOCliError: in place of any other error but lack of memory.
     """
     try:
         yield
@@ -164,16 +165,16 @@ def state_faults(folder: Path) -> Iterator[None]:
         if isinstance(error, PPOCliError) or is_out_of_memory(error):
             raise
         newest = _checkpoints(folder)[-1]
-        said = " ".join(str(error).split())[:100]
+        message = " ".join(str(error).split())[:100]
         raise PPOCliError(
             f"{newest} holds no state that this release can go on from ({type(error).__name__}: "
-            f"{said}): resume with the release that run.yaml names, delete that checkpoint if "
+            f"{message}): resume with the release that run.yaml names, delete that checkpoint if "
             "there is an older one, or train anew with --overwrite"
         ) from error
 
 
 def load_weights(path: Path, model: torch.nn.Module) -> None:
-    """Put the saved weights into `model`, and nothing else.
+    """Load the saved weights into `model`, and no other state.
 
     Raises:
         PPOCliError: the weights are those of another model.
@@ -192,7 +193,7 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
 
 
 def _write(folder: Path, model: torch.nn.Module, state: Mapping[str, Any]) -> None:
-    """All files of a checkpoint, on the disk."""
+    """Write all files of a checkpoint and flush them to the disk."""
     folder.mkdir()
     tensors: dict[str, Tensor] = {}
     tree = _to_json(dict(state), tensors)
@@ -222,20 +223,20 @@ def _trainable(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
+    """The checkpoints in `folder`, oldest first."""
     return sorted((path for path in folder.glob("step-*") if _order(path) != (-1, 0)), key=_order)
 
 
 def _order(path: Path) -> tuple[int, int]:
-    """Step of a checkpoint's name, and how often it was saved before; (-1, 0) of other names."""
+    """Step in a checkpoint's name, and number of earlier saves; (-1, 0) for other names."""
     found = re.fullmatch(r"step-(\d+)(?:\.(\d+))?", path.name)
     return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
 
 
 def _delete(checkpoints: list[Path]) -> None:
-    """Each disappears at once; what a kill leaves of it is swept away by the next `prune`.
+    """Delete checkpoints, each renamed first, so that a kill leaves no half of one.
 
-    One that holds something else as well stays.
+    A checkpoint that holds other files as well is kept.
     """
     for path in checkpoints:
         if strange := checkpoint_strangers(path):
@@ -245,13 +246,13 @@ def _delete(checkpoints: list[Path]) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Delete what killed processes left half-written or half-deleted."""
+    """Delete checkpoints that killed processes left half-written or half-deleted."""
     for path in filter(is_unfinished_checkpoint, folder.glob(".step-*")):
         shutil.rmtree(path)
 
 
 def _to_json(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """`value` with each tensor moved into `tensors` and a reference in its place."""
+    """Move each tensor of `value` into `tensors`, with a reference in its place."""
     if isinstance(value, Tensor):
         name = f"t{len(tensors)}"
         tensors[name] = value.detach().cpu().clone().contiguous()

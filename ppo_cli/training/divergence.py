@@ -1,4 +1,4 @@
-"""What counts as a step gone wrong: numbers, texts and scores that training cannot go on from."""
+"""Divergence: statistics, responses and scores from which training cannot go on."""
 
 from __future__ import annotations
 
@@ -12,27 +12,25 @@ import torch
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.errors import DivergenceError, ModelError, NumericalError, is_out_of_memory
 
-SMALL_BATCH = 8
-"""Fewer responses than these may be alike by chance."""
-# This one divides by a variance that may be tiny.
-UNWATCHED = "ppo/val/var_explained"
+MIN_RESPONSES = 8  # fewer responses may be alike by chance
+UNWATCHED = "ppo/val/var_explained"  # divides by a variance that may be tiny
 
 
 def check_texts(responses: Sequence[str], config: RunConfig) -> None:
-    """Raise `DivergenceError` where the share of responses that are alike reaches its limit."""
+    """Raise `DivergenceError` where the share of equal responses reaches `run.collapse_limit`."""
     limit = config.run.collapse_limit
-    if limit is None or len(responses) < SMALL_BATCH:
+    if limit is None or len(responses) < MIN_RESPONSES:
         return
     text, count = Counter(responses).most_common(1)[0]
     if count / len(responses) >= limit:
         raise DivergenceError(
             f"{count} of {len(responses)} responses are {text[:40]!r}: the text has collapsed. "
-            f"Likely remedy: {_hold_back(config)} (run.collapse_limit is {limit:g})"
+            f"Likely remedy: {stronger_kl_penalty(config)} (run.collapse_limit is {limit:g})"
         )
 
 
 def check_numbers(numbers: Mapping[str, float], config: RunConfig) -> None:
-    """Raise `DivergenceError` where a statistic is not finite, or KL reaches its limit."""
+    """Raise `DivergenceError` where a statistic is not finite or KL reaches `run.kl_limit`."""
     limit = config.run.kl_limit
     for key, value in numbers.items():
         if key != UNWATCHED and not math.isfinite(value):
@@ -42,13 +40,13 @@ def check_numbers(numbers: Mapping[str, float], config: RunConfig) -> None:
     kl = numbers["objective/kl"]
     if limit is not None and abs(kl) >= limit:
         raise DivergenceError(
-            f"objective/kl is {kl:.4g}, over run.kl_limit ({limit:g}): the policy runs away "
-            f"from its reference. Likely remedy: {_hold_back(config)}"
+            f"objective/kl is {kl:.4g}, over run.kl_limit ({limit:g}): the policy moves too far "
+            f"from its reference. Likely remedy: {stronger_kl_penalty(config)}"
         )
 
 
 def check_weights(model: torch.nn.Module, config: RunConfig) -> None:
-    """Raise `NumericalError` where a trainable weight is not finite: its gradient was not."""
+    """Raise `NumericalError` where a trainable weight is not finite."""
     weights = [p.detach() for p in model.parameters() if p.requires_grad]
     norm = torch.nn.utils.get_total_norm(weights).item()
     if not math.isfinite(norm):
@@ -59,21 +57,21 @@ def check_weights(model: torch.nn.Module, config: RunConfig) -> None:
 
 
 def _smaller_steps(config: RunConfig) -> str:
-    """Against steps that end in numbers that are not finite."""
+    """The remedy for numbers that are not finite."""
     first = f"ppo.learning_rate ({config.ppo.learning_rate:g})"
-    if config.step_size != first:  # an adaptive one, which may have begun too high
+    if config.step_size != first:  # an adaptive rate may have started too high
         return f"lower {first} and {config.step_size}, or set ppo.max_grad_norm"
     return f"lower {first} or set ppo.max_grad_norm"
 
 
-def _hold_back(config: RunConfig) -> str:
-    """Against a policy that goes too far from its reference."""
+def stronger_kl_penalty(config: RunConfig) -> str:
+    """The remedy for a policy that moves too far from its reference."""
     return f"raise ppo.init_kl_coef ({config.ppo.init_kl_coef:g}) or lower {config.step_size}"
 
 
 @contextmanager
 def classifier_faults(name: str) -> Iterator[None]:
-    """Make a `DivergenceError` of what the classifier `name` raises, but of lack of memory."""
+    """Turn errors of the classifier `name` into `DivergenceError`, lack of memory excepted."""
     try:
         yield
     except ModelError as error:
@@ -81,8 +79,8 @@ def classifier_faults(name: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        said = " ".join(str(error).split())[:200] or "nothing more"
+        message = " ".join(str(error).split())[:200] or "no message"
         raise DivergenceError(
-            f"the classifier {name} raised {type(error).__name__} ({said}). Likely remedy: another "
-            "reward.model"
+            f"the classifier {name} raised {type(error).__name__} ({message}). Likely remedy: "
+            "another reward.model"
         ) from error

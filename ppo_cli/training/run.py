@@ -1,430 +1,243 @@
-"""One training run: from a configuration to a run directory."""
+"""One training run: steps, checkpoints, evaluations, rollbacks, and the end."""
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
 from ppo_cli.config.schema import RunConfig
-from ppo_cli.data.fingerprint import Inputs, inputs_of, trusted_too, what_differs
-from ppo_cli.data.prompts import LengthSampler, collate, load_prompts
-from ppo_cli.errors import DataError, DivergenceError, UsageError
-from ppo_cli.evaluation.draw_samples import score_rollout
+from ppo_cli.data.prompts import PromptSet
+from ppo_cli.errors import DivergenceError
 from ppo_cli.evaluation.held_out import HeldOutEvaluation
 from ppo_cli.evaluation.history import EvaluationHistory
-from ppo_cli.evaluation.samples import Sample, mean_probability
-from ppo_cli.models.loading import check_trusted, load_tokenizer
-from ppo_cli.models.sampling import Rollout, to_texts
-from ppo_cli.models.sampling_params import SamplingParams
-from ppo_cli.models.saving import save_folder
-from ppo_cli.models.stop_tokens import end_tokens
-from ppo_cli.ppo.statistics import scalars
+from ppo_cli.evaluation.samples import Sample
+from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.reporting.frontier import write_curve
-from ppo_cli.reporting.model_card import run_card
-from ppo_cli.reporting.plots import DEFAULT_METRICS, plot_training
 from ppo_cli.reporting.summary import Pace, StepReport, TrainingSummary
-from ppo_cli.rewards.loading import load_reward
-from ppo_cli.rewards.partial_scores import potentials
-from ppo_cli.rewards.penalties import (
-    check_penalties,
-    penalised,
-    penalty_statistics,
-    score_penalties,
-)
-from ppo_cli.training.advice import Adviser
-from ppo_cli.training.build import check_context, make_trainer, try_models
-from ppo_cli.training.checkpoint import state_faults
-from ppo_cli.training.divergence import check_numbers, check_texts, check_weights, classifier_faults
-from ppo_cli.training.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory, code
-from ppo_cli.training.state import Progress
-from ppo_cli.training.symptoms import sampling_advice
-from ppo_cli.utils.device import machine, resolve_device, take_threads
-from ppo_cli.utils.files import write_text
-from ppo_cli.utils.random_state import set_seed
+from ppo_cli.rewards.sentiment import SentimentReward
+from ppo_cli.training.diagnostics import Diagnostics
+from ppo_cli.training.divergence import classifier_faults
+from ppo_cli.training.records import METRICS_FILE, SAMPLES_FILE
+from ppo_cli.training.results import save_model, write_card
+from ppo_cli.training.run_directory import RunDirectory
+from ppo_cli.training.state import TrainingState
+from ppo_cli.training.step import PPOStep
 
 MAX_ROLLBACKS = 3
-DRAWN = set(DEFAULT_METRICS)
 
 
 class Training:
-    """A run that is ready to go: everything is loaded and checked, nothing is written yet.
+    """A run that is ready to start; `build_training` makes one from a configuration.
 
     Args:
-        config: what to do.
-        resume: go on from the newest checkpoint of the run directory.
-        overwrite: replace a run directory that exists.
-        trusted: models, as `config` names them, whose own code may run.
-        tell: told how far the prompts are, where reading them takes a while.
-        allow_changed_inputs: resume although a model or the prompts are not those that the run was
-            started with.
+        config: the run's.
+        directory: where the run is written.
+        overwrite: whether a run that is there already may be replaced.
+        facts: machine and inputs, for `run.yaml`.
+        tokenizer: the policy's.
+        prompts: to train and to evaluate on.
+        reward: scores responses.
+        trainer: holds policy and reference.
+        ppo_step: makes the steps.
+        held_out: evaluates policy and reference on the held-out prompts.
+        state: what changes from step to step.
+        diagnostics: warns about faults in the statistics.
 
-    Resumed, a run takes the number of threads that it was started with, for the whole process.
-
-    Raises:
-        PPOCliError: whatever of the request cannot be met, before anything is created.
+    Attributes:
+        stop_requested: whether `request_stop` was called.
     """
 
     def __init__(
         self,
-        config: RunConfig,
         *,
-        resume: bool = False,
-        overwrite: bool = False,
-        trusted: Collection[str] = (),
-        tell: Callable[[str], None] = lambda _: None,
-        allow_changed_inputs: bool = False,
+        config: RunConfig,
+        directory: RunDirectory,
+        overwrite: bool,
+        facts: Mapping[str, Any],
+        tokenizer: Any,
+        prompts: PromptSet,
+        reward: SentimentReward,
+        trainer: PPOTrainer,
+        ppo_step: PPOStep,
+        held_out: HeldOutEvaluation,
+        state: TrainingState,
+        diagnostics: Diagnostics,
     ) -> None:
-        check_trusted(trusted, (config.policy.model, config.reward.model))
         self.config = config
-        self.directory = RunDirectory(config.output)
-        self.overwrite = overwrite
-        self.stopping = False
-        given, inputs = config, None  # from here on `config` says where the inputs are
-        if resume:
-            self.directory.check_resumable()
-            config, inputs = self._located(allow_changed_inputs)
-            names = {
-                given.policy.model: config.policy.model, given.reward.model: config.reward.model
-            }  # fmt: skip
-            trusted = trusted_too(trusted, names)
-            self.directory.lock()
-            self._say(filter(None, [take_threads(self._recorded_machine.get("threads"))]))
-        else:
-            self.directory.check_writable(overwrite, inputs_of(config))
-        set_seed(config.run.seed)
-        self.device = resolve_device(config.run.device)
-        self.tokenizer = load_tokenizer(config.policy.model, config.policy.revision, trusted)
-        self.prompts = load_prompts(config.prompts, self.tokenizer, config.run.seed, tell)
-        queries = config.ppo.batch_size // config.ppo.responses_per_query
-        if len(self.prompts.train) < queries:
-            raise DataError(
-                f"{config.prompts.source} yields {len(self.prompts.train)} prompts to train on, "
-                f"fewer than a batch has queries ({queries}): lower ppo.batch_size and "
-                "ppo.mini_batch_size, or give more texts"
-            )
-        self.reward = load_reward(config.reward, self.device, trusted=trusted)
-        if config.reward.probe:
-            self.reward.probe()
-        self.lengths = LengthSampler(
-            config.rollout.output_min_length,
-            config.rollout.output_max_length,
-            seed=(config.run.seed + 1) % 2**32,  # not the seed of the queries' lengths
-        )
-        self.trainer = make_trainer(config, self.device, self.tokenizer, trusted)
-        self.ends = end_tokens(self.tokenizer, config.rollout.stop, self._policy)
-        check_penalties(config.reward, self.ends)
-        check_context(config, self._policy, self.prompts.train)
-        try_models(self.trainer)
-        self._say(filter(None, [sampling_advice(config)]))
-        self.adviser = Adviser(config)
-        self.trainer.advises = False  # the adviser does, and knows more
-        self.examination = HeldOutEvaluation(
-            self.trainer,
-            self.tokenizer,
-            self.reward,
-            self.prompts.held_out,
-            config.run.seed,
-            self._sampling,
-            max_new_tokens=config.rollout.output_max_length - 1,
-        )
-        self.progress = Progress(self.directory, self.trainer, self.lengths, given)
-        facts = {"machine": machine(self.device, self.trainer.accelerator.mixed_precision)}
-        if resume:
-            with state_faults(self.directory.checkpoints):
-                self.progress.go_back()
-            if self.step > config.run.steps:
-                raise UsageError(
-                    f"{config.output} has made {self.step} steps already, more than "
-                    f"run.steps ({config.run.steps}): give a larger number with --steps"
-                )
-            self._say(self._unlike_before({**code(), **facts}))
-        recorded = inputs or Inputs.of(config)
-        self.directory.facts = {**facts, "inputs": recorded.records}
+        self.directory = directory
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.reward = reward
+        self.trainer = trainer
+        self.ppo_step = ppo_step
+        self.held_out = held_out
+        self.state = state
+        self.stop_requested = False
+        self._overwrite = overwrite
+        self._facts = facts
+        self._diagnostics = diagnostics
 
     @property
     def step(self) -> int:
-        """Steps done so far, those of earlier sessions of this run included."""
+        """Number of steps done, those before a resume included."""
         return self.trainer.current_step
 
     @property
     def stopped_early(self) -> str | None:
-        """Why the run ends here, before its last step, by its newest evaluation; None to go on.
+        """Why the newest evaluation ends the run before its last step; None to go on.
 
-        It follows from the evaluations and the settings alone: resumed with the same settings the
-        run has ended as before, with others it may go on.
+        The reason follows from the evaluations and the settings alone: a run that is resumed with
+        the same settings has ended, with others it may go on.
         """
-        if self.step >= self.config.run.steps or not self.progress.is_evaluated:
+        if self.step >= self.config.run.steps or not self.state.is_evaluated:
             return None
-        return self.progress.standing.reason_to_stop(self.config.run)
+        return self.state.evaluations.reason_to_stop(self.config.run)
+
+    def request_stop(self) -> None:
+        """Ask the run to end after the step that it is making."""
+        self.stop_requested = True
 
     def steps(self) -> Iterator[StepReport]:
-        """Create the run directory, then make the PPO steps that remain, one at a time.
+        """Create the run directory, then make the remaining PPO steps, one at a time.
 
-        Ends early, after a whole step, once `stopping` is set or `stopped_early` has a reason.
+        Ends early, after a whole step, on `request_stop` or for the reason in `stopped_early`.
 
         Raises:
-            DivergenceError: a step went wrong, and `run.on_divergence` or the number of rollbacks
+            DivergenceError: a step failed, and `run.on_divergence` or the number of rollbacks
                 says to stop; the run directory holds the last good checkpoint and its model.
         """
-        if self.progress.checkpoint is None:
-            self.directory.create(self.config, self.overwrite)
-            self.progress.save()  # there is always one to go back to
+        if self.state.checkpoint is None:
+            self.directory.create(self.config, self._overwrite, self._facts)
+            self.state.save()  # a rollback always finds a checkpoint
         else:
-            self.progress.drop_what_followed()
-            self.directory.record(self.config)
-            self.adviser.recall(self.directory.rows())
-        self.examination.begin()
-        while self.step < self.config.run.steps and not (self.stopping or self.stopped_early):
+            self.state.discard_later()
+            self.directory.record(self.config, self._facts)
+            self._diagnostics.replay(self.directory.records.rows())
+        self.held_out.begin()
+        while self.step < self.config.run.steps and not (self.stop_requested or self.stopped_early):
             number = self.step + 1
             try:
                 report = self._one_step()
             except DivergenceError as error:
-                self._diverged(f"step {number}: {error}")
+                self._roll_back(f"step {number}: {error}")
                 continue
             if self._is_checkpoint_due():
-                self.progress.save()
+                self.state.save()
             yield report
 
     def finish(self) -> TrainingSummary:
-        """Choose the weights, examine them, write model, plot and card.
+        """Choose the weights, measure them, write model, picture and card.
 
-        Works after any number of steps. The policy then has the weights of the run directory,
-        which may be those of an earlier step. What the summary says of them comes from random
-        numbers that no evaluation drew from, so that the choice does not flatter them.
+        Works after any number of steps. The policy then has the chosen weights, which may be those
+        of an earlier step. The summary measures them with random numbers that no evaluation used,
+        so that the choice does not bias it.
         """
-        self.progress.save()
+        self.state.save()
         stopped_early = self.stopped_early
-        weights = self.progress.take_weights(self._closing_evaluation())
-        before, after = self.examination.close()
+        weights = self.state.load_chosen_weights(self._closing_evaluation())
+        before, after = self.held_out.close()
         summary = TrainingSummary(
             run=str(self.directory.path),
             label=self.reward.label,
             steps=self.step,
             planned_steps=self.config.run.steps,
-            seconds=self.progress.seconds,
+            seconds=self.state.seconds,
             before=before.quality,
             after=after.quality,
-            kl=self.progress.kl,
-            pace=Pace.of(self.directory.rows()),
+            kl=self.state.kl,
+            pace=Pace.of(self.directory.records.rows()),
             weights=weights,
             stopped_early=stopped_early,
             before_samples=before.samples,
             after_samples=after.samples,
         )
-        self._save_model()
-        self.directory.inventory.add([CARD_FILE])
-        write_text(self.directory.path / CARD_FILE, run_card(summary, self.config))
-        if self.config.run.best_of_n and not self.stopping:  # who stops a run does not want to wait
-            write_curve(self.directory.path, self.examination.best_of_n(self.config.run.best_of_n))
+        save_model(self.directory, self._policy, self.tokenizer)
+        write_card(self.directory, summary, self.config)
+        counts = self.config.run.best_of_n
+        if counts and not self.stop_requested:  # it takes a while, and the user wants to stop
+            write_curve(self.directory.path, self.held_out.best_of_n(counts))
         if self.step == self.config.run.steps:
-            self._say(self.adviser.closing())
+            _warn(self._diagnostics.check_end())
         return summary
 
-    def _located(self, allow_changed: bool) -> tuple[RunConfig, Inputs | None]:
-        """Where the inputs of a run that goes on are, and their records; None of an old run.
+    def _one_step(self) -> StepReport:
+        settings = self.config.run
+        made = self.ppo_step.run(self.step)
+        self.state.add_step(made.statistics["time/step"], made.statistics["objective/kl"])
+        statistics = made.statistics | {"run/rollbacks": self.state.rollbacks}
+        if settings.eval_every and self.step % settings.eval_every == 0:
+            statistics |= self._evaluate()
+        self._record(statistics, made.samples[: settings.samples_per_step])
+        _warn(self._diagnostics.check_step({"step": self.step, **statistics}))
+        best = self.state.evaluations.best
+        return StepReport(
+            step=self.step,
+            steps=settings.steps,
+            stats=statistics,
+            samples=made.samples[: max(settings.samples_per_step, 1)],
+            best=best.step if best else None,
+            stops=self.stopped_early is not None,
+        )
 
-        Raises:
-            UsageError: they are not those that it was started with.
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate the policy after the newest step; return the statistics."""
+        with classifier_faults(self.reward.name):
+            evaluation, statistics = self.held_out.evaluate(self.step)
+        self.state.add_evaluation(evaluation)
+        self.trainer.accelerator.log(statistics, step=self.step)
+        return statistics
+
+    def _closing_evaluation(self) -> EvaluationHistory:
+        """All evaluations at the end of the run. The newest step is evaluated if it was not yet.
+
+        That evaluation is not part of the state: a run that is resumed from here must be the same
+        as one that never paused.
         """
-        was = Inputs(self.directory.recorded().get("inputs"))
-        if not was.records:
-            self._say(
-                [
-                    f"{self.directory.path} has no record of its inputs, as runs of earlier "
-                    "releases: whether models and prompts are still the same is not checked"
-                ]
-            )
-            return self.config, None
-        config, changes, inputs = was.locate(self.config)
-        if changes and not allow_changed:
-            raise UsageError(
-                f"{self.directory.path} was started with other inputs. {'; '.join(changes)}. Put "
-                "back what it was, or give --allow-changed-inputs to go on with what is there now, "
-                "as another run"
-            )
-        self._say(f"going on with changed inputs: {change}" for change in changes)
-        return config, inputs
+        if self.state.is_evaluated or not self.step:
+            return self.state.evaluations
+        evaluation, statistics = self.held_out.evaluate(self.step)
+        self.directory.records.put_evaluation(self.step, statistics)
+        return self.state.evaluations.after(evaluation, self.config.run)
 
-    def _unlike_before(self, now: Mapping[str, Any]) -> Iterator[str]:
-        """In what a run that goes on cannot be the one that never paused.
+    def _record(self, statistics: Mapping[str, float], samples: Sequence[Sample]) -> None:
+        records = self.directory.records
+        records.append(METRICS_FILE, [{"step": self.step, **statistics}])
+        records.append(SAMPLES_FILE, [{"step": self.step, **s.as_dict()} for s in samples])
 
-        Args:
-            now: code and machine, as `run.yaml` has them.
-        """
-        was = self.directory.recorded()
-        if differences := what_differs(was, now):
-            yield (
-                f"this run was made with {', '.join(differences)}: its numbers may go on with "
-                "other digits than there"
-            )
-        steps, before = self.config.run.steps, self.directory.made_with().run.steps
-        if steps != before and self.config.ppo.rate_depends_on_steps and self.step < steps:
-            yield (
-                "the learning rate's course depends on run.steps (ppo.lr_scheduler_type: "
-                f"{self.config.ppo.lr_scheduler_type}): up to step {self.step} it was that of "
-                f"{before} steps, from here on it is that of {steps}, so the result is not that of "
-                f"one run of {steps} steps"
-            )
+    def _is_checkpoint_due(self) -> bool:
+        every, best = self.config.run.checkpoint_every, self.state.evaluations.best
+        is_best = best is not None and best.step == self.step
+        return is_best or (every > 0 and self.step % every == 0)
 
-    def _diverged(self, what: str) -> None:
-        """Go back to the last good checkpoint; raise unless training may try again from there."""
-        rollbacks = self.progress.rollbacks + 1
+    def _roll_back(self, fault: str) -> None:
+        """Return to the last good checkpoint; raise unless the run may try again from there."""
+        rollbacks = self.state.rollbacks + 1
         if self.config.run.on_divergence == "rollback" and rollbacks <= MAX_ROLLBACKS:
-            self.progress.go_back(rollbacks)
-            self.progress.drop_what_followed()
-            self.adviser.recall(self.directory.rows())
+            self.state.restore(rollbacks)
+            self.state.discard_later()
+            self._diagnostics.replay(self.directory.records.rows())
             rate = self.trainer.optimizer.param_groups[0]["lr"]
             warnings.warn(
-                f"{what}. Back to step {self.step}, with a learning rate of {rate:g} and other "
+                f"{fault}. Back to step {self.step}, with a learning rate of {rate:g} and other "
                 f"random numbers (rollback {rollbacks} of at most {MAX_ROLLBACKS})",
                 stacklevel=2,
             )
             return
-        self.progress.go_back()
-        weights = self.progress.take_weights(self.progress.standing)
-        self._save_model()
+        self.state.restore()
+        weights = self.state.load_chosen_weights(self.state.evaluations)
+        save_model(self.directory, self._policy, self.tokenizer)
         tried = f" after {rollbacks - 1} rollbacks" if rollbacks > 1 else ""
         held = f"the checkpoint and the model of step {self.step}"
         if weights.step != self.step:
             held = f"the checkpoint of step {self.step} and the model of {weights}"
-        raise DivergenceError(f"{what}. Stopped{tried}; {self.directory.path} holds {held}")
-
-    def _one_step(self) -> StepReport:
-        started = time.perf_counter()
-        batch = self._batch(self.step)
-        responses = self.trainer.generate(
-            batch["input_ids"],
-            length_sampler=self.lengths,
-            batch_size=self.config.rollout.batch_size or len(batch["input_ids"]),
-            return_prompt=False,
-            **self._sampling.generation_kwargs(),
-        )
-        sampled = time.perf_counter()
-        rollout = to_texts(self.tokenizer, batch["input_ids"], responses)
-        check_texts(rollout.response_texts, self.config)
-        with classifier_faults(self.reward.name):
-            samples = score_rollout(rollout, batch["query"], self.reward)
-            promised = self._potentials(rollout)
-        scores = torch.tensor([sample.score for sample in samples])
-        penalties = score_penalties(
-            responses, rollout.response_texts, self.ends, self.config.reward
-        )
-        scored = time.perf_counter()
-        stats = self.trainer.step(
-            batch["input_ids"], responses, list(penalised(scores, penalties)), potentials=promised
-        )
-        texts = {"query": batch["query"], "response": rollout.response_texts}
-        self.trainer.log_stats(stats, texts, scores)
-        seconds = time.perf_counter() - started
-        self.progress.seconds += seconds
-        tokens = sum(len(q) + len(r) for q, r in zip(batch["input_ids"], responses, strict=True))
-        numbers = scalars(stats) | {
-            "env/reward_mean": scores.mean().item(),
-            "env/reward_std": scores.std().item() if len(scores) > 1 else 0.0,
-            "env/probability_mean": mean_probability(samples),
-            **penalty_statistics(scores, penalties),
-            "time/sampling": sampled - started,
-            "time/scoring": scored - sampled,
-            "time/optimising": stats["time/ppo/total"],
-            "time/step": seconds,
-            "perf/tokens_per_second": tokens / seconds,
-            "run/rollbacks": self.progress.rollbacks,
-        }
-        check_weights(self._policy, self.config)
-        check_numbers(numbers, self.config)
-        numbers |= self._evaluation_if_due()
-        shown = samples[: max(self.config.run.samples_per_step, 1)]
-        self._record(numbers, shown)
-        self._say(self.adviser.take({"step": self.step, **numbers}))
-        best, stops = self.progress.standing.best, self.stopped_early is not None
-        return StepReport(
-            self.step, self.config.run.steps, numbers, shown, best.step if best else None, stops
-        )
-
-    def _evaluation_if_due(self) -> dict[str, float]:
-        """The evaluation of a step for its metrics; nothing where none is due."""
-        settings = self.config.run
-        if not settings.eval_every or self.step % settings.eval_every:
-            return {}
-        with classifier_faults(self.reward.name):
-            evaluation, numbers = self.examination.evaluate(self.step)
-        self.progress.standing = self.progress.standing.after(evaluation, settings)
-        self.trainer.accelerator.log(numbers, step=self.step)
-        return numbers
-
-    def _closing_evaluation(self) -> EvaluationHistory:
-        """The standing at the end of the run, whose newest step is evaluated if it was not yet.
-
-        That evaluation does not belong to the run's state: a run that goes on from here later is
-        to be the one that never paused.
-        """
-        if self.progress.is_evaluated or not self.step:
-            return self.progress.standing
-        evaluation, numbers = self.examination.evaluate(self.step)
-        self.directory.put_evaluation(self.step, numbers)
-        return self.progress.standing.after(evaluation, self.config.run)
-
-    def _is_checkpoint_due(self) -> bool:
-        every, best = self.config.run.checkpoint_every, self.progress.standing.best
-        is_best = best is not None and best.step == self.step
-        return is_best or (every > 0 and self.step % every == 0)
-
-    def _potentials(self, rollout: Rollout) -> list[torch.Tensor] | None:
-        every = self.config.reward.score_every
-        return None if every is None else potentials(rollout, self.tokenizer, self.reward, every)
-
-    def _record(self, numbers: dict[str, float], samples: list[Sample]) -> None:
-        self.progress.kl = numbers["objective/kl"]
-        self.directory.append(METRICS_FILE, [{"step": self.step, **numbers}])
-        self.directory.append(
-            SAMPLES_FILE,
-            (
-                {"step": self.step, **sample.as_dict()}
-                for sample in samples[: self.config.run.samples_per_step]
-            ),
-        )
-
-    def _batch(self, step: int) -> dict[str, list[Any]]:
-        """The prompts of a step: each pass over them in an order that seed and pass decide."""
-        each = self.config.ppo.responses_per_query
-        size, prompts = self.config.ppo.batch_size // each, self.prompts.train
-        epoch, position = divmod(step, len(prompts) // size)
-        order = np.random.RandomState([self.config.run.seed, epoch]).permutation(len(prompts))
-        chosen = order[position * size : (position + 1) * size]
-        return collate([vars(prompts[i]) for i in chosen for _ in range(each)])
-
-    @property
-    def _recorded_machine(self) -> Mapping[str, Any]:
-        machine = self.directory.recorded().get("machine")
-        return machine if isinstance(machine, dict) else {}
-
-    @property
-    def _sampling(self) -> SamplingParams:
-        rollout = self.config.rollout
-        return SamplingParams(
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            stop_token_ids=tuple(self.ends),
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+        raise DivergenceError(f"{fault}. Stopped{tried}; {self.directory.path} holds {held}")
 
     @property
     def _policy(self) -> Any:
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
-    def _say(self, advice: Iterable[str]) -> None:
-        for text in advice:
-            warnings.warn(text, stacklevel=2)
 
-    def _save_model(self) -> None:
-        """Write the policy as a plain folder, and the plot."""
-        save_folder(self._policy, self.tokenizer, self.directory.inventory)
-        rows = [row for row in self.directory.rows() if row.keys() >= DRAWN]
-        if rows:
-            plot_training({self.directory.path.name: rows}, self.directory.plot)
+def _warn(messages: Iterable[str]) -> None:
+    for message in messages:
+        warnings.warn(message, stacklevel=2)

@@ -1,4 +1,4 @@
-"""Random state and device: what surrounds a computation."""
+"""Devices: choice, precision, transfers, threads and memory."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from ppo_cli.errors import UsageError
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor`, made on the CPU, on `device`, without waiting until a GPU has taken it."""
-    # CUDA keeps a copy of what it has yet to take, unless the memory is pinned.
+    """Copy a CPU tensor to `device`, without waiting for a GPU."""
+    # CUDA copies memory that is not pinned before this returns, so `tensor` may change afterwards.
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def fetch(rows: Sequence[Tensor]) -> Sequence[Tensor]:
-    """1-D tensors on the CPU, in one transfer."""
+    """Copy 1-D tensors to the CPU in one transfer."""
     return torch.cat(list(rows)).cpu().split([len(row) for row in rows])
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed buffers for the next allocation, where it is glibc.
+    """Let glibc keep freed buffers for the next allocation; other C libraries are left alone.
 
-    By default buffers of some MiB go back to the kernel at every free and come again as empty
-    pages, each of which faults: a fifth of an optimisation phase. Affects the whole process.
+    By default glibc returns buffers of some MiB to the kernel at every free and gets empty pages
+    at the next allocation. Their page faults take a fifth of an optimisation phase. The setting
+    applies to the whole process.
     """
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
     try:
@@ -37,14 +38,14 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError, TypeError):
         return
     if not mallopt(mmap_threshold, 2**30):
-        mallopt(mmap_threshold, 2**25)  # the most that older releases take, says mallopt(3)
+        mallopt(mmap_threshold, 2**25)  # the maximum of older releases, see mallopt(3)
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 2**26)
 
 
 @contextmanager
 def modes_kept(model: torch.nn.Module) -> Iterator[None]:
-    """Afterwards each module trains or evaluates as it did before, whatever the block set."""
+    """Restore the training mode of every module when the block ends."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -54,7 +55,7 @@ def modes_kept(model: torch.nn.Module) -> Iterator[None]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` -> a device that is there.
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` -> a device of this machine.
 
     Raises:
         UsageError: the device is not on this machine, or `name` is none of these.
@@ -82,11 +83,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def machine(device: torch.device, precision: str) -> dict[str, Any]:
-    """What surrounds a run's numbers, for its record: with another they end in other digits.
+    """Device, precision and threads of a run, for its record: its last digits depend on them.
 
     Args:
-        device: where it runs.
-        precision: as accelerate calls it.
+        device: the run's.
+        precision: accelerate's name of it.
     """
     name = device.type
     if device.type == "cuda":
@@ -98,15 +99,15 @@ def machine(device: torch.device, precision: str) -> dict[str, Any]:
 
 
 def take_threads(recorded: Any) -> str | None:
-    """Compute with the number of threads that a run was started with: sums depend on it.
+    """Set the number of threads to that of the start of a run: the order of sums depends on it.
 
-    A machine that has fewer processors keeps its own.
+    Nothing changes on a machine with fewer processors.
 
     Args:
-        recorded: the number, as a file has it.
+        recorded: the number in the run's record.
 
     Returns:
-        What is said of it; None where nothing changes.
+        A message; None where nothing changes.
     """
     here = torch.get_num_threads()
     if not isinstance(recorded, int) or not 0 < recorded <= (os.cpu_count() or 1):
@@ -119,13 +120,13 @@ def take_threads(recorded: Any) -> str | None:
 
 
 def mixed_precision(name: str | bool, device: torch.device) -> str:
-    """`auto`, `fp32`, `bf16` or `fp16` -> what accelerate calls it; its own names pass as they are.
+    """`auto`, `fp32`, `bf16` or `fp16` -> accelerate's name, which is also accepted.
 
-    `auto` is bfloat16 where `device` computes it natively, float32 elsewhere. Trainable weights
-    stay float32 in each.
+    `auto` is bfloat16 if the hardware of `device` supports it, else float32. Trainable weights
+    are always float32.
 
     Raises:
-        UsageError: no such precision, or float16 on a device that trains in it badly or not at all.
+        UsageError: there is no such precision, or float16 is asked for without a CUDA GPU.
     """
     if name == "auto":
         return "bf16" if computes_bfloat16(device) else "no"

@@ -1,4 +1,4 @@
-"""Writing files: each is there whole or not at all, with the mode that the user's umask says."""
+"""Writes files whole or not at all, with the mode of the user's umask; checks paths."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ppo_cli.errors import UsageError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step."""
+    """Write `text` to `path`, replacing it in one step."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a name beside `path` to write to; when all went well that file takes its place."""
+    """Yield a temporary path beside `path`; without an error that file then replaces `path`."""
     unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.unlink(missing_ok=True)  # it may be a link to somewhere else
+    unfinished.unlink(missing_ok=True)  # which could be a link
     try:
         with writing(path):
             yield unfinished
@@ -33,11 +33,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Name `place` in what the system has against writing there.
+    """Around writing to `place`: errors of the operating system name it.
 
     Raises:
-        OSError: with `place` as its file name; of safetensors' errors too, which hide what the
-            system said in their text.
+        OSError: with `place` as its file name. An error of safetensors becomes one, too, where its
+            text contains the number of a system error.
     """
     from safetensors import SafetensorError
 
@@ -55,7 +55,7 @@ def writing(place: Path) -> Iterator[None]:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a relative path that a file holds stays in the file's own folder, on any system."""
+    """Whether a path in a file is relative and stays in the file's folder, on any system."""
     kinds = (PurePosixPath(name), PureWindowsPath(name))
     return (
         bool(name.strip())
@@ -65,23 +65,23 @@ def is_inside(name: str) -> bool:
 
 
 def is_same_place(a: Path, b: Path) -> bool:
-    """Whether two paths lead to one file or folder: by links, hard links or other case, too."""
+    """Whether two paths lead to one file or folder, also through links or in other case."""
     try:
         return os.path.samefile(a, b)
-    except OSError:  # one of them is not there
+    except OSError:  # one of them does not exist
         return os.path.realpath(a) == os.path.realpath(b)
 
 
 def contains(folder: Path, path: Path) -> bool:
-    """Whether `path` is `folder`, or lies in it, links followed."""
+    """Whether `path`, links followed, is `folder` or lies in it."""
     real = Path(os.path.realpath(path))
     return any(is_same_place(folder, place) for place in (real, *real.parents))
 
 
 def refuse_stream(path: Path) -> None:
-    """Raise `UsageError` if `path`, links followed, is there but neither file nor folder.
+    """Raise `UsageError` if `path`, links followed, exists but is neither file nor folder.
 
-    Reading a pipe waits for who writes to it, reading some devices never ends.
+    Reading a pipe waits for a writer; reading some devices never ends.
     """
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise UsageError(
@@ -90,9 +90,9 @@ def refuse_stream(path: Path) -> None:
 
 
 def refuse_special(path: Path) -> None:
-    """Raise `UsageError` if `path` is a link, or neither file nor folder: nothing is written there.
+    """Raise `UsageError` if `path`, which is to be written, is a link, device, pipe or socket.
 
-    Following a link would write outside of the folder that was named.
+    Writing through a link would write outside of the folder that the user named.
     """
     if os.path.islink(path):
         raise UsageError(f"{path} is a link and is not written to: give the place itself")
@@ -104,9 +104,9 @@ def refuse_special(path: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Give every file in `folder`, at any depth, the mode of a new file, and put it on the disk.
+    """Give every file in `folder`, at any depth, the mode of a new file, and flush it to the disk.
 
-    safetensors makes files that only their owner can read.
+    safetensors writes files that only their owner can read.
     """
     umask = os.umask(0)
     os.umask(umask)
@@ -118,9 +118,9 @@ def settle(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
+    """Flush a file, or the list of files of a folder, to the disk."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)

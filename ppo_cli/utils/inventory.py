@@ -1,6 +1,6 @@
-"""What in a folder is this program's: the list that a run keeps of its files, and whose a file is.
+"""The list of the files that a run wrote, and the owner of a file: a run, a model or neither.
 
-`--overwrite` deletes what is on the list and refuses a folder that holds anything else.
+`--overwrite` deletes the files on the list and refuses a folder that holds others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from ppo_cli.errors import ConfigError, UsageError
 from ppo_cli.utils.files import is_inside, is_same_place, write_text
-from ppo_cli.utils.hub import MODEL_FILES
+from ppo_cli.utils.model_folder import MODEL_FILES
 from ppo_cli.utils.yaml_io import read_yaml
 
 MARKER = "ppo-cli.json"
@@ -30,7 +30,7 @@ UNFINISHED_MODEL = ".model.tmp"
 UNFINISHED_FILE = re.compile(r"\.(.+)\.tmp")
 STEP_FOLDER = re.compile(r"step-\d+(\.\d+)?")
 UNFINISHED_STEP = re.compile(r"\.step-\d+(\.\d+)?\.(tmp|old)")
-# What a run's files are called, except for those of rare tokenizers.
+# Names of a run's files, except for those of rare tokenizers.
 RUN_FILE = re.compile(
     r"run\.yaml|README\.md|(metrics|samples)\.jsonl|training\.png|frontier\.(json|png)"
     r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
@@ -38,10 +38,10 @@ RUN_FILE = re.compile(
     r"|vocab\.(json|txt)|merges\.txt|chat_template\.jinja"
     r"|(spiece|tokenizer|sentencepiece|sentencepiece\.bpe|spm)\.model"
 )
-# How runs of releases that kept no list are known.
+# These identify runs of releases that kept no list.
 OLD_RECORD = "run.yaml"
 OLD_SECTIONS = {"policy", "prompts", "rollout", "reward", "ppo", "run"}
-# Files of a model's folder, as transformers, peft, TRL and others write them.
+# Files in a model's folder, by transformers, peft, TRL and others.
 WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack)(\.index\.json)?", re.IGNORECASE
 )
@@ -50,14 +50,14 @@ MODEL_FILE = re.compile(
     r"|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.(model|spm|jinja|tiktoken|py)",
     re.IGNORECASE,
 )
-SHOWN = 5  # of the names in a message
+SHOWN = 5  # names in a message
 
 
 class Inventory:
-    """The files that a run wrote into `folder`, by a list in the folder itself.
+    """The files that a run wrote into `folder`, listed in a file there.
 
-    A list is written before what it names, so that a kill leaves nothing that is on none. The
-    checkpoints are not listed one by one: their names and those of their files are always the same.
+    A file is listed before it is written, so that a kill leaves no unlisted file. Checkpoints are
+    not listed: their names, and those of their files, are always the same.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +65,7 @@ class Inventory:
         self._written: frozenset[str] = frozenset()
 
     def names(self) -> frozenset[str] | None:
-        """Paths of the run's files, relative to its folder; None where no run wrote the folder."""
+        """Read the relative paths of the run's files; None if no run wrote the folder."""
         marker = self.folder / MARKER
         try:
             content = json.loads(marker.read_bytes()) if os.path.isfile(marker) else None
@@ -78,23 +78,23 @@ class Inventory:
         return self._names_of_old_run()
 
     def begin(self, names: Collection[str]) -> None:
-        """Delete the files of an older run, and make `names` the list of a new one.
+        """Delete the files of an older run, and start the list of a new one with `names`.
 
-        The older one's checkpoints go first, so that what a kill leaves is no mixture; its list
-        stays, so that what is left can be replaced. So does the lock.
+        The old checkpoints are deleted first, so that a kill leaves no mixture of two runs. The old
+        list stays until the end, so that the rest can be replaced; the lock stays, too.
         """
         self._clear(self.names() or frozenset())
         self._write(frozenset(names))
 
     def add(self, names: Collection[str], source: Path | None = None) -> None:
-        """Put files that are about to be written on the list.
+        """Add files to the list, before they are written.
 
         Args:
             names: of the files.
-            source: the folder that they lie in until then.
+            source: the folder in which they lie until then.
 
         Raises:
-            UsageError: another file of that name is there already, and was not on the list.
+            UsageError: a file of that name exists and is not on the list.
         """
         if self._written.issuperset(names):
             return
@@ -115,7 +115,7 @@ class Inventory:
         self._write(listed.union(names))
 
     def strangers(self) -> list[str]:
-        """What in the folder no run wrote: files off the list, links, folders (`name/`)."""
+        """Names in the folder that no run wrote: unlisted files, links, folders (`name/`)."""
         return sorted(_strangers(self.folder, self.names() or frozenset()))
 
     def _clear(self, names: Collection[str]) -> None:
@@ -125,7 +125,9 @@ class Inventory:
                 shutil.rmtree(path)
         if _is_folder(self.folder / UNFINISHED_MODEL):
             shutil.rmtree(self.folder / UNFINISHED_MODEL)
-        for name in sorted(names, key=lambda name: name == OLD_RECORD):  # all that tells old runs
+        for name in sorted(
+            names, key=lambda name: name == OLD_RECORD
+        ):  # the record, which identifies an old run, is the last
             path = self.folder / name
             for ours in (path.with_name(f".{path.name}.tmp"), path):
                 if _is_file(ours):
@@ -154,7 +156,7 @@ class Inventory:
         if not isinstance(config, dict) or not config.keys() >= OLD_SECTIONS:
             return None
         names = {OLD_RECORD}
-        # Without these it may be a copy of run.yaml alone, among other things.
+        # Without these the folder may hold a copy of run.yaml among other files.
         if _is_folder(self.folder / CHECKPOINTS) or _is_file(self.folder / "metrics.jsonl"):
             found = map(_finished, os.listdir(self.folder))
             names |= {name for name in found if RUN_FILE.fullmatch(name)}
@@ -162,13 +164,13 @@ class Inventory:
 
 
 def shown(names: Collection[str]) -> str:
-    """The first few names, and how many more there are."""
+    """The first names, and the number of the others."""
     first = ", ".join(list(names)[:SHOWN])
     return first if len(names) <= SHOWN else f"{first} and {len(names) - SHOWN} more"
 
 
 def checkpoint_strangers(checkpoint: Path) -> list[str]:
-    """Names in a checkpoint's folder that are not of its four files."""
+    """Names in a checkpoint's folder beside its four files."""
     return sorted(
         entry.name
         for entry in os.scandir(checkpoint)
@@ -177,7 +179,7 @@ def checkpoint_strangers(checkpoint: Path) -> list[str]:
 
 
 def is_unfinished_checkpoint(path: Path) -> bool:
-    """Whether a checkpoint was being written, or deleted, in a folder of that name."""
+    """Whether `path` is the folder of a checkpoint that was being written or deleted."""
     return UNFINISHED_STEP.fullmatch(path.name) is not None and _is_folder(path)
 
 
@@ -185,9 +187,9 @@ def refuse_owned(output: Path, inputs: Iterable[str], allowed: Collection[Path] 
     """Raise `UsageError` where a result would replace a file of a model or a run, or an input.
 
     Args:
-        output: where the result is to go.
-        inputs: files and folders that the result is made from; names of others are passed over.
-        allowed: files of runs that may be replaced all the same.
+        output: the file to write.
+        inputs: files and folders that the result is made from; other names are ignored.
+        allowed: files of runs that may be replaced nevertheless.
     """
     if any(is_same_place(output, path) for path in allowed):
         return
@@ -202,7 +204,7 @@ def refuse_owned(output: Path, inputs: Iterable[str], allowed: Collection[Path] 
         return
     if WEIGHTS.fullmatch(output.name):
         raise UsageError(f"{output} holds a model's weights {remedy}")
-    # The same file may have other names: links, or other case.
+    # A file may have several names: links, or other case.
     read = ("/dev/stdin" if name == "-" else os.path.expanduser(name) for name in inputs)
     for place in (folder, *map(Path, read)):
         files = [place]
@@ -215,7 +217,7 @@ def refuse_owned(output: Path, inputs: Iterable[str], allowed: Collection[Path] 
 
 
 def lies_in_checkpoints(path: Path) -> bool:
-    """Whether `path` is in a run's folder of checkpoints, or is to be put there."""
+    """Whether `path`, which need not exist, lies in a run's folder of checkpoints."""
     return any(
         parent.name == CHECKPOINTS and Inventory(parent.parent).names() is not None
         for parent in Path(os.path.realpath(path)).parents
@@ -223,7 +225,7 @@ def lies_in_checkpoints(path: Path) -> bool:
 
 
 def _ownership(folder: Path) -> tuple[str, Callable[[str], bool]]:
-    """What a folder holds, for messages, and which names in it are those of a model or a run."""
+    """Kind of a folder, for messages, and a test whether a name in it is a model's or a run's."""
     listed = Inventory(folder).names()
     is_model = listed is not None or any(os.path.isfile(folder / file) for file in MODEL_FILES)
 
@@ -265,7 +267,7 @@ def _strange_checkpoints(folder: Path) -> Iterator[str]:
 
 
 def _finished(name: str) -> str:
-    """The name that a file gets once it is whole, of one that `replacing` writes; or `name`."""
+    """The final name of a temporary file of `replacing`; any other name is returned unchanged."""
     found = UNFINISHED_FILE.fullmatch(name)
     return found[1] if found else name
 

@@ -1,4 +1,4 @@
-"""Variety of texts, by their n-grams of words."""
+"""Diversity of texts, measured by n-grams of words."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 
 WORDS = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
 
-REPEATED = 2  # words in a row
+REPEATED = 2  # words of an n-gram in `repetition`
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words among all of them, over all texts; 0 where there are none."""
+    """Share of different n-grams among all n-grams of the texts (distinct-n); 0 without n-grams."""
     grams = [gram for text in texts for gram in _grams(text, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def repetition(texts: Sequence[str], n: int = REPEATED) -> float:
-    """Mean share of a text's n-grams that occur in it more than once, repeats counted.
+    """Mean share of a text's n-grams that repeat an earlier one in the text.
 
     Source: `seq-rep-n` of Welleck et al. 2020 (https://arxiv.org/abs/1908.04319), over words.
     """
@@ -32,7 +32,7 @@ def repetition(texts: Sequence[str], n: int = REPEATED) -> float:
 
 
 def most_common(texts: Sequence[str]) -> float:
-    """Share that the most frequent of the texts makes up."""
+    """Share of the most frequent text among the texts."""
     return Counter(texts).most_common(1)[0][1] / len(texts) if texts else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Random number generators: streams of one's own, and the states that a checkpoint holds."""
+"""Random number generators: separate streams, and the states that a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class RandomStream:
-    """A stream of torch random numbers of its own.
+    """A separate stream of torch random numbers.
 
-    What runs inside `active()` draws from it and leaves the process's random state untouched, so
-    that a trainer is reproducible without reseeding its user's program.
+    Code inside `active()` draws from it and does not change the random state of the process. So a
+    trainer is reproducible without reseeding the program around it.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -40,7 +40,7 @@ class RandomStream:
         return dict(self._state)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore a `state_dict`."""
         self._state = dict(state)
 
     @contextmanager
@@ -62,20 +62,20 @@ class RandomStream:
 
 
 def numpy_state(source: np.random.RandomState) -> dict[str, Any]:
-    """The state of a NumPy generator as plain values, for JSON."""
+    """State of a NumPy generator as plain values, for JSON."""
     state: dict[str, Any] = source.get_state(legacy=False)
     state["state"]["key"] = [int(word) for word in state["state"]["key"]]
     return state
 
 
 def set_numpy_state(target: np.random.RandomState, state: dict[str, Any]) -> None:
-    """Go on from a `numpy_state`."""
+    """Restore a `numpy_state`."""
     key = np.asarray(state["state"]["key"], dtype=np.uint32)
     target.set_state({**state, "state": {**state["state"], "key": key}})
 
 
 def random_state() -> dict[str, Any]:
-    """The states that Python, NumPy, torch and its devices draw from, for a checkpoint."""
+    """Global states of the generators of Python, NumPy, torch and its devices."""
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
@@ -90,7 +90,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Go on from a `random_state`; devices that are not here are left out."""
+    """Restore a `random_state`; devices that this machine lacks are left out."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     set_numpy_state(cast(np.random.RandomState, np.random), state["numpy"])

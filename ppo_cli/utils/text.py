@@ -1,9 +1,9 @@
-"""Untrusted text made safe to show: models, data and files decide what is in it.
+"""Makes untrusted text of models, data and files safe to show.
 
-What a reader would not see, or what steers a terminal, is written as an escape: control characters
-(C0 and C1, so ANSI codes too), format characters (bidirectional overrides, zero-width ones), and
-what Unicode calls default ignorable: fillers, variation selectors, tags. They stay where the
-writing needs them: inside emoji, and one at a time behind the letters that they shape.
+Characters that are invisible or control a terminal become escapes: control characters (C0 and C1,
+which include ANSI codes), format characters (bidirectional overrides, zero-width ones), and
+Unicode's default ignorable ones (fillers, variation selectors, tags). They are kept where a script
+needs them: inside emoji, and one at a time after a letter whose form they choose.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
-# Default_Ignorable_Code_Point, as far as it is in none of these categories; then blank symbols.
+# Default_Ignorable_Code_Point outside of these categories, then blank symbols.
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8"
     "\U000e0000-\U000e0fff\U00013430-\U0001343f\u2800\U00016fe4\U0001d159]"
@@ -28,7 +28,7 @@ _EMOJI = (
 _SUBDIVISIONS = "|".join(
     "".join(chr(0xE0000 + ord(letter)) for letter in name) for name in ("gbeng", "gbsct", "gbwls")
 )
-# What is left as it is; any other character that may be invisible is looked at by itself.
+# Sequences that are kept; any other character that may be invisible is checked alone.
 _PIECES = re.compile(
     f"\U0001f3f4(?:{_SUBDIVISIONS})\U000e007f"  # flags of England, Scotland, Wales
     f"|{_EMOJI}(?:\u200d{_EMOJI})*"
@@ -51,24 +51,24 @@ def escape_controls(text: str) -> str:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """`value` as JSON that reads back the same, its invisible characters as JSON's escapes.
+    """`value` as JSON, its invisible characters as JSON escapes.
 
     Args:
         value: plain values.
-        options: of `json.dumps`, whose `ensure_ascii` is off unless given.
+        options: of `json.dumps`; `ensure_ascii` is off by default.
     """
     text = json.dumps(value, **{"ensure_ascii": False, **options})
     return _escaped(text, lambda c: c if c == "\n" else json.dumps(c)[1:-1])
 
 
 def spreadsheet_text(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula: an apostrophe in front where one would."""
+    """Text of a spreadsheet's cell: an apostrophe in front keeps it from being a formula."""
     shown = _escaped(text, lambda c: c if c == "\n" else c.encode("unicode_escape").decode())
     return f"'{shown}" if text.lstrip(" \n").startswith(FORMULA_STARTS) else shown
 
 
 def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is: on one line, nothing in it markup or a link."""
+    """Text that Markdown shows literally, on one line, without markup and links."""
     shown = ""
     for character in escape_controls(text):
         if character in "|<>&@":
@@ -81,18 +81,18 @@ def markdown_text(text: str) -> str:
 
 
 def markdown_code(text: str) -> str:
-    """A name as Markdown code; as plain text where it holds what would end the code."""
+    """A name as Markdown code; as plain text where it contains a character that ends code."""
     shown = escape_controls(text)
     return markdown_text(text) if not shown.strip() or set("`|") & set(shown) else f"`{shown}`"
 
 
 def shortened(text: str, width: int) -> str:
-    """`text` cut to `width` characters, with an ellipsis, which ASCII has, where it was cut."""
+    """`text` cut to `width` characters; three dots show that it was cut."""
     return text if len(text) <= width else text[: max(width - 3, 0)] + "..."
 
 
 def _escaped(text: str, escape: Callable[[str], str]) -> str:
-    """`text` with its hidden characters replaced by what `escape` makes of them."""
+    """Replace the hidden characters of `text` by `escape(character)`."""
     if text.isascii() and text.isprintable():
         return text
 

@@ -1,4 +1,4 @@
-"""YAML in and out: plain values only, no more of them than a configuration has."""
+"""Reads and writes YAML: plain values only, in the size of a configuration."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ppo_cli.errors import ConfigError
 from ppo_cli.utils.files import refuse_stream
 from ppo_cli.utils.text import escape_controls, shortened
 
-MOST_BYTES = 1024 * 1024
-MOST_VALUES = 10_000
+MAX_BYTES = 1024 * 1024
+MAX_VALUES = 10_000
 
 Places = dict[tuple[str, ...], str]
-"""Keys, outermost first -> where they were written."""
+"""Keys, outermost first -> file and line."""
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with floats as YAML 1.2 has them: `1e-5` is a number."""
+    """The safe loader with the floats of YAML 1.2: `1e-5` is a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -34,30 +34,30 @@ _Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
-# Integers are matched first: the float pattern would take them as well.
+# Integers are matched first, because the float pattern matches them as well.
 for _first, _pairs in _Loader.yaml_implicit_resolvers.items():
     _pairs.sort(key=lambda pair: pair[0] == "tag:yaml.org,2002:float")
 
 
 def read_yaml(path: Path, places: Places | None = None) -> Any:
-    """What a YAML file holds.
+    """Read a YAML file.
 
     Args:
         path: the file.
-        places: is told the line of each key, for messages.
+        places: receives the line of each key, for messages.
 
     Raises:
-        ConfigError: it cannot be read, is not YAML, or is larger than any configuration.
+        ConfigError: the file cannot be read, is not YAML, or is too large.
     """
     refuse_stream(path)
     try:
         with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    if len(content) > MOST_BYTES:
+    if len(content) > MAX_BYTES:
         raise ConfigError(
-            f"{path} is larger than {MOST_BYTES // 1024} KiB, which no configuration is: give "
+            f"{path} is larger than {MAX_BYTES // 1024} KiB, which no configuration is: give "
             "another file"
         )
     try:
@@ -70,11 +70,11 @@ def read_yaml(path: Path, places: Places | None = None) -> Any:
 
 
 def load_yaml(text: str, name: str, places: Places) -> Any:
-    """The value of a YAML text that comes from `name`; `places` is told the line of each key.
+    """Parse a YAML text that comes from `name`; `places` receives the line of each key.
 
     Raises:
-        ConfigError: it is not YAML, a key is no name or is given twice, or its anchors stand for
-            too many values.
+        ConfigError: the text is not YAML, a key is not a name or is given twice, or anchors expand
+            to too many values.
     """
     try:
         loader = _Loader(text)
@@ -96,7 +96,7 @@ def load_yaml(text: str, name: str, places: Places) -> Any:
 
 
 def dump_yaml(data: Any) -> str:
-    """Plain values as YAML, one that shows all its characters."""
+    """Plain values as YAML, invisible characters as escapes."""
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     if text.replace("\n", "") == escape_controls(text.replace("\n", "")):
         return text
@@ -104,7 +104,7 @@ def dump_yaml(data: Any) -> str:
 
 
 class _Walk:
-    """Goes through a document before it is built, following each alias as often as it stands."""
+    """Walks through a document before it is constructed; each use of an alias counts."""
 
     def __init__(self, name: str, places: Places) -> None:
         self.name = name
@@ -113,9 +113,9 @@ class _Walk:
 
     def visit(self, node: yaml.Node, keys: tuple[str, ...]) -> None:
         self.count += 1
-        if self.count > MOST_VALUES:
+        if self.count > MAX_VALUES:
             raise ConfigError(
-                f"{self.name}: its anchors and lists stand for more than {MOST_VALUES} values, "
+                f"{self.name}: its anchors and lists stand for more than {MAX_VALUES} values, "
                 "which no configuration has: write out what is meant"
             )
         if isinstance(node, yaml.SequenceNode):

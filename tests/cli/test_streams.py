@@ -1,4 +1,4 @@
-"""Whoever reads what the command writes may leave, streams may be closed, screens be odd.
+"""Streams whose reader exits, that are closed or full; unusual terminals.
 
 What belongs to the display ends no work; results that are lost for another reason are an error.
 """
@@ -47,7 +47,7 @@ def steps_made(folder: Path) -> list[int]:
 
 
 def assert_saved(folder: Path, steps: int = STEPS) -> None:
-    """The run made its steps, has a model of its own, and a whole checkpoint of the last step."""
+    """Check that the run has all its steps, its model and an undamaged last checkpoint."""
     assert steps_made(folder) == list(range(1, steps + 1))
     assert (folder / "run" / "model.safetensors").is_file()
     assert (folder / "run" / "README.md").is_file()
@@ -130,7 +130,7 @@ def test_streams_that_the_shell_closed(home: Path) -> None:
 
 
 def test_no_file_is_opened_as_a_stream_that_is_closed(tmp_path: Path) -> None:
-    """What a library in C writes to descriptor 2 would end up in it."""
+    """Otherwise a C library that writes to descriptor 2 would write into it."""
     program = tmp_path / "program.py"
     program.write_text(
         "from ppo_cli.cli import streams\n"
@@ -143,7 +143,7 @@ def test_no_file_is_opened_as_a_stream_that_is_closed(tmp_path: Path) -> None:
 
 
 def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_all(tmp_path: Path) -> None:
-    """As pipes are that a parent made with node."""
+    """Pipes made by a parent process in node are non-blocking."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
@@ -165,7 +165,7 @@ def test_closed_standard_input_holds_no_prompts(home: Path) -> None:
 
 
 class Terminal:
-    """A terminal, and what was written to it."""
+    """A pseudo-terminal that keeps what was written to it."""
 
     def __init__(self) -> None:
         self.master, self._slave = pty.openpty()

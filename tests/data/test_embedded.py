@@ -1,4 +1,4 @@
-"""The embedded world: the grammar's promises, and the committed models' quality."""
+"""Embedded data and models: properties of the grammar, quality of the committed models."""
 
 from __future__ import annotations
 

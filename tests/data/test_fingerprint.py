@@ -1,4 +1,4 @@
-"""What a run is made from, known again: digests, places, commits."""
+"""Records of inputs: digests of files, places, commits of the hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 
 from ppo_cli.config.loading import load_config
 from ppo_cli.data import fingerprint
-from ppo_cli.data.fingerprint import CLASSIFIER, POLICY, PROMPTS, Inputs, record_of, what_differs
+from ppo_cli.data.fingerprint import CLASSIFIER, POLICY, PROMPTS, Inputs, record_of
 
 OLD, NEW = "a" * 40, "b" * 40
 
@@ -52,7 +52,7 @@ def test_the_files_that_are_loaded_are_recorded_and_no_others(tmp_path: Path) ->
 def test_of_large_files_size_and_pieces_are_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fingerprint, "WHOLE", 1000)
+    monkeypatch.setattr(fingerprint, "MAX_HASHED_WHOLE", 1000)
     monkeypatch.setattr(fingerprint, "PIECE", 8)
     path = tmp_path / "model.safetensors"
     content = bytes(i * i % 251 for i in range(1501))
@@ -298,21 +298,3 @@ def test_without_an_answer_nothing_is_said_of_what_cannot_be_known(cache: Path) 
 
 
 # ---------------------------------------------------------------- code and machine
-
-
-def test_only_what_both_know_is_compared() -> None:
-    was = {
-        "versions": {"torch": "2.9", "python": "3.11", "gone": "1"},
-        "machine": {"threads": 2, "device": "cpu"},
-        "git_commit": OLD,
-    }
-    now = {
-        "versions": {"torch": "2.10", "python": "3.11", "new": "1"},
-        "machine": {"threads": 4, "device": "cpu", "precision": "fp32"},
-        "git_commit": None,
-    }
-    assert what_differs(was, now) == ["torch 2.9 (now 2.10)", "threads 2 (now 4)"]
-    assert what_differs(was, {**was, "git_commit": NEW}) == [
-        f"git commit {OLD[:12]} (now {NEW[:12]})"
-    ]
-    assert what_differs({}, now) == what_differs({"versions": 3}, now) == []

@@ -1,4 +1,4 @@
-"""Prompt sources: lengths, files good and bad, the split."""
+"""Prompts: lengths of queries, valid and invalid files, the held-out split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts of files of every kind, folders, archives, patterns and addresses; what is left on disk."""
+"""Texts from files of every kind, folders, archives, patterns, addresses; no files left behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
-from ppo_cli.data.sources import BATCH, read_texts, source_files
+from ppo_cli.data.readers import BATCH
+from ppo_cli.data.sources import read_texts, source_files
 from ppo_cli.errors import DataError
 from tests.test_cli import environment
 
@@ -282,8 +283,8 @@ def test_reading_leaves_nothing_behind_and_needs_no_home(tmp_path: Path) -> None
 
 EMBEDDED = """
 from ppo_cli.config.schema import PromptsConfig
+from ppo_cli.data.prompts import load_prompts
 from ppo_cli.models.loading import load_tokenizer
-from ppo_cli.training.run import load_prompts
 assert load_prompts(PromptsConfig(limit=10), load_tokenizer("embedded"), 0).train
 """
 

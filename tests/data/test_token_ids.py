@@ -1,4 +1,4 @@
-"""Queries are token ids: how texts become them, and that nothing makes them texts in between."""
+"""Queries as token ids: how texts are encoded, and that ids are never decoded in between."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EMOJI = "👏🏽 the 🎬 is 🤩"
 
 
 def sentencepiece(before: str = "<s> ", after: str = "", across: bool = False) -> Any:
-    """Like Llama's: BPE over "▁" for spaces, with bytes for what it does not know.
+    """A tokenizer like Llama's: BPE with "▁" for spaces, bytes for unknown characters.
 
     Args:
         before, after: the special tokens that come with every text.
@@ -66,7 +66,7 @@ def sentencepiece(before: str = "<s> ", after: str = "", across: bool = False) -
 
 
 def bytelevel() -> Any:
-    """Like GPT-2's."""
+    """A tokenizer like GPT-2's."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -81,7 +81,7 @@ def bytelevel() -> Any:
 
 
 def wordpiece() -> Any:
-    """Like BERT's."""
+    """A tokenizer like BERT's."""
     raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     raw.normalizer, raw.pre_tokenizer = (
         normalizers.BertNormalizer(),
@@ -150,7 +150,7 @@ def test_other_added_tokens_stay_tokens_in_python_and_elsewhere() -> None:
 
 
 def texts_of_all_kinds() -> list[str]:
-    """Prose, and what is hard to cut: no gaps, gaps alone, line ends, emoji, special tokens."""
+    """Prose, and texts that are hard to cut: no spaces or only spaces, emoji, special tokens."""
     dice = random.Random(0)
     parts = [
         *PROSE[:40],
@@ -296,8 +296,8 @@ def test_held_out_prompts_alone_are_those_of_all_prompts(tmp_path: Path) -> None
 def test_many_texts_are_tokenized_in_batches_and_it_is_told_how_far_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ppo_cli.data.prompts.AT_ONCE", 7)
-    monkeypatch.setattr("ppo_cli.data.prompts.TOLD_FROM", 40)
+    monkeypatch.setattr("ppo_cli.data.prompts.TOKENIZER_BATCH", 7)
+    monkeypatch.setattr("ppo_cli.data.prompts.PROGRESS_FROM", 40)
     settings, tokenizer, told = PromptsConfig(limit=40, held_out=5), bytelevel(), list[str]()
     prompts = load_prompts(settings, tokenizer, 0, told.append)
     assert told == [f"{n} of 40 texts tokenized" for n in (14, 21, 35, 40)]

@@ -18,6 +18,7 @@ from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.ppo.statistics import grouped
 from ppo_cli.reporting.summary import Pace, TrainingSummary
+from ppo_cli.training.build import build_training
 from ppo_cli.training.run import Training
 from ppo_cli.training.run_directory import RunDirectory
 from ppo_cli.utils.random_state import random_state
@@ -30,7 +31,7 @@ QUICK = ["run.device=cpu", "run.seed=5", "run.eval_every=2"]
 
 def make(folder: Path, *changes: str, resume: bool = False) -> Training:
     settings = [*QUICK, f"run.output={json.dumps(str(folder))}", *changes]
-    return Training(load_config(SMALL_RUN, assignments=settings), resume=resume)
+    return build_training(load_config(SMALL_RUN, assignments=settings), resume=resume)
 
 
 def train(folder: Path, *changes: str, resume: bool = False) -> TrainingSummary:
@@ -107,8 +108,8 @@ def test_evaluating_changes_no_random_state_and_no_mode(tmp_path: Path) -> None:
     training.trainer.model.train()
     training.trainer.ref_model.eval()
     before, own = random_state(), training.trainer.state_dict()["sampling"]["cpu"]
-    training.examination.begin()
-    first = training.examination.evaluate(0)
+    training.held_out.begin()
+    first = training.held_out.evaluate(0)
     after = random_state()
     for key in ("python", "numpy"):
         assert after[key] == before[key]
@@ -116,7 +117,7 @@ def test_evaluating_changes_no_random_state_and_no_mode(tmp_path: Path) -> None:
     assert torch.equal(training.trainer.state_dict()["sampling"]["cpu"], own)
     assert training.trainer.model.training
     assert not training.trainer.ref_model.training
-    again = training.examination.evaluate(0)
+    again = training.held_out.evaluate(0)
     del first[1]["time/evaluating"], again[1]["time/evaluating"]
     assert first == again  # the same random numbers each time
 
@@ -157,7 +158,7 @@ def same_but_for_rounding(one: Quality, other: Quality) -> None:
 )
 def test_policy_and_reference_are_measured_separately(changes: list[str], tmp_path: Path) -> None:
     training = make(tmp_path / "run", *changes)
-    policy, reference = training.examination.of_policy(3), training.examination.of_reference(3)
+    policy, reference = training.held_out.of_policy(3), training.held_out.of_reference(3)
     assert policy.samples == reference.samples  # as yet the policy is its reference
     same_but_for_rounding(policy.quality, reference.quality)
     assert reference.quality["kl"] == pytest.approx(0, abs=1e-4)
@@ -165,7 +166,7 @@ def test_policy_and_reference_are_measured_separately(changes: list[str], tmp_pa
         for parameter in training._policy.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))
-    moved, still = training.examination.of_policy(3), training.examination.of_reference(3)
+    moved, still = training.held_out.of_policy(3), training.held_out.of_reference(3)
     assert still.samples == reference.samples
     same_but_for_rounding(still.quality, reference.quality)
     assert moved.quality["kl"] > 0.01
@@ -207,15 +208,18 @@ def test_statistics_are_shown_under_a_heading_where_they_are(evaluated: Evaluate
 
 def test_an_evaluation_is_put_into_its_line_and_taken_out_again(tmp_path: Path) -> None:
     directory, path = RunDirectory(tmp_path), tmp_path / "metrics.jsonl"
-    directory.put_evaluation(2, {"eval/score": 1.0})  # there is no file yet
+    directory.records.put_evaluation(2, {"eval/score": 1.0})  # there is no file yet
     plain: list[dict[str, Any]] = [{"step": n, "a": 0.1 * n, "time/step": 1.0} for n in (1, 2)]
-    directory.append("metrics.jsonl", plain)
+    directory.records.append("metrics.jsonl", plain)
     with path.open("a") as file:
         file.write('{"step": 3, "a"')  # a killed run's last line
     before = path.read_bytes()
-    directory.put_evaluation(2, {"eval/score": 1.0, "time/evaluating": 2.0})
-    assert directory.metrics() == [plain[0], plain[1] | {"eval/score": 1.0, "time/evaluating": 2.0}]
+    directory.records.put_evaluation(2, {"eval/score": 1.0, "time/evaluating": 2.0})
+    assert directory.records.metrics() == [
+        plain[0],
+        plain[1] | {"eval/score": 1.0, "time/evaluating": 2.0},
+    ]
     assert path.read_bytes().endswith(b'{"step": 3, "a"')
-    directory.put_evaluation(2, {})
+    directory.records.put_evaluation(2, {})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from ppo_cli.config.loading import load_config
 from ppo_cli.errors import UsageError
 from ppo_cli.ppo.forward import check_reading
-from ppo_cli.training.run import Training
+from ppo_cli.training.build import build_training
 from ppo_cli.utils.device import computes_bfloat16, keep_freed_memory, mixed_precision
 from tests.conftest import SMALL_RUN, make_batch, make_gpt2, make_policy, make_trainer, weights
 
@@ -182,9 +182,9 @@ def test_the_configurations_precision_reaches_the_trainer_and_accelerates_own_wi
     config = load_config(SMALL_RUN, assignments=settings)
     if expected is UsageError:
         with pytest.raises(UsageError, match="precision fp16 needs a CUDA GPU, not cpu"):
-            Training(config)
+            build_training(config)
     else:
-        assert Training(config).trainer.accelerator.mixed_precision == expected
+        assert build_training(config).trainer.accelerator.mixed_precision == expected
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_cli.ppo.statistics import STATISTICS
-from ppo_cli.training.state import _slow_down
+from ppo_cli.training.state import _scale_learning_rate
 from tests.conftest import (
     EOS,
     make_batch,
@@ -700,7 +700,7 @@ def test_a_rollback_slows_an_adaptive_learning_rate_down_for_good() -> None:
         for i in range(20):
             trainer.step(*make_batch(seed=i))
         state = trainer.state_dict()
-        _slow_down(state, factor)
+        _scale_learning_rate(state, factor)
         trainer.load_state_dict(state)
         stats = [trainer.step(*make_batch(seed=i)) for i in range(20, 40)]
         later[factor] = [s["ppo/learning_rate"] for s in stats]

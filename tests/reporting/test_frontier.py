@@ -1,4 +1,4 @@
-"""Score against KL: metrics and curves made by hand, drawn, tabled, and measured by a run."""
+"""Score against KL: synthetic metrics and curves in pictures and tables, and a real run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from ppo_cli.reporting.frontier import (
     write_curve,
 )
 from ppo_cli.reporting.tables import frontier_table
-from ppo_cli.training.run import Training
-from ppo_cli.training.run_directory import METRICS_FILE, RunDirectory
+from ppo_cli.training.build import build_training
+from ppo_cli.training.records import METRICS_FILE
+from ppo_cli.training.run_directory import RunDirectory
 from tests.conftest import SMALL_RUN
 from tests.test_security import SEEN, shown
 
@@ -35,7 +36,7 @@ WAY = {10: (1.0, 0.5), 20: (2.0, 2.5), 30: (1.5, 3.5), 40: (9.0, 50.0)}  # step:
 def make_run(
     folder: Path, way: Mapping[int, tuple[float, float]] = WAY, reference: float = -0.1
 ) -> RunDirectory:
-    """A run directory with a line every five steps and these evaluations."""
+    """Make a run directory with a line every five steps and these evaluations."""
     run = RunDirectory(folder)
     run.path.mkdir(parents=True)
     run.record(load_config(SMALL_RUN, assignments=["run.kl_limit=20"]))
@@ -45,16 +46,16 @@ def make_run(
         if step in way:
             score, kl = way[step]
             rows[-1] |= {"eval/score": score, "eval/kl": kl, "eval/reference_score": reference}
-    run.append(METRICS_FILE, rows)
+    run.records.append(METRICS_FILE, rows)
     return run
 
 
 def trail_of(run: RunDirectory) -> Trail:
-    return trail(str(run.path), run.metrics(), run.config().run)
+    return trail(str(run.path), run.records.metrics(), run.config().run)
 
 
 def make_curve(*counts: int, score: float = 0.0) -> BestOfN:
-    """Scores of the logarithm of n, from `score` on."""
+    """Best-of-n whose score is `score` plus the logarithm of n."""
     scores = [score + math.log(n) for n in counts]
     points = [
         BestOfPoint(n, kl_bound(n), s, Interval(s, s - 0.1, s + 0.1))
@@ -165,12 +166,12 @@ def test_a_run_measures_best_of_n_at_its_end_unless_it_was_stopped(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     settings = ["prompts.held_out=6", "run.device=cpu", "run.steps=1", "run.best_of_n=[8, 2]"]
-    training = Training(load_config(SMALL_RUN, assignments=settings))
+    training = build_training(load_config(SMALL_RUN, assignments=settings))
     list(training.steps())
-    training.stopping = True
+    training.request_stop()
     training.finish()
     assert read_curve([training.directory.path]) is None
-    training.stopping = False
+    training.stop_requested = False
     training.finish()
     curve = read_curve([training.directory.path])
     assert curve is not None

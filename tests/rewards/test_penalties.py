@@ -25,7 +25,7 @@ from ppo_cli.rewards.penalties import (
     penalty_statistics,
     score_penalties,
 )
-from ppo_cli.training.run import Training
+from ppo_cli.training.build import build_training
 from ppo_cli.training.run_directory import RunDirectory
 from tests.conftest import EOS, SMALL_RUN, VOCABULARY, make_gpt2, make_policy, make_tokenizer
 
@@ -181,7 +181,7 @@ def test_a_run_learns_from_the_shaped_score_and_ends_where_it_is_told(
     monkeypatch.chdir(tmp_path)
     terms = ["reward.missing_eos_penalty=1.5", "reward.length_cost=0.25"]
     config = load_config(SMALL_RUN, assignments=[*SMALL, *terms, 'rollout.stop=[".", "\\n"]'])
-    training = Training(config)
+    training = build_training(config)
     for report in training.steps():
         stats = report.stats
         lost = stats["env/missing_eos_penalty"] + stats["env/length_cost"]
@@ -220,7 +220,7 @@ def test_a_stop_text_that_no_token_holds_is_refused(
     monkeypatch.chdir(tmp_path)
     config = load_config(SMALL_RUN, assignments=[*SMALL, 'rollout.stop=[".", "the very end"]'])
     with pytest.raises(UsageError, match=r"rollout\.stop.*'the very end'"):
-        Training(config)
+        build_training(config)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -243,8 +243,8 @@ def test_a_models_own_end_tokens_end_what_is_trained_evaluated_and_generated(
     make_chat_model(tmp_path / "chat")
     lengths = ["rollout.output_min_length=1", "rollout.output_max_length=4"]
     changes = ["reward.missing_eos_penalty=1.5", "policy.model=chat", *lengths]
-    training = Training(load_config(SMALL_RUN, assignments=[*SMALL, *changes]))
-    assert training.ends == list(range(len(training.tokenizer) // 2))
+    training = build_training(load_config(SMALL_RUN, assignments=[*SMALL, *changes]))
+    assert training.ppo_step.end_token_ids == list(range(len(training.tokenizer) // 2))
     fines = [report.stats["env/missing_eos_penalty"] for report in training.steps()]
     assert 0 < sum(fines) / 2 < 1.5 / 2  # half of the tokens end
     summary = training.finish()

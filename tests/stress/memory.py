@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from ppo_cli.config.loading import load_config
-from ppo_cli.training.run import Training
+from ppo_cli.training.build import build_training
 
 SETTINGS = [
     "ppo.batch_size=16", "ppo.mini_batch_size=16", "ppo.learning_rate=1e-5", "run.device=cpu",
@@ -32,7 +32,7 @@ def main() -> int:
     seen: dict[int, float] = {}
     with tempfile.TemporaryDirectory() as name:
         places = [f"run.steps={options.steps}", f"run.output={name}/run"]
-        training = Training(load_config("tiny", assignments=[*SETTINGS, *places]))
+        training = build_training(load_config("tiny", assignments=[*SETTINGS, *places]))
         for report in training.steps():
             if report.step % 100 == 0:
                 seen[report.step] = resident()

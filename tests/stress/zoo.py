@@ -35,7 +35,7 @@ from ppo_cli.config.loading import load_config
 from ppo_cli.data.embedded import policy_folder
 from ppo_cli.errors import PPOCliError
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.training.run import Training
+from ppo_cli.training.build import build_training
 from tests.models.test_self_check import assert_right
 
 SECONDS = 300
@@ -174,7 +174,7 @@ def train(folder: Path, run: Path) -> None:
         AssertionError: something is not what the model says.
     """
     places = [f"policy.model={folder}", f"run.output={run}"]
-    training = Training(load_config("tiny", assignments=[*SETTINGS, *places]))
+    training = build_training(load_config("tiny", assignments=[*SETTINGS, *places]))
     first, _ = (report.stats["objective/kl"] for report in training.steps())
     assert abs(first) < 1e-3, f"KL at the first step is {first}"
     training.finish()

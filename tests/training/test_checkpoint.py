@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and read back as they were."""
+"""Checkpoints are written whole or not at all, and restore the same state."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_real_state_of_adam_goes_on_the_same_after_a_round_trip(tmp_path: Pa
             optimizer.zero_grad()
 
     model, twin = make_model(), make_model(seed=1)
-    twin[0].load_state_dict(model[0].state_dict())  # frozen: as the source has it
+    twin[0].load_state_dict(model[0].state_dict())  # frozen weights come from the model's source
     adam, other = (torch.optim.Adam(m[1].parameters(), lr=0.05) for m in (model, twin))
     train(model, adam, 3)
     path = save_checkpoint(tmp_path, 3, model, {"optimizer": adam.state_dict()}, keep=1)
@@ -119,7 +119,7 @@ def test_every_random_state_goes_on_where_it_was(tmp_path: Path) -> None:
         return [random.gauss(0, 1), np.random.normal(), torch.rand(2).tolist()]
 
     model = make_model()
-    draw()  # a second normal number now waits in Python and in NumPy
+    draw()  # Python and NumPy now hold a second normal number
     path = save_checkpoint(tmp_path, 1, model, {"random": random_state()}, keep=1)
     expected = draw()
     draw()

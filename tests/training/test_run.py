@@ -1,4 +1,4 @@
-"""`Training` in this process: what a run is made of before anything is written."""
+"""A run that is built but not started: its batches; and the pace in its summary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from ppo_cli.config.loading import load_config
 from ppo_cli.reporting.summary import Pace
-from ppo_cli.training.run import Training
+from ppo_cli.training.build import build_training
 from tests.conftest import SMALL_RUN
 
 
@@ -53,12 +53,14 @@ def test_each_pass_takes_every_prompt_once_in_an_order_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    training = Training(load_config(SMALL_RUN, assignments=["run.device=cpu"]))
+    training = build_training(load_config(SMALL_RUN, assignments=["run.device=cpu"]))
     prompts = {id(prompt.input_ids): i for i, prompt in enumerate(training.prompts.train)}
 
     def order(number: int) -> list[int]:
         steps = range(number * 4, number * 4 + 4)
-        return [prompts[id(ids)] for step in steps for ids in training._batch(step)["input_ids"]]
+        return [
+            prompts[id(ids)] for step in steps for ids in training.ppo_step.batch(step)["input_ids"]
+        ]
 
     first, second = order(0), order(1)
     assert sorted(first) == sorted(second) == list(range(64))
@@ -73,10 +75,10 @@ def test_several_responses_to_a_query_stand_in_a_row(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     settings = ["prompts.limit=8", "run.device=cpu", "ppo.responses_per_query=4"]
-    training = Training(load_config(SMALL_RUN, assignments=settings))
+    training = build_training(load_config(SMALL_RUN, assignments=settings))
     seen: list[int] = []
     for step in (0, 1):
-        ids = [id(query) for query in training._batch(step)["input_ids"]]
+        ids = [id(query) for query in training.ppo_step.batch(step)["input_ids"]]
         assert ids == [ids[i - i % 4] for i in range(16)]
         seen += ids[::4]
     assert len(set(seen)) == len(seen) == 8  # a pass over all prompts

@@ -1,4 +1,4 @@
-"""A hub that refuses, fails or breaks off: one message in bounded time, or a retry that succeeds.
+"""A hub that refuses, fails or breaks off: one message in limited time, or a successful retry.
 
 The hub is a server of this process's own, asked by the real client.
 """
@@ -23,12 +23,13 @@ import transformers
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 
-from ppo_cli import AutoModelForCausalLMWithValueHead, hub
+from ppo_cli import AutoModelForCausalLMWithValueHead
 from ppo_cli.config.schema import PolicyConfig, RewardConfig
 from ppo_cli.data.embedded import classifier_folder
 from ppo_cli.errors import ModelError, ModelNotFoundError, PPOCliError
 from ppo_cli.models.loading import load_policy, load_tokenizer
 from ppo_cli.rewards.loading import load_reward
+from ppo_cli.utils import hub
 from tests.conftest import make_gpt2, make_tokenizer
 
 NAME = "org/name"
@@ -37,7 +38,7 @@ COMMIT = "0" * 40
 
 @dataclass
 class Fault:
-    """What is answered where the path holds `part`, `times` times."""
+    """An answer to the first `times` requests whose path contains `part`."""
 
     part: str
     status: int = 0
@@ -47,7 +48,7 @@ class Fault:
 
 
 class Hub(socketserver.ThreadingTCPServer):
-    """Serves one model; `faults` first."""
+    """Serves one model, after its `faults`."""
 
     daemon_threads = True
     block_on_close = False
@@ -119,14 +120,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What the process would have slept."""
+    """Seconds that the process would have slept."""
     seconds: list[float] = []
     monkeypatch.setattr(time, "sleep", seconds.append)
     return seconds
 
 
 def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT does when the client is imported."""
+    """Set the endpoint as HF_ENDPOINT does when the client is imported."""
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # keeps the first one it used

@@ -1,4 +1,4 @@
-"""Nothing is destroyed: only what a run wrote is replaced; nothing is read or written elsewhere."""
+"""Only files that a run wrote are replaced; nothing is read or written in other places."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ FILES = sorted({*LISTED, "ppo-cli.json", *CHECKPOINT, "checkpoints/.lock"})
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has every file that a run can have; nobody changes it."""
+    """A run with every file that a run can have. Tests do not change it."""
     folder = tmp_path_factory.mktemp("finished")
     for arguments in (TRAIN, ["plot", "run", "--frontier"]):
         done = ppo_cli(*arguments, cwd=folder)
@@ -72,7 +72,7 @@ def run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> RunDirectory:
-    """A copy of it called `run` in the working folder, also as releases left it without a list."""
+    """A copy called `run` in the working folder; also without a list, as in older releases."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, "run")
     if request.param == "old":
@@ -85,7 +85,7 @@ LISTED_RUN = pytest.mark.parametrize("run", [""], indirect=True)
 
 @pytest.fixture
 def in_time() -> Iterator[None]:
-    """Ends what waits for a pipe."""
+    """End a process that waits for a pipe."""
 
     def fail(*_: Any) -> None:
         raise TimeoutError("it waits")
@@ -311,7 +311,7 @@ def put_link(link: str, target: str) -> str:
     return link
 
 
-# What a run reads that lies where it is to be written: key -> how it is named.
+# Inputs in the folder that is to be written: key -> setting.
 INPUTS: dict[str, tuple[str, Callable[[], str]]] = {
     "the model": ("policy.model", lambda: "run"),
     "the model, in other words": ("policy.model", lambda: "./x/../run/"),

@@ -1,4 +1,4 @@
-"""What is said of a run: of made-up series, each spoilt in one way, and of real steps."""
+"""Diagnostics: on synthetic statistics, each with one fault, and on real steps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from ppo_cli.config.loading import load_config
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.errors import DivergenceError
 from ppo_cli.ppo.statistics import RUN_STATISTICS, STATISTICS
-from ppo_cli.training.advice import CLOSING_RULES, RULES, Adviser
+from ppo_cli.training.build import build_training
+from ppo_cli.training.diagnostics import (
+    FINAL_RULES,
+    RECENT_STEPS,
+    REQUIRED,
+    RULES,
+    Diagnostics,
+    sampling_warning,
+)
 from ppo_cli.training.divergence import check_numbers, check_texts, check_weights
-from ppo_cli.training.run import Training
-from ppo_cli.training.symptoms import MEMORY, READ, sampling_advice
 from tests.conftest import SMALL_RUN, make_batch, make_policy, make_trainer
 
 STEPS = 60
@@ -25,7 +31,7 @@ Change = Callable[[int], Row]
 
 
 def healthy(step: int) -> Row:
-    """As the embedded default has it, roughly, with something that goes to and fro."""
+    """Statistics roughly as the embedded default has them, with an alternating term."""
     done, wave = min(step / 30, 1.0), (-1) ** step
     length, entropy = 17 - 2 * done, 1 - 0.4 * done
     return {
@@ -46,11 +52,11 @@ def healthy(step: int) -> Row:
 
 
 def advice(config: RunConfig, change: Change, steps: int = STEPS) -> tuple[list[str], list[str]]:
-    """What is said in the course of a healthy run with `change` made to each step, and after it."""
-    adviser = Adviser(config)
+    """Warnings during and after a healthy run whose steps are changed by `change`."""
+    diagnostics = Diagnostics(config)
     rows = [{**healthy(step), **change(step)} for step in range(1, steps + 1)]
-    said = [text for row in rows for text in adviser.take(row)]
-    return said, adviser.closing()
+    said = [text for row in rows for text in diagnostics.check_step(row)]
+    return said, diagnostics.check_end()
 
 
 def configuration(*assignments: str) -> RunConfig:
@@ -62,7 +68,7 @@ def only_in(key: str, steps: range, value: float) -> Change:
 
 
 def shrunk(length: float) -> Row:
-    """Responses of so many tokens, as close to the reference as before."""
+    """Statistics of shorter responses, with the same KL per token."""
     return {
         "tokens/responses_len_mean": length,
         "objective/entropy": 0.6 * length,
@@ -72,8 +78,8 @@ def shrunk(length: float) -> Row:
 
 ALWAYS = range(STEPS + 1)
 AFTER = range(31, STEPS + 1)
-# Name, settings, change that is noticed, change that is not, what the message must hold.
-SPOILT: dict[str, tuple[list[str], Change, Change, list[str]]] = {
+# Name: settings, a fault, a change that is no fault, parts of the message.
+FAULTS: dict[str, tuple[list[str], Change, Change, list[str]]] = {
     "negative KL by sampling": (
         ["rollout.top_p=0.9", "rollout.top_k=5"],
         only_in("objective/kl", range(7, 12), -1.5),
@@ -90,7 +96,7 @@ SPOILT: dict[str, tuple[list[str], Change, Change, list[str]]] = {
         [],
         lambda step: {"objective/entropy": 0.75 * healthy(step)["objective/entropy"]},
         lambda step: {"objective/entropy": 0.93 * healthy(step)["objective/entropy"]},
-        ["step 20:", "75% of the surprise", "policy.precision=fp32"],
+        ["step 20:", "is 75% of the policy's entropy", "policy.precision=fp32"],
     ),
     "skips": (
         ["ppo.ratio_threshold=7"],
@@ -150,23 +156,23 @@ SPOILT: dict[str, tuple[list[str], Change, Change, list[str]]] = {
         ["reward.missing_eos_penalty=1.5"],
         only_in("env/missing_eos_penalty", ALWAYS, 1.5),
         only_in("env/missing_eos_penalty", ALWAYS, 1.3),
-        ["step 5:", "limit alone", "rollout.stop"],
+        ["step 5:", "only at its length limit", "rollout.stop"],
     ),
 }
 
 
-@pytest.mark.parametrize("name", SPOILT)
-def test_a_spoilt_series_is_noticed_once(name: str) -> None:
-    settings, spoil, spare, wanted = SPOILT[name]
-    said, _ = advice(configuration(*settings), spoil)
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_is_reported_once(name: str) -> None:
+    settings, fault, no_fault, wanted = FAULTS[name]
+    said, _ = advice(configuration(*settings), fault)
     assert len(said) == 1, said
     for part in wanted:
         assert part in said[0]
-    assert advice(configuration(*settings), spare)[0] == []
+    assert advice(configuration(*settings), no_fault)[0] == []
 
 
 def end(kl: Callable[[int], float], score: Callable[[int], float]) -> Change:
-    """KL and score in each step of a run that ends badly."""
+    """Changes of KL and score in each step."""
     return lambda step: {"objective/kl": kl(step), "env/reward_mean": score(step)}
 
 
@@ -179,9 +185,9 @@ LOST = end(lambda step: 20.0, lambda step: 0.2)
 def test_the_end_is_judged_in_runs_of_some_length() -> None:
     config = configuration()
     assert advice(config, lambda step: {}) == ([], [])
-    assert [t[:28] for t in advice(config, BOTH)[1]] == ["KL was still climbing at the"]
+    assert [t[:28] for t in advice(config, BOTH)[1]] == ["KL was still rising at the e"]
     assert "and so was the score: more run.steps" in advice(config, BOTH)[1][0]
-    assert "buys nothing. Raise ppo.init_kl_coef (0.07)" in advice(config, ALONE)[1][0]
+    assert "for nothing. Remedy: raise ppo.init_kl_coef (0.07)" in advice(config, ALONE)[1][0]
     assert "hardly moved" in advice(config, STILL)[1][0]
     assert "ppo.learning_rate (0.001)" in advice(config, STILL)[1][0]
     assert "20 nats" in advice(config, LOST)[1][0]
@@ -191,7 +197,7 @@ def test_the_end_is_judged_in_runs_of_some_length() -> None:
 
 
 ADAPTIVE = ("ppo.lr_scheduler_type=adaptive", "ppo.desired_kl=0.05")
-# Settings of the schedule, what the remedy is, what it is not.
+# Settings of the schedule, the setting that the remedy names, one that it does not name.
 STEP_SIZES = [
     ((), "ppo.learning_rate (0.001)", "desired_kl"),
     (ADAPTIVE, "ppo.desired_kl (0.05)", "learning_rate"),
@@ -203,8 +209,8 @@ def test_the_remedy_is_what_decides_the_size_of_the_steps(
     schedule: tuple[str, ...], remedy: str, other: str
 ) -> None:
     for name in ("skips", "clipped", "leaps", "far away", "entropy", "short"):
-        settings, spoil, *_ = SPOILT[name]
-        said, _ = advice(configuration(*settings, *schedule), spoil)
+        settings, fault, *_ = FAULTS[name]
+        said, _ = advice(configuration(*settings, *schedule), fault)
         assert len(said) == 1
         assert remedy in said[0] and other not in said[0], said
     for change in (ALONE, STILL, LOST):
@@ -213,7 +219,7 @@ def test_the_remedy_is_what_decides_the_size_of_the_steps(
 
 
 @pytest.mark.parametrize(("schedule", "remedy", "other"), STEP_SIZES)
-def test_so_is_the_remedy_for_a_step_gone_wrong(
+def test_the_remedy_for_a_failed_step_is_the_same_setting(
     schedule: tuple[str, ...], remedy: str, other: str
 ) -> None:
     config = configuration(*schedule, "run.kl_limit=9")
@@ -230,7 +236,7 @@ def test_so_is_the_remedy_for_a_step_gone_wrong(
     torch.nn.init.constant_(weights.bias, float("inf"))
     with pytest.raises(DivergenceError) as broken:
         check_weights(weights, config)
-    for error in (infinite, broken):  # where an adaptive one begins may be too high, too
+    for error in (infinite, broken):  # an adaptive rate may also start too high
         assert "ppo.learning_rate (0.001)" in str(error.value)
         assert remedy in str(error.value)
         assert "ppo.max_grad_norm" in str(error.value)
@@ -251,60 +257,62 @@ def test_what_was_said_before_a_resume_is_not_said_again_and_the_rest_is_as_with
         )
 
     rows = [{**healthy(step), **change(step)} for step in range(1, STEPS + 1)]
-    whole = Adviser(config)
-    said = [whole.take(row) for row in rows]
+    whole = Diagnostics(config)
+    said = [whole.check_step(row) for row in rows]
     assert sum(map(len, said)) == 3
     for stop in (10, 37, 55):
-        resumed = Adviser(config)
-        resumed.recall([*rows[:stop], {"step": stop, "eval/score": 1.0}])
-        assert [resumed.take(row) for row in rows[stop:]] == said[stop:]
-        assert resumed.closing() == Adviser.closing(_after(config, rows))
+        resumed = Diagnostics(config)
+        resumed.replay([*rows[:stop], {"step": stop, "eval/score": 1.0}])
+        assert [resumed.check_step(row) for row in rows[stop:]] == said[stop:]
+        assert resumed.check_end() == Diagnostics.check_end(_after(config, rows))
 
 
 def test_after_steps_that_were_lost_advice_names_the_step_that_it_is() -> None:
     rows: list[Row] = [{**healthy(step), "step": step} for step in range(1, 60)]
     skipped = {**rows[-1], "ppo/policy/skipped": 0.5}
     for left in ([], rows[:5], rows[40:58], [*rows[:5], {"step": 6}, *rows[50:58]]):
-        adviser = Adviser(configuration())
-        adviser.recall(left)
-        (text,) = adviser.take(skipped)
+        diagnostics = Diagnostics(configuration())
+        diagnostics.replay(left)
+        (text,) = diagnostics.check_step(skipped)
         assert text.startswith("step 59: ")
-        closing = [text for text in adviser.closing() if "skipped" in text]
+        closing = [text for text in diagnostics.check_end() if "skipped" in text]
         whole = [row for row in left if len(row) > 1]
         assert closing == (
             [f"in 1 of {len(whole) + 1} steps mini-batches were skipped"] * bool(whole)
         )
 
 
-@pytest.mark.parametrize("key", READ)
+@pytest.mark.parametrize("key", REQUIRED)
 def test_steps_that_lack_what_rules_read_are_not_recalled(key: str) -> None:
     rows: list[Row] = [{**healthy(step), "step": step} for step in range(1, STEPS + 1)]
     assert key in rows[0]
-    adviser = Adviser(configuration())
-    adviser.recall([{k: v for k, v in row.items() if k != key} for row in rows])
-    assert adviser.closing() == []  # as of a run without steps
+    diagnostics = Diagnostics(configuration())
+    diagnostics.replay([{k: v for k, v in row.items() if k != key} for row in rows])
+    assert diagnostics.check_end() == []  # like a run without steps
 
 
 def test_rules_read_nothing_else_of_every_step() -> None:
-    rows: list[Row] = [{key: healthy(step)[key] for key in READ} for step in range(1, STEPS + 1)]
-    _after(configuration(), rows).closing()
+    rows: list[Row] = [
+        {key: healthy(step)[key] for key in REQUIRED} for step in range(1, STEPS + 1)
+    ]
+    _after(configuration(), rows).check_end()
 
 
-def _after(config: RunConfig, rows: list[Row]) -> Adviser:
-    adviser = Adviser(config)
-    adviser.recall(rows)
-    return adviser
+def _after(config: RunConfig, rows: list[Row]) -> Diagnostics:
+    diagnostics = Diagnostics(config)
+    diagnostics.replay(rows)
+    return diagnostics
 
 
 def test_going_back_takes_the_dropped_steps_out_of_the_series() -> None:
-    adviser = Adviser(configuration())
+    diagnostics = Diagnostics(configuration())
     rows = [healthy(step) for step in range(1, 40)]
     bad = [{**row, "ppo/policy/clipfrac": 0.4} for row in rows[:2]]
     for row in [*rows[:10], *bad[:1]]:
-        assert adviser.take(row) == []
-    adviser.recall(rows[:4])
-    assert adviser.take(bad[0]) == []
-    assert [text[:7] for text in adviser.take(bad[1])] == ["step 6:"]
+        assert diagnostics.check_step(row) == []
+    diagnostics.replay(rows[:4])
+    assert diagnostics.check_step(bad[0]) == []
+    assert [text[:7] for text in diagnostics.check_step(bad[1])] == ["step 6:"]
 
 
 def test_a_value_head_that_is_not_the_fault_is_not_blamed() -> None:
@@ -317,29 +325,29 @@ def test_a_value_head_that_is_not_the_fault_is_not_blamed() -> None:
     assert ["hardly moved" in text for text in closing] == [True]
 
 
-def test_a_single_sample_a_step_has_no_spread_to_speak_of() -> None:
+def test_batches_of_one_sample_have_no_spread() -> None:
     config = configuration("ppo.batch_size=1", "ppo.mini_batch_size=1")
     assert advice(config, only_in("ppo/std_scores", ALWAYS, 0.0))[0] == []
 
 
 def test_every_rule_is_tested_and_watches_statistics_that_exist() -> None:
     assert set(healthy(1)) <= {**STATISTICS, **RUN_STATISTICS}.keys()
-    names = {name.partition(" by")[0].partition(" with")[0] for name in SPOILT}
+    names = {name.partition(" by")[0].partition(" with")[0] for name in FAULTS}
     same = {"clipped": "large updates", "leaps": "large updates", "saturated scores": None}
     found = {same.get(name, name) for name in names} - {None}
     assert {rule.name for rule in RULES} == found
-    assert max(rule.needs for rule in (*RULES, *CLOSING_RULES)) <= 2 * MEMORY
+    assert max(rule.min_steps for rule in (*RULES, *FINAL_RULES)) <= 2 * RECENT_STEPS
 
 
 def test_sampling_that_is_not_pure_is_named_before_the_first_step() -> None:
-    assert sampling_advice(configuration()) is None
-    said = sampling_advice(configuration("rollout.top_p=0.9"))
+    assert sampling_warning(configuration()) is None
+    said = sampling_warning(configuration("rollout.top_p=0.9"))
     assert said is not None
     assert "rollout.top_p=0.9" in said
     assert "top_p=1" in said
 
 
-def test_the_trainer_says_it_once_unless_told_that_another_does() -> None:
+def test_the_trainer_warns_once_unless_its_warnings_are_off() -> None:
     reference = make_policy(1)
     queries, _, scores = make_batch()
     responses = [reference.generate(q[None], max_new_tokens=12, do_sample=False)[0, len(q) :]
@@ -369,10 +377,10 @@ SMALL = ["run.device=cpu", "run.checkpoint_every=0", "ppo.batch_size=32"]
 
 
 def run(*assignments: str, resume: bool = False) -> list[str]:
-    """The warnings of a small run of the embedded model."""
+    """Warnings of a small run of the embedded model."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        training = Training(
+        training = build_training(
             load_config(SMALL_RUN, assignments=[*SMALL, *assignments]), resume=resume
         )
         for _ in training.steps():
@@ -396,12 +404,12 @@ def test_a_learning_rate_far_too_high_is_explained_and_not_again_after_a_resume(
 
 
 def _about(text: str) -> str:
-    """A message without its step and figures."""
+    """A message without its step and numbers."""
     return "".join(c for c in text.partition(": ")[2] if not c.isdigit())[:12]
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_small_steps_of_the_embedded_model_are_nothing_to_speak_of(
+def test_a_healthy_run_of_the_embedded_model_has_no_warnings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,82 @@
+"""The lock of a run directory: one process at a time writes there."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ppo_cli.errors import UsageError
+from ppo_cli.utils.files import write_text, writing
+from ppo_cli.utils.inventory import CHECKPOINTS, HOLDER_FILE, LOCK_FILE
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+
+class RunLock:
+    """A lock of the operating system: when a process dies, its lock is free.
+
+    Args:
+        run: the run directory; the lock file lies among its checkpoints.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._folder = run / CHECKPOINTS
+        self._lock: FileLock | None = None
+
+    def acquire(self) -> None:
+        """Take the lock until this process ends or calls `release`.
+
+        Raises:
+            UsageError: another process has it.
+        """
+        with writing(self._run):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._acquired()
+            since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+            holder = {"pid": os.getpid(), "host": platform.node(), "since": since}
+            write_text(self._folder / HOLDER_FILE, json.dumps(holder) + "\n")
+
+    def release(self) -> None:
+        """Let other processes write here."""
+        if self._lock is not None:
+            (self._folder / HOLDER_FILE).unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
+
+    def check(self) -> None:
+        """Raise `UsageError` where another process has the lock; change nothing."""
+        lock = self._folder / LOCK_FILE
+        if self._lock is not None:
+            return
+        if os.path.isfile(lock) and not os.path.islink(lock) and os.access(lock, os.W_OK):
+            self._acquired().release()
+
+    def _acquired(self) -> FileLock:
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self._folder / LOCK_FILE)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(
+                f"{self._run} is in use by {self._holder()}: wait for it or stop it, or choose "
+                "another folder with --output"
+            ) from None
+        return lock
+
+    def _holder(self) -> str:
+        """The process that has the lock, as far as its file names it."""
+        path = self._folder / HOLDER_FILE
+        if not os.path.isfile(path):  # reading a pipe would wait for a writer
+            return "another process"
+        try:
+            holder = json.loads(path.read_text(encoding="utf-8"))
+            return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"

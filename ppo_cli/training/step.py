@@ -1,0 +1,131 @@
+"""One PPO step of a run: responses to a batch of prompts, their scores, the update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ppo_cli.config.schema import RunConfig
+from ppo_cli.data.prompts import LengthSampler, Prompt, collate
+from ppo_cli.evaluation.draw_samples import score_rollout
+from ppo_cli.evaluation.samples import Sample, mean_probability
+from ppo_cli.models.sampling import to_texts
+from ppo_cli.models.sampling_params import SamplingParams
+from ppo_cli.ppo.statistics import scalars
+from ppo_cli.ppo.trainer import PPOTrainer
+from ppo_cli.rewards.partial_scores import potentials as partial_potentials
+from ppo_cli.rewards.penalties import penalised, penalty_statistics, score_penalties
+from ppo_cli.rewards.sentiment import SentimentReward
+from ppo_cli.training.divergence import check_numbers, check_texts, check_weights, classifier_faults
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Statistics of a step, under the keys of the metrics, and its samples."""
+
+    statistics: dict[str, float]
+    samples: list[Sample]
+
+
+class PPOStep:
+    """Makes PPO steps.
+
+    Args:
+        config: the run's.
+        trainer: updates the policy.
+        tokenizer: the policy's.
+        prompts: to train on.
+        length_sampler: draws the limit of each response's length.
+        reward: scores the responses.
+        end_token_ids: tokens that end a response.
+        sampling: how responses are drawn.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        trainer: PPOTrainer,
+        tokenizer: Any,
+        prompts: Sequence[Prompt],
+        length_sampler: LengthSampler,
+        reward: SentimentReward,
+        end_token_ids: list[int],
+        sampling: SamplingParams,
+    ) -> None:
+        self.end_token_ids = end_token_ids
+        self._config = config
+        self._trainer = trainer
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._length_sampler = length_sampler
+        self._reward = reward
+        self._sampling = sampling
+
+    def run(self, step: int) -> StepResult:
+        """Sample, score and update once, with the prompts of `step`, counted from 0.
+
+        Raises:
+            DivergenceError: the responses, their scores or the update make no sense.
+        """
+        config, trainer = self._config, self._trainer
+        started = time.perf_counter()
+        batch = self.batch(step)
+        queries = batch["input_ids"]
+        responses = trainer.generate(
+            queries,
+            length_sampler=self._length_sampler,
+            batch_size=config.rollout.batch_size or len(queries),
+            return_prompt=False,
+            **self._sampling.generation_kwargs(),
+        )
+        sampled = time.perf_counter()
+        rollout = to_texts(self._tokenizer, queries, responses)
+        check_texts(rollout.response_texts, config)
+        every = config.reward.score_every
+        with classifier_faults(self._reward.name):
+            samples = score_rollout(rollout, batch["query"], self._reward)
+            potentials = None
+            if every is not None:
+                potentials = partial_potentials(rollout, self._tokenizer, self._reward, every)
+        scores = torch.tensor([sample.score for sample in samples])
+        penalties = score_penalties(
+            responses, rollout.response_texts, self.end_token_ids, config.reward
+        )
+        scored = time.perf_counter()
+        stats = trainer.step(
+            queries, responses, list(penalised(scores, penalties)), potentials=potentials
+        )
+        texts = {"query": batch["query"], "response": rollout.response_texts}
+        trainer.log_stats(stats, texts, scores)
+        seconds = time.perf_counter() - started
+        tokens = sum(len(q) + len(r) for q, r in zip(queries, responses, strict=True))
+        statistics = scalars(stats) | {
+            "env/reward_mean": scores.mean().item(),
+            "env/reward_std": scores.std().item() if len(scores) > 1 else 0.0,
+            "env/probability_mean": mean_probability(samples),
+            **penalty_statistics(scores, penalties),
+            "time/sampling": sampled - started,
+            "time/scoring": scored - sampled,
+            "time/optimising": stats["time/ppo/total"],
+            "time/step": seconds,
+            "perf/tokens_per_second": tokens / seconds,
+        }
+        check_weights(trainer.accelerator.unwrap_model(trainer.model), config)
+        check_numbers(statistics, config)
+        return StepResult(statistics, samples)
+
+    def batch(self, step: int) -> dict[str, list[Any]]:
+        """The prompts of a step. Seed and epoch decide the order within each epoch."""
+        per_query = self._config.ppo.responses_per_query
+        size = self._config.ppo.batch_size // per_query
+        epoch, position = divmod(step, len(self._prompts) // size)
+        generator = np.random.RandomState([self._config.run.seed, epoch])
+        order = generator.permutation(len(self._prompts))
+        chosen = order[position * size : (position + 1) * size]
+        return collate([vars(self._prompts[i]) for i in chosen for _ in range(per_query)])
