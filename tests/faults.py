@@ -138,19 +138,19 @@ def failing_classifier(step: int) -> None:
 
 def collapsed_text(step: int) -> None:
     """Every response to `step` is the same."""
-    from ppo_cli.training import run
+    from ppo_cli.training import step as training_step
 
     def make_alike(_: Any, __: Any, responses: list[Any]) -> None:
         responses[:] = [responses[0]] * len(responses)
 
-    before_call(run, "to_texts", step, make_alike)
+    before_call(training_step, "to_texts", step, make_alike)
 
 
 def slow_step(step: int) -> None:
     """`step` takes half a minute."""
-    from ppo_cli.training import run
+    from ppo_cli.training import step as training_step
 
-    before_call(run, "to_texts", step, lambda *_: time.sleep(30))
+    before_call(training_step, "to_texts", step, lambda *_: time.sleep(30))
 
 
 def no_reader(*descriptors: int) -> None:

@@ -17,6 +17,7 @@ from ppo_cli.evaluation.comparison_result import (
     Answer,
     Change,
     Comparison,
+    ModelResult,
     PairedDifference,
 )
 from ppo_cli.reporting.tables import below, cell, titled_table
