@@ -23,7 +23,9 @@ Count = Annotated[int, Field(ge=1, le=MOST)]
 KLPenalty = Literal["kl", "k1", "k2", "k3", "abs", "mse", "full"]
 
 
-@dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+@dataclass(
+    config=ConfigDict(extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
+)
 class PPOSettings:
     """What one PPO step does with a batch. Raises `ValueError` for values that make no sense."""
 
