@@ -30,7 +30,7 @@ class PPOSettings:
     """What one PPO step does with a batch. Raises `ValueError` for values that make no sense."""
 
     learning_rate: NotNegative = 1.41e-5
-    """Adam's learning rate, where no optimizer is passed."""
+    """Adam's learning rate, if no optimizer is passed."""
     adap_kl_ctrl: bool = True
     """Adapt the KL coefficient towards `target`; otherwise it stays at `init_kl_coef`."""
     init_kl_coef: NotNegative = 0.2
@@ -39,8 +39,8 @@ class PPOSettings:
     """Per-token penalty: log-ratio (`kl` or `k1`), half its square (`mse` or `k2`), `k3`, the
     absolute value (`abs`), or exact KL of the whole distributions (`full`)."""
     kl_in_loss: bool = False
-    """Take the KL coefficient times the penalty (`k2` or `k3`) into the policy loss instead of into
-    the rewards."""
+    """Add the KL coefficient times the penalty (`k2` or `k3`) to the policy loss instead of the
+    rewards."""
     target: Positive = 6.0
     """KL per sequence (nats) that the adaptive coefficient aims at."""
     horizon: Positive = 10000.0
@@ -78,38 +78,38 @@ class PPOSettings:
     score_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Clip scores to plus or minus this; null for no clipping."""
     calibrate_potentials: bool = True
-    """Where potentials are given (`reward.score_every`): make of each the final score that may be
-    expected after it, by running least-squares lines; otherwise they count as they are."""
+    """With `reward.score_every`: turn the scores of unfinished texts into expected final scores, by
+    running least-squares lines; otherwise they are used as they are."""
     responses_per_query: Count = 1
     """Samples in a row that answer the same query; with more than one, each score is compared with
     the mean of the others' (leave-one-out baseline)."""
     value_warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 0
-    """Steps in which the value head alone learns, before the policy moves."""
+    """First steps, in which only the value head learns."""
     advantage_norm: Literal["batch", "mini_batch", "none"] = "batch"
-    """Where advantages are scaled to mean 0 and variance 1: over the batch, over each mini-batch,
-    or not at all."""
+    """Over what advantages are scaled to mean 0 and variance 1: the batch, each mini-batch, or
+    nothing."""
     ent_coef: NotNegative = 0.0
     """Weight of the entropy bonus: the loss falls by this times the entropy per token."""
     max_approx_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """A step's updates end before the mini-batch whose policy has moved further than this (`k3`,
-    nats per token); null for no limit."""
+    """A step's updates end before the mini-batch for which the policy has moved further than this
+    (`k3`, nats per token); null for no limit."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "adaptive"] = "constant"
-    """The learning rate over the run, where no scheduler is passed: as it is, falling, or
-    `adaptive`: raised or lowered after each step so that steps move the policy by `desired_kl`,
-    whatever the model's size, and falling as `linear` does meanwhile."""
+    """Course of the learning rate over the run, if no scheduler is passed. `adaptive` raises or
+    lowers it after each step so that steps move the policy by `desired_kl`, whatever the model's
+    size, and lets it fall as `linear` does."""
     desired_kl: Positive = 0.015
     """`ppo/policy/approxkl`, nats per token, that the adaptive learning rate aims at in the first
-    step; in later ones at less, by the square of what the rate has fallen by."""
+    step. Later it aims at less: by the square of the factor by which the rate has fallen."""
     warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 0
     """Steps over which the learning rate rises from 0 first."""
     min_lr_ratio: UnitInterval = 0.0
-    """Share of the learning rate that `linear`, `cosine` and `adaptive` end at."""
+    """Share of the learning rate at which `linear`, `cosine` and `adaptive` end."""
     whiten_rewards: bool = False
     """Scale rewards to unit variance over the response tokens before estimating advantages."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     optimize_device_cache: bool = False
-    """Give cached accelerator memory back after each step: less memory, more time."""
+    """Release cached accelerator memory after each step: less memory, more time."""
     log_with: Literal["wandb", "tensorboard"] | None = None
     """Tracker that `log_stats` writes to."""
     tracker_project_name: str = "trl"

@@ -59,9 +59,10 @@ class AdapterConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout inside the adapter."""
     target_modules: list[Name] | None = None
-    """Names of the modules to adapt, such as [q_proj, v_proj]; null for peft's choice for the
-    architecture, and where peft has none for [all-linear]: every linear layer of the language model
-    but the output layer. A single regular expression is matched with modules' whole names."""
+    """Names of the modules to adapt, such as [q_proj, v_proj]. [all-linear] is every linear layer
+    of the language model except the output layer. A single regular expression is matched against
+    the whole names of modules. null: peft's choice for the architecture, or [all-linear] if peft
+    has none."""
 
 
 class PolicyConfig(Section):
@@ -72,7 +73,7 @@ class PolicyConfig(Section):
     revision: Name | None = None
     """Branch, tag or commit of a hub model."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the large matrix products; auto: bfloat16 where the device computes it natively."""
+    """Precision of the large matrix products; auto: bfloat16 if the device computes it natively."""
     summary_dropout_prob: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout before the value head; null for the model's own setting."""
     v_head_init_strategy: Literal["normal"] | None = None
@@ -80,7 +81,7 @@ class PolicyConfig(Section):
     v_head_initializer_range: Annotated[float, Field(ge=0)] = 0.2
     """Standard deviation for `normal`."""
     num_shared_layers: Annotated[int, Field(ge=0, le=MOST)] | None = None
-    """Lower layers that are frozen and shared with the reference."""
+    """Number of lower layers that are frozen and shared with the reference."""
     adapter: AdapterConfig | None = None
     """Train a low-rank adapter; the run directory holds the merged model."""
 
@@ -106,7 +107,7 @@ class PromptsConfig(Section):
     input_max_text_length: Length = 8
     """Queries are shorter than this, as with TRL's LengthSampler."""
     held_out: Annotated[int, Field(ge=1, le=1_000_000)] = 64
-    """Texts kept apart, for the comparison before and after."""
+    """Number of texts that are kept apart for the evaluations."""
 
     @model_validator(mode="after")
     def _ordered(self) -> PromptsConfig:
@@ -122,17 +123,17 @@ class RolloutConfig(Section):
     output_max_length: Length = 16
     """Limits are lower than this, as with TRL's LengthSampler."""
     batch_size: Annotated[int, Field(ge=1, le=MOST)] | None = None
-    """Sequences a forward pass while sampling; null for a whole batch."""
+    """Sequences per forward pass while sampling; null for a whole batch."""
     temperature: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
-    """Divides the logits, in sampling and wherever probabilities are taken."""
+    """Divides the logits, in sampling and wherever probabilities are computed."""
     top_k: Annotated[int, Field(ge=0, le=MOST)] = 0
-    """Leave at 0 (off): otherwise samples are not the policy's and KL is biased."""
+    """Top-k sampling. Leave at 0 (off): otherwise samples are not the policy's and KL is biased."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Leave at 1 (off), for the same reason."""
+    """Top-p sampling. Leave at 1 (off), for the same reason."""
     stop: list[Annotated[str, Field(min_length=1, max_length=100)]] = []
-    """Texts that end a response, such as "." or "\\n": every token whose text holds one of them
-    does, as every end-of-text token of tokenizer and model always does (chat models have several),
-    and is the response's last. Holds for the run's models in `generate` and `compare` too."""
+    """Texts that end a response, such as "." or "\\n". The first token whose text contains one of
+    them is the last of the response. Every end-of-text token of tokenizer and model ends a
+    response too. Also used for the run's models in `generate` and `compare`."""
 
     @model_validator(mode="after")
     def _ordered(self) -> RolloutConfig:
@@ -144,8 +145,8 @@ class RewardConfig(Section):
     """The sentiment classifier."""
 
     model: Name = "embedded"
-    """`embedded`, a folder, or a hub id of a sequence classifier, or of a peft adapter of one. Of a
-    text that is longer than it reads the end is scored."""
+    """`embedded`, a folder, or a hub id of a sequence classifier, or of a peft adapter of one. If
+    a text is longer than the classifier reads, its end is scored."""
     revision: Name | None = None
     """Branch, tag or commit of a hub model."""
     sentiment: Name = "positive"
@@ -154,24 +155,24 @@ class RewardConfig(Section):
     output: Literal["logit", "probability"] = "logit"
     """The score: the label's raw logit or its probability."""
     batch_size: Annotated[int, Field(ge=1, le=MOST)] = 64
-    """Texts a forward pass."""
+    """Texts per forward pass."""
     score_every: Annotated[int, Field(ge=1, le=MOST)] | None = None
-    """Also score the unfinished text, before every so many response tokens: each token is credited
-    with the change that follows it, which learns from far fewer samples (potential-based shaping);
-    most with ppo.lam well below 1. null: the finished text alone."""
+    """Also score the unfinished text, before every so many response tokens, and credit each token
+    with the change that follows it (potential-based shaping). This learns from far fewer samples,
+    above all with ppo.lam well below 1. null: score the finished text only."""
     probe: bool = True
     """Check the classifier on clearly positive and negative sentences before training."""
     missing_eos_penalty: Annotated[float, Field(ge=0)] = 0.0
-    """Taken from the score of a response that reaches its limit without ending by an end-of-text
-    token or `rollout.stop`; 0 for off."""
+    """Subtracted from the score of a response that reaches its limit without an end-of-text token
+    or a text of `rollout.stop`; 0 for off."""
     length_cost: Annotated[float, Field(ge=0)] = 0.0
-    """Taken from the score for each token by which the response's length differs from
+    """Subtracted from the score for each token by which the response's length differs from
     `target_length`; 0 for off."""
     target_length: Annotated[int, Field(ge=0, le=MOST)] = 0
-    """Length, tokens, that costs nothing; 0 makes `length_cost` a plain price per token."""
+    """Length in tokens that costs nothing; with 0 each token costs `length_cost`."""
     repetition_cost: Annotated[float, Field(ge=0)] = 0.0
-    """Times the share of the response's word pairs that it contained already: taken from the
-    score; 0 for off."""
+    """Subtracted from the score, multiplied by the share of the response's word pairs that it
+    contained already; 0 for off."""
 
 
 EARLY_STOPS = ("target_score", "stop_kl", "patience")
@@ -183,44 +184,44 @@ class RunSettings(Section):
     output: Name | None = None
     """Run directory; null for ppo-good, ppo-bad or ppo-LABEL."""
     steps: Annotated[int, Field(ge=1, le=MOST)] = 100
-    """PPO steps, a batch each."""
+    """Number of PPO steps, one batch each."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of everything random."""
+    """Seed of everything random."""
     device: Name = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     checkpoint_every: Annotated[int, Field(ge=0, le=MOST)] = 50
-    """Steps between checkpoints for --resume; 0 for one at the start and one at the end alone."""
+    """Steps between checkpoints for --resume; 0 for one at the start and one at the end only."""
     keep: Annotated[int, Field(ge=1, le=MOST)] = 2
-    """Newest checkpoints kept, beside the one whose evaluation scored best. With 2, one is left
-    should the newest turn out to be damaged."""
+    """Number of newest checkpoints that are kept, besides the one whose evaluation scored best.
+    With 2, one is left if the newest is damaged."""
     eval_every: Annotated[int, Field(ge=0, le=MOST)] = 10
-    """Steps between evaluations on the held-out prompts; 0 for one at the end alone."""
+    """Steps between evaluations on the held-out prompts; 0 for one at the end only."""
     weights: Literal["best", "last"] = "best"
-    """What the run directory's own weights are at the end: those of the evaluation that scored best
-    with a KL within kl_limit and stop_kl, or those of the last step."""
+    """Weights of the run directory's model at the end. best: of the evaluation that scored best
+    with a KL within kl_limit and stop_kl. last: of the last step."""
     target_score: float | None = None
-    """End the run once an evaluation scores this much with a KL within kl_limit and stop_kl; null
+    """End the run once an evaluation reaches this score with a KL within kl_limit and stop_kl; null
     for never."""
     stop_kl: Annotated[float, Field(gt=0)] | None = None
     """End the run once an evaluation's KL per response (nats) is over this; null for never."""
     patience: Annotated[int, Field(ge=1, le=MOST)] | None = None
     """End the run after this many evaluations in a row without a new best; null for never."""
     on_divergence: Literal["stop", "rollback"] = "stop"
-    """What to do when a step goes wrong: end with the last good checkpoint, or go on from it with
-    half the learning rate (where it is adaptive, a quarter of the KL that it aims at, too) and
-    other random numbers (three times at most)."""
+    """What to do when a step goes wrong. stop: end with the last good checkpoint. rollback:
+    continue from it with half the learning rate and other random numbers, three times at most; an
+    adaptive learning rate then also aims at a quarter of the KL."""
     kl_limit: Annotated[float, Field(gt=0)] | None = 1000.0
-    """KL per response (nats) at which a step counts as gone wrong, and over which an evaluation
-    cannot be the best; null for no limit."""
+    """KL per response (nats) at which a step has gone wrong; an evaluation over it cannot be the
+    best. null for no limit."""
     collapse_limit: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    """Share of a batch's responses that are alike at which the text counts as collapsed; 1 for all
-    of them, null for no limit. Batches of fewer than 8 do not count."""
+    """Share of identical responses in a batch at which the text has collapsed and the step has gone
+    wrong; 1 for all of them, null for no limit. Batches of fewer than 8 do not count."""
     best_of_n: Annotated[list[BestOf], Field(min_length=1, max_length=64)] | None = None
     """At the end, score the best of n responses from the reference to each held-out prompt, for
-    each n of this list, into frontier.json: the curve that `plot --frontier` draws. It costs as
-    many responses a prompt as the largest n. Null for no such curve."""
+    each n of this list, and write the curve that `plot --frontier` draws to frontier.json. It
+    costs as many responses per prompt as the largest n. null for no such curve."""
     samples_per_step: Annotated[int, Field(ge=0, le=MOST)] = 4
-    """Samples of each step that go into samples.jsonl."""
+    """Number of samples of each step that are written to samples.jsonl."""
 
     @model_validator(mode="after")
     def _evaluated(self) -> RunSettings:
