@@ -1,6 +1,6 @@
 """`PPOTrainer`: its surface, and each bug of TRL 0.11.4 that is mended.
 
-The numbers in comments are those of the list of quirks in CONTRIBUTING.md.
+The numbers in comments are those of the list of differences in docs/trl.md.
 """
 
 from __future__ import annotations
