@@ -1,4 +1,4 @@
-"""The commands that README and the program's own messages give, as any shell takes them.
+"""The commands that the documents and the program's own messages give, as any shell takes them.
 
 zsh, for one, looks for files wherever an unquoted word holds a bracket, an asterisk or the like,
 and refuses the command where there is none; typed in, it takes `#` for a word.
@@ -19,7 +19,8 @@ from typer.main import get_command
 from ppo_cli.cli import app
 from tests.test_structure import modules
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
 SPECIAL = set("[]*?{}()<>^~#;&|!$`")
 SYNTAX = {"&&", "||", ">", "|"}
 
@@ -52,8 +53,8 @@ def test_the_oracle_finds_what_a_shell_would_expand() -> None:
     assert not shell_faults("ppo-cli train --set 'run.best_of_n=[1,2]' --steps 3 > out.json")
 
 
-def test_commands_of_the_readme_are_the_same_in_every_shell() -> None:
-    commands = commands_of(README.read_text(encoding="utf-8"))
+def test_commands_of_the_documents_are_the_same_in_every_shell() -> None:
+    commands = [line for page in PAGES for line in commands_of(page.read_text(encoding="utf-8"))]
     assert len(commands) > 20
     assert {command: shell_faults(command) for command in commands if shell_faults(command)} == {}
 
@@ -90,7 +91,8 @@ def test_advice_of_the_program_is_the_same_in_every_shell() -> None:
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
 def test_zsh_itself_finds_nothing_to_expand() -> None:
-    for command in commands_of(README.read_text(encoding="utf-8")):
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for command in commands_of(text):
         words = " ".join(f"{word!s}" for word in command.split(">")[0].split("||")[:1])
         done = subprocess.run(["zsh", "-fc", f"print -r -- {words}"], capture_output=True)
         assert done.returncode == 0, done.stderr

@@ -23,7 +23,9 @@ Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 KLPenalty = Literal["kl", "k1", "k2", "k3", "abs", "mse", "full"]
 
 
-@dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+@dataclass(
+    config=ConfigDict(extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
+)
 class PPOSettings:
     """Settings of a PPO step. Raises `ValueError` where they contradict each other."""
 
@@ -84,8 +86,8 @@ class PPOSettings:
     value_warmup_steps: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
     """Steps at the start in which only the value head learns."""
     advantage_norm: Literal["batch", "mini_batch", "none"] = "batch"
-    """Where advantages are scaled to mean 0 and variance 1: over the batch, over each mini-batch,
-    or not at all."""
+    """Over what advantages are scaled to mean 0 and variance 1: the batch, each mini-batch, or
+    nothing."""
     ent_coef: NotNegative = 0.0
     """Weight of the entropy bonus: this times the mean entropy per token is subtracted from the
     loss."""

@@ -132,7 +132,7 @@ class RolloutConfig(Section):
     top_k: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
     """Leave at 0 (off): otherwise the samples are not the policy's own and KL is biased."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Leave at 1 (off), for the same reason."""
+    """Top-p sampling. Leave at 1 (off), for the same reason."""
     stop: list[Annotated[str, Field(min_length=1, max_length=100)]] = []
     """Texts that end a response, such as "." or "\\n": a token whose text contains one of them is
     the last of its response. So is every end-of-text token of tokenizer and model (chat models have

@@ -1,0 +1,132 @@
+"""The documents: links, named functions and tables of keys agree with what is there.
+
+`python tests/test_documents.py` writes the tables of docs/configuration.md anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppo_cli.config.schema import json_schema
+from ppo_cli.ppo.statistics import RUN_STATISTICS, STATISTICS
+
+ROOT = Path(__file__).parent.parent
+CONFIGURATION = ROOT / "docs" / "configuration.md"
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/benchmarks/*.md")})
+LINK = re.compile(r"\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)")
+NAMED = re.compile(r"`([\w.]+)(?:\(\))?` in \[`?[^\]]+`?\]\(([^)\s]+\.py)\)")
+IDS = [path.relative_to(ROOT).as_posix() for path in PAGES]
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks."""
+    text = page.read_text(encoding="utf-8")
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_every_relative_link_has_its_target(page: Path) -> None:
+    missing = []
+    for target in LINK.findall(prose(page)):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            missing.append(target)
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_every_named_function_is_in_the_file_that_is_linked(page: Path) -> None:
+    missing = []
+    for name, target in NAMED.findall(prose(page)):
+        path = (page.parent / target).resolve()
+        if not path.exists() or name.split(".")[-1] not in defined(path):
+            missing.append(f"{name} in {target}")
+    assert missing == []
+
+
+def defined(path: Path) -> set[str]:
+    """Names of a file's functions, classes, methods and variables."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    names = {node.name for node in nodes if isinstance(node, kinds)}
+    stored = (node for node in nodes if isinstance(node, ast.Name))
+    return names | {node.id for node in stored if isinstance(node.ctx, ast.Store)}
+
+
+def test_the_search_for_functions_finds_some() -> None:
+    found = NAMED.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(found) > 10
+
+
+def test_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 200
+    assert max(map(len, lines)) <= 120
+
+
+def test_every_statistic_is_explained() -> None:
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+    assert sorted(explained) == sorted([*STATISTICS, *RUN_STATISTICS])
+
+
+def test_every_configuration_key_is_explained() -> None:
+    text = CONFIGURATION.read_text(encoding="utf-8")
+    assert text == with_tables(text), "write them anew: python tests/test_documents.py"
+
+
+def with_tables(text: str) -> str:
+    """docs/configuration.md with the table of each section that it has a heading for."""
+    schema = json.loads(json_schema())
+    for section, kind in schema["properties"].items():
+        table = "\n".join([*HEAD, *rows(schema, kind)])
+        heading = re.escape(f"### `{section}`")
+        text, count = re.subn(
+            rf"(^{heading}\n\n)\| key.*?(?=\n\n|\n\Z)",
+            lambda found, table=table: found[1] + table,
+            text,
+            flags=re.MULTILINE | re.DOTALL,
+        )
+        assert count == 1, f"docs/configuration.md has no table of {section}"
+    return text
+
+
+HEAD = ("| key | default | meaning |", "|---|---|---|")
+
+
+def rows(schema: dict[str, Any], kind: dict[str, Any], prefix: str = "") -> list[str]:
+    """A table's row for each key of a section, those of a section inside it behind its own."""
+    found = []
+    options = kind.get("anyOf", [kind])
+    name = next(option["$ref"] for option in options if "$ref" in option).rpartition("/")[2]
+    for key, value in schema["$defs"][name]["properties"].items():
+        meaning = " ".join(value["description"].split()).replace("|", "\\|")
+        inner = [option for option in value.get("anyOf", [value]) if "enum" in option]
+        values = [str(item) for option in inner for item in option["enum"]]
+        choice = f" One of {', '.join(f'`{item}`' for item in values)}." if values[1:] else ""
+        default = json.dumps(value["default"]) if "default" in value else "{}"
+        found.append(f"| `{prefix}{key}` | `{default}` | {meaning}{choice} |")
+        if any("$ref" in option for option in value.get("anyOf", [value])):
+            found += rows(schema, value, f"{prefix}{key}.")
+    return found
+
+
+if __name__ == "__main__":
+    CONFIGURATION.write_text(
+        with_tables(CONFIGURATION.read_text(encoding="utf-8")), encoding="utf-8"
+    )
