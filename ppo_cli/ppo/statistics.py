@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 
 class Statistic(NamedTuple):
-    """A statistic's meaning, whether it belongs to the optimised objective, and to an array."""
+    """A statistic: its meaning, whether it is about the optimised objective, whether an array."""
 
     meaning: str
     objective: bool = False
