@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from ppo_cli.config.schema import json_schema
+from ppo_cli.evaluation.quality import explained_statistics
 from ppo_cli.ppo.statistics import RUN_STATISTICS, STATISTICS
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +83,7 @@ def test_readme_is_short() -> None:
 def test_every_statistic_is_explained() -> None:
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     explained = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
-    assert sorted(explained) == sorted([*STATISTICS, *RUN_STATISTICS])
+    assert sorted(explained) == sorted([*STATISTICS, *RUN_STATISTICS, *explained_statistics()])
 
 
 def test_every_configuration_key_is_explained() -> None:

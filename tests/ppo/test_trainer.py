@@ -1,6 +1,6 @@
 """`PPOTrainer`: its interface, and the bugs of TRL 0.11.4 that are corrected.
 
-The numbers in comments refer to the list of quirks in CONTRIBUTING.md.
+The numbers in comments are those of the list of differences in docs/trl.md.
 """
 
 from __future__ import annotations
