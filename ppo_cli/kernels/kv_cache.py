@@ -9,14 +9,17 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ppo_cli.errors import UnsuitableModel
+from ppo_cli.kernels.switch import is_enabled
 
 ALIGNMENT = 8  # tokens: attention on a GPU copies a mask whose rows are not a multiple of it
 
 
 def roomy_cache(config: Any, capacity: int) -> DynamicCache:
     """transformers' own cache, its plain layers with room for `capacity` tokens from the start."""
-    capacity += -capacity % ALIGNMENT
     cache = DynamicCache(config=config)
+    if not is_enabled("kv_cache"):
+        return cache
+    capacity += -capacity % ALIGNMENT
     cache.layers = [
         _RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]

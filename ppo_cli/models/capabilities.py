@@ -22,6 +22,7 @@ from ppo_cli.kernels.attention import block_mask
 from ppo_cli.kernels.feed_forward import last_feed_forward_at
 from ppo_cli.kernels.kv_cache import has_windows, hold_still, roomy_cache
 from ppo_cli.kernels.patches import PASSED_ON, fast_matmul
+from ppo_cli.kernels.switch import enabled, is_enabled
 from ppo_cli.utils.device import modes_kept
 
 REFUSALS = (TypeError, AttributeError, ValueError, LookupError, RuntimeError, AssertionError)
@@ -70,18 +71,21 @@ class _Findings:
 
     def __init__(self, model: nn.Module) -> None:
         self.structure = _Structure(model)
-        self.answers: dict[Any, Any] = {}
+        self.answers: dict[frozenset[str], dict[Any, Any]] = {}
 
 
 _findings: WeakKeyDictionary[nn.Module, _Findings] = WeakKeyDictionary()
 
 
 def findings(model: nn.Module) -> dict[Any, Any]:
-    """What was found out about a model as it is now, by question; empty again once it changes."""
+    """What was found out about a model as it is now, by question; empty again once it changes.
+
+    Other fast paths have findings of their own.
+    """
     found = _findings.get(model)
     if found is None or not found.structure.is_kept():
         found = _findings[model] = _Findings(model)
-    return found.answers
+    return found.answers.setdefault(enabled(), {})
 
 
 @contextmanager
@@ -142,15 +146,15 @@ class Reading(NamedTuple):
 
 
 def fastest_reading(model: Any) -> Reading:
-    """The fastest way that a causal model allows, by the questions below."""
-    packed = reads_packed(model)
-    through_layer = ends_in_output_layer(model)
+    """The fastest way that a causal model and the switch allow, by the questions below."""
+    packed = is_enabled("packing") and reads_packed(model)
+    through_layer = is_enabled("lm_head") and ends_in_output_layer(model)
     plain = through_layer and is_plain_layer(model.get_output_embeddings())
     return Reading(
         rows="packed" if packed else "padded",
         masked=packed and reads_block_mask(model),
         logits="weights" if plain else "layer" if through_layer else "model",
-        narrow=through_layer and ends_in_feed_forward(model),
+        narrow=through_layer and is_enabled("feed_forward") and ends_in_feed_forward(model),
     )
 
 

@@ -24,6 +24,7 @@ from ppo_cli.kernels.lm_head import (
     token_logprobs,
     token_logprobs_and_entropies,
 )
+from ppo_cli.kernels.switch import is_enabled
 from ppo_cli.kernels.tied_embeddings import tied_gradient
 from ppo_cli.models.capabilities import PADDED_READING, Reading, fastest_reading, findings
 from ppo_cli.models.pretrained import (
@@ -69,7 +70,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             pretrained_model, "disable_adapter"
         )
         self.pretrained_model = pretrained_model
-        fuse_activations(pretrained_model)
+        if is_enabled("gelu"):
+            fuse_activations(pretrained_model)
         keep_weights_as_stored(self._base_model)
         refuse_if_not_causal(self._base_model.config, type(self._base_model))
         if summary_dropout_prob is None:

@@ -20,6 +20,7 @@ from transformers import (
 from ppo_cli.data.prompts import BROKEN
 from ppo_cli.errors import UsageError
 from ppo_cli.kernels.patches import fast_matmul
+from ppo_cli.kernels.switch import is_enabled
 from ppo_cli.models.capabilities import reads_packed, rope_switch
 from ppo_cli.models.context import context_length as context_length
 from ppo_cli.models.decode_loop import decode_responses, decode_whole, not_finite
@@ -152,11 +153,7 @@ def sample_responses(
     pad = 0 if pad_token_id is None else pad_token_id
     stopping = generation_kwargs.pop("stopping_criteria", None) or []
     shaping = None
-    if (
-        generation_config is None
-        and not stopping
-        and isinstance(model, AutoModelForCausalLMWithValueHead)
-    ):
+    if generation_config is None and not stopping and _may_take_own_loop(model):
         shaping = _plain_sampling(generation_kwargs)
     call = _Call(
         model,
@@ -187,8 +184,13 @@ def check_sampling(model: Any, pad_token_id: int | None) -> None:
         UsageError: it looks ahead, so it is not causal.
         ModelError: what is sampled is not what it says of each text alone.
     """
-    is_policy = isinstance(model, AutoModelForCausalLMWithValueHead)
-    _way(model, 0 if pad_token_id is None else pad_token_id, is_plain=is_policy)
+    pad = 0 if pad_token_id is None else pad_token_id
+    _way(model, pad, is_plain=_may_take_own_loop(model))
+
+
+def _may_take_own_loop(model: Any) -> bool:
+    """Whether plain sampling from a model may do without transformers' `generate`."""
+    return is_enabled("decode_loop") and isinstance(model, AutoModelForCausalLMWithValueHead)
 
 
 @dataclass(frozen=True)

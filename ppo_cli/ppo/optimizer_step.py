@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
+from ppo_cli.kernels.switch import is_enabled
 from ppo_cli.kernels.tied_embeddings import GradientPieces, gradient_in_pieces
 from ppo_cli.ppo.config import PPOConfig
 
@@ -48,7 +49,8 @@ class OptimizerStep:
         models of some size alone.
         """
         return (
-            self.config.max_grad_norm is None
+            is_enabled("optimizer_in_backward")
+            and self.config.max_grad_norm is None
             and self.config.gradient_accumulation_steps == 1
             and self.accelerator.distributed_type == DistributedType.NO
             and self._reads_condition

@@ -56,7 +56,6 @@ from ppo_cli.ppo.packing import TokenBatch, checked_batch
 from ppo_cli.ppo.scores import PotentialCalibration
 from ppo_cli.ppo.step_statistics import Stopwatch, length_statistics, step_statistics, to_numbers
 from ppo_cli.ppo.update import Update, dropout_off, head_alone
-from ppo_cli.utils.device import keep_freed_memory
 from ppo_cli.utils.random_state import RandomStream, numpy_state, set_numpy_state
 
 
@@ -109,7 +108,6 @@ class PPOTrainer:
         assert model is not None
         assert tokenizer is not None
         config.check_batch_arithmetic()
-        keep_freed_memory()
         self.config = config
         self.tokenizer = tokenizer
         self.accelerator = make_accelerator(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,23 +22,6 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def fetch(rows: Sequence[Tensor]) -> Sequence[Tensor]:
     """1-D tensors on the CPU, in one transfer."""
     return torch.cat(list(rows)).cpu().split([len(row) for row in rows])
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep freed buffers for the next allocation, where it is glibc.
-
-    By default buffers of some MiB go back to the kernel at every free and come again as empty
-    pages, each of which faults: a fifth of an optimisation phase. Affects the whole process.
-    """
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    if not mallopt(mmap_threshold, 2**30):
-        mallopt(mmap_threshold, 2**25)  # the most that older releases take, says mallopt(3)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 2**26)
 
 
 @contextmanager
