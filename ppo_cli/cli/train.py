@@ -96,6 +96,7 @@ def train(
         overrides=overrides,
     )
     from ppo_cli.data.fingerprint import inputs_of
+    from ppo_cli.kernels.switch import configured
     from ppo_cli.training.run_directory import RunDirectory
 
     if resume:
@@ -113,8 +114,10 @@ def train(
         )
         RunDirectory(settings.output).check_writable(overwrite, read)  # before the slow imports
 
+    kernels = configured(settings.policy.kernels)
     from ppo_cli.cli.display import make_display
     from ppo_cli.reporting.tables import summary_table
+    from ppo_cli.training.fast_paths import report as fast_path_lines
     from ppo_cli.training.run import Training
 
     hush()
@@ -124,7 +127,7 @@ def train(
             f"policy {settings.policy.model}, classifier {settings.reward.model}, "
             f"prompts {settings.prompts.source} -> {settings.output}"
         )
-    with _StopRequest(quiet) as stop:
+    with kernels, _StopRequest(quiet) as stop:
         training = Training(
             settings,
             resume=resume,
@@ -138,7 +141,8 @@ def train(
             note(
                 f"all is well: {len(training.prompts.train)} prompts, label "
                 f"'{training.reward.label}', {settings.run.steps} steps on {training.device}; "
-                "nothing was written"
+                "nothing was written",
+                *fast_path_lines(training.fast_paths),
             )
             return 0
         if resume and not quiet:

@@ -194,14 +194,17 @@ def what_differs(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """How code and machine differ from a record of them, as `torch 2.9.0 (now 2.9.1)`.
 
     Args:
-        was, now: `versions`, `git_commit` and `machine`, as `run.yaml` has them. What one of them
-            does not have is not compared.
+        was, now: `versions`, `git_commit`, `machine` and `kernels`, as `run.yaml` has them. What
+            one of them does not have is not compared.
     """
 
     def flat(record: Mapping[str, Any]) -> dict[str, str]:
         values = {**_dict(record, "versions"), **_dict(record, "machine")}
         if commit := record.get("git_commit"):
             values["git commit"] = str(commit)[:12]
+        if paths := _dict(record, "kernels"):
+            used = [str(name) for name, how in paths.items() if how == "used"]
+            values["fast paths"] = ", ".join(used) or "none"
         return {key: str(value) for key, value in values.items()}
 
     before, after = flat(was), flat(now)

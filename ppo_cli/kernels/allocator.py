@@ -12,7 +12,7 @@ import os
 from ppo_cli.kernels.switch import is_enabled
 
 CACHE_CAPACITIES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-"""Environment variables: how many compiled kernels torch and oneDNN, which has its own list, keep."""
+"""Environment variables: how many compiled kernels torch keeps, and oneDNN in a list beside it."""
 KERNELS_KEPT = 32
 
 

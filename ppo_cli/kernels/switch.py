@@ -76,8 +76,15 @@ def using(setting: str, source: str = "using") -> Iterator[None]:
 
 
 def configured(setting: str) -> AbstractContextManager[None]:
-    """`using(setting)` for a run's `policy.kernels`, unless the environment decides."""
-    return nullcontext() if os.environ.get(VARIABLE) else using(setting, "policy.kernels")
+    """`using(setting)` for a run's `policy.kernels`, unless the environment decides.
+
+    Raises:
+        UsageError: the environment variable names no such path.
+    """
+    if not os.environ.get(VARIABLE):
+        return using(setting, "policy.kernels")
+    enabled()
+    return nullcontext()
 
 
 def enabled() -> frozenset[str]:

@@ -177,15 +177,18 @@ def sample_responses(
     return responses
 
 
-def check_sampling(model: Any, pad_token_id: int | None) -> None:
+def check_sampling(model: Any, pad_token_id: int | None) -> SamplingWay:
     """Try how responses are best sampled from a model, where that was not tried yet.
+
+    Returns:
+        The way that is taken.
 
     Raises:
         UsageError: it looks ahead, so it is not causal.
         ModelError: what is sampled is not what it says of each text alone.
     """
     pad = 0 if pad_token_id is None else pad_token_id
-    _way(model, pad, is_plain=_may_take_own_loop(model))
+    return _way(model, pad, is_plain=_may_take_own_loop(model))
 
 
 def _may_take_own_loop(model: Any) -> bool:

@@ -18,6 +18,7 @@ from ppo_cli.evaluation.draw_samples import judge
 from ppo_cli.evaluation.early_stopping import Standing
 from ppo_cli.evaluation.held_out import Examination
 from ppo_cli.evaluation.samples import Sample, mean_probability
+from ppo_cli.kernels.allocator import keep_few_kernels, keep_freed_memory
 from ppo_cli.models.loading import check_trusted, load_tokenizer
 from ppo_cli.models.sampling import Rollout, decode
 from ppo_cli.models.saving import save_folder
@@ -34,6 +35,7 @@ from ppo_cli.training.advice import Adviser
 from ppo_cli.training.build import check_context, make_trainer, try_models
 from ppo_cli.training.checkpoint import state_faults
 from ppo_cli.training.divergence import check_numbers, check_texts, check_weights, classifier_faults
+from ppo_cli.training.fast_paths import fast_paths
 from ppo_cli.training.run_directory import CARD_FILE, METRICS_FILE, SAMPLES_FILE, RunDirectory, code
 from ppo_cli.training.state import Progress
 from ppo_cli.training.symptoms import sampling_advice
@@ -57,7 +59,11 @@ class Training:
         allow_changed_inputs: resume although a model or the prompts are not those that the run was
             started with.
 
-    Resumed, a run takes the number of threads that it was started with, for the whole process.
+    It sets up the allocator (`ppo_cli.kernels.allocator`) for the whole process. Resumed, a run
+    takes the number of threads that it was started with, for the whole process too.
+
+    Attributes:
+        fast_paths: name of each -> `used`, or why it is not taken.
 
     Raises:
         PPOCliError: whatever of the request cannot be met, before anything is created.
@@ -90,6 +96,8 @@ class Training:
             self._say(filter(None, [take_threads(self._recorded_machine.get("threads"))]))
         else:
             self.directory.check_writable(overwrite, inputs_of(config))
+        keep_few_kernels()
+        keeps_memory = keep_freed_memory()
         set_seed(config.run.seed)
         self.device = resolve_device(config.run.device)
         self.tokenizer = load_tokenizer(config.policy.model, config.policy.revision, trusted)
@@ -127,7 +135,11 @@ class Training:
             **self._sampling,
         )
         self.progress = Progress(self.directory, self.trainer, self.lengths, given)
-        facts = {"machine": machine(self.device, self.trainer.accelerator.mixed_precision)}
+        self.fast_paths = fast_paths(self.trainer, keeps_memory=keeps_memory)
+        facts = {
+            "machine": machine(self.device, self.trainer.accelerator.mixed_precision),
+            "kernels": self.fast_paths,
+        }
         if resume:
             with state_faults(self.directory.checkpoints):
                 self.progress.go_back()

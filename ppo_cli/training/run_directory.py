@@ -61,6 +61,7 @@ BEGINNINGS = {f".{MARKER}.tmp", f".{CONFIG_FILE}.tmp"}
 MOST_RANGES = 5  # of steps that a message names
 LONGEST_NAME = 240  # of a folder, bytes; file systems take 255
 CHANGEABLE = (
+    "policy.kernels",
     "run.steps",
     "run.device",
     "run.checkpoint_every",
