@@ -153,7 +153,11 @@ def sample_responses(
     pad = 0 if pad_token_id is None else pad_token_id
     stopping = generation_kwargs.pop("stopping_criteria", None) or []
     shaping = None
-    if generation_config is None and not stopping and _may_take_own_loop(model):
+    if (
+        generation_config is None
+        and not stopping
+        and isinstance(model, AutoModelForCausalLMWithValueHead)
+    ):
         shaping = _plain_sampling(generation_kwargs)
     call = _Call(
         model,
@@ -187,13 +191,8 @@ def check_sampling(model: Any, pad_token_id: int | None) -> SamplingWay:
         UsageError: it looks ahead, so it is not causal.
         ModelError: what is sampled is not what it says of each text alone.
     """
-    pad = 0 if pad_token_id is None else pad_token_id
-    return _way(model, pad, is_plain=_may_take_own_loop(model))
-
-
-def _may_take_own_loop(model: Any) -> bool:
-    """Whether plain sampling from a model may do without transformers' `generate`."""
-    return is_enabled("decode_loop") and isinstance(model, AutoModelForCausalLMWithValueHead)
+    is_policy = isinstance(model, AutoModelForCausalLMWithValueHead)
+    return _way(model, 0 if pad_token_id is None else pad_token_id, is_plain=is_policy)
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,7 @@ def _way(model: Any, pad: int, *, is_plain: bool) -> SamplingWay:
     ways: list[SamplingWay] = ["padded", "equal", "uncached"]
     if is_plain:
         ways = ["padded", "equal", "whole"]
-        if model.allows(reads_packed):
+        if is_enabled("decode_loop") and model.allows(reads_packed):
             ways.insert(0, "loop")
     pure = _Call(model, None, pad, GenerationConfig(**PURE_SAMPLING), (), {})
 

@@ -22,6 +22,8 @@ from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling import sample_responses
 from tests.conftest import EOS, SMALL, VOCABULARY, make_gpt2, tried
 
+pytestmark = pytest.mark.usefixtures("fast_paths")
+
 WINDOW = {"num_key_value_heads": 1, "sliding_window": 4}
 GEMMA = {**SMALL, **WINDOW, "head_dim": 8, "final_logit_softcapping": 2.0}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -111,6 +113,7 @@ def test_with_one_choice_a_token_the_responses_are_those_of_transformers(
     assert any(a < b for a, b in zip(lengths, LIMITS, strict=True))
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_responses_of_many_lengths_are_those_of_each_query_alone(name: str) -> None:
     policy = make_policy(name)

@@ -192,6 +192,7 @@ def test_what_a_user_puts_on_the_output_layer_counts(name: str, change: str) -> 
     assert_right(Policy(model, summary_dropout_prob=0.0))
 
 
+@pytest.mark.usefixtures("fast_paths")
 @pytest.mark.parametrize("change", ["hook", "cast to float", "forward replaced"])
 def test_what_is_put_there_after_a_trial_counts_too(change: str) -> None:
     policy = Policy(make_model("llama"), summary_dropout_prob=0.0)
