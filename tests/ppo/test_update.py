@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_cli import AutoModelForCausalLMWithValueHead, PPOTrainer, architecture, tying
+from ppo_cli import AutoModelForCausalLMWithValueHead, PPOTrainer
+from ppo_cli.kernels import tied_embeddings
 from ppo_cli.kernels.tied_embeddings import TiedGradient
+from ppo_cli.models import capabilities
 from ppo_cli.models.capabilities import ends_in_output_layer, reads_packed
 from ppo_cli.ppo import optimizer_step
 from ppo_cli.ppo.update import Update
@@ -72,7 +74,7 @@ def answer(
     monkeypatch: pytest.MonkeyPatch, question: Callable[[Any], bool], answered: bool
 ) -> None:
     """Whatever the model, one of the questions of its architecture gets this answer."""
-    monkeypatch.setattr(architecture, question.__name__, lambda model: answered)
+    monkeypatch.setattr(capabilities, question.__name__, lambda model: answered)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -165,7 +167,7 @@ def adam_state(trainer: PPOTrainer) -> list[Tensor]:
 def test_weights_that_move_as_their_gradients_come_end_where_they_would(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tying, "PIECE_BYTES", ROWS_AT_ONCE * 4 * WIDTH)
+    monkeypatch.setattr(tied_embeddings, "PIECE_BYTES", ROWS_AT_ONCE * 4 * WIDTH)
     optimizer = settings.pop("optimizer", "our own")
     finals, losses = [], []
     for yes in (False, True):
@@ -186,13 +188,13 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     rows: list[int] = []
     take_pieces = TiedGradient.take_pieces
 
-    def spy(self: TiedGradient, *args: Any) -> tying.GradientPieces:
+    def spy(self: TiedGradient, *args: Any) -> tied_embeddings.GradientPieces:
         for where, gradient in take_pieces(self, *args):
             rows.append(len(gradient))
             yield where, gradient
 
     monkeypatch.setattr(TiedGradient, "take_pieces", spy)
-    monkeypatch.setattr(tying, "PIECE_BYTES", ROWS_AT_ONCE * 4 * WIDTH)
+    monkeypatch.setattr(tied_embeddings, "PIECE_BYTES", ROWS_AT_ONCE * 4 * WIDTH)
     return rows
 
 
