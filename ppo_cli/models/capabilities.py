@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ppo_cli.errors import UnsuitableModel, is_out_of_memory
 from ppo_cli.kernels.attention import block_mask
 from ppo_cli.kernels.feed_forward import last_feed_forward_at
-from ppo_cli.kernels.kv_cache import has_windows, hold_still, roomy_cache
+from ppo_cli.kernels.kv_cache import cache_argument, has_windows, hold_still, roomy_cache
 from ppo_cli.kernels.patches import PASSED_ON, fast_matmul
 from ppo_cli.kernels.switch import enabled, is_enabled
 from ppo_cli.utils.device import modes_kept
@@ -280,7 +280,7 @@ def reads_still_cache(model: Any) -> bool:
     next_ids, positions = _tokens(model, [[6], [7]]), _tokens(model, [[0, 0, 1], [0, 1, 2]])
 
     def read(tokens: Tensor, seen: Tensor, at: Tensor, cache: Any) -> Tensor:
-        inputs = {"attention_mask": seen, "position_ids": at, "past_key_values": cache}
+        inputs = {"attention_mask": seen, "position_ids": at, **cache_argument(model, cache)}
         with asking():
             return _hidden(model.base_model(input_ids=tokens, use_cache=True, **inputs))[:, -1]
 

@@ -240,9 +240,7 @@ class _GrowingStep:
 
         A row that does not stays at its position: further on the context may be over.
         """
-        logits = self.policy.next_logits(
-            ids, mask, positions, self.projection, past_key_values=self.cache
-        )
+        logits = self.policy.next_logits(ids, mask, positions, self.projection, self.cache)
         if self.watch is not None:
             self.watch(self.rows, logits)
         tokens = self.drawn.add(self.warp(ids, logits), self.rows)
