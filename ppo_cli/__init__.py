@@ -6,7 +6,6 @@ transformers take seconds.
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
     from ppo_cli.utils.random_state import set_seed
 
 __version__ = "0.1.0"
-
-# oneDNN compiles a kernel for each shape of a product and keeps 1,024 of them, of 1 to 2 MB each:
-# hundreds of MB where batches differ in length. One batch's are enough, as each serves all layers
-# and epochs. torch and oneDNN, which keep one list each, read this at their first product.
-os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 _HOMES = {
     "AutoModelForCausalLMWithValueHead": "ppo_cli.models.policy",

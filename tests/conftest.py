@@ -23,6 +23,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_cli.kernels.switch import using
 from ppo_cli.models.sampling import check_sampling
 from ppo_cli.ppo.forward import check_reading
 
@@ -147,6 +148,20 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(params=["auto", "off"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With all fast paths, and with plain torch and transformers."""
+    with using(request.param):
+        yield
+
+
+@pytest.fixture
+def fast_paths() -> Iterator[None]:
+    """All fast paths, whatever the environment says: for a test of what they do."""
+    with using("auto"):
+        yield
 
 
 @pytest.fixture

@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
 from ppo_cli.evaluation.comparison_result import Comparison
+from ppo_cli.kernels.switch import PATHS, VARIABLE
 from tests.conftest import SMALL_RUN
 from tests.forked import Done, ppo_cli
 
@@ -363,3 +365,51 @@ def test_resume_needs_nothing_but_the_run_directory(home: Path) -> None:
     fewer = ppo_cli("train", "--output", "ppo-bad", "--resume", "--steps", 1, cwd=home)
     assert fewer.code == 2
     assert "3 steps already" in fewer.err
+
+
+# ---------------------------------------------------------------- fast paths
+
+
+def plain() -> None:
+    os.environ[VARIABLE] = "off"
+
+
+def fast() -> None:
+    os.environ.pop(VARIABLE, None)
+
+
+def mistyped() -> None:
+    os.environ[VARIABLE] = "-pakcing"
+
+
+def test_a_run_without_fast_paths_says_so_and_goes_on_with_them(tmp_path: Path) -> None:
+    off = "--set", "policy.kernels=off"
+    done = ppo_cli("train", *QUICK, *off, "--steps", 1, cwd=tmp_path, fault=fast)
+    assert done.code == 0, done.err
+    run = tmp_path / "ppo-good"
+    record = yaml.safe_load((run / "run.yaml").read_text())["kernels"]
+    assert record == dict.fromkeys(PATHS, "switched off (policy.kernels: off)")
+    done = ppo_cli("generate", run, "-n", 2, "--format", "jsonl", cwd=tmp_path, fault=plain)
+    assert done.code == 0, done.err
+    assert len(done.out.splitlines()) == 2
+    on = "--set", "policy.kernels=auto"
+    done = ppo_cli("train", "--resume", *on, "--steps", 2, cwd=tmp_path, fault=fast)
+    assert done.code == 0, done.err
+    assert 'resuming with changed settings: policy.kernels "off" -> "auto"' in done.err
+    assert "fast paths none (now lm_head, " in done.err
+    record = yaml.safe_load((run / "run.yaml").read_text())["kernels"]
+    assert record["lm_head"] == record["decode_loop"] == "used"
+    assert record["cuda_graph"] == "needs a CUDA GPU"
+
+
+def test_a_dry_run_says_which_fast_paths_are_taken_and_why_not(tmp_path: Path) -> None:
+    done = ppo_cli("train", *QUICK, "--dry-run", cwd=tmp_path, fault=fast)
+    assert "\nfast paths: lm_head, " in done.err
+    assert "\n  not cuda_graph: needs a CUDA GPU\n" in done.err
+    done = ppo_cli("train", *QUICK, "--dry-run", cwd=tmp_path, fault=plain)
+    paths = ", ".join(PATHS)
+    assert f"\nfast paths: none\n  not {paths}: switched off (PPO_CLI_KERNELS: off)\n" in done.err
+    done = ppo_cli("train", *QUICK, "--dry-run", cwd=tmp_path, fault=mistyped)
+    assert done.code == 2
+    expected = "PPO_CLI_KERNELS: there is no fast path 'pakcing'. Did you mean 'packing'?"
+    assert done.err == f"error: {expected}\n"

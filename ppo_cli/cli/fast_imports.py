@@ -18,10 +18,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ppo_cli.kernels.switch import is_enabled
+
 COMPILER = "torch._dynamo"
 INDEPENDENT = "torch._dynamo._trace_wrapped_higher_order_op"  # what attention masks need of it
 DECORATORS = ("allow_in_graph", "assume_constant_result", "disable")
 ASKED = "is_torch_distributed_available"
+MODULES = ("transformers.modeling_utils", "transformers.generation.utils")
+"""What models import of transformers, which imports the compiler."""
 
 
 @contextmanager
@@ -29,27 +33,56 @@ def for_sampling_alone() -> Iterator[None]:
     """What is imported of transformers inside does not shard models; the compiler comes when used.
 
     It is for a process of our own: such a module stays that way until the process ends. Nothing is
-    changed where transformers' models, or the compiler, have been imported already.
+    changed where the path `imports` is off, where transformers' models or the compiler have been
+    imported already, or where a release of torch or transformers cannot be imported that way.
     """
+    there = COMPILER in sys.modules or MODULES[0] in sys.modules
+    if there or not is_enabled("imports"):
+        yield
+        return
     import torch
     from transformers import utils
 
-    if COMPILER in sys.modules or "transformers.modeling_utils" in sys.modules:
-        yield
-        return
-    sys.modules[COMPILER] = _LazyCompiler(Path(torch.__file__).parent / "_dynamo")
-    sys.meta_path.insert(0, _PartsOfTheCompiler())
-    vars(torch.distributed).setdefault("__getattr__", _part_of_distributed)
+    before = set(sys.modules)
     homes = [home for home in (utils, utils.import_utils) if hasattr(home, ASKED)]
     answers = [getattr(home, ASKED) for home in homes]
     for home in homes:
         setattr(home, ASKED, lambda: False)
     try:
+        try:
+            _put_stand_in(torch)
+            for name in MODULES:
+                import_module(name)
+        except Exception:  # whatever another release raises
+            _undo(before)
+            for home, answer in zip(homes, answers, strict=True):
+                setattr(home, ASKED, answer)
         yield
-        import_module("transformers.generation.utils")  # which models would import otherwise
     finally:
         for home, answer in zip(homes, answers, strict=True):
             setattr(home, ASKED, answer)
+
+
+def _put_stand_in(torch: Any) -> None:
+    """Let a `_LazyCompiler` take the compiler's place."""
+    sys.modules[COMPILER] = _LazyCompiler(Path(torch.__file__).parent / "_dynamo")
+    sys.meta_path.insert(0, _PartsOfTheCompiler())
+    vars(torch.distributed).setdefault("__getattr__", _part_of_distributed)
+
+
+def _undo(before: set[str]) -> None:
+    """Take the stand-in away, and have transformers imported anew but for modules of `before`."""
+    sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _PartsOfTheCompiler)]
+    if isinstance(sys.modules.get(COMPILER), _LazyCompiler):
+        del sys.modules[COMPILER]
+    # They were imported as if models were never sharded, which others count on.
+    for name in set(sys.modules) - before:
+        if name.startswith("transformers."):
+            module = sys.modules.pop(name)
+            parent, _, child = name.rpartition(".")
+            attributes = vars(sys.modules.get(parent, module))
+            if attributes.get(child) is module:
+                del attributes[child]
 
 
 class _LazyCompiler(ModuleType):

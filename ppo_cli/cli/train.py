@@ -100,10 +100,14 @@ def train(
     else:
         settings = _settings_to_start(config, assignments or [], overrides, overwrite)
 
+    from ppo_cli.kernels.switch import configured
+
     # The request is known to be sound; only now come the imports that take seconds.
+    kernels = configured(settings.policy.kernels)
     from ppo_cli.cli.display import make_display
     from ppo_cli.reporting.tables import summary_table
     from ppo_cli.training.build import build_training
+    from ppo_cli.training.fast_paths import report as fast_path_lines
     from ppo_cli.utils.device import resolve_device
 
     hush()
@@ -113,7 +117,7 @@ def train(
             f"policy {settings.policy.model}, classifier {settings.reward.model}, "
             f"prompts {settings.prompts.source} -> {settings.output}"
         )
-    with _StopSignals(quiet) as stop:
+    with kernels, _StopSignals(quiet) as stop:
         training = build_training(
             settings,
             resume=resume,
@@ -127,7 +131,8 @@ def train(
             note(
                 f"all is well: {len(training.prompts.train)} prompts, label "
                 f"'{training.reward.label}', {settings.run.steps} steps on "
-                f"{resolve_device(settings.run.device)}; nothing was written"
+                f"{resolve_device(settings.run.device)}; nothing was written",
+                *fast_path_lines(training.fast_paths),
             )
             return 0
         if resume and not quiet:

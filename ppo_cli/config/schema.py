@@ -10,7 +10,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from ppo_cli.config.ppo import PPOSettings
 from ppo_cli.utils.yaml_io import dump_yaml
@@ -31,6 +38,10 @@ def check_name(text: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(check_name)]
+# YAML reads a bare `off` as false.
+Kernels = Annotated[
+    Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)
+]
 BestOf = Annotated[int, Field(ge=1, le=65_536)]
 Length = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -74,6 +85,10 @@ class PolicyConfig(Section):
     """Branch, tag or commit of a hub model."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the large matrix products; auto: bfloat16 if the device computes it natively."""
+    kernels: Kernels = "auto"
+    """Fast paths in training: auto for all that suit model and machine, off for plain torch and
+    transformers. The environment variable PPO_CLI_KERNELS overrides it, and can name single
+    paths."""
     summary_dropout_prob: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout before the value head; null for the model's own setting."""
     v_head_init_strategy: Literal["normal"] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -9,14 +11,17 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ppo_cli.errors import UnsuitableModel
+from ppo_cli.kernels.switch import is_enabled
 
 ALIGNMENT = 8  # tokens: attention on a GPU copies a mask whose rows are not a multiple of it
 
 
 def roomy_cache(config: Any, capacity: int) -> DynamicCache:
     """transformers' own cache, its plain layers with room for `capacity` tokens from the start."""
-    capacity += -capacity % ALIGNMENT
     cache = DynamicCache(config=config)
+    if not is_enabled("kv_cache"):
+        return cache
+    capacity += -capacity % ALIGNMENT
     cache.layers = [
         _RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
@@ -26,6 +31,21 @@ def roomy_cache(config: Any, capacity: int) -> DynamicCache:
 def has_windows(config: Any) -> bool:
     """Whether some layers of a model see less than all that came before, or see it otherwise."""
     return any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """A cache as the keyword argument that a model's forward pass takes; nothing for None.
+
+    transformers 5.24 renames `past_key_values` to `cache`.
+    """
+    kind: Any = type(model)
+    return {} if cache is None else {_keyword(kind): cache}
+
+
+@functools.cache
+def _keyword(kind: Any) -> str:
+    is_renamed = "cache" in inspect.signature(kind.forward).parameters
+    return "cache" if is_renamed else "past_key_values"
 
 
 def hold_still(cache: DynamicCache, slot: Tensor) -> int:

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ppo_cli.kernels.switch import is_enabled
+
 # oneDNN compiles a kernel for each shape. With small weights nothing was gained on Zen 4.
 SMALLEST_WEIGHT = 2**19
 TILE_BYTES = 2**22  # of a wide matrix that MKL multiplies by at a time
@@ -31,7 +33,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, worthwhile: boo
 
     By oneDNN where it is the faster library, unless it is not `worthwhile`, see `is_worthwhile`.
     """
-    if worthwhile and a.dtype == torch.float32 and a.device.type == "cpu" and prefers_onednn():
+    if worthwhile and a.dtype == torch.float32 and a.device.type == "cpu" and takes_onednn():
         return by_onednn(a, b, bias)
     return _LINEAR(a, b, bias)
 
@@ -45,7 +47,7 @@ def wide_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     worthwhile = is_worthwhile(b)
     tiles = row_slices(len(b), b.shape[1], TILE_BYTES)
     by_mkl = a.device.type == "cpu" and not (worthwhile and prefers_onednn())
-    if not by_mkl or 4 * b.shape[1] > TILE_BYTES or len(tiles) <= 2:
+    if not is_enabled("matmul") or not by_mkl or 4 * b.shape[1] > TILE_BYTES or len(tiles) <= 2:
         return product(a, b, bias, worthwhile=worthwhile)
     if len(a) <= FEW_ROWS and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return by_onednn(a, b, bias)
@@ -70,6 +72,11 @@ def row_slices(count: int, width: int, limit: int) -> list[slice]:
 def is_worthwhile(weight: Tensor) -> bool:
     """Whether products with a weight are large enough for oneDNN to be worth its memory."""
     return weight.numel() >= SMALLEST_WEIGHT
+
+
+def takes_onednn() -> bool:
+    """Whether float32 products take oneDNN: the path `matmul` is on, and it is the faster one."""
+    return is_enabled("matmul") and prefers_onednn()
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ppo_cli.kernels import attention, matmul
+from ppo_cli.kernels.switch import enabled
 from ppo_cli.utils.device import computes_bfloat16
 
 _plain: ContextVar[bool] = ContextVar("plain", default=False)
@@ -109,15 +110,15 @@ class _Replacements:
         before: what stood there: torch's functions, or what others put in their place.
     """
 
-    PLACES: tuple[tuple[Any, str, Callable], ...] = (
-        (torch.nn.functional, "linear", _linear),
-        (torch, "addmm", _addmm),
-        (torch.nn.functional, "scaled_dot_product_attention", _attention),
+    PLACES: tuple[tuple[str, Any, str, Callable], ...] = (
+        ("matmul", torch.nn.functional, "linear", _linear),
+        ("matmul", torch, "addmm", _addmm),
+        ("attention", torch.nn.functional, "scaled_dot_product_attention", _attention),
     )
 
     def __init__(self) -> None:
         self.before: dict[str, Callable] = {}
-        self._cudnn = True
+        self._cudnn: bool | None = None
         self._lock = threading.Lock()
         self._inside = 0
 
@@ -126,23 +127,27 @@ class _Replacements:
             self._inside += 1
             if self._inside > 1:
                 return
-            self._cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-            torch.backends.cuda.enable_cudnn_sdp(False)
+            paths = enabled()
+            if "attention" in paths:
+                self._cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+                torch.backends.cuda.enable_cudnn_sdp(False)
             useful = matmul.prefers_onednn() or computes_bfloat16(torch.device("cpu"))
-            places = self.PLACES if useful else ()
-            self.before = {name: getattr(home, name) for home, name, _ in places}
-            for home, name, function in places:
-                setattr(home, name, function)
+            for path, home, name, function in self.PLACES:
+                if useful and path in paths:
+                    self.before[name] = getattr(home, name)
+                    setattr(home, name, function)
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside > 0:
                 return
-            for home, name, _function in self.PLACES:
+            for _path, home, name, _function in self.PLACES:
                 if name in self.before:
-                    setattr(home, name, self.before[name])
-            torch.backends.cuda.enable_cudnn_sdp(self._cudnn)
+                    setattr(home, name, self.before.pop(name))
+            if self._cudnn is not None:
+                torch.backends.cuda.enable_cudnn_sdp(self._cudnn)
+                self._cudnn = None
 
 
 _REPLACED = _Replacements()
@@ -166,8 +171,11 @@ def fast_matmul() -> AbstractContextManager[None]:
     attention is not cuDNN's, which prepares itself for 1.5 ms at every new shape of its inputs, as
     each batch has one. Results differ from torch's in rounding alone, and are the same from run to
     run.
+
+    With the paths `matmul` and `attention` off nothing is replaced. Blocks of several threads that
+    overlap are as the first of them.
     """
-    return _REPLACED
+    return _REPLACED if enabled() & {"matmul", "attention"} else plain_matmul()
 
 
 def _taken_over(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ppo_cli.kernels.matmul import is_worthwhile, product, row_slices
+from ppo_cli.kernels.switch import is_enabled
 
 PIECE_BYTES = 2**23  # of a gradient that is handed out in pieces
 
@@ -115,10 +116,11 @@ def tied_gradient(model: Any) -> Iterator[TiedGradient | None]:
 
     None where there is nothing to gain: embeddings that are not tied or do not train.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not (torch.is_grad_enabled() and _suits(embedding) and embedding.weight is head.weight):
+    on = is_enabled("tied_embeddings") and torch.is_grad_enabled()
+    if not (on and has_tied_embeddings(model)):
         yield None
         return
+    embedding = model.get_input_embeddings()
     gradient = TiedGradient(embedding.weight)
 
     def look_up(module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -130,6 +132,12 @@ def tied_gradient(model: Any) -> Iterator[TiedGradient | None]:
 
     with embedding.register_forward_hook(look_up, prepend=True):  # others see what it returns
         yield gradient
+
+
+def has_tied_embeddings(model: Any) -> bool:
+    """Whether a causal model's embeddings train, are tied, and do no more than look up."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return _suits(embedding) and embedding.weight is head.weight
 
 
 def _suits(embedding: Any) -> bool:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ppo_cli.errors import UnsuitableModel, is_out_of_memory
 from ppo_cli.kernels.attention import block_mask
 from ppo_cli.kernels.feed_forward import last_feed_forward_at
-from ppo_cli.kernels.kv_cache import has_windows, hold_still, roomy_cache
+from ppo_cli.kernels.kv_cache import cache_argument, has_windows, hold_still, roomy_cache
 from ppo_cli.kernels.patches import PASSED_ON, fast_matmul
+from ppo_cli.kernels.switch import enabled, is_enabled
 from ppo_cli.utils.device import modes_kept
 
 REFUSALS = (TypeError, AttributeError, ValueError, LookupError, RuntimeError, AssertionError)
@@ -70,18 +71,21 @@ class _CheckResults:
 
     def __init__(self, model: nn.Module) -> None:
         self.structure = _Structure(model)
-        self.answers: dict[Any, Any] = {}
+        self.answers: dict[frozenset[str], dict[Any, Any]] = {}
 
 
 _check_results: WeakKeyDictionary[nn.Module, _CheckResults] = WeakKeyDictionary()
 
 
 def check_results(model: nn.Module) -> dict[Any, Any]:
-    """Results of the checks of a model as it is now, by check; empty again once it changes."""
+    """Results of the checks of a model as it is now, by check; empty again once it changes.
+
+    Each choice of fast paths has results of its own.
+    """
     found = _check_results.get(model)
     if found is None or not found.structure.is_kept():
         found = _check_results[model] = _CheckResults(model)
-    return found.answers
+    return found.answers.setdefault(enabled(), {})
 
 
 @contextmanager
@@ -143,15 +147,15 @@ class Reading(NamedTuple):
 
 
 def fastest_reading(model: Any) -> Reading:
-    """The fastest way that a causal model allows, by the questions below."""
-    packed = reads_packed(model)
-    through_layer = ends_in_output_layer(model)
+    """The fastest way that a causal model and the switch allow, by the questions below."""
+    packed = is_enabled("packing") and reads_packed(model)
+    through_layer = is_enabled("lm_head") and ends_in_output_layer(model)
     plain = through_layer and is_plain_layer(model.get_output_embeddings())
     return Reading(
         rows="packed" if packed else "padded",
         masked=packed and reads_block_mask(model),
         logits="weights" if plain else "layer" if through_layer else "model",
-        narrow=through_layer and ends_in_feed_forward(model),
+        narrow=through_layer and is_enabled("feed_forward") and ends_in_feed_forward(model),
     )
 
 
@@ -278,7 +282,7 @@ def reads_still_cache(model: Any) -> bool:
     next_ids, positions = _tokens(model, [[6], [7]]), _tokens(model, [[0, 0, 1], [0, 1, 2]])
 
     def read(tokens: Tensor, seen: Tensor, at: Tensor, cache: Any) -> Tensor:
-        inputs = {"attention_mask": seen, "position_ids": at, "past_key_values": cache}
+        inputs = {"attention_mask": seen, "position_ids": at, **cache_argument(model, cache)}
         with unsuitable_errors():
             return _hidden(model.base_model(input_ids=tokens, use_cache=True, **inputs))[:, -1]
 

@@ -17,6 +17,7 @@ from transformers import (
 from ppo_cli.errors import NumericalError
 from ppo_cli.kernels.cuda_graph import NotReplayable, Replayed
 from ppo_cli.kernels.kv_cache import hold_still, roomy_cache
+from ppo_cli.kernels.switch import is_enabled
 from ppo_cli.models.capabilities import reads_still_cache
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling_params import SamplingParams
@@ -139,7 +140,8 @@ def _hooks(policy: AutoModelForCausalLMWithValueHead) -> int:
 
 def _is_worth_recording(policy: AutoModelForCausalLMWithValueHead, longest: int) -> bool:
     return (
-        policy.device.type == "cuda"
+        is_enabled("cuda_graph")
+        and policy.device.type == "cuda"
         and longest - 2 >= FEWEST_REPLAYS
         and all(parameter.device == policy.device for parameter in policy.parameters())
         and policy not in _not_replayable
@@ -239,9 +241,7 @@ class _GrowingStep:
 
         The position of a row that has ended stays: a later one may exceed the context.
         """
-        logits = self.policy.next_logits(
-            ids, mask, positions, self.projection, past_key_values=self.cache
-        )
+        logits = self.policy.next_logits(ids, mask, positions, self.projection, self.cache)
         if self.on_logits is not None:
             self.on_logits(self.rows, logits)
         tokens = self.drawn.add(ids, logits, self.rows)

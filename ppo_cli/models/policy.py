@@ -18,12 +18,14 @@ from transformers.utils.hub import PushToHubMixin
 from ppo_cli.errors import ModelError, UnsuitableModel
 from ppo_cli.kernels.feed_forward import WORTHWHILE_SHARE, last_feed_forward_at
 from ppo_cli.kernels.gelu import fuse_activations
+from ppo_cli.kernels.kv_cache import cache_argument
 from ppo_cli.kernels.lm_head import (
     entropy,
     ready_projection,
     token_logprobs,
     token_logprobs_and_entropies,
 )
+from ppo_cli.kernels.switch import is_enabled
 from ppo_cli.kernels.tied_embeddings import tied_gradient
 from ppo_cli.models.architectures import (
     activation_checkpointing,
@@ -74,7 +76,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             pretrained_model, "disable_adapter"
         )
         self.pretrained_model = pretrained_model
-        fuse_activations(pretrained_model)
+        if is_enabled("gelu"):
+            fuse_activations(pretrained_model)
         keep_weights_as_stored(self._base_model)
         refuse_if_not_causal(self._base_model.config, type(self._base_model))
         if summary_dropout_prob is None:
@@ -244,9 +247,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             kwargs.setdefault("use_cache", False)  # with a cache no model keeps packed rows apart
         output = self.pretrained_model(
             input_ids=input_ids,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             output_hidden_states=True,
+            **cache_argument(self._base_model, past_key_values),
             **kwargs,
         )
         # Prompt tuning answers for its virtual tokens too, in front.
@@ -259,7 +262,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             logits = logits.float()
             return token_logprobs(logits, targets), entropy(logits), self._values(hidden)
         results = (logits.float(), output.loss, self._values(hidden))
-        return (*results, output.past_key_values) if return_past_key_values else results
+        if not return_past_key_values:
+            return results
+        return (*results, getattr(output, "cache", None) or output.past_key_values)
 
     def ready_projection(self, rows: int, times: int) -> Callable[[Tensor], Tensor] | None:
         """For `next_logits`: last hidden states (B, H) to logits, while the weights do not change.
@@ -279,15 +284,17 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         attention_mask: Tensor,
         position_ids: Tensor,
         projection: Callable[[Tensor], Tensor] | None = None,
-        **kwargs: Any,
+        cache: Any = None,
     ) -> Tensor:
         """Logits (B, V), float32, of the token that follows `input_ids` (B, T).
 
-        `projection` is what `ready_projection` returned, if it was called before.
+        `projection` is what `ready_projection` returned, if it was called before; `cache` holds
+        what was read before.
         """
         model = self._base_model
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs |= {"position_ids": position_ids, "use_cache": True}
+        inputs |= cache_argument(model, cache)
         projection = projection or self.ready_projection(rows=len(input_ids), times=1)
         if projection is None:
             return model(**inputs).logits[:, -1].float()

@@ -12,6 +12,7 @@ from torch import Tensor
 from ppo_cli.data.prompts import BROKEN
 from ppo_cli.errors import UsageError
 from ppo_cli.kernels.patches import fast_matmul
+from ppo_cli.kernels.switch import is_enabled
 from ppo_cli.models.capabilities import reads_packed, rope_switch
 from ppo_cli.models.context import context_length
 from ppo_cli.models.decode_loop import LogitsCallback, decode_cached, decode_uncached
@@ -138,7 +139,7 @@ def _method(model: Any, settings: SamplingParams | GenerateSettings) -> Sampling
     methods: list[SamplingMethod] = ["padded", "equal", "uncached"]
     if isinstance(settings, SamplingParams):
         methods = ["padded", "equal", "whole"]
-        if model.allows(reads_packed):
+        if is_enabled("decode_loop") and model.allows(reads_packed):
             methods.insert(0, "loop")
     pad = settings.pad_token_id or 0
     pure: SamplingParams | GenerateSettings = SamplingParams(pad_token_id=pad)

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
+from ppo_cli.kernels.switch import is_enabled
 from ppo_cli.kernels.tied_embeddings import GradientPieces, gradient_in_pieces
 from ppo_cli.ppo.config import PPOConfig
 
@@ -54,14 +55,23 @@ class OptimizerStep:
         other gradient (no clipping, no accumulation, one process). It costs a little time per
         tensor, so small models do without.
         """
-        return (
-            self.config.max_grad_norm is None
-            and self.config.gradient_accumulation_steps == 1
-            and self.accelerator.distributed_type == DistributedType.NO
-            and self._reads_condition
-            and type(self._inner) in (Adam, AdamW, SGD, Adagrad)  # others may hold more than a copy
-            and self._gradient_bytes >= LARGE_GRADIENTS
-        )
+        return is_enabled("optimizer_in_backward") and self.reason_after_backward is None
+
+    @property
+    def reason_after_backward(self) -> str | None:
+        """Why the weights have to move after the backward pass; None where they need not."""
+        if self.config.max_grad_norm is not None:
+            return "max_grad_norm needs all gradients"
+        if self.config.gradient_accumulation_steps > 1:
+            return "gradients are accumulated"
+        if self.accelerator.distributed_type != DistributedType.NO:
+            return "for one process alone"
+        # Others may hold more than a copy of what they share.
+        if not (self._reads_condition and type(self._inner) in (Adam, AdamW, SGD, Adagrad)):
+            return "not for this optimizer"
+        if self._gradient_bytes < LARGE_GRADIENTS:
+            return f"for gradients of {LARGE_GRADIENTS // 2**20} MiB or more"
+        return None
 
     def make_state(self) -> None:
         """Allocate Adam's moments before there are activations.

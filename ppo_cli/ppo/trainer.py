@@ -45,7 +45,6 @@ from ppo_cli.ppo.step_statistics import (
 from ppo_cli.ppo.step_warnings import step_warnings
 from ppo_cli.ppo.trackers import tracker_logs
 from ppo_cli.ppo.update import Update
-from ppo_cli.utils.device import keep_freed_memory
 from ppo_cli.utils.random_state import RandomStream, numpy_state, set_numpy_state
 
 
@@ -99,7 +98,6 @@ class PPOTrainer:
         assert model is not None
         assert tokenizer is not None
         config.check_batch_arithmetic()
-        keep_freed_memory()
         self.config = config
         self.tokenizer = tokenizer
         self.accelerator = make_accelerator(config)

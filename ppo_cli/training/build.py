@@ -14,6 +14,7 @@ from ppo_cli.data.fingerprint import Inputs, inputs_of, trusted_too
 from ppo_cli.data.prompts import LengthSampler, Prompt, PromptSet, load_prompts
 from ppo_cli.errors import DataError, UsageError
 from ppo_cli.evaluation.held_out import HeldOutEvaluation
+from ppo_cli.kernels.allocator import keep_few_kernels, keep_freed_memory
 from ppo_cli.models.capabilities import rope_switch
 from ppo_cli.models.context import context_length
 from ppo_cli.models.loading import check_trusted, load_policy, load_tokenizer
@@ -27,6 +28,7 @@ from ppo_cli.rewards.loading import load_reward
 from ppo_cli.rewards.penalties import check_penalties
 from ppo_cli.training.checkpoint import state_faults
 from ppo_cli.training.diagnostics import Diagnostics, sampling_warning
+from ppo_cli.training.fast_paths import fast_paths
 from ppo_cli.training.provenance import code
 from ppo_cli.training.resume import locate_inputs, reproducibility_warnings
 from ppo_cli.training.run import Training
@@ -48,7 +50,8 @@ def build_training(
 ) -> Training:
     """Build a run that is ready to start.
 
-    A resumed run takes the number of threads that it was started with, for the whole process.
+    It sets up the allocator (`ppo_cli.kernels.allocator`) for the whole process. A resumed run also
+    takes the number of threads that it was started with.
 
     Args:
         config: what to do.
@@ -77,6 +80,8 @@ def build_training(
     else:
         directory.check_writable(overwrite, inputs_of(config))
 
+    keep_few_kernels()
+    keeps_memory = keep_freed_memory()
     set_seed(config.run.seed)
     device = resolve_device(config.run.device)
     tokenizer = load_tokenizer(located.policy.model, located.policy.revision, trusted)
@@ -105,7 +110,10 @@ def build_training(
         stop_token_ids=tuple(end_token_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
-    facts: dict[str, Any] = {"machine": machine(device, trainer.accelerator.mixed_precision)}
+    facts: dict[str, Any] = {
+        "machine": machine(device, trainer.accelerator.mixed_precision),
+        "kernels": fast_paths(trainer, keeps_memory=keeps_memory),
+    }
     state = TrainingState(directory, trainer, length_sampler, config)
     if resume:
         _restore(state, directory, config, trainer)

@@ -20,8 +20,8 @@ def what_differs(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """How code and machine differ from their record: `torch 2.9.0 (now 2.9.1)`.
 
     Args:
-        was, now: `versions`, `git_commit` and `machine`, as `run.yaml` has them. A value that one
-            of the two lacks is not compared.
+        was, now: `versions`, `git_commit`, `machine` and `kernels`, as `run.yaml` has them. A
+            value that one of the two lacks is not compared.
     """
     before, after = _flat(was), _flat(now)
     return [
@@ -38,6 +38,9 @@ def _flat(record: Mapping[str, Any]) -> dict[str, str]:
             values |= found
     if commit := record.get("git_commit"):
         values["git commit"] = str(commit)[:12]
+    if isinstance(paths := record.get("kernels"), dict):
+        used = [str(name) for name, state in paths.items() if state == "used"]
+        values["fast paths"] = ", ".join(used) or "none"
     return {key: str(value) for key, value in values.items()}
 
 

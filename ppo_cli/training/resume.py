@@ -16,6 +16,7 @@ from ppo_cli.training.run_directory import CONFIG_FILE, RunDirectory
 from ppo_cli.utils.inventory import STATE_FILE
 
 CHANGEABLE = (
+    "policy.kernels",
     "run.steps",
     "run.device",
     "run.checkpoint_every",

@@ -34,7 +34,7 @@ class Training:
         config: the run's.
         directory: where the run is written.
         overwrite: whether a run that is there already may be replaced.
-        facts: machine and inputs, for `run.yaml`.
+        facts: machine, fast paths and inputs, for `run.yaml`.
         tokenizer: the policy's.
         prompts: to train and to evaluate on.
         reward: scores responses.
@@ -82,6 +82,12 @@ class Training:
     def step(self) -> int:
         """Number of steps done, those before a resume included."""
         return self.trainer.current_step
+
+    @property
+    def fast_paths(self) -> Mapping[str, str]:
+        """Name of each fast path: `used`, or the reason why it is not."""
+        paths: Mapping[str, str] = self._facts["kernels"]
+        return paths
 
     @property
     def stopped_early(self) -> str | None:

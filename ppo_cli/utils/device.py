@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,24 +22,6 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def fetch(rows: Sequence[Tensor]) -> Sequence[Tensor]:
     """Copy 1-D tensors to the CPU in one transfer."""
     return torch.cat(list(rows)).cpu().split([len(row) for row in rows])
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed buffers for the next allocation; other C libraries are left alone.
-
-    By default glibc returns buffers of some MiB to the kernel at every free and gets empty pages
-    at the next allocation. Their page faults take a fifth of an optimisation phase. The setting
-    applies to the whole process.
-    """
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    if not mallopt(mmap_threshold, 2**30):
-        mallopt(mmap_threshold, 2**25)  # the maximum of older releases, see mallopt(3)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 2**26)
 
 
 @contextmanager

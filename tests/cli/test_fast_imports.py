@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_cli.data.embedded import policy_folder
+from ppo_cli.kernels.switch import VARIABLE
 
 HEAVY = ("torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp")
 
@@ -61,15 +63,18 @@ found = {"same": sys.modules["torch._dynamo"] is compiler, "asked": asked}
 """
 
 
-def found(program: str, *arguments: str) -> dict[str, Any]:
+def found(program: str, *arguments: str) -> Any:
     """What a program finds in an interpreter of its own."""
     code = program + "\nprint(json.dumps(found))"
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={name: value for name, value in os.environ.items() if name != VARIABLE},
     )
     assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_samples_are_the_same_and_compiler_and_shards_come_when_asked_for() -> None:
@@ -114,17 +119,63 @@ def test_where_transformers_has_its_compiler_nothing_is_changed() -> None:
     assert found(ALREADY_THERE) == {"same": True, "asked": True}
 
 
-@pytest.mark.parametrize("name", ["eval_frame", "config", "is_compiling"])
-def test_whatever_is_no_decorator_is_the_compilers_own(name: str) -> None:
-    program = f"""
+def test_whatever_is_no_decorator_is_the_compilers_own() -> None:
+    program = """
 import json, sys
 from ppo_cli.cli.fast_imports import for_sampling_alone
 
 with for_sampling_alone():
     import transformers
 import torch
-mine = getattr(torch._dynamo, {name!r})
-found = {{"same": mine is getattr(sys.modules["torch._dynamo"], {name!r}),
-         "real": type(sys.modules["torch._dynamo"]).__name__}}
+mine = torch._dynamo.eval_frame
+found = {"same": mine is sys.modules["torch._dynamo"].eval_frame,
+         "real": type(sys.modules["torch._dynamo"]).__name__}
 """
     assert found(program) == {"same": True, "real": "module"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "fast_imports._unchanged = None",  # a decorator that is used in another way
+        "fast_imports.Path = lambda file: pathlib.Path('elsewhere')",  # no part is found
+    ],
+)
+def test_where_a_release_has_other_internals_all_is_imported_plainly(other: str) -> None:
+    program = f"""
+import json, pathlib, sys
+from ppo_cli.cli import fast_imports
+
+{other}
+with fast_imports.for_sampling_alone():
+    from transformers import AutoModelForCausalLM, utils
+    from ppo_cli.data.embedded import policy_folder
+policy = AutoModelForCausalLM.from_pretrained(policy_folder())
+found = {{
+    "compiler": type(sys.modules["torch._dynamo"]).__name__,
+    "finders": [type(f).__name__ for f in sys.meta_path if "Parts" in type(f).__name__],
+    "asked": utils.is_torch_distributed_available(),
+    "heavy": [name for name in {HEAVY!r} if name in sys.modules],
+    "policy": type(policy) is sys.modules["transformers.models.gpt2.modeling_gpt2"].GPT2LMHeadModel,
+}}
+"""
+    assert found(program) == {
+        "compiler": "module",
+        "finders": [],
+        "asked": True,
+        "heavy": list(HEAVY),
+        "policy": True,
+    }
+
+
+def test_switched_off_nothing_stands_in() -> None:
+    program = """
+import json, sys
+from ppo_cli.cli.fast_imports import for_sampling_alone
+from ppo_cli.kernels.switch import using
+
+with using("-imports"), for_sampling_alone():
+    import transformers.generation.utils
+found = [type(sys.modules["torch._dynamo"]).__name__, "torch.distributed.tensor" in sys.modules]
+"""
+    assert found(program) == ["module", True]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_cli.kernels.feed_forward import last_feed_forward_at
+from ppo_cli.kernels.switch import using
 from ppo_cli.models.capabilities import ends_in_feed_forward, ends_in_output_layer
 from tests.conftest import VOCABULARY, make_batch, make_gpt2, make_policy, make_trainer, tried
 from tests.models.test_capabilities import PACKABLE, make_model
@@ -175,3 +176,10 @@ def test_other_networks_are_refused(model: nn.Module, message: str) -> None:
         last_feed_forward_at(model, torch.tensor([0, 2])),
     ):
         model(torch.zeros(1, 4, 4))
+
+
+def test_the_switch_decides() -> None:
+    policy = make_policy()
+    assert policy.reading().narrow
+    with using("-feed_forward"):
+        assert not policy.reading().narrow

@@ -11,6 +11,7 @@ from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActiva
 
 from ppo_cli.kernels import gelu
 from ppo_cli.kernels.gelu import TanhGELU, fuse_activations
+from ppo_cli.kernels.switch import using
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from tests.conftest import make_gpt2
 
@@ -76,3 +77,11 @@ def test_other_activations_stay_as_they_are() -> None:
         before = [type(module) for module in model.modules()]
         fuse_activations(model)
         assert [type(module) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("setting", ["auto", "-gelu"])
+def test_the_switch_decides(setting: str) -> None:
+    with using(setting):
+        policy = AutoModelForCausalLMWithValueHead(make_gpt2())
+    fused = any(isinstance(module, TanhGELU) for module in policy.modules())
+    assert fused == (setting == "auto")

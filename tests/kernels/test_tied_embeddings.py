@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ppo_cli import AutoModelForCausalLMWithValueHead, projection, tying
+from ppo_cli import AutoModelForCausalLMWithValueHead
+from ppo_cli.kernels import lm_head, tied_embeddings
 from ppo_cli.kernels.tied_embeddings import TiedGradient
 from tests.conftest import SMALL, VOCABULARY, make_gpt2
 
@@ -81,7 +82,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_gradients_are_those_of_plain_autograd(
     name: str, piece: int, parts: str, left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(projection, "PIECE_BYTES", piece)
+    monkeypatch.setattr(lm_head, "PIECE_BYTES", piece)
     policy = AutoModelForCausalLMWithValueHead(MODELS[name]()).eval()
     expected = gradients(policy, parts, by_autograd=True)
     policy.zero_grad()
@@ -115,7 +116,7 @@ def test_factors_are_multiplied_once_they_hold_more_than_their_product() -> None
 @pytest.mark.parametrize("rows", [0, 3, 30], ids=["lookups alone", "factors", "multiplied"])
 @pytest.mark.parametrize("at_once", [1, 7, 50, 1000])
 def test_pieces_make_up_the_whole(at_once: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tying, "PIECE_BYTES", 4 * 8 * at_once)
+    monkeypatch.setattr(tied_embeddings, "PIECE_BYTES", 4 * 8 * at_once)
     g = torch.Generator().manual_seed(0)
     grad_logits, hidden = torch.randn(rows, 50, generator=g), torch.randn(rows, 8, generator=g)
     ids, of_lookups = torch.tensor([49, 3, 0, 3, 49]), torch.randn(5, 8, generator=g)
@@ -164,10 +165,10 @@ def test_outside_and_without_gradients_lookups_are_the_modules_own() -> None:
     model = make_gpt2()
     embedding = model.get_input_embeddings()
     ids = torch.arange(4)
-    with torch.no_grad(), tying.tied_gradient(model) as gradient:
+    with torch.no_grad(), tied_embeddings.tied_gradient(model) as gradient:
         assert gradient is None
         assert not embedding._forward_hooks
-    with tying.tied_gradient(model) as gradient:
+    with tied_embeddings.tied_gradient(model) as gradient:
         assert gradient is not None
         assert embedding(ids).grad_fn.name() == "_LookupBackward"
         torch.testing.assert_close(embedding(ids), embedding.weight[:4])

@@ -22,6 +22,8 @@ from ppo_cli.ppo.forward import token_forward
 from ppo_cli.ppo.packing import TokenBatch
 from tests.conftest import SMALL, VOCABULARY, make_gpt2
 
+pytestmark = pytest.mark.usefixtures("fast_paths")
+
 GROUPED = {**SMALL, "num_key_value_heads": 1, "head_dim": 8}
 ALIBI = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
 EAGER = {"attn_implementation": "eager"}

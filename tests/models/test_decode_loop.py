@@ -23,6 +23,8 @@ from ppo_cli.models.sampling import sample_responses
 from ppo_cli.models.transformers_generate import GenerateSettings, from_generation_kwargs
 from tests.conftest import EOS, SMALL, VOCABULARY, make_gpt2, tried
 
+pytestmark = pytest.mark.usefixtures("fast_paths")
+
 WINDOW = {"num_key_value_heads": 1, "sliding_window": 4}
 GEMMA = {**SMALL, **WINDOW, "head_dim": 8, "final_logit_softcapping": 2.0}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -121,6 +123,7 @@ def test_with_one_choice_a_token_the_responses_are_those_of_transformers(
     assert any(a < b for a, b in zip(lengths, LIMITS, strict=True))
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_responses_of_many_lengths_are_those_of_each_query_alone(name: str) -> None:
     policy = make_policy(name)

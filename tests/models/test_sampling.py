@@ -61,6 +61,7 @@ def greedy_by_hand(model: Any, query: Tensor, limit: int, eos: int | None = EOS)
 # ---------------------------------------------------------------- lengths
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_each_response_ends_at_its_own_limit() -> None:
     limits = [3, 9, 1, 6, 2]
     responses = sample(make_gpt2(), QUERIES, limits, eos_token_id=None)
@@ -179,6 +180,7 @@ def always(token: int) -> Any:
     return model
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_the_end_of_text_token_ends_a_response_and_is_part_of_it() -> None:
     responses = sample(always(EOS), QUERIES, [6] * 5)
     assert [response.tolist() for response in responses] == [[EOS]] * 5
@@ -186,6 +188,7 @@ def test_the_end_of_text_token_ends_a_response_and_is_part_of_it() -> None:
     assert [response.tolist() for response in responses] == [[4, 4, 4]] * 5
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_any_of_several_end_tokens_ends_a_response_and_without_one_none_does() -> None:
     assert sample(always(4), QUERIES[:1], [6], eos_token_id=[9, 4])[0].tolist() == [4]
     assert sample(always(EOS), QUERIES[:1], [4], eos_token_id=None)[0].tolist() == [EOS] * 4
@@ -231,6 +234,7 @@ def skewed(model: Any) -> Any:
     return model
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_the_models_own_generation_config_changes_nothing_and_is_left_as_it_was() -> None:
     plain, model = make_gpt2(), skewed(make_gpt2())
     before = model.generation_config.to_dict()
@@ -280,6 +284,7 @@ def test_an_error_while_sampling_leaves_mode_and_generation_config_as_they_were(
     assert model.generation_config is before
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_dropout_is_off_while_sampling_and_every_module_is_as_before_afterwards() -> None:
     model = make_gpt2(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     expected = [greedy_by_hand(model, query, 6) for query in QUERIES]
@@ -312,6 +317,7 @@ def test_the_keywords_of_the_classic_tutorial_are_taken() -> None:
     assert [r.tolist() for r in tutorial] == [r.tolist() for r in pure]
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_sampling_settings_that_are_passed_have_their_effect() -> None:
     model = make_gpt2()
     torch.manual_seed(0)

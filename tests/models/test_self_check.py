@@ -192,6 +192,7 @@ def test_what_a_user_puts_on_the_output_layer_counts(name: str, change: str) -> 
     assert_right(Policy(model, summary_dropout_prob=0.0))
 
 
+@pytest.mark.usefixtures("fast_paths")
 @pytest.mark.parametrize("change", ["hook", "cast to float", "forward replaced"])
 def test_a_change_of_the_output_layer_after_the_self_check_counts(change: str) -> None:
     policy = Policy(make_model("llama"), summary_dropout_prob=0.0)

@@ -46,6 +46,7 @@ def model_from(tensors: dict[str, torch.Tensor], prefix: str, config: dict[str, 
     return policy
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("case", CASES)
 def test_step_gives_what_trl_gave(case: str) -> None:
     tensors = load_file(DATA / f"{case}.safetensors")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ppo_cli.config.loading import load_config
 from ppo_cli.errors import UsageError
 from ppo_cli.ppo.forward import check_reading
 from ppo_cli.training.build import build_training
-from ppo_cli.utils.device import computes_bfloat16, keep_freed_memory, mixed_precision
+from ppo_cli.utils.device import computes_bfloat16, mixed_precision
 from tests.conftest import SMALL_RUN, make_batch, make_gpt2, make_policy, make_trainer, weights
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
@@ -186,45 +185,3 @@ def test_the_configurations_precision_reaches_the_trainer_and_accelerates_own_wi
     else:
         assert build_training(config).trainer.accelerator.mixed_precision == expected
     assert list(tmp_path.iterdir()) == []
-
-
-# ---------------------------------------------------------------- memory
-
-
-@pytest.mark.parametrize("error", [OSError, AttributeError, TypeError])
-def test_keeping_freed_memory_is_not_to_be_had_everywhere_but_never_an_error(
-    error: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(name: None) -> Any:
-        raise error
-
-    monkeypatch.setattr(ctypes, "CDLL", refuse)
-    keep_freed_memory()
-
-
-@pytest.mark.parametrize("largest_threshold", [0, 2**25, 2**30])
-def test_keeping_freed_memory_takes_what_glibc_accepts_and_may_be_asked_twice(
-    largest_threshold: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keep_freed_memory()
-    keep_freed_memory()
-    accepted: dict[int, int] = {}
-
-    class Library:
-        def mallopt(self, parameter: int, value: int) -> int:
-            assert 0 < value < 2**31  # C's int
-            if parameter == -3 and value > largest_threshold:
-                return 0
-            assert parameter not in accepted
-            accepted[parameter] = value
-            return 1
-
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
-    keep_freed_memory()
-    assert set(accepted) == {-1, -2} | ({-3} if largest_threshold else set())
-    assert accepted.get(-3, 0) == largest_threshold
-
-
-def test_keeping_freed_memory_does_without_mallopt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # musl: no such function
-    keep_freed_memory()

@@ -41,6 +41,7 @@ def finite(stats: dict[str, Any]) -> bool:
     return all(np.isfinite(value).all() for value in stats.values())
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_step_returns_every_statistic_and_no_other() -> None:
     stats = make_trainer().step(*make_batch())
     assert set(stats) == set(STATISTICS)
@@ -83,6 +84,7 @@ def test_whitened_rewards_do_not_depend_on_padding() -> None:  # 2
     np.testing.assert_allclose(advantages_of_first(0), advantages_of_first(20), atol=1e-5)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_gradient_checkpointing_recomputes_and_changes_no_number() -> None:  # 4
     calls = {False: 0, True: 0}
     finals = []
@@ -114,6 +116,7 @@ def test_dropout_is_off_while_sampling_and_modes_are_kept() -> None:  # 3, 5
     assert policy.training
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_first_epoch_has_ratio_one_with_dropout_in_the_model() -> None:  # 3
     policy = make_policy(resid_pdrop=0.5, attn_pdrop=0.5)
     policy.train()
@@ -177,6 +180,7 @@ def test_accumulation_does_not_depend_on_the_dataloader() -> None:  # 9
     torch.testing.assert_close(finals[0], finals[1])
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_masked_and_empty_responses_take_part_in_nothing() -> None:  # 10
     queries, responses, scores = make_batch()
     masks = [torch.ones_like(r) for r in responses]
@@ -249,6 +253,7 @@ def test_reference_response_of_a_peft_policy_is_sampled_without_the_adapter() ->
     assert tuned.tolist() != expected.tolist()
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_peft_step_measures_kl_from_the_base_model() -> None:  # 12
     from peft import LoraConfig
 
@@ -311,6 +316,7 @@ def test_responses_end_by_all_that_model_and_tokenizer_name_or_by_what_the_calle
     assert {row[-1] for row in rows if len(row) < 12} == ends
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_single_query_gives_a_row_and_return_prompt_false_the_response_alone() -> None:
     trainer = make_trainer()
     query = torch.tensor([EOS, 1, 2])
@@ -359,6 +365,7 @@ def test_constructor_leaves_the_global_random_states_alone() -> None:  # 17
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_the_seed_decides_samples_and_weights() -> None:
     def run(seed: int) -> tuple[list[int], torch.Tensor]:
         trainer = make_trainer(make_policy(), seed=seed, mini_batch_size=2)

@@ -33,6 +33,7 @@ from tests.conftest import (
 Stats = dict[str, Any]
 WIDTH = make_gpt2().config.n_embd
 ROWS_AT_ONCE = 7  # of the embeddings, where Adam takes them in pieces
+pytestmark = pytest.mark.usefixtures("fast_paths")
 
 
 def descent(policy: torch.nn.Module) -> torch.optim.Optimizer:
