@@ -81,6 +81,7 @@ def train(
 ) -> int:
     """Tune a language model with PPO towards a sentiment."""
     from ppo_cli.cli.console import hush, note, print_tables, write_json
+    from ppo_cli.kernels.switch import configured
 
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other: keep the run or replace it")
@@ -100,10 +101,8 @@ def train(
     else:
         settings = _settings_to_start(config, assignments or [], overrides, overwrite)
 
-    from ppo_cli.kernels.switch import configured
-
-    # The request is known to be sound; only now come the imports that take seconds.
     kernels = configured(settings.policy.kernels)
+    # The request is known to be sound; only now come the imports that take seconds.
     from ppo_cli.cli.display import make_display
     from ppo_cli.reporting.tables import summary_table
     from ppo_cli.training.build import build_training
