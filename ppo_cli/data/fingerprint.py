@@ -62,11 +62,11 @@ class Inputs:
         records: from `run.yaml`; anything that is not a record is ignored.
 
     Attributes:
-        told: changes that were shown to the user already.
+        shown: changes that were shown to the user already.
     """
 
     def __init__(self, records: Any) -> None:
-        self.told: set[str] = set()
+        self.shown: set[str] = set()
         known = records.items() if isinstance(records, dict) else ()
         self.records: dict[str, Record] = {
             key: record

@@ -118,8 +118,8 @@ def find_input(
         return name, revision
     found = inputs.find(key, name, revision)
     for change in found.changes:
-        if change not in inputs.told:
-            inputs.told.add(change)
+        if change not in inputs.shown:
+            inputs.shown.add(change)
             warnings.warn(f"not as it was when the run began: {change}", stacklevel=2)
     return found.name, found.revision
 
