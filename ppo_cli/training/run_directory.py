@@ -215,13 +215,13 @@ class RunDirectory:
         )
 
     def record(self, config: RunConfig, facts: Mapping[str, Any] | None = None) -> None:
-        """Write `run.yaml`: versions, commit, `facts` (machine and inputs), configuration."""
+        """Write `run.yaml`: versions, commit, `facts` (machine, kernels, inputs), configuration."""
         self.inventory.add(LISTED)  # runs of earlier releases have no list
         record = {**code(), **(facts or {}), "config": config.model_dump(mode="json")}
         write_text(self.path / CONFIG_FILE, dump_yaml(record))
 
     def recorded(self) -> dict[str, Any]:
-        """Read `run.yaml` without the configuration: versions, commit, machine, inputs."""
+        """Read `run.yaml` without the configuration: versions, commit, machine, kernels, inputs."""
         record = read_yaml(self.path / CONFIG_FILE)
         if not isinstance(record, dict):
             return {}

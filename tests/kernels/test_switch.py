@@ -210,7 +210,7 @@ ENTRIES: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     "lm_head": (policy_module, "token_logprobs_and_entropies", work),
     "tied_embeddings": (TiedGradient, "leave", work),
     "packing": (packing_module, "balanced_rows", work),
-    "decode_loop": (sampling_module, "decode_responses", work),
+    "decode_loop": (sampling_module, "decode_cached", work),
     "kv_cache": (kv_cache._RoomyLayer, "update", work),
     "cuda_graph": (Model, "allows", lambda: decode_loop._is_worth_recording(Model(), 20)),
     "optimizer_in_backward": (optimizer_step._PartialStep, "move", work),
