@@ -78,6 +78,10 @@ class Workload:
         warnings.filterwarnings("ignore")
         if who == "ours":
             from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+            from ppo_cli.kernels.allocator import keep_few_kernels, keep_freed_memory
+
+            keep_few_kernels()
+            keep_freed_memory()
         else:
             from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
         from tokenizers import Tokenizer
