@@ -1,4 +1,4 @@
-"""GELU as most language models compute it, in one kernel or by a faster formula."""
+"""GELU's tanh approximation in one kernel, or by a faster formula."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 
+from ppo_cli.kernels.switch import is_enabled
+
 SAME_FUNCTION = (NewGELUActivation, FastGELUActivation, GELUTanh)
 AT_ONCE = 2**20  # numbers that the cache holds
 _GELU_BACKWARD = torch.ops.aten.gelu_backward.default  # looked up once: that takes as long as it
@@ -17,11 +19,23 @@ CUBE, SCALE = 0.044715, 2 * math.sqrt(2 / math.pi)
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """Replace a model's activations that are GELU's tanh approximation by `TanhGELU`."""
+    """Replace a model's activations that are GELU's tanh approximation by torch's `GELU`.
+
+    transformers computes most of them by a formula of eight kernels, each of which keeps its result
+    for the backward pass.
+    """
+    if not is_enabled("gelu"):
+        return
     for module in model.modules():
         for name, child in module.named_children():
             if type(child) in SAME_FUNCTION:
-                setattr(module, name, TanhGELU())
+                by_sigmoid = is_enabled("sigmoid")
+                setattr(module, name, TanhGELU() if by_sigmoid else nn.GELU(approximate="tanh"))
+
+
+def has_fused_activations(model: nn.Module) -> bool:
+    """Whether a model has activations such as `fuse_activations` puts there."""
+    return any(isinstance(m, nn.GELU) and m.approximate == "tanh" for m in model.modules())
 
 
 class TanhGELU(nn.GELU):

@@ -37,7 +37,8 @@ PATHS = {
     "allocator": "freed memory kept by the C library, few compiled kernels kept by oneDNN",
     "imports": "`generate` and `compare` import transformers without the compiler",
     "feed_forward": "the last feed-forward network at the positions needed (with lm_head)",
-    "gelu": "GELU by the sigmoid on a CPU",
+    "gelu": "GELU's tanh approximation by one kernel of torch in place of transformers' formula",
+    "sigmoid": "that GELU by the sigmoid on a CPU in float32 (with gelu)",
 }
 """Name -> what the path does."""
 
@@ -56,8 +57,8 @@ _choice: ContextVar[_Choice | None] = ContextVar("kernels", default=None)
 def using(setting: str, source: str = "using") -> Iterator[None]:
     """Inside the block `setting` decides which fast paths this thread takes.
 
-    It overrides the environment. A model or trainer that is made inside and used outside takes the
-    paths that are on where it is used.
+    It overrides the environment. A path is taken where it is on while a policy samples or learns,
+    wherever policy and trainer were made; `gelu` alone is decided when a policy is made.
 
     Args:
         setting: as the value of `PPO_CLI_KERNELS`.

@@ -25,7 +25,6 @@ from ppo_cli.kernels.lm_head import (
     token_logprobs,
     token_logprobs_and_entropies,
 )
-from ppo_cli.kernels.switch import is_enabled
 from ppo_cli.kernels.tied_embeddings import tied_gradient
 from ppo_cli.models.architectures import (
     activation_checkpointing,
@@ -76,8 +75,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             pretrained_model, "disable_adapter"
         )
         self.pretrained_model = pretrained_model
-        if is_enabled("gelu"):
-            fuse_activations(pretrained_model)
+        fuse_activations(pretrained_model)
         keep_weights_as_stored(self._base_model)
         refuse_if_not_causal(self._base_model.config, type(self._base_model))
         if summary_dropout_prob is None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ppo_cli.kernels.gelu import TanhGELU
+from ppo_cli.kernels.gelu import has_fused_activations
 from ppo_cli.kernels.matmul import is_worthwhile, prefers_onednn
 from ppo_cli.kernels.switch import PATHS, is_enabled, reason_off
 from ppo_cli.kernels.tied_embeddings import has_tied_embeddings
@@ -38,7 +38,7 @@ def fast_paths(trainer: PPOTrainer, *, keeps_memory: bool) -> dict[str, str]:
     is_loop = check_sampling(policy, trainer.tokenizer.pad_token_id) == "loop"
     step = OptimizerStep(trainer.model, trainer.optimizer, trainer.accelerator, trainer.config)
     in_loop = None if is_loop else NEEDS_LOOP
-    activations = any(isinstance(module, TanhGELU) for module in policy.modules())
+    fused = has_fused_activations(policy)
 
     obstacles: dict[str, str | None] = {
         "matmul": _obstacle_to_matmul(policy, units=units) if on_cpu else "on a CPU alone",
@@ -67,7 +67,8 @@ def fast_paths(trainer: PPOTrainer, *, keeps_memory: bool) -> dict[str, str]:
         "allocator": _unless(keeps_memory, "the C library is not glibc"),
         "imports": "in generate and compare alone",
         "feed_forward": _unless(reading.narrow and on_cpu, "needs lm_head, and a CPU"),
-        "gelu": _unless(activations and on_cpu and not is_bf16, "on a CPU in float32 alone"),
+        "gelu": None if fused else "the model has no such activation",
+        "sigmoid": _unless(fused and on_cpu and not is_bf16, "on a CPU in float32 alone"),
     }
     return {name: (obstacles[name] or USED) if is_enabled(name) else reason_off() for name in PATHS}
 

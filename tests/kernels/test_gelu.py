@@ -10,7 +10,7 @@ from torch import nn
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 
 from ppo_cli.kernels import gelu
-from ppo_cli.kernels.gelu import TanhGELU, fuse_activations
+from ppo_cli.kernels.gelu import TanhGELU, fuse_activations, has_fused_activations
 from ppo_cli.kernels.switch import using
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from tests.conftest import make_gpt2
@@ -79,9 +79,12 @@ def test_other_activations_stay_as_they_are() -> None:
         assert [type(module) for module in model.modules()] == before
 
 
-@pytest.mark.parametrize("setting", ["auto", "-gelu"])
-def test_the_switch_decides(setting: str) -> None:
+@pytest.mark.parametrize(
+    ("setting", "kind"),
+    [("auto", TanhGELU), ("-sigmoid", nn.GELU), ("-gelu", NewGELUActivation)],
+)
+def test_the_switch_decides(setting: str, kind: type) -> None:
     with using(setting):
         policy = AutoModelForCausalLMWithValueHead(make_gpt2())
-    fused = any(isinstance(module, TanhGELU) for module in policy.modules())
-    assert fused == (setting == "auto")
+    assert {type(block.mlp.act) for block in policy.pretrained_model.transformer.h} == {kind}
+    assert has_fused_activations(policy) == (setting != "-gelu")
