@@ -16,14 +16,15 @@ from ppo_cli.kernels.switch import is_enabled
 ALIGNMENT = 8  # tokens: attention on a GPU copies a mask whose rows are not a multiple of it
 
 
-def roomy_cache(config: Any, capacity: int) -> DynamicCache:
+def preallocated_cache(config: Any, capacity: int) -> DynamicCache:
     """transformers' own cache, its plain layers with room for `capacity` tokens from the start."""
     cache = DynamicCache(config=config)
     if not is_enabled("kv_cache"):
         return cache
     capacity += -capacity % ALIGNMENT
     cache.layers = [
-        _RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers
+        _PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer
+        for layer in cache.layers
     ]
     return cache
 
@@ -48,7 +49,7 @@ def _keyword(kind: Any) -> str:
     return "cache" if is_renamed else "past_key_values"
 
 
-def hold_still(cache: DynamicCache, slot: Tensor) -> int:
+def make_static(cache: DynamicCache, slot: Tensor) -> int:
     """From now on layers write one token at `slot`, (1,) on the device, and show all their room.
 
     What each step reads and writes then has one shape and one place. The attention mask has to
@@ -61,13 +62,13 @@ def hold_still(cache: DynamicCache, slot: Tensor) -> int:
         UnsuitableModel: a layer has a window, or is of another kind.
     """
     for layer in cache.layers:
-        if not isinstance(layer, _RoomyLayer):
+        if not isinstance(layer, _PreallocatedLayer):
             raise UnsuitableModel(f"a {type(layer).__name__} has no fixed room")
-        layer.hold_still(slot)
+        layer.make_static(slot)
     return cache.layers[0].capacity
 
 
-class _RoomyLayer(DynamicLayer):
+class _PreallocatedLayer(DynamicLayer):
     """Keys and values in a buffer allocated once, instead of a longer copy each token."""
 
     keys: Tensor
@@ -97,7 +98,7 @@ class _RoomyLayer(DynamicLayer):
         self._show()
         return self.keys, self.values
 
-    def hold_still(self, slot: Tensor) -> None:
+    def make_static(self, slot: Tensor) -> None:
         """As the function of this name says, once something was read."""
         if self._buffers is None:
             raise UnsuitableModel("a layer that has read nothing has no room yet")

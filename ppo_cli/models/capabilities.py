@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ppo_cli.errors import UnsuitableModel, is_out_of_memory
 from ppo_cli.kernels.attention import block_mask
 from ppo_cli.kernels.feed_forward import last_feed_forward_at
-from ppo_cli.kernels.kv_cache import cache_argument, has_windows, hold_still, roomy_cache
+from ppo_cli.kernels.kv_cache import cache_argument, has_windows, make_static, preallocated_cache
 from ppo_cli.kernels.patches import PASSED_ON, fast_matmul
 from ppo_cli.kernels.switch import enabled, is_enabled
 from ppo_cli.utils.device import modes_kept
@@ -272,7 +272,7 @@ def reads_block_mask(model: Any) -> bool:
 
 
 @_checked_once
-def reads_still_cache(model: Any) -> bool:
+def reads_static_cache(model: Any) -> bool:
     """Whether a causal model reads a cache of fixed size, of which a mask says what is written.
 
     The next token's hidden state must be the one that a growing cache gives. Models with windows
@@ -287,12 +287,12 @@ def reads_still_cache(model: Any) -> bool:
             return _hidden(model.base_model(input_ids=tokens, use_cache=True, **inputs))[:, -1]
 
     with unsuitable_errors():
-        growing, still = (roomy_cache(model.config, ids.shape[1] + 2) for _ in range(2))
+        growing, still = (preallocated_cache(model.config, ids.shape[1] + 2) for _ in range(2))
     for cache in (growing, still):
         read(ids, mask, positions, cache)
     at, seen = positions[:, -1:] + 1, torch.cat([mask, mask[:, -1:]], 1)
     expected = read(next_ids, seen, at, growing)
-    room = hold_still(still, at.new_tensor([ids.shape[1]]))
+    room = make_static(still, at.new_tensor([ids.shape[1]]))
     seen = torch.nn.functional.pad(seen, (0, room - seen.shape[1]))[:, None, None].bool()
     return same(read(next_ids, seen, at, still), expected, precision(model))
 

@@ -16,9 +16,9 @@ from transformers import (
 
 from ppo_cli.errors import NumericalError
 from ppo_cli.kernels.cuda_graph import NotReplayable, Replayed
-from ppo_cli.kernels.kv_cache import hold_still, roomy_cache
+from ppo_cli.kernels.kv_cache import make_static, preallocated_cache
 from ppo_cli.kernels.switch import is_enabled
-from ppo_cli.models.capabilities import reads_still_cache
+from ppo_cli.models.capabilities import reads_static_cache
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling_params import SamplingParams
 
@@ -124,7 +124,7 @@ def _by_replays(drawn: _Drawn, first: _GrowingStep) -> list[Tensor]:
     first()
     if not drawn.rows_left():
         return drawn.responses()
-    step = Replayed(_StillStep(first), policy.device, proven=_proven.get(policy) == hooks)
+    step = Replayed(_StaticStep(first), policy.device, proven=_proven.get(policy) == hooks)
     step()
     _proven[policy] = hooks
     for done in range(1, drawn.longest - 1):
@@ -145,7 +145,7 @@ def _is_worth_recording(policy: AutoModelForCausalLMWithValueHead, longest: int)
         and longest - 2 >= FEWEST_REPLAYS
         and all(parameter.device == policy.device for parameter in policy.parameters())
         and policy not in _not_replayable
-        and policy.allows(reads_still_cache)
+        and policy.allows(reads_static_cache)
     )
 
 
@@ -225,7 +225,7 @@ class _GrowingStep:
         self.on_logits = on_logits
         count, self.width = input_ids.shape
         self.policy, self.drawn = policy, drawn
-        self.cache = roomy_cache(policy.config, self.width + drawn.longest)
+        self.cache = preallocated_cache(policy.config, self.width + drawn.longest)
         self.projection = policy.ready_projection(rows=count, times=drawn.longest)
         self.rows = torch.arange(count, device=input_ids.device)  # that the cache has
         self.ids, self.positions = input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -258,7 +258,7 @@ class _GrowingStep:
         )
 
 
-class _StillStep:
+class _StaticStep:
     """Draws one more token for each row, with the same work on the same tensors every time.
 
     Args:
@@ -268,7 +268,7 @@ class _StillStep:
     def __init__(self, begun: _GrowingStep) -> None:
         self._begun = begun
         self._slot = begun.rows.new_tensor([begun.width - 1])
-        room = hold_still(begun.cache, self._slot)
+        room = make_static(begun.cache, self._slot)
         written = begun.mask[:, : begun.width - 1].bool()
         free = room - written.shape[1]
         self._mask = torch.nn.functional.pad(written, (0, free), value=False)[:, None, None]

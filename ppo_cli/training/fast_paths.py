@@ -13,7 +13,7 @@ from ppo_cli.kernels.gelu import has_fused_activations
 from ppo_cli.kernels.matmul import is_worthwhile, prefers_onednn
 from ppo_cli.kernels.switch import PATHS, is_enabled, reason_off
 from ppo_cli.kernels.tied_embeddings import has_tied_embeddings
-from ppo_cli.models.capabilities import reads_still_cache
+from ppo_cli.models.capabilities import reads_static_cache
 from ppo_cli.models.sampling import check_sampling
 from ppo_cli.ppo.optimizer_step import OptimizerStep
 from ppo_cli.ppo.trainer import PPOTrainer
@@ -60,7 +60,7 @@ def fast_paths(trainer: PPOTrainer, *, keeps_memory: bool) -> dict[str, str]:
         "cuda_graph": _unless(on_cuda, "needs a CUDA GPU")
         or in_loop
         or _unless(
-            is_enabled("kv_cache") and policy.allows(reads_still_cache),
+            is_enabled("kv_cache") and policy.allows(reads_static_cache),
             "the model reads no cache of a fixed size",
         ),
         "optimizer_in_backward": step.reason_after_backward,

@@ -45,8 +45,8 @@ CODE: dict[str, dict[str, tuple[str, ...]]] = {
     "kv_cache": {"kernels/kv_cache.py": ()},
     "cuda_graph": {
         "kernels/cuda_graph.py": (),
-        "models/decode_loop.py": ("_by_replays", "_is_worth_recording", "_StillStep"),
-        "models/capabilities.py": ("reads_still_cache",),
+        "models/decode_loop.py": ("_by_replays", "_is_worth_recording", "_StaticStep"),
+        "models/capabilities.py": ("reads_static_cache",),
     },
     "optimizer_in_backward": {
         "ppo/optimizer_step.py": ("make_state", "within_backward", "_PartialStep"),

@@ -211,7 +211,7 @@ ENTRIES: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     "tied_embeddings": (TiedGradient, "leave", work),
     "packing": (packing_module, "balanced_rows", work),
     "decode_loop": (sampling_module, "decode_cached", work),
-    "kv_cache": (kv_cache._RoomyLayer, "update", work),
+    "kv_cache": (kv_cache._PreallocatedLayer, "update", work),
     "cuda_graph": (Model, "allows", lambda: decode_loop._is_worth_recording(Model(), 20)),
     "optimizer_in_backward": (optimizer_step._PartialStep, "move", work),
     "allocator": (ctypes, "CDLL", allocator.keep_freed_memory),

@@ -15,7 +15,7 @@ from ppo_cli.models.capabilities import (
     ends_in_output_layer,
     reads_block_mask,
     reads_packed,
-    reads_still_cache,
+    reads_static_cache,
 )
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.ppo.forward import token_forward
@@ -124,7 +124,7 @@ def test_the_probes_tell_architectures_apart(name: str) -> None:
     policy = AutoModelForCausalLMWithValueHead(model)
     assert tuple(map(policy.allows, (reads_packed, ends_in_output_layer))) == (packed, plain)
     assert policy.allows(reads_block_mask) is (name in MASKED)
-    assert policy.allows(reads_still_cache) is (name in MASKED | {"opt, learned positions"})
+    assert policy.allows(reads_static_cache) is (name in MASKED | {"opt, learned positions"})
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

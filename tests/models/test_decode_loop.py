@@ -16,7 +16,7 @@ from ppo_cli.errors import NumericalError
 from ppo_cli.kernels import kv_cache
 from ppo_cli.kernels.cuda_graph import NotReplayable
 from ppo_cli.models import decode_loop, sampling
-from ppo_cli.models.capabilities import reads_packed, reads_still_cache
+from ppo_cli.models.capabilities import reads_packed, reads_static_cache
 from ppo_cli.models.decode_loop import decode_cached, draw
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling import sample_responses
@@ -431,7 +431,7 @@ def test_steps_of_one_shape_draw_what_growing_ones_draw(
     name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = make_policy(name)
-    assert policy.allows(reads_still_cache)
+    assert policy.allows(reads_static_cache)
     with_uniforms(monkeypatch, list(range(len(QUERIES))))
     expected = sample(policy, QUERIES, LIMITS, **settings)
     monkeypatch.setattr(decode_loop, "_is_worth_recording", lambda *_: True)
@@ -442,14 +442,14 @@ def test_steps_of_one_shape_draw_what_growing_ones_draw(
 def test_what_lies_in_room_that_was_not_written_does_not_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    policy, room = make_policy(), kv_cache._RoomyLayer._room
+    policy, room = make_policy(), kv_cache._PreallocatedLayer._room
     with_uniforms(monkeypatch, list(range(len(QUERIES))))
     expected = sample(policy, QUERIES, LIMITS)
 
     def dirty(self: Any, like: Tensor, rows: int) -> Tensor:
         return room(self, like, rows).fill_(torch.nan)
 
-    monkeypatch.setattr(kv_cache._RoomyLayer, "_room", dirty)
+    monkeypatch.setattr(kv_cache._PreallocatedLayer, "_room", dirty)
     monkeypatch.setattr(decode_loop, "_is_worth_recording", lambda *_: True)
     monkeypatch.setattr(decode_loop, "Replayed", Repeated)
     assert sample(policy, QUERIES, LIMITS) == expected

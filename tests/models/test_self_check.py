@@ -329,9 +329,9 @@ def test_an_error_of_our_own_code_in_a_self_check_is_raised(
         raise TypeError("a bug")
 
     monkeypatch.setitem(broken.__globals__, "__name__", "ppo_cli.kernels.kv_cache")
-    monkeypatch.setattr(capabilities, "roomy_cache", broken)
+    monkeypatch.setattr(capabilities, "preallocated_cache", broken)
     with pytest.raises(TypeError, match="a bug"):
-        capabilities.reads_still_cache(make_gpt2())
+        capabilities.reads_static_cache(make_gpt2())
 
 
 def test_a_model_whose_own_shapes_do_not_fit_is_refused_and_not_called_a_bug() -> None:
