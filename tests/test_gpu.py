@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, decoding
-from ppo_cli.kernels.cuda_graph import nothing_waits
+from ppo_cli.kernels.cuda_graph import no_gpu_sync
 from ppo_cli.ppo import optimizer_step
 from ppo_cli.ppo.update import Update
 from tests.conftest import (
@@ -69,7 +69,7 @@ def test_the_optimisation_loop_never_waits_for_the_gpu(
 
     def watched(self: Update, *args: Any) -> Any:
         runs.append(1)
-        with nothing_waits():
+        with no_gpu_sync():
             return run(self, *args)
 
     trainer = make_trainer(**UPDATES[name])
@@ -82,7 +82,7 @@ def test_the_optimisation_loop_never_waits_for_the_gpu(
 
 
 def test_waiting_would_be_noticed() -> None:
-    with nothing_waits(), pytest.raises(RuntimeError, match="synchronizing"):
+    with no_gpu_sync(), pytest.raises(RuntimeError, match="synchronizing"):
         torch.ones(3, device="cuda").sum().item()
 
 
@@ -196,7 +196,7 @@ def test_a_model_that_waits_for_the_gpu_is_sampled_from_all_the_same(
     for _ in range(2):
         assert sample(waiting, queries, LIMITS) == expected
     assert not replays
-    assert waiting in decoding._not_replayable
+    assert waiting in decoding._not_capturable
     torch.ones(10**7, device="cuda").sum().item()  # nothing is left in a recording's hands
 
 

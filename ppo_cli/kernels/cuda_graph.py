@@ -24,11 +24,11 @@ class _Recordings(threading.local):
 _RECORDINGS = _Recordings()
 
 
-class NotReplayable(RuntimeError):
+class NotCapturable(RuntimeError):
     """A step that does not do the same each time, or has to wait for the GPU."""
 
 
-class Replayed:
+class GraphedStep:
     """A step as a CUDA graph: the first call takes it once as it is and records it, others replay.
 
     A small model's step is some hundred kernels of a few microseconds each, which take longer to
@@ -42,7 +42,7 @@ class Replayed:
             other threads that wait for a GPU.
 
     Raises:
-        NotReplayable: by the first call, in the middle of the step, which may be half done.
+        NotCapturable: by the first call, in the middle of the step, which may be half done.
     """
 
     def __init__(self, step: Callable[[], None], device: torch.device, *, proven: bool) -> None:
@@ -60,7 +60,7 @@ class Replayed:
         try:
             with torch.cuda.stream(beside):
                 # A recording that fails may leave the allocator confused: watch the step before it.
-                with nullcontext() if self._proven else nothing_waits():
+                with nullcontext() if self._proven else no_gpu_sync():
                     self._step()
                 # Not torch.cuda.graph, which gives all unused memory back to the driver first.
                 graph = torch.cuda.CUDAGraph()
@@ -73,7 +73,7 @@ class Replayed:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise NotReplayable(str(error)) from error
+            raise NotCapturable(str(error)) from error
         finally:
             here.wait_stream(beside)
         self._graph = graph
@@ -81,7 +81,7 @@ class Replayed:
 
 
 @contextmanager
-def nothing_waits() -> Iterator[None]:
+def no_gpu_sync() -> Iterator[None]:
     """Raise RuntimeError where the CPU, any thread of it, would wait for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():

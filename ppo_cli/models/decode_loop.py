@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from ppo_cli.errors import NumericalError
-from ppo_cli.kernels.cuda_graph import NotReplayable, Replayed
+from ppo_cli.kernels.cuda_graph import GraphedStep, NotCapturable
 from ppo_cli.kernels.kv_cache import make_static, preallocated_cache
 from ppo_cli.kernels.switch import is_enabled
 from ppo_cli.models.capabilities import reads_static_cache
@@ -30,7 +30,7 @@ LogitsCallback = Callable[[Tensor, Tensor], None]
 """Called for each token with the indices (b,) of the rows that it is drawn for, and their logits
 (b, V)."""
 
-_not_replayable: WeakSet[AutoModelForCausalLMWithValueHead] = WeakSet()
+_not_capturable: WeakSet[AutoModelForCausalLMWithValueHead] = WeakSet()
 # Models of which a step was recorded, with their number of hooks, which may change what they do.
 _proven: WeakKeyDictionary[AutoModelForCausalLMWithValueHead, int] = WeakKeyDictionary()
 
@@ -72,8 +72,8 @@ def decode_cached(
     if on_logits is None and _is_worth_recording(policy, max(limits)):
         try:
             return _by_replays(*start())
-        except NotReplayable:
-            _not_replayable.add(policy)
+        except NotCapturable:
+            _not_capturable.add(policy)
     return _step_by_step(*start())
 
 
@@ -124,7 +124,7 @@ def _by_replays(drawn: _Drawn, first: _GrowingStep) -> list[Tensor]:
     first()
     if not drawn.rows_left():
         return drawn.responses()
-    step = Replayed(_StaticStep(first), policy.device, proven=_proven.get(policy) == hooks)
+    step = GraphedStep(_StaticStep(first), policy.device, proven=_proven.get(policy) == hooks)
     step()
     _proven[policy] = hooks
     for done in range(1, drawn.longest - 1):
@@ -144,7 +144,7 @@ def _is_worth_recording(policy: AutoModelForCausalLMWithValueHead, longest: int)
         and policy.device.type == "cuda"
         and longest - 2 >= FEWEST_REPLAYS
         and all(parameter.device == policy.device for parameter in policy.parameters())
-        and policy not in _not_replayable
+        and policy not in _not_capturable
         and policy.allows(reads_static_cache)
     )
 

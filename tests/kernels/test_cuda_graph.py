@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ppo_cli.kernels import cuda_graph
-from ppo_cli.kernels.cuda_graph import NotReplayable, Replayed
+from ppo_cli.kernels.cuda_graph import GraphedStep, NotCapturable
 
 GPU = torch.device("cuda", 1)
 
@@ -88,7 +88,7 @@ def test_the_first_call_takes_the_step_and_records_it_the_others_replay(
     def step() -> None:
         recording.append(any(graph.open for graph in cuda.graphs))
 
-    replayed = Replayed(step, GPU, proven=False)
+    replayed = GraphedStep(step, GPU, proven=False)
     for _ in range(4):
         replayed()
     assert recording == [False, True]
@@ -105,14 +105,14 @@ def test_a_step_is_watched_before_it_is_recorded_unless_it_is_proven(
     proven: bool, cuda: SimpleNamespace
 ) -> None:
     watched: list[str] = []
-    Replayed(lambda: watched.append(cuda.alarm[-1]), GPU, proven=proven)()
+    GraphedStep(lambda: watched.append(cuda.alarm[-1]), GPU, proven=proven)()
     assert watched == ["default" if proven else "error", "default"]
     assert cuda.alarm[-1] == "default"
 
 
 def test_recordings_on_one_device_have_one_stream_and_one_memory(cuda: SimpleNamespace) -> None:
     for device in (GPU, GPU, torch.device("cuda", 0), GPU):
-        Replayed(lambda: None, device, proven=True)()
+        GraphedStep(lambda: None, device, proven=True)()
     first, second, elsewhere, third = cuda.graphs
     assert (first.borrowed, elsewhere.borrowed) == (None, None)
     assert second.borrowed == third.borrowed == first.pool()
@@ -120,8 +120,8 @@ def test_recordings_on_one_device_have_one_stream_and_one_memory(cuda: SimpleNam
 
 
 def test_each_thread_records_in_memory_of_its_own(cuda: SimpleNamespace) -> None:
-    Replayed(lambda: None, GPU, proven=True)()
-    thread = threading.Thread(target=Replayed(lambda: None, GPU, proven=True))
+    GraphedStep(lambda: None, GPU, proven=True)()
+    thread = threading.Thread(target=GraphedStep(lambda: None, GPU, proven=True))
     thread.start()
     thread.join()
     assert [graph.borrowed for graph in cuda.graphs] == [None, None]
@@ -138,8 +138,8 @@ def test_a_step_that_fails_is_said_to_be_not_replayable_and_nothing_is_left_open
         if len(calls) == call:
             raise RuntimeError("called a synchronizing CUDA operation")
 
-    with pytest.raises(NotReplayable, match="synchronizing"):
-        Replayed(step, GPU, proven=False)()
+    with pytest.raises(NotCapturable, match="synchronizing"):
+        GraphedStep(step, GPU, proven=False)()
     assert cuda.alarm[-1] == "default"
     assert not any(graph.open for graph in cuda.graphs)
     assert cuda.here.waited == cuda.entered
@@ -151,4 +151,4 @@ def test_memory_that_runs_out_is_the_callers_to_hear_of(cuda: SimpleNamespace) -
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        Replayed(step, GPU, proven=True)()
+        GraphedStep(step, GPU, proven=True)()

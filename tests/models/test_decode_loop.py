@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from ppo_cli.errors import NumericalError
 from ppo_cli.kernels import kv_cache
-from ppo_cli.kernels.cuda_graph import NotReplayable
+from ppo_cli.kernels.cuda_graph import NotCapturable
 from ppo_cli.models import decode_loop, sampling
 from ppo_cli.models.capabilities import reads_packed, reads_static_cache
 from ppo_cli.models.decode_loop import decode_cached, draw
@@ -375,7 +375,7 @@ def test_a_row_that_ended_does_not_leave_the_context(monkeypatch: pytest.MonkeyP
     responses = sample(policy, queries, limits, eos_token_id=None, min_length=1)
     assert [len(response) for response in responses] == limits
     monkeypatch.setattr(decode_loop, "_is_worth_recording", lambda *_: True)
-    monkeypatch.setattr(decode_loop, "Replayed", Repeated)
+    monkeypatch.setattr(decode_loop, "GraphedStep", Repeated)
     responses = sample(policy, queries, limits, eos_token_id=None)
     assert [len(response) for response in responses] == limits
 
@@ -405,7 +405,7 @@ STILL = [name for name in ARCHITECTURES if "window" not in name]
 
 
 class Repeated:
-    """Takes the step of `Replayed` itself each time: without a GPU nothing can be recorded."""
+    """Takes the step of `GraphedStep` itself each time: without a GPU nothing can be recorded."""
 
     def __init__(self, step: Any, device: torch.device, *, proven: bool) -> None:
         self.step = step
@@ -435,7 +435,7 @@ def test_steps_of_one_shape_draw_what_growing_ones_draw(
     with_uniforms(monkeypatch, list(range(len(QUERIES))))
     expected = sample(policy, QUERIES, LIMITS, **settings)
     monkeypatch.setattr(decode_loop, "_is_worth_recording", lambda *_: True)
-    monkeypatch.setattr(decode_loop, "Replayed", Repeated)
+    monkeypatch.setattr(decode_loop, "GraphedStep", Repeated)
     assert sample(policy, QUERIES, LIMITS, **settings) == expected
 
 
@@ -451,7 +451,7 @@ def test_what_lies_in_room_that_was_not_written_does_not_matter(
 
     monkeypatch.setattr(kv_cache._PreallocatedLayer, "_room", dirty)
     monkeypatch.setattr(decode_loop, "_is_worth_recording", lambda *_: True)
-    monkeypatch.setattr(decode_loop, "Replayed", Repeated)
+    monkeypatch.setattr(decode_loop, "GraphedStep", Repeated)
     assert sample(policy, QUERIES, LIMITS) == expected
 
 
@@ -472,7 +472,7 @@ def test_replays_stop_once_all_rows_have_ended(
     needed = max(map(len, expected)) - 1  # after the first step
     assert needed < max(limits) - 1
     monkeypatch.setattr(decode_loop, "_is_worth_recording", lambda *_: True)
-    monkeypatch.setattr(decode_loop, "Replayed", Counted)
+    monkeypatch.setattr(decode_loop, "GraphedStep", Counted)
     monkeypatch.setattr(decode_loop, "REPLAYS_AT_ONCE", at_once)
     assert sample(policy, QUERIES, limits) == expected
     assert needed <= len(taken) <= min(needed + at_once, max(limits) - 1)
@@ -491,7 +491,7 @@ def test_a_step_that_cannot_be_replayed_is_taken_anew_and_the_model_remembered(
         def __call__(self) -> None:
             attempts.append(1)
             self.step()
-            raise NotReplayable("it waits")
+            raise NotCapturable("it waits")
 
     policy = tried(AutoModelForCausalLMWithValueHead(make_gpt2()).eval())
     with_uniforms(monkeypatch, list(range(len(QUERIES))))
@@ -500,13 +500,13 @@ def test_a_step_that_cannot_be_replayed_is_taken_anew_and_the_model_remembered(
     monkeypatch.setattr(
         decode_loop,
         "_is_worth_recording",
-        lambda policy, longest: policy not in decode_loop._not_replayable,
+        lambda policy, longest: policy not in decode_loop._not_capturable,
     )
-    monkeypatch.setattr(decode_loop, "Replayed", Refused)
+    monkeypatch.setattr(decode_loop, "GraphedStep", Refused)
     assert [sample(policy, QUERIES, LIMITS) for _ in range(2)] == [expected] * 2
     assert len(attempts) == 1
     assert not worth(policy, 100)
-    assert policy in decode_loop._not_replayable
+    assert policy in decode_loop._not_capturable
 
 
 def test_a_model_is_watched_the_first_time_and_when_it_has_other_hooks(
@@ -521,7 +521,7 @@ def test_a_model_is_watched_the_first_time_and_when_it_has_other_hooks(
 
     policy = tried(AutoModelForCausalLMWithValueHead(make_gpt2()).eval())
     monkeypatch.setattr(decode_loop, "_is_worth_recording", lambda *_: True)
-    monkeypatch.setattr(decode_loop, "Replayed", Known)
+    monkeypatch.setattr(decode_loop, "GraphedStep", Known)
     for _ in range(3):
         sample(policy, QUERIES, LIMITS)
     policy.pretrained_model.transformer.h[1].register_forward_hook(lambda *_: None)
