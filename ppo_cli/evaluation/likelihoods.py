@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppo_cli.evaluation.quality import Likelihoods
 from ppo_cli.kernels.lm_head import entropy, token_logprobs
-from ppo_cli.kernels.patches import fast_matmul
+from ppo_cli.kernels.patches import fast_layers
 from ppo_cli.ppo.forward import token_logits
 from ppo_cli.ppo.losses import full_kl
 from ppo_cli.ppo.packing import TokenBatch
@@ -52,7 +52,7 @@ def likelihoods(
     vocabulary = policy.config.get_text_config().vocab_size
     size = max(LOGITS_BYTES // (4 * vocabulary * longest), 1)
     parts = []
-    with modes_kept(policy), modes_kept(reference), fast_matmul():
+    with modes_kept(policy), modes_kept(reference), fast_layers():
         policy.eval()
         reference.eval()
         for indices in torch.arange(len(tokens)).split(size):

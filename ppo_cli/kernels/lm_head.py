@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ppo_cli.kernels.matmul import by_onednn, is_worthwhile, product, row_slices, wide_product
+from ppo_cli.kernels.matmul import by_onednn, is_large_weight, product, row_slices, wide_product
 from ppo_cli.kernels.tied_embeddings import TiedGradient, add_gradient
 from ppo_cli.utils.device import computes_bfloat16
 
@@ -268,7 +268,7 @@ def _times_weight(grad: Tensor, weight: Tensor) -> Tensor:
     for its rounding.
     """
     if grad.dtype == torch.float32:
-        return product(grad, weight.float().t(), worthwhile=is_worthwhile(weight))
+        return product(grad, weight.float().t(), worthwhile=is_large_weight(weight))
     total = grad.new_zeros(len(grad), weight.shape[1], dtype=torch.float32)
     for tile, embeddings in _without_common_part(weight, _common_part(weight), grad.dtype):
         total += grad[:, tile] @ embeddings

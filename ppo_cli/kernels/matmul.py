@@ -2,7 +2,7 @@
 
 On x86 torch multiplies float32 matrices with MKL, which uses AVX-512 on Intel's processors alone:
 on an AMD EPYC (Zen 5) it makes 220 GFLOP/s on two cores, where oneDNN, which torch brings along,
-reaches 470 in the same precision. `fast_matmul` sends linear layers there. Where a processor has
+reaches 470 in the same precision. `fast_layers` sends linear layers there. Where a processor has
 AVX2 at most, MKL is the faster of the two (Zen 3: by a fifth to a half), and stays.
 
 Under bfloat16 autocast it is oneDNN anyway. There layers that learn keep no copy of their weight,
@@ -31,9 +31,9 @@ _LINEAR = torch.nn.functional.linear
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, worthwhile: bool = True) -> Tensor:
     """`a @ b.T + bias` for a (M, K), b (N, K) and bias (N,), of any strides; not differentiable.
 
-    By oneDNN where it is the faster library, unless it is not `worthwhile`, see `is_worthwhile`.
+    By oneDNN where it is the faster library, unless it is not `worthwhile`, see `is_large_weight`.
     """
-    if worthwhile and a.dtype == torch.float32 and a.device.type == "cpu" and takes_onednn():
+    if worthwhile and a.dtype == torch.float32 and a.device.type == "cpu" and uses_onednn():
         return by_onednn(a, b, bias)
     return _LINEAR(a, b, bias)
 
@@ -44,7 +44,7 @@ def wide_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     Measured with AVX2: MKL multiplies by a piece of b that the cache holds a fifth to a third
     faster than by the whole, and oneDNN multiplies a few rows of a a sixth faster still.
     """
-    worthwhile = is_worthwhile(b)
+    worthwhile = is_large_weight(b)
     tiles = row_slices(len(b), b.shape[1], TILE_BYTES)
     by_mkl = a.device.type == "cpu" and not (worthwhile and prefers_onednn())
     if not is_enabled("matmul") or not by_mkl or 4 * b.shape[1] > TILE_BYTES or len(tiles) <= 2:
@@ -69,12 +69,12 @@ def row_slices(count: int, width: int, limit: int) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def is_worthwhile(weight: Tensor) -> bool:
+def is_large_weight(weight: Tensor) -> bool:
     """Whether products with a weight are large enough for oneDNN to be worth its memory."""
     return weight.numel() >= SMALLEST_WEIGHT
 
 
-def takes_onednn() -> bool:
+def uses_onednn() -> bool:
     """Whether float32 products take oneDNN: the path `matmul` is on, and it is the faster one."""
     return is_enabled("matmul") and prefers_onednn()
 

@@ -1,4 +1,4 @@
-"""Linear layers and attention of torch, replaced while a `fast_matmul` block is active."""
+"""Linear layers and attention of torch, replaced while a `fast_layers` block is active."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    dtype = None if input.dim() < 2 else _taken_over(input, weight, bias)
+    dtype = None if input.dim() < 2 else _compute_dtype(input, weight, bias)
     if dtype is None:
         return _REPLACED.before["linear"](input, weight, bias)
     flat: Tensor = _Linear.apply(input.flatten(0, -2), weight, bias, False, dtype)
@@ -68,7 +68,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Tensor:
-    dtype = None if kwargs or input.dim() != 1 else _taken_over(mat1, mat2, input)
+    dtype = None if kwargs or input.dim() != 1 else _compute_dtype(mat1, mat2, input)
     if dtype is None:
         return _REPLACED.before["addmm"](input, mat1, mat2, **kwargs)
     result: Tensor = _Linear.apply(mat1, mat2, input, True, dtype)
@@ -154,8 +154,8 @@ _REPLACED = _Replacements()
 
 
 @contextmanager
-def plain_matmul() -> Iterator[None]:
-    """Inside, torch's own layers and attention, in a block of `fast_matmul` too."""
+def plain_layers() -> Iterator[None]:
+    """Inside, torch's own layers and attention, in a block of `fast_layers` too."""
     token = _plain.set(True)
     try:
         yield
@@ -163,7 +163,7 @@ def plain_matmul() -> Iterator[None]:
         _plain.reset(token)
 
 
-def fast_matmul() -> AbstractContextManager[None]:
+def fast_layers() -> AbstractContextManager[None]:
     """Inside, linear layers and attention take the fastest way known.
 
     On a CPU float32 layers run on oneDNN where that is the faster library; under bfloat16 autocast
@@ -175,10 +175,10 @@ def fast_matmul() -> AbstractContextManager[None]:
     With the paths `matmul` and `attention` off nothing is replaced. Blocks of several threads that
     overlap are as the first of them.
     """
-    return _REPLACED if enabled() & {"matmul", "attention"} else plain_matmul()
+    return _REPLACED if enabled() & {"matmul", "attention"} else plain_layers()
 
 
-def _taken_over(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+def _compute_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
     """In what type `_Linear` computes a layer; None for a layer that is left to torch."""
     if _plain.get():
         return None
@@ -187,7 +187,7 @@ def _taken_over(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype |
         learns = x.requires_grad or weight.requires_grad
         useful, dtype = learns and torch.is_grad_enabled(), torch.get_autocast_dtype("cpu")
     else:
-        useful, dtype = matmul.is_worthwhile(weight) and matmul.prefers_onednn(), torch.float32
+        useful, dtype = matmul.is_large_weight(weight) and matmul.prefers_onednn(), torch.float32
     tensors = (x, weight) if bias is None else (x, weight, bias)
     suits = useful and all(
         tensor.dtype in (torch.float32, dtype)

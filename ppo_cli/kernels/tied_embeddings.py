@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ppo_cli.kernels.matmul import is_worthwhile, product, row_slices
+from ppo_cli.kernels.matmul import is_large_weight, product, row_slices
 from ppo_cli.kernels.switch import is_enabled
 
 PIECE_BYTES = 2**23  # of a gradient that is handed out in pieces
@@ -36,7 +36,7 @@ def add_gradient(
 
     It is the product of (N, V) `grad_logits` and (N, H) `hidden`.
     """
-    part = product(grad_logits.t(), hidden.t(), worthwhile=is_worthwhile(weight)).to(weight.dtype)
+    part = product(grad_logits.t(), hidden.t(), worthwhile=is_large_weight(weight)).to(weight.dtype)
     return part if total is None else total.add_(part)
 
 

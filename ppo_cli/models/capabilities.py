@@ -21,7 +21,7 @@ from ppo_cli.errors import UnsuitableModel, is_out_of_memory
 from ppo_cli.kernels.attention import block_mask
 from ppo_cli.kernels.feed_forward import last_feed_forward_at
 from ppo_cli.kernels.kv_cache import cache_argument, has_windows, make_static, preallocated_cache
-from ppo_cli.kernels.patches import PASSED_ON, fast_matmul
+from ppo_cli.kernels.patches import PASSED_ON, fast_layers
 from ppo_cli.kernels.switch import enabled, is_enabled
 from ppo_cli.utils.device import modes_kept
 
@@ -118,7 +118,7 @@ def _checked_once(capability: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def check(model: Any) -> bool:
         results = check_results(model)
         if capability not in results:
-            with torch.no_grad(), modes_kept(model), no_autocast(model), fast_matmul():
+            with torch.no_grad(), modes_kept(model), no_autocast(model), fast_layers():
                 model.eval()
                 try:
                     results[capability] = capability(model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppo_cli.errors import ModelError, UnsuitableModel
-from ppo_cli.kernels.patches import plain_matmul
+from ppo_cli.kernels.patches import plain_layers
 from ppo_cli.models.capabilities import no_autocast, rope_switch, unsuitable_errors
 from ppo_cli.models.context import context_length
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
@@ -77,7 +77,7 @@ def sample_logits(model: Any) -> Tensor:
     """Logits (N, V), float32, on the CPU, of plain forwards of the self-check's sequences."""
     queries, responses = queries_and_responses(model)
     rows = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
-    with undisturbed(model), plain_matmul():
+    with undisturbed(model), plain_layers():
         return torch.cat([plain_outputs(model, row)[0] for row in rows]).cpu()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppo_cli.data.prompts import BROKEN
 from ppo_cli.errors import UsageError
-from ppo_cli.kernels.patches import fast_matmul
+from ppo_cli.kernels.patches import fast_layers
 from ppo_cli.kernels.switch import is_enabled
 from ppo_cli.models.capabilities import reads_packed, rope_switch
 from ppo_cli.models.context import context_length
@@ -106,7 +106,7 @@ def sample_responses(
     responses: list[Tensor] = []
     # Our own loop leaves a row that has ended where it is; transformers reads on.
     context = None if method == "loop" else context_length(model)
-    with modes_kept(model), fast_matmul():
+    with modes_kept(model), fast_layers():
         model.eval()
         for batch in _batches(queries, max_new_tokens, batch_size or len(queries), context):
             limits = list(max_new_tokens[batch])
@@ -149,7 +149,7 @@ def _method(model: Any, settings: SamplingParams | GenerateSettings) -> Sampling
     def sample(
         method: SamplingMethod, queries: list[Tensor], limits: list[int], callback: LogitsCallback
     ) -> list[Tensor]:
-        with fast_matmul():
+        with fast_layers():
             return _sample_batch(model, queries, limits, pure, method, callback)
 
     return choose_sampling_method(model, methods, sample, pad_token_id=pad)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_cli.errors import ModelError, UnsuitableModel, UsageError
-from ppo_cli.kernels.patches import plain_matmul
+from ppo_cli.kernels.patches import plain_layers
 from ppo_cli.models.capabilities import (
     Reading,
     check_results,
@@ -108,7 +108,7 @@ def _samples_rightly(
             return False
         for i in SAMPLED:
             query, response = queries[i], responses[i]
-            with plain_matmul():
+            with plain_layers():
                 expected, _ = plain_outputs(model, torch.cat([query, response]))
             found = torch.stack(seen[i][: len(response)])
             if not same(found, expected[len(query) - 1 : -1], precision(language_model(model))):
@@ -173,7 +173,7 @@ def settle_reading(
 
     with undisturbed(policy):
         try:
-            with plain_matmul(), unsuitable_errors():
+            with plain_layers(), unsuitable_errors():
                 plain = PlainReading(policy)
                 outputs, gradients = with_gradients(lambda: plain(queries[SHORT], responses[SHORT]))
         except UnsuitableModel as error:
@@ -272,7 +272,7 @@ def _refuse(model: Any, does: Literal["samples", "reads"]) -> Any:
     _refuse_dynamic_quantisation(model)
     name = model_name(model)
     ids = queries_and_responses(model)[0][-1]
-    with torch.no_grad(), undisturbed(model), plain_matmul():
+    with torch.no_grad(), undisturbed(model), plain_layers():
         first, again = (plain_outputs(model, ids)[0] for _ in range(2))
     if not same(again, first):
         raise ModelError(

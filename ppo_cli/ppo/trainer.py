@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_cli.kernels.patches import fast_matmul
+from ppo_cli.kernels.patches import fast_layers
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling import sample_responses
 from ppo_cli.models.transformers_generate import new_token_limits
@@ -317,7 +317,7 @@ class PPOTrainer:
         checkpointing = self.config.gradient_checkpointing
         warming_up = self.current_step < self.config.value_warmup_steps
         dropout = dropout_off(self.model, keep_training_mode=checkpointing)
-        with dropout, head_alone(self.model) if warming_up else nullcontext(), fast_matmul():
+        with dropout, head_alone(self.model) if warming_up else nullcontext(), fast_layers():
             if checkpointing:
                 check_noise(self.model)
             yield

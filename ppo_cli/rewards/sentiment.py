@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppo_cli.errors import ModelError, UsageError, did_you_mean
-from ppo_cli.kernels.patches import fast_matmul
+from ppo_cli.kernels.patches import fast_layers
 from ppo_cli.models.context import UNLIMITED, context_length
 from ppo_cli.models.pretrained import tokenizer_of
 from ppo_cli.rewards.classifier import Padding, Row, is_same, load_classifier, rows_of
@@ -173,7 +173,7 @@ class SentimentReward:
 
     def _forward(self, rows: Sequence[Row]) -> Tensor:
         batch = {key: value.to(self.device) for key, value in self._padding.padded(rows).items()}
-        with fast_matmul():
+        with fast_layers():
             return self.classifier(**batch).logits.float().cpu()
 
     def probe(self) -> None:

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ppo_cli.kernels.gelu import has_fused_activations
-from ppo_cli.kernels.matmul import is_worthwhile, prefers_onednn
+from ppo_cli.kernels.matmul import is_large_weight, prefers_onednn
 from ppo_cli.kernels.switch import PATHS, is_enabled, reason_off
 from ppo_cli.kernels.tied_embeddings import has_tied_embeddings
 from ppo_cli.models.capabilities import reads_static_cache
@@ -92,7 +92,7 @@ def _obstacle_to_matmul(policy: nn.Module, *, units: bool) -> str | None:
         return None
     if not prefers_onednn():
         return "torch's own products are as fast on this processor"
-    large = any(p.dim() == 2 and is_worthwhile(p) for p in policy.parameters())
+    large = any(p.dim() == 2 and is_large_weight(p) for p in policy.parameters())
     return _unless(large, "the weights are too small")
 
 

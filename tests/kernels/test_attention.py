@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ppo_cli.kernels import attention, patches
-from ppo_cli.kernels.patches import fast_matmul
+from ppo_cli.kernels.patches import fast_layers
 from tests.conftest import SMALL, make_gpt2
 
 B, HEADS, T, D = 3, 2, 7, 16
@@ -66,7 +66,7 @@ def test_outputs_and_gradients_are_those_of_exact_attention(
     low = inputs(torch.bfloat16)
     exact = [tensor.detach().double().requires_grad_() for tensor in low]
     expected = nn.functional.scaled_dot_product_attention(*exact, **MASKS[name])
-    with fast_matmul():
+    with fast_layers():
         actual = nn.functional.scaled_dot_product_attention(*low, **MASKS[name])
     assert taken == [(B, HEADS, T, D)]
     assert actual.dtype == torch.bfloat16
@@ -121,14 +121,14 @@ def other_calls() -> dict[str, Callable[[], Tensor]]:
 @pytest.mark.parametrize("name", other_calls())
 def test_other_calls_are_left_to_torch(name: str, taken: list[torch.Size]) -> None:
     expected = other_calls()[name]()
-    with fast_matmul():
+    with fast_layers():
         actual = other_calls()[name]()
     assert not taken
     assert torch.equal(actual, expected)
 
 
 def test_dropout_is_left_to_torch(taken: list[torch.Size]) -> None:
-    with fast_matmul():
+    with fast_layers():
         nn.functional.scaled_dot_product_attention(*inputs(torch.bfloat16), dropout_p=0.5)
     assert not taken
 
@@ -151,7 +151,7 @@ def test_a_whole_model_under_autocast_has_close_logits_and_gradients(
         return torch.cat([t.detach().float().flatten() for t in (logits, *gradients)])
 
     exact, usual = run(autocast=False), run(autocast=True)
-    with fast_matmul():
+    with fast_layers():
         fast = run(autocast=True)
     assert len(taken) == model.config.num_hidden_layers
     assert (fast - exact).norm() < 1.5 * (usual - exact).norm()

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ppo_cli.kernels import matmul, patches
 from ppo_cli.kernels.matmul import prefers_onednn, product, wide_product
-from ppo_cli.kernels.patches import fast_matmul
+from ppo_cli.kernels.patches import fast_layers
 from tests.conftest import SMALL, make_gpt2
 
 pytestmark = pytest.mark.skipif(
@@ -72,7 +72,7 @@ def test_layers_have_the_outputs_and_gradients_of_plain_torch(
         nn.init.normal_(parameter)
     expected = results(layer, normal(*shape), layer)
     assert not taken
-    with fast_matmul():
+    with fast_layers():
         actual = results(layer, normal(*shape), layer)
     rows = normal(*shape).numel() // 12
     assert taken == [(rows, 12, 20), (rows, 20, 12), *taken[2:]]
@@ -89,7 +89,7 @@ def test_strided_tensors_are_multiplied_as_they_are(
 ) -> None:
     x = normal(12, 7).T if transposed_input else normal(7, 24)[:, ::2]
     weight = normal(12, 20).T
-    with fast_matmul():
+    with fast_layers():
         output = nn.functional.linear(x, weight)
     torch.testing.assert_close(output, x @ weight.T)
     assert taken == [(7, 12, 20)]
@@ -114,7 +114,7 @@ def test_a_whole_model_has_the_same_logits_and_gradients(
         return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
 
     expected = run()
-    with fast_matmul():
+    with fast_layers():
         actual = run()
     assert len(taken) >= 3 * 2 * 4  # forward, both gradients; two layers of four products or more
     for mine, theirs in zip(actual, expected, strict=True):
@@ -124,14 +124,14 @@ def test_a_whole_model_has_the_same_logits_and_gradients(
 def test_what_is_frozen_gets_no_gradient_and_costs_no_product(taken: list[tuple[int, ...]]) -> None:
     layer = nn.Linear(12, 20).requires_grad_(False)
     x = normal(7, 12).requires_grad_()
-    with fast_matmul():
+    with fast_layers():
         layer(x).sum().backward()
         layer(x.detach())
     assert layer.weight.grad is None
     assert taken == [(7, 12, 20), (7, 20, 12), (7, 12, 20)]
     taken.clear()
     layer.requires_grad_()
-    with fast_matmul():
+    with fast_layers():
         layer(x.detach()).sum().backward()
     assert taken == [(7, 12, 20), (20, 7, 12)]
 
@@ -161,7 +161,7 @@ def other_calls() -> dict[str, Callable[[], Tensor]]:
 @pytest.mark.parametrize("name", other_calls())
 def test_other_calls_pass_through_untouched(name: str, taken: list[tuple[int, ...]]) -> None:
     expected = other_calls()[name]()
-    with fast_matmul():
+    with fast_layers():
         actual = other_calls()[name]()
     assert not taken
     assert actual.dtype == expected.dtype
@@ -177,7 +177,7 @@ def test_under_autocast_layers_that_learn_have_its_numbers(
     layer = LAYERS[name]()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = results(layer, normal(*shape, dtype=dtype), layer)
-        with fast_matmul():
+        with fast_layers():
             actual = results(layer, normal(*shape, dtype=dtype), layer)
     assert len(taken) == 3
     assert actual[0].dtype == torch.bfloat16
@@ -188,7 +188,7 @@ def test_under_autocast_layers_that_learn_have_its_numbers(
 
 def test_under_autocast_no_copy_of_a_weight_is_held(taken: list[tuple[int, ...]]) -> None:
     layer = nn.Linear(12, 20)
-    with torch.autocast("cpu", dtype=torch.bfloat16), fast_matmul():
+    with torch.autocast("cpu", dtype=torch.bfloat16), fast_layers():
         output = layer(normal(7, 12))
     held = {t.data_ptr(): t for t in output.grad_fn.next_functions[0][0].saved_tensors}
     weights = [t for t in held.values() if t.shape == layer.weight.shape]
@@ -204,7 +204,7 @@ def test_under_autocast_what_does_not_learn_is_left_to_it(
     layer = LAYERS[name]()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = layer(normal(7, 12))
-        with fast_matmul():
+        with fast_layers():
             actual = layer(normal(7, 12))
     assert not taken
     assert torch.equal(actual, expected)
@@ -212,7 +212,7 @@ def test_under_autocast_what_does_not_learn_is_left_to_it(
 
 def test_keywords_reach_the_layer(taken: list[tuple[int, ...]]) -> None:
     x, w, b = normal(7, 12), normal(20, 12), normal(20)
-    with fast_matmul():
+    with fast_layers():
         by_name = nn.functional.linear(input=x, weight=w, bias=b)
     torch.testing.assert_close(by_name, nn.functional.linear(x, w, b))
     assert len(taken) == 1
@@ -225,7 +225,7 @@ def test_torchs_functions_are_back_once_the_last_is_out() -> None:
         return functional.linear, torch.addmm, functional.scaled_dot_product_attention
 
     before = called()
-    outer, inner = fast_matmul(), fast_matmul()
+    outer, inner = fast_layers(), fast_layers()
     with outer:
         replaced = called()
         assert not set(replaced) & set(before)
@@ -242,7 +242,7 @@ def test_cudnn_has_no_part_in_attention_inside_and_the_part_it_had_afterwards(
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(enabled)
     try:
-        with pytest.raises(ZeroDivisionError), fast_matmul(), fast_matmul():
+        with pytest.raises(ZeroDivisionError), fast_layers(), fast_layers():
             1 / torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.backends.cuda.cudnn_sdp_enabled() is enabled
     finally:
@@ -256,7 +256,7 @@ def test_blocks_that_overlap_leave_all_as_it_was_once_the_last_is_over() -> None
     try:
         first, second = ExitStack(), ExitStack()
         for block in (first, second):
-            block.enter_context(fast_matmul())
+            block.enter_context(fast_layers())
         inside = torch.nn.functional.linear
         first.close()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -274,7 +274,7 @@ def test_what_others_put_in_their_place_is_called_and_put_back(
     theirs = MagicMock(side_effect=torch.nn.functional.linear)
     monkeypatch.setattr(torch.nn.functional, "linear", theirs)
     layer = nn.Linear(12, 20)
-    with fast_matmul():
+    with fast_layers():
         layer(normal(7, 12))
         assert taken == [(7, 12, 20)]
         assert not theirs.called
@@ -291,7 +291,7 @@ def test_where_torchs_own_choice_is_right_nothing_is_taken_over(
     monkeypatch.setattr(patches, "computes_bfloat16", lambda device: native)
     layer = nn.Linear(12, 20)
     expected = layer(normal(7, 12))
-    with fast_matmul():
+    with fast_layers():
         assert torch.equal(layer(normal(7, 12)), expected)
     assert not taken
     assert torch.equal(product(normal(7, 12), layer.weight, layer.bias), expected)

@@ -199,7 +199,7 @@ class Model:
 
 def bfloat16_attention() -> None:
     states = [torch.randn(1, 2, 5, 8, dtype=torch.bfloat16) for _ in range(3)]
-    with patches.fast_matmul():
+    with patches.fast_layers():
         torch.nn.functional.scaled_dot_product_attention(*states)
 
 
