@@ -99,7 +99,7 @@ def compare(
         write_json,
         write_result,
     )
-    from ppo_cli.cli.fast_imports import for_sampling_alone
+    from ppo_cli.cli.fast_imports import light_imports
     from ppo_cli.errors import UsageError
     from ppo_cli.evaluation.best_of_n import parse_counts
     from ppo_cli.evaluation.comparison_result import json_schema
@@ -117,7 +117,7 @@ def compare(
     outputs = {"--output": output, "--html": html}
     check_outputs(outputs, [*models, prompts, classifier])
 
-    with for_sampling_alone():
+    with light_imports():
         from ppo_cli.cli import requests
         from ppo_cli.evaluation.compare import compare as compare_models
         from ppo_cli.reporting import comparison_tables

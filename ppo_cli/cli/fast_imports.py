@@ -29,7 +29,7 @@ MODULES = ("transformers.modeling_utils", "transformers.generation.utils")
 
 
 @contextmanager
-def for_sampling_alone() -> Iterator[None]:
+def light_imports() -> Iterator[None]:
     """What is imported of transformers inside does not shard models; the compiler comes when used.
 
     It is for a process of our own: such a module stays that way until the process ends. Nothing is
@@ -66,13 +66,13 @@ def for_sampling_alone() -> Iterator[None]:
 def _put_stand_in(torch: Any) -> None:
     """Let a `_LazyCompiler` take the compiler's place."""
     sys.modules[COMPILER] = _LazyCompiler(Path(torch.__file__).parent / "_dynamo")
-    sys.meta_path.insert(0, _PartsOfTheCompiler())
+    sys.meta_path.insert(0, _CompilerFinder())
     vars(torch.distributed).setdefault("__getattr__", _part_of_distributed)
 
 
 def _undo(before: set[str]) -> None:
     """Take the stand-in away, and have transformers imported anew but for modules of `before`."""
-    sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _PartsOfTheCompiler)]
+    sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _CompilerFinder)]
     if isinstance(sys.modules.get(COMPILER), _LazyCompiler):
         del sys.modules[COMPILER]
     # They were imported as if models were never sharded, which others count on.
@@ -109,7 +109,7 @@ class _LazyCompiler(ModuleType):
         return import_module(COMPILER)
 
 
-class _PartsOfTheCompiler(MetaPathFinder, Loader):
+class _CompilerFinder(MetaPathFinder, Loader):
     """Whoever imports a module below the compiler, but the one without it, has the compiler too."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:

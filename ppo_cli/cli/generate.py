@@ -79,7 +79,7 @@ def generate(
         write_json,
         write_result,
     )
-    from ppo_cli.cli.fast_imports import for_sampling_alone
+    from ppo_cli.cli.fast_imports import light_imports
     from ppo_cli.errors import UsageError
     from ppo_cli.utils.text import escape_controls
 
@@ -91,7 +91,7 @@ def generate(
         raise UsageError(f"--top-p is {top_p}: it must be above 0 and at most 1")
     check_output(output, [*models, prompts, classifier])
 
-    with for_sampling_alone():
+    with light_imports():
         from ppo_cli.cli import requests
         from ppo_cli.evaluation.generate import generate as generate_samples
         from ppo_cli.evaluation.generate import load_classifier

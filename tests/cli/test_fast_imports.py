@@ -21,9 +21,9 @@ HEAVY = ("torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp"
 SAMPLE = """
 import json, sys
 from contextlib import nullcontext
-from ppo_cli.cli.fast_imports import for_sampling_alone
+from ppo_cli.cli.fast_imports import light_imports
 
-with for_sampling_alone() if sys.argv[1] == "light" else nullcontext():
+with light_imports() if sys.argv[1] == "light" else nullcontext():
     from ppo_cli.evaluation import generate
     from ppo_cli.cli import requests
 request = requests.resolve([sys.argv[2]], reference=False, score=True, sentiment=None,
@@ -54,10 +54,10 @@ found |= {
 ALREADY_THERE = """
 import json, sys
 import transformers.modeling_utils
-from ppo_cli.cli.fast_imports import for_sampling_alone
+from ppo_cli.cli.fast_imports import light_imports
 
 compiler = sys.modules["torch._dynamo"]
-with for_sampling_alone():
+with light_imports():
     asked = transformers.utils.is_torch_distributed_available()
 found = {"same": sys.modules["torch._dynamo"] is compiler, "asked": asked}
 """
@@ -105,9 +105,9 @@ def test_an_adapter_which_asks_for_sharded_tensors_has_them(tmp_path: Path) -> N
 def test_what_torch_has_not_it_still_has_not() -> None:
     program = """
 import json, sys
-from ppo_cli.cli.fast_imports import for_sampling_alone
+from ppo_cli.cli.fast_imports import light_imports
 
-with for_sampling_alone():
+with light_imports():
     import transformers
 import torch.distributed
 found = {name: hasattr(torch.distributed, name) for name in ("tensor", "nothing", "_nothing")}
@@ -122,9 +122,9 @@ def test_where_transformers_has_its_compiler_nothing_is_changed() -> None:
 def test_whatever_is_no_decorator_is_the_compilers_own() -> None:
     program = """
 import json, sys
-from ppo_cli.cli.fast_imports import for_sampling_alone
+from ppo_cli.cli.fast_imports import light_imports
 
-with for_sampling_alone():
+with light_imports():
     import transformers
 import torch
 mine = torch._dynamo.eval_frame
@@ -147,7 +147,7 @@ import json, pathlib, sys
 from ppo_cli.cli import fast_imports
 
 {other}
-with fast_imports.for_sampling_alone():
+with fast_imports.light_imports():
     from transformers import AutoModelForCausalLM, utils
     from ppo_cli.data.embedded import policy_folder
 policy = AutoModelForCausalLM.from_pretrained(policy_folder())
@@ -171,10 +171,10 @@ found = {{
 def test_switched_off_nothing_stands_in() -> None:
     program = """
 import json, sys
-from ppo_cli.cli.fast_imports import for_sampling_alone
+from ppo_cli.cli.fast_imports import light_imports
 from ppo_cli.kernels.switch import using
 
-with using("-imports"), for_sampling_alone():
+with using("-imports"), light_imports():
     import transformers.generation.utils
 found = [type(sys.modules["torch._dynamo"]).__name__, "torch.distributed.tensor" in sys.modules]
 """
