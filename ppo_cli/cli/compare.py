@@ -121,11 +121,11 @@ def compare(
         from ppo_cli.cli import requests
         from ppo_cli.evaluation.compare import compare as compare_models
         from ppo_cli.reporting import comparison_tables
-    from ppo_cli.kernels.allocator import keep_few_kernels
+    from ppo_cli.kernels.allocator import limit_kernel_caches
     from ppo_cli.reporting.comparison_page import comparison_html
 
     hush()
-    keep_few_kernels()
+    limit_kernel_caches()
     request = requests.resolve(
         models,
         reference=reference,

@@ -96,11 +96,11 @@ def generate(
         from ppo_cli.evaluation.generate import generate as generate_samples
         from ppo_cli.evaluation.generate import load_classifier
         from ppo_cli.models.sampling_params import SamplingParams
-    from ppo_cli.kernels.allocator import keep_few_kernels
+    from ppo_cli.kernels.allocator import limit_kernel_caches
     from ppo_cli.training.run_directory import RunDirectory
 
     hush()
-    keep_few_kernels()
+    limit_kernel_caches()
     if score is None:
         score = classifier is not None or any(RunDirectory(model).is_run() for model in models)
     texts = requests.read_prompts(prompt or [], prompts, column) or ["This movie"]

@@ -39,7 +39,7 @@ def keep_freed_memory() -> bool:
     return True
 
 
-def keep_few_kernels() -> None:
+def limit_kernel_caches() -> None:
     """Let torch and oneDNN keep the compiled kernels of one batch, unless the environment decides.
 
     oneDNN compiles a kernel for each shape of a product and keeps 1,024 of them, of 1 to 2 MB each:

@@ -14,7 +14,7 @@ from ppo_cli.data.fingerprint import Inputs, inputs_of, trusted_too
 from ppo_cli.data.prompts import LengthSampler, Prompt, PromptSet, load_prompts
 from ppo_cli.errors import DataError, UsageError
 from ppo_cli.evaluation.held_out import HeldOutEvaluation
-from ppo_cli.kernels.allocator import keep_few_kernels, keep_freed_memory
+from ppo_cli.kernels.allocator import keep_freed_memory, limit_kernel_caches
 from ppo_cli.models.capabilities import rope_switch
 from ppo_cli.models.context import context_length
 from ppo_cli.models.loading import check_trusted, load_policy, load_tokenizer
@@ -80,7 +80,7 @@ def build_training(
     else:
         directory.check_writable(overwrite, inputs_of(config))
 
-    keep_few_kernels()
+    limit_kernel_caches()
     keeps_memory = keep_freed_memory()
     set_seed(config.run.seed)
     device = resolve_device(config.run.device)

@@ -16,8 +16,8 @@ from ppo_cli.kernels.switch import VARIABLE
 
 GROWTH = """
 import torch
-from ppo_cli.kernels.allocator import keep_few_kernels
-keep_few_kernels()
+from ppo_cli.kernels.allocator import limit_kernel_caches
+limit_kernel_caches()
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 weights = [torch.zeros(n, 256) for n in (256, 320, 384, 448)]

@@ -161,7 +161,7 @@ def test_off_replaces_nothing_and_hooks_nothing(monkeypatch: pytest.MonkeyPatch)
     functions = functional.linear, torch.addmm, functional.scaled_dot_product_attention
     environment = dict(os.environ)
     with using("off"):
-        allocator.keep_few_kernels()
+        allocator.limit_kernel_caches()
         assert not allocator.keep_freed_memory()
         work()
     assert dict(os.environ) == environment
