@@ -1,1 +1,4 @@
-"""Everything that is there for speed alone."""
+"""Fast paths: code that is there for speed or memory alone.
+
+`switch.py` turns each of them on or off.
+"""

@@ -1,7 +1,8 @@
-"""Memory of the process: what the C library and oneDNN keep of it for later.
+"""Memory that the C library and oneDNN keep for later.
 
-Both functions affect the whole process, for good. The commands call them; nothing else here does. A
-program of your own that trains calls both, once, before its first step.
+Both functions change the whole process until it ends. The commands call them; importing ppo_cli or
+making a `PPOTrainer` does not. A Python program that trains should call both once, before its first
+step: on a CPU that saves time and memory.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ KERNELS_KEPT = 32
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep freed buffers for the next allocation.
+    """Make glibc keep freed buffers for the next allocation, by `mallopt`.
 
-    By default glibc returns buffers of some MiB to the operating system at every free and gets them
-    back as empty pages, each of which faults: a fifth of an optimisation phase.
+    By default glibc returns buffers of some MiB to the operating system whenever they are freed.
+    Allocated again, each of their pages faults: a fifth of the time of an optimisation phase.
 
     Returns:
-        Whether that was done: the path `allocator` is on and the C library is glibc.
+        Whether the setting was made: the path `allocator` is on, and the C library is glibc.
     """
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
     if not is_enabled("allocator"):
@@ -40,11 +41,12 @@ def keep_freed_memory() -> bool:
 
 
 def limit_kernel_caches() -> None:
-    """Let torch and oneDNN keep the compiled kernels of one batch, unless the environment decides.
+    """Limit the compiled kernels that torch and oneDNN keep to about those of one batch.
 
     oneDNN compiles a kernel for each shape of a product and keeps 1,024 of them, of 1 to 2 MB each:
-    hundreds of MB where batches differ in length. One batch's are enough, as each serves all layers
-    and epochs. Both libraries read their limit at their first product, so this comes before it.
+    hundreds of MB if batches differ in length. The kernels of one batch are enough, because all
+    layers and epochs use them. Both libraries read the limit from the environment at their first
+    product, so call this before. A variable that is set already is left as it is.
     """
     if is_enabled("allocator"):
         for variable in CACHE_CAPACITIES:

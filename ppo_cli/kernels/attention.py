@@ -1,7 +1,7 @@
-"""Attention over short rows: who may attend to whom, and bfloat16 where torch's kernel is slow.
+"""Attention over short rows: the mask of packed rows, and bfloat16 attention on a CPU.
 
-The fused kernel spares the memory of the scores, (T, T) a head, which rows of some dozen tokens do
-not need to be spared: its backward pass takes ten times as long there as plain matrix products.
+torch's fused kernel does not store the scores, (T, T) per head. For rows of a few dozen tokens that
+saves little memory, and its backward pass takes ten times as long as plain matrix products.
 """
 
 from __future__ import annotations
@@ -12,23 +12,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LONGEST_ROW = 256  # tokens, beyond which the scores take more memory than they save time
+MAX_ROW_LENGTH = 256  # tokens; the scores of longer rows take too much memory
 
 
 def block_mask(position_ids: Tensor) -> Tensor:
-    """(B, T) positions that begin anew with each sequence -> (B, 1, T, T), who may attend to whom.
+    """Causal attention mask (B, 1, T, T) of packed rows; True lets a token attend to another.
 
-    That is each token to those of its own sequence that are not behind it.
+    A token attends to itself and to the earlier tokens of its own sequence.
+
+    Args:
+        position_ids: (B, T), which start at 0 for each sequence of a row.
     """
     sequences = (position_ids == 0).cumsum(1)
-    together = sequences.unsqueeze(2) == sequences.unsqueeze(1)
-    return together.tril_().unsqueeze(1)
+    same_sequence = sequences.unsqueeze(2) == sequences.unsqueeze(1)
+    return same_sequence.tril_().unsqueeze(1)
 
 
 def suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
-    """Whether `short_attention` takes such inputs, and is the faster way.
+    """Whether `short_attention` computes this attention, and is faster than torch.
 
-    That is self-attention on the CPU in bfloat16, of its own or by autocast, with as many key heads
+    So it is for self-attention on a CPU in bfloat16, by type or by autocast, with as many key heads
     as query heads.
     """
     dtypes = {query.dtype, key.dtype, value.dtype}
@@ -39,7 +42,7 @@ def suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropou
         and query.device.type == "cpu"
         and query.dim() == 4
         and query.shape == key.shape == value.shape
-        and 1 < query.shape[2] <= LONGEST_ROW
+        and 1 < query.shape[2] <= MAX_ROW_LENGTH
         and query.numel() > 0
         and dropout_p == 0
         and (mask is None or (mask.dtype == torch.bool and mask.dim() == 4))
@@ -57,36 +60,36 @@ def short_attention(
     """`softmax(scale query key^T) value`, as `scaled_dot_product_attention` defines it.
 
     Args:
-        query, key, value: (B, heads, T, D), used as bfloat16. Scores and probabilities are worked
-            out in float32, as the fused kernel does, and multiplied by `value` in bfloat16.
-        mask: bool, what may be attended to, broadcastable to (B, heads, T, T); None for all. A
-            token that may attend to none attends to all alike.
-        is_causal: without a mask: tokens attend to themselves and what is before.
-        scale: None for 1 / sqrt(D).
+        query, key, value: (B, heads, T, D), converted to bfloat16. Scores and probabilities are
+            computed in float32, as in the fused kernel, and multiplied by `value` in bfloat16.
+        mask: bool, broadcastable to (B, heads, T, T), True for pairs that attend; None for all
+            pairs. A token whose row is all False attends equally to all tokens.
+        is_causal: without a mask, let tokens attend only to themselves and earlier tokens.
+        scale: factor of the scores; None for 1 / sqrt(D).
 
     Returns:
         (B, heads, T, D), bfloat16.
     """
     if mask is None and is_causal:
         mask = query.new_ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
-    hidden = None if mask is None else ~mask
+    masked = None if mask is None else ~mask
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     low = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
-    output: Tensor = _ShortAttention.apply(*low, hidden, factor)
+    output: Tensor = _ShortAttention.apply(*low, masked, factor)
     return output
 
 
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, masked: Tensor | None, scale: float
     ) -> Tensor:
         shape = query.shape
         query, key, value = (_by_head(tensor) for tensor in (query, key, value))
         scores = torch.bmm(query.float().mul_(scale), key.float().mT)
-        if hidden is not None:
+        if masked is not None:
             lowest = torch.finfo(scores.dtype).min
-            scores.view(*shape[:3], -1).masked_fill_(hidden, lowest)
+            scores.view(*shape[:3], -1).masked_fill_(masked, lowest)
         p = torch.softmax(scores, -1).to(value.dtype)
         ctx.save_for_backward(query, key, value, p)
         ctx.shape, ctx.scale = shape, scale

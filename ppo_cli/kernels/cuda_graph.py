@@ -1,4 +1,4 @@
-"""Steps that a GPU takes again without being told each kernel anew."""
+"""Steps that are captured as a CUDA graph and replayed, without launching each kernel again."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 
-class _Recordings(threading.local):
-    """A thread's stream on each GPU, to record on, and its last recording there.
+class _Captures(threading.local):
+    """For each GPU, this thread's stream for capturing and its latest graph.
 
-    The next recording has the memory of the last: of those that are gone torch takes it back only
-    when it has run out.
+    The next graph uses the memory pool of the latest one. torch frees the pools of graphs that were
+    deleted only when memory runs out.
     """
 
     def __init__(self) -> None:
         self.latest: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]] = {}
 
 
-_RECORDINGS = _Recordings()
+_CAPTURES = _Captures()
 
 
 class NotCapturable(RuntimeError):
-    """A step that does not do the same each time, or has to wait for the GPU."""
+    """A step that cannot be captured: it varies, or waits for the GPU."""
 
 
 class GraphedStep:
-    """A step as a CUDA graph: the first call takes it once as it is and records it, others replay.
+    """A step as a CUDA graph: the first call runs it once and captures it, later calls replay it.
 
-    A small model's step is some hundred kernels of a few microseconds each, which take longer to
-    launch one by one than to run. A thread replays one step at a time on a device: the next that it
-    records works in the same memory.
+    A step of a small model consists of some hundred kernels of a few microseconds, which take
+    longer to launch than to run. Only the latest graph of a thread and device may be replayed: the
+    next one uses the same memory.
 
     Args:
-        step: works in place, on tensors that stay where they are.
-        device: where all of it happens.
-        proven: such a step was recorded before, so it need not be watched, which would disturb
-            other threads that wait for a GPU.
+        step: works in place, on tensors whose memory does not change.
+        device: device of all these tensors.
+        proven: whether such a step was captured before. If not, the first run raises an error where
+            it waits for the GPU; that check also affects other threads.
 
     Raises:
-        NotCapturable: by the first call, in the middle of the step, which may be half done.
+        NotCapturable: in the first call. The step may be half done then.
     """
 
     def __init__(self, step: Callable[[], None], device: torch.device, *, proven: bool) -> None:
@@ -53,16 +53,16 @@ class GraphedStep:
         if self._graph is not None:
             self._graph.replay()
             return
-        here = torch.cuda.current_stream(self._device)
-        beside, last = _RECORDINGS.latest.get(self._device, (None, None))
-        beside = beside or torch.cuda.Stream(self._device)
-        beside.wait_stream(here)
+        current = torch.cuda.current_stream(self._device)
+        capturing, last = _CAPTURES.latest.get(self._device, (None, None))
+        capturing = capturing or torch.cuda.Stream(self._device)
+        capturing.wait_stream(current)
         try:
-            with torch.cuda.stream(beside):
-                # A recording that fails may leave the allocator confused: watch the step before it.
+            with torch.cuda.stream(capturing):
+                # A capture that fails may corrupt the allocator's state, so check the step before.
                 with nullcontext() if self._proven else no_gpu_sync():
                     self._step()
-                # Not torch.cuda.graph, which gives all unused memory back to the driver first.
+                # torch.cuda.graph would first return all unused memory to the driver.
                 graph = torch.cuda.CUDAGraph()
                 pool = None if last is None else last.pool()
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -75,17 +75,17 @@ class GraphedStep:
         except RuntimeError as error:
             raise NotCapturable(str(error)) from error
         finally:
-            here.wait_stream(beside)
+            current.wait_stream(capturing)
         self._graph = graph
-        _RECORDINGS.latest[self._device] = beside, graph
+        _CAPTURES.latest[self._device] = capturing, graph
 
 
 @contextmanager
 def no_gpu_sync() -> Iterator[None]:
-    """Raise RuntimeError where the CPU, any thread of it, would wait for the GPU."""
+    """Raise RuntimeError wherever a thread would wait for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this is a prototype
+        warnings.simplefilter("ignore")  # torch warns that the mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield

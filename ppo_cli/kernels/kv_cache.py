@@ -1,4 +1,4 @@
-"""Keys and values of what a model has read, in room allocated once."""
+"""The cache of keys and values, allocated once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers.cache_utils import DynamicLayer
 from ppo_cli.errors import UnsuitableModel
 from ppo_cli.kernels.switch import is_enabled
 
-ALIGNMENT = 8  # tokens: attention on a GPU copies a mask whose rows are not a multiple of it
+ALIGNMENT = 8  # tokens; attention on a GPU copies a mask whose rows are no multiple of it
 
 
 def preallocated_cache(config: Any, capacity: int) -> DynamicCache:
-    """transformers' own cache, its plain layers with room for `capacity` tokens from the start."""
+    """transformers' `DynamicCache` with plain layers allocated for `capacity` tokens."""
     cache = DynamicCache(config=config)
     if not is_enabled("kv_cache"):
         return cache
@@ -30,12 +30,12 @@ def preallocated_cache(config: Any, capacity: int) -> DynamicCache:
 
 
 def has_windows(config: Any) -> bool:
-    """Whether some layers of a model see less than all that came before, or see it otherwise."""
+    """Whether layers of a model do not attend to all earlier tokens, or not in the usual way."""
     return any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
-    """A cache as the keyword argument that a model's forward pass takes; nothing for None.
+    """`cache` as the keyword argument of a model's forward pass; no argument for None.
 
     transformers 5.24 renames `past_key_values` to `cache`.
     """
@@ -50,26 +50,30 @@ def _keyword(kind: Any) -> str:
 
 
 def make_static(cache: DynamicCache, slot: Tensor) -> int:
-    """From now on layers write one token at `slot`, (1,) on the device, and show all their room.
+    """Make all later updates write one token at `slot` and return the whole buffers.
 
-    What each step reads and writes then has one shape and one place. The attention mask has to
-    leave out what was not written yet.
+    Each step then reads and writes the same memory in the same shapes. The attention mask must
+    exclude what has not been written.
+
+    Args:
+        cache: made by `preallocated_cache`, and written to.
+        slot: (1,) on the cache's device; the index of the next token. The caller advances it.
 
     Returns:
-        The tokens that the layers have room for.
+        Capacity of the layers, tokens.
 
     Raises:
         UnsuitableModel: a layer has a window, or is of another kind.
     """
     for layer in cache.layers:
         if not isinstance(layer, _PreallocatedLayer):
-            raise UnsuitableModel(f"a {type(layer).__name__} has no fixed room")
+            raise UnsuitableModel(f"a {type(layer).__name__} has no fixed size")
         layer.make_static(slot)
     return cache.layers[0].capacity
 
 
 class _PreallocatedLayer(DynamicLayer):
-    """Keys and values in a buffer allocated once, instead of a longer copy each token."""
+    """Keys and values in buffers allocated once, instead of a longer copy for each token."""
 
     keys: Tensor
     values: Tensor
@@ -87,7 +91,7 @@ class _PreallocatedLayer(DynamicLayer):
         if self._buffers is None:
             self.lazy_initialization(key_states, value_states)
             rows = len(key_states)
-            self._buffers = (self._room(key_states, rows), self._room(value_states, rows))
+            self._buffers = (self._allocate(key_states, rows), self._allocate(value_states, rows))
         if self._slot is not None:
             for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
                 buffer.index_copy_(2, self._slot, states)
@@ -95,15 +99,15 @@ class _PreallocatedLayer(DynamicLayer):
         start, self._end = self._end, self._end + key_states.shape[-2]
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, start : self._end] = states
-        self._show()
+        self._set_views()
         return self.keys, self.values
 
     def make_static(self, slot: Tensor) -> None:
-        """As the function of this name says, once something was read."""
+        """Do what the function `make_static` says, after the first update."""
         if self._buffers is None:
-            raise UnsuitableModel("a layer that has read nothing has no room yet")
+            raise UnsuitableModel("a layer that was not written to has no buffers")
         self._slot = slot
-        for buffer in self._buffers:  # not a number, if that is there, would count though masked
+        for buffer in self._buffers:  # attention would propagate a NaN even where it is masked
             buffer[:, :, self._end :] = 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -111,14 +115,14 @@ class _PreallocatedLayer(DynamicLayer):
             return
         kept = []
         for buffer in self._buffers:
-            kept.append(self._room(buffer, len(indices)))
+            kept.append(self._allocate(buffer, len(indices)))
             kept[-1][:, :, : self._end] = buffer[indices, :, : self._end]
         self._buffers = (kept[0], kept[1])
-        self._show()
+        self._set_views()
 
-    def _show(self) -> None:
+    def _set_views(self) -> None:
         assert self._buffers is not None
         self.keys, self.values = (buffer[:, :, : self._end] for buffer in self._buffers)
 
-    def _room(self, like: Tensor, rows: int) -> Tensor:
+    def _allocate(self, like: Tensor, rows: int) -> Tensor:
         return like.new_empty(rows, like.shape[1], self.capacity, like.shape[3])

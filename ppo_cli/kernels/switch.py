@@ -1,14 +1,14 @@
-"""The switch of the fast paths: which are taken, in this thread.
+"""The switch of the fast paths.
 
-The environment variable `PPO_CLI_KERNELS` decides, else `policy.kernels` of a run, else all are
-taken that suit the machine and the model. Its values:
+The environment variable `PPO_CLI_KERNELS` says which paths are on; without it a run's
+`policy.kernels` does. A path that is on is taken if it suits the machine and the model. Values:
 
-- `auto`, or nothing: all paths;
-- `off`: none, plain torch and transformers;
-- names: these paths alone, such as `matmul,lm_head`;
-- names with a minus: all paths but these, such as `-packing`.
+- `auto`, or empty: all paths;
+- `off`: no path, which leaves plain torch and transformers;
+- names: these paths only, such as `matmul,lm_head`;
+- names with a minus: all paths except these, such as `-packing`.
 
-In Python `using` decides for a block. Only the standard library is imported here.
+In Python code `using` sets the value for a block. This module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ VARIABLE = "PPO_CLI_KERNELS"
 
 PATHS = {
     "matmul": "linear layers on a CPU by oneDNN, or in bfloat16 without a kept copy of weights",
-    "attention": "attention over short rows on a CPU in bfloat16; on a GPU not by cuDNN",
+    "attention": "attention by matrix products over short rows (CPU, bfloat16); no cuDNN on a GPU",
     "lm_head": "the vocabulary projection at the positions needed, in pieces",
     "tied_embeddings": "one gradient for tied embeddings (with lm_head)",
     "packing": "several sequences in one row",
-    "decode_loop": "sampling by a loop of our own in place of `generate`",
+    "decode_loop": "sampling by ppo-cli's own loop in place of `generate`",
     "kv_cache": "a cache of keys and values that is allocated once (with decode_loop)",
     "cuda_graph": "sampling steps recorded and replayed on a CUDA GPU (with kv_cache)",
-    "optimizer_in_backward": "weights that move during the backward pass",
+    "optimizer_in_backward": "the optimizer updates each weight during the backward pass",
     "allocator": "freed memory kept by the C library, few compiled kernels kept by oneDNN",
-    "imports": "`generate` and `compare` import transformers without the compiler",
+    "imports": "`generate` and `compare` import transformers without torch's compiler",
     "feed_forward": "the last feed-forward network at the positions needed (with lm_head)",
     "gelu": "GELU's tanh approximation by one kernel of torch in place of transformers' formula",
     "sigmoid": "that GELU by the sigmoid on a CPU in float32 (with gelu)",
@@ -44,7 +44,7 @@ PATHS = {
 
 
 class _Choice(NamedTuple):
-    """A setting, and where it was made."""
+    """A value of the switch, and what set it."""
 
     setting: str
     source: str
@@ -55,17 +55,17 @@ _choice: ContextVar[_Choice | None] = ContextVar("kernels", default=None)
 
 @contextmanager
 def using(setting: str, source: str = "using") -> Iterator[None]:
-    """Inside the block `setting` decides which fast paths this thread takes.
+    """Set the switch inside a `with` block, for this thread. It overrides the environment.
 
-    It overrides the environment. A path is taken where it is on while a policy samples or learns,
-    wherever policy and trainer were made; `gelu` alone is decided when a policy is made.
+    The switch counts when a policy samples or learns, not when it or its trainer is made. The
+    exception is `gelu`: the activations of a model are replaced when a policy is made of it.
 
     Args:
-        setting: as the value of `PPO_CLI_KERNELS`.
-        source: what reports and errors call the place of the setting.
+        setting: a value as of `PPO_CLI_KERNELS`.
+        source: name of the setting in reports and errors.
 
     Raises:
-        UsageError: it names no such path.
+        UsageError: `setting` names a path that does not exist.
     """
     choice = _Choice(setting, source)
     _parsed(choice)
@@ -77,10 +77,10 @@ def using(setting: str, source: str = "using") -> Iterator[None]:
 
 
 def configured(setting: str) -> AbstractContextManager[None]:
-    """`using(setting)` for a run's `policy.kernels`, unless the environment decides.
+    """`using(setting)` for a run's `policy.kernels`, unless the environment variable is set.
 
     Raises:
-        UsageError: the environment variable names no such path.
+        UsageError: the environment variable names a path that does not exist.
     """
     if not os.environ.get(VARIABLE):
         return using(setting, "policy.kernels")
@@ -89,10 +89,10 @@ def configured(setting: str) -> AbstractContextManager[None]:
 
 
 def enabled() -> frozenset[str]:
-    """The names of the paths that are on.
+    """Names of the paths that are on.
 
     Raises:
-        UsageError: the environment variable names no such path.
+        UsageError: the environment variable names a path that does not exist.
     """
     return _parsed(_chosen())
 
@@ -104,7 +104,7 @@ def is_enabled(name: str) -> bool:
 
 
 def reason_off() -> str:
-    """Why a path is off that is not on: the setting and its place."""
+    """The value of the switch and what set it, for a path that is off."""
     choice = _chosen()
     return f"switched off ({choice.source}: {choice.setting})"
 

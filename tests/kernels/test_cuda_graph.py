@@ -67,7 +67,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         seen.graphs.append(Graph())
         return seen.graphs[-1]
 
-    monkeypatch.setattr(cuda_graph._RECORDINGS, "latest", {})
+    monkeypatch.setattr(cuda_graph._CAPTURES, "latest", {})
     for name, value in {
         "Stream": Stream,
         "stream": stream,
@@ -143,7 +143,7 @@ def test_a_step_that_fails_is_said_to_be_not_replayable_and_nothing_is_left_open
     assert cuda.alarm[-1] == "default"
     assert not any(graph.open for graph in cuda.graphs)
     assert cuda.here.waited == cuda.entered
-    assert not cuda_graph._RECORDINGS.latest
+    assert not cuda_graph._CAPTURES.latest
 
 
 def test_memory_that_runs_out_is_the_callers_to_hear_of(cuda: SimpleNamespace) -> None:
