@@ -15,8 +15,9 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ppo_cli import AutoModelForCausalLMWithValueHead, decoding
+from ppo_cli import AutoModelForCausalLMWithValueHead
 from ppo_cli.kernels.cuda_graph import no_gpu_sync
+from ppo_cli.models import decode_loop
 from ppo_cli.ppo import optimizer_step
 from ppo_cli.ppo.update import Update
 from tests.conftest import (
@@ -28,7 +29,7 @@ from tests.conftest import (
     tried,
     weights,
 )
-from tests.models.test_decode_loop import LIMITS, QUERIES, SETTINGS, STILL, sample, with_chances
+from tests.models.test_decode_loop import LIMITS, QUERIES, SETTINGS, STILL, sample, with_uniforms
 from tests.models.test_decode_loop import make_policy as make_other
 from tests.models.test_self_check import assert_right, make_model
 from tests.ppo.test_parity import CASES
@@ -149,9 +150,9 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, queries: list[Any]) -> list[Any]:
     """The queries there, and a table of random numbers for them."""
-    with_chances(monkeypatch, list(range(len(queries))))
-    table = decoding.torch.rand
-    monkeypatch.setattr(decoding.torch, "rand", lambda *shape, **_: table(*shape).cuda())
+    with_uniforms(monkeypatch, list(range(len(queries))))
+    table = decode_loop.torch.rand
+    monkeypatch.setattr(decode_loop.torch, "rand", lambda *shape, **_: table(*shape).cuda())
     return [query.cuda() for query in queries]
 
 
@@ -165,7 +166,7 @@ def test_replayed_steps_draw_what_steps_one_by_one_draw(
     replayed = sample(policy, queries, LIMITS, **settings)
     assert len(replays) >= 6
     replays.clear()
-    monkeypatch.setattr(decoding, "_is_worth_recording", lambda *_: False)
+    monkeypatch.setattr(decode_loop, "_is_worth_recording", lambda *_: False)
     assert sample(policy, queries, LIMITS, **settings) == replayed
     assert not replays
 
@@ -196,7 +197,7 @@ def test_a_model_that_waits_for_the_gpu_is_sampled_from_all_the_same(
     for _ in range(2):
         assert sample(waiting, queries, LIMITS) == expected
     assert not replays
-    assert waiting in decoding._not_capturable
+    assert waiting in decode_loop._not_capturable
     torch.ones(10**7, device="cuda").sum().item()  # nothing is left in a recording's hands
 
 

@@ -50,7 +50,9 @@ def test_a_run_of_release_0_1_goes_on_to_the_same_end(home: Path) -> None:
     assert found[:2] == expected[:2]  # the old lines are kept as they were
     for row, same in zip(found, expected, strict=True):
         assert row == pytest.approx(same, rel=1e-2, abs=1e-3)  # processors differ in last digits
-    assert config(home / "run") == config(OLD / "run")
+    settings, old_settings = config(home / "run"), config(OLD / "run")
+    for section, values in old_settings.items():  # keys that came later have their defaults
+        assert settings[section].items() >= values.items()
     for name in WEIGHTS:
         start, end = load_file(OLD / "run" / name), load_file(OLD / "finished" / name)
         weights = load_file(home / "run" / name)
