@@ -1,4 +1,4 @@
-"""From hidden states to log-probabilities, with a bounded piece of the logits at a time."""
+"""Log-probabilities from hidden states, with only a piece of the logits in memory at a time."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ppo_cli.kernels.tied_embeddings import TiedGradient, add_gradient
 from ppo_cli.utils.device import computes_bfloat16
 
 PIECE_BYTES = 2**27  # of logits that one matrix product makes
-BLOCK_BYTES = 2**22  # of logits that a CPU reduces at a time, while its cache holds them
-TILE_BYTES = 2**25  # of embeddings that low precision multiplies by at a time
-ROUNDED_BYTES = 2**21  # of them that are rounded at a time, while the cache holds them
-TIMES_TO_LAY_OUT = 8  # that embeddings are multiplied by, so that laying them out for it pays
-KEPT_BYTES = 2**28  # of logits kept for the backward pass; more are computed again there
+BLOCK_BYTES = 2**22  # of logits that a CPU reduces at a time; they fit into its cache
+TILE_BYTES = 2**25  # of embeddings in one product in low precision
+ROUNDED_BYTES = 2**21  # of embeddings that are rounded at a time; they fit into the cache
+MIN_PRODUCTS_TO_REORDER = 8  # with the same embeddings; fewer do not repay the reordering
+KEPT_BYTES = 2**28  # of logits kept for the backward pass, which recomputes them if there are more
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Logits (N, V), float32, of hidden states (N, H) and output embeddings (V, H).
 
-    Under autocast a GPU multiplies in low precision and sums in float32. The CPU, for which torch
-    has no such product, stays in float32. Not differentiable.
+    Under autocast a GPU multiplies in low precision and sums in float32. torch has no such product
+    for a CPU, which computes in float32. Not differentiable.
     """
     low = _low_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -40,24 +40,33 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 def ready_projection(
     weight: Tensor, bias: Tensor | None, *, rows: int, times: int
 ) -> Callable[[Tensor], Tensor]:
-    """`project` by (V, H) embeddings that stay as they are, for `times` calls of about `rows` rows.
+    """`project` by embeddings that do not change between calls.
 
-    In low precision a GPU gets them rounded once. In bfloat16, on a CPU that computes in it,
-    embeddings less their common part are rounded and laid out for the multiplication once, in tiles
-    for which freed memory has room. Logits are rounded too there: what is sampled was 1e-4 nats a
-    token from a float32 model's distribution.
+    In low precision the embeddings are rounded once for a GPU. On a CPU with bfloat16 units, under
+    bfloat16 autocast, their common part is subtracted, and the rest is rounded and reordered for
+    oneDNN once, in tiles small enough for freed memory. The logits are rounded to bfloat16 then:
+    the sampled distribution was 1e-4 nats per token from that of a float32 model.
+
+    Args:
+        weight: (V, H) output embeddings.
+        bias: (V,) or None.
+        rows: hidden states of a call, about.
+        times: number of calls to come, about.
+
+    Returns:
+        A function from hidden states (N, H) to logits (N, V), float32.
     """
     low = _low_dtype(weight)
     if weight.device.type == "cuda" and low is not None:
         return partial(project, weight=weight.to(low), bias=bias)
-    pays = (
+    reorders = (
         weight.device.type == "cpu"
-        and times >= TIMES_TO_LAY_OUT
+        and times >= MIN_PRODUCTS_TO_REORDER
         and torch.backends.mkldnn.is_available()
         and low == torch.bfloat16
         and computes_bfloat16(weight.device)
     )
-    if not pays:
+    if not reorders:
         return partial(project, weight=weight, bias=bias)
     tiles = [
         (tile, torch.ops.mkldnn._reorder_linear_weight(embeddings, rows))
@@ -81,18 +90,19 @@ def token_logprobs_and_entropies(
     targets: Tensor,
     tied: TiedGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N,) of `targets` (N,) and entropies (N,) in nats, float32, differentiable.
+    """Log-probabilities (N,) of `targets` and entropies (N,), nats, float32, differentiable.
+
+    Logits (N, V) of more than `KEPT_BYTES` are never in memory as a whole. With p the probabilities
+    and H the entropy, the gradients are those of the softmax: `d logprob[t] / d logit[v] =
+    [v = t] - p[v]` and `d H / d logit[v] = -p[v] (log p[v] + H)`.
 
     Args:
-        hidden: (N, H) states that predict the targets.
+        hidden: (N, H) hidden states from which the targets are predicted.
         weight: (V, H) output embeddings.
         bias: (V,) or None.
         targets: (N,) token ids.
-        tied: takes the weight's gradient where another use of the weight returns it.
-
-    Logits (N, V) are never held whole where they exceed `KEPT_BYTES`. Gradients, with p the
-    probabilities and H the entropy: `d logprob[t] / d logit[v] = [v = t] - p[v]`,
-    `d H / d logit[v] = -p[v] (log p[v] + H)`.
+        tied: receives the gradient of `weight`, which its other use then returns; None to return
+            it here.
     """
     logprobs, entropies = _TokenLogprobs.apply(hidden, weight, bias, targets, tied)
     return logprobs, entropies
@@ -104,7 +114,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats, (N,), of the distributions that `logits` (N, V) stand for."""
+    """Entropies (N,), nats, of the distributions with `logits` (N, V)."""
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
@@ -139,7 +149,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 kept.append(numbers)
         ctx.tied, ctx.low = tied, low
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies, totals)
-        ctx.kept = kept  # exponentials now; the backward pass writes over them
+        ctx.kept = kept  # by now exponentials; the backward pass overwrites them
         ctx.set_materialize_grads(False)
         return chosen - normalisers, entropies
 
@@ -182,7 +192,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[piece] = _times_weight(grad, weight)
             if needs_weight and ctx.tied is not None:
-                ctx.tied.leave(grad, factor[piece])
+                ctx.tied.add(grad, factor[piece])
             elif needs_weight:
                 grad_weight = add_gradient(grad_weight, grad, factor[piece], weight)
             if needs_bias:
@@ -192,7 +202,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _blocks(logits: Tensor) -> list[slice]:
-    """Rows to reduce at a time: what a CPU's cache holds, on a GPU all of them."""
+    """Rows to reduce at a time: as many as fit into a CPU's cache, on a GPU all."""
     limit = BLOCK_BYTES if logits.device.type == "cpu" else PIECE_BYTES
     return row_slices(len(logits), logits.shape[1], limit)
 
@@ -204,12 +214,12 @@ def _piece_of_logits(
     targets: Tensor,
     low: torch.dtype | None,
 ) -> Tensor:
-    """Logits (n, V) to take differences of: float32 with the bias, or `low` without.
+    """Logits (n, V) up to a constant per row: float32 with the bias, or in `low` without.
 
-    In low precision a logit of -80 would be off by up to 0.25, as much as a PPO step changes it.
-    What is rounded is therefore its difference from the target's logit: small for every token that
-    has a probability to speak of. The embeddings' common part, which adds the same to all logits of
-    a row and is where theirs are so large, is left out before they are rounded.
+    In low precision a logit of -80 would be wrong by up to 0.25, as much as a PPO step changes it.
+    Therefore the difference from the target's logit is rounded, which is small for every token of
+    noticeable probability. The embeddings' common part, which makes logits large, adds the same to
+    all logits of a row; it is subtracted before the embeddings are rounded.
     """
     if low is None:
         return project(hidden, weight, bias)
@@ -226,7 +236,7 @@ def _piece_of_logits(
 
 
 def _widened(logits: Tensor, bias: Tensor | None) -> Tensor:
-    """What `_piece_of_logits` made, in float32 and with the bias."""
+    """The result of `_piece_of_logits` in float32 and with the bias."""
     if logits.dtype == torch.float32:
         return logits
     wide = logits.float()
@@ -234,9 +244,9 @@ def _widened(logits: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _common_part(weight: Tensor) -> Tensor:
-    """What the embeddings (V, H) have in common, (H,) float32: the mean of some of them.
+    """The mean of some of the embeddings (V, H): (H,), float32.
 
-    Any vector would do, as no probability depends on it.
+    No probability depends on it, so any vector is correct.
     """
     return weight[::16].mean(0, dtype=torch.float32)
 
@@ -244,9 +254,14 @@ def _common_part(weight: Tensor) -> Tensor:
 def _without_common_part(
     weight: Tensor, common: Tensor, low: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Embeddings (V, H) less (H,) `common`, rounded to `low`, a tile of them at a time.
+    """Yield rows and values of `weight - common`, rounded to `low`, a tile at a time.
 
-    A tile is there until the next is asked for. On a GPU it is all of them.
+    The next tile overwrites the values of the last one. On a GPU there is one tile.
+
+    Args:
+        weight: (V, H) embeddings.
+        common: (H,), float32.
+        low: type of the result.
     """
     width, is_cpu = weight.shape[1], weight.device.type == "cpu"
     tiles = row_slices(len(weight), width, TILE_BYTES if is_cpu else 4 * weight.numel())
@@ -264,8 +279,8 @@ def _without_common_part(
 def _times_weight(grad: Tensor, weight: Tensor) -> Tensor:
     """Product (n, H), float32, of the logits' gradient (n, V) and `weight` (V, H).
 
-    In low precision the embeddings' common part is left out: the gradient's rows sum to zero, but
-    for its rounding.
+    In low precision the embeddings' common part is left out: each row of the gradient sums to zero
+    up to rounding.
     """
     if grad.dtype == torch.float32:
         return product(grad, weight.float().t(), worthwhile=is_large_weight(weight))
@@ -276,16 +291,16 @@ def _times_weight(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _reduce(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log of the summed exponentials (n,), entropy (n,) and the sum (n,) of logits (n, V).
+    """Log-sum-exp (n,), entropy (n,) and sum of exponentials (n,) of logits (n, V).
 
-    They become their exponentials, which are taken after the largest was subtracted.
+    The maximum of each row is subtracted first. The logits are overwritten by their exponentials.
     """
     largest = logits.amax(1)
     shifted = logits - largest.unsqueeze(1)
     exponentials = torch.exp(shifted, out=logits)
     total = exponentials.sum(1)
     log_total = total.log()
-    with torch.autocast(logits.device.type, enabled=False):  # it would round what is summed
+    with torch.autocast(logits.device.type, enabled=False):  # which would round the summands
         mean_shifted = torch.linalg.vecdot(exponentials, shifted) / total
     return largest + log_total, log_total - mean_shifted, total
 
@@ -298,9 +313,9 @@ def _to_logit_gradient(
     grad_logprobs: Tensor | None,
     grad_entropies: Tensor | None,
 ) -> None:
-    """Turn exponentials (n, V), which sum to `totals` (n,), into the gradient of the logits.
+    """Overwrite exponentials (n, V), with sums `totals` (n,), by the gradient of the logits.
 
-    The formulas stand in `token_logprobs_and_entropies`.
+    The docstring of `token_logprobs_and_entropies` has the formulas.
     """
     slope = torch.zeros_like(totals) if grad_logprobs is None else grad_logprobs
     if grad_entropies is None:
@@ -313,7 +328,7 @@ def _to_logit_gradient(
 
 
 def _low_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What autocast would multiply `tensor` in, or its own type, where that is below float32."""
+    """The type in which `tensor` is multiplied if that is below float32, by autocast or its own."""
     kind = tensor.device.type
     autocasts = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocasts else tensor.dtype

@@ -1,12 +1,8 @@
-"""Matrix products and attention, taken over from torch where another way is faster or holds less.
+"""Matrix products on a CPU by the faster of the two libraries that torch includes.
 
-On x86 torch multiplies float32 matrices with MKL, which uses AVX-512 on Intel's processors alone:
-on an AMD EPYC (Zen 5) it makes 220 GFLOP/s on two cores, where oneDNN, which torch brings along,
-reaches 470 in the same precision. `fast_layers` sends linear layers there. Where a processor has
-AVX2 at most, MKL is the faster of the two (Zen 3: by a fifth to a half), and stays.
-
-Under bfloat16 autocast it is oneDNN anyway. There layers that learn keep no copy of their weight,
-and attention over short rows goes another way (`attention.py`).
+On x86 torch multiplies float32 matrices with MKL, which uses AVX-512 only on Intel's processors: on
+an AMD EPYC (Zen 5) it reaches 220 GFLOP/s on two cores, and oneDNN 470 in the same precision. On
+processors without AVX-512 MKL is the faster one (Zen 3: by a fifth to a half) and is kept.
 """
 
 from __future__ import annotations
@@ -20,18 +16,20 @@ from torch import Tensor
 
 from ppo_cli.kernels.switch import is_enabled
 
-# oneDNN compiles a kernel for each shape. With small weights nothing was gained on Zen 4.
-SMALLEST_WEIGHT = 2**19
-TILE_BYTES = 2**22  # of a wide matrix that MKL multiplies by at a time
+# Elements. oneDNN compiles a kernel for each shape; smaller weights gained nothing on Zen 4.
+MIN_WEIGHT_SIZE = 2**19
+TILE_BYTES = 2**22  # of a wide matrix in one product by MKL
 FEW_ROWS = 32
 
 _LINEAR = torch.nn.functional.linear
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, worthwhile: bool = True) -> Tensor:
-    """`a @ b.T + bias` for a (M, K), b (N, K) and bias (N,), of any strides; not differentiable.
+    """`a @ b.T + bias`, not differentiable.
 
-    By oneDNN where it is the faster library, unless it is not `worthwhile`, see `is_large_weight`.
+    Args:
+        a, b, bias: (M, K), (N, K) and (N,) or None, of any strides.
+        worthwhile: whether oneDNN may be used, see `is_large_weight`; it is if it is faster here.
     """
     if worthwhile and a.dtype == torch.float32 and a.device.type == "cpu" and uses_onednn():
         return by_onednn(a, b, bias)
@@ -39,10 +37,10 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, worthwhile: boo
 
 
 def wide_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`product` for a b (N, K) that is far larger than the processor's cache.
+    """`product` for a matrix b (N, K) that is much larger than the processor's cache.
 
-    Measured with AVX2: MKL multiplies by a piece of b that the cache holds a fifth to a third
-    faster than by the whole, and oneDNN multiplies a few rows of a a sixth faster still.
+    Measured on processors with AVX2: MKL is a fifth to a third faster with pieces of b that fit
+    into the cache, and oneDNN is another sixth faster if a has few rows.
     """
     worthwhile = is_large_weight(b)
     tiles = row_slices(len(b), b.shape[1], TILE_BYTES)
@@ -58,30 +56,30 @@ def wide_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`product` by oneDNN, whose layout b may have."""
+    """`product` by oneDNN. b may have been reordered for it."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return result
 
 
 def row_slices(count: int, width: int, limit: int) -> list[slice]:
-    """Rows 0..count in slices of at most `limit` bytes of float32 at `width` numbers a row."""
+    """Slices of rows 0..count of at most `limit` bytes each, with `width` float32 numbers a row."""
     step = max(limit // (4 * width), 1)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def is_large_weight(weight: Tensor) -> bool:
-    """Whether products with a weight are large enough for oneDNN to be worth its memory."""
-    return weight.numel() >= SMALLEST_WEIGHT
+    """Whether products with a weight are large enough to repay oneDNN's memory for kernels."""
+    return weight.numel() >= MIN_WEIGHT_SIZE
 
 
 def uses_onednn() -> bool:
-    """Whether float32 products take oneDNN: the path `matmul` is on, and it is the faster one."""
+    """Whether float32 products use oneDNN: the path `matmul` is on, and oneDNN is faster here."""
     return is_enabled("matmul") and prefers_onednn()
 
 
 @functools.cache
 def prefers_onednn() -> bool:
-    """Whether torch multiplies with MKL, but the processor has an AVX-512 that MKL does not use."""
+    """Whether the processor has AVX-512 and torch's MKL does not use it."""
     return (
         torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()

@@ -1,4 +1,8 @@
-"""Linear layers and attention of torch, replaced while a `fast_layers` block is active."""
+"""torch's functions for linear layers and attention, replaced inside `fast_layers` blocks.
+
+Replaced are `torch.nn.functional.linear`, `torch.addmm` (which `Conv1D` of GPT-2 calls) and
+`torch.nn.functional.scaled_dot_product_attention`.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,11 @@ _plain: ContextVar[bool] = ContextVar("plain", default=False)
 
 
 class _Linear(torch.autograd.Function):
-    """`x @ weight.T + bias` in `dtype`; with `transposed` the weight is (K, N), as in Conv1D.
+    """`x @ weight.T + bias` computed in `dtype`; if `transposed`, weight is (K, N) as in Conv1D.
 
-    A weight of another type is converted twice, forward and backward, which takes little time:
-    autocast would keep a copy of all of them in between. Gradients have the types of the inputs.
+    A weight of another type is converted in the forward pass and again in the backward pass, which
+    takes little time. Autocast would keep converted copies of all weights in between. Gradients
+    have the types of the inputs.
     """
 
     @staticmethod
@@ -54,7 +59,7 @@ class _Linear(torch.autograd.Function):
             grad_weight = matmul.product(x.t(), grad.t()).to(weight.dtype)
         elif needs_weight:
             grad_weight = matmul.product(grad.t(), x.t()).to(weight.dtype)
-        # Summed in float32, then rounded; to ask for a float32 sum takes ten times as long.
+        # Summed in float32, then rounded. With dtype=float32 the sum takes ten times as long.
         grad_bias = grad.sum(0).to(weight.dtype) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None, None
 
@@ -92,22 +97,21 @@ def _attention(
 
 
 PASSED_ON = {function.__code__ for function in (_linear, _addmm, _attention)}
-"""Code whose errors are those of the inputs that a model gave."""
+"""Code of the replacements. An error from here means that a model passed unsuitable inputs."""
 
 
 class _Replacements:
-    """In a `with` block layers and attention of torch's modules take the ways of this module.
+    """A `with` block in which torch's functions are replaced by those of this module.
 
-    Layers, and attention on a CPU, call its functions, where they are of use on this processor; on
-    a GPU attention is not cuDNN's. Blocks of several threads may overlap: what was there before is
-    back once the last is over.
-
-    torch's own way to do that, a `TorchFunctionMode`, asks about every call of torch there is,
-    which small models feel. What other threads call meanwhile is replaced as well, which changes
-    its rounding alone; a function that a module imported by its name is not.
+    The functions are replaced for the whole process, if they are of use on this processor; on a GPU
+    attention by cuDNN is disabled. Blocks of several threads may overlap: the first decides by its
+    switch what is replaced, and the last restores everything. Other threads call the replacements
+    too, which changes nothing but rounding. A function that a module imported by name is not
+    replaced. A `TorchFunctionMode` would do the same by intercepting every call of torch, which
+    takes noticeable time in small models.
 
     Attributes:
-        before: what stood there: torch's functions, or what others put in their place.
+        before: name -> the function that was replaced: torch's, or another replacement.
     """
 
     PLACES: tuple[tuple[str, Any, str, Callable], ...] = (
@@ -155,7 +159,7 @@ _REPLACED = _Replacements()
 
 @contextmanager
 def plain_layers() -> Iterator[None]:
-    """Inside, torch's own layers and attention, in a block of `fast_layers` too."""
+    """Use torch's own functions in this thread, also inside a `fast_layers` block."""
     token = _plain.set(True)
     try:
         yield
@@ -164,28 +168,26 @@ def plain_layers() -> Iterator[None]:
 
 
 def fast_layers() -> AbstractContextManager[None]:
-    """Inside, linear layers and attention take the fastest way known.
+    """Return a context manager in which linear layers and attention are faster.
 
-    On a CPU float32 layers run on oneDNN where that is the faster library; under bfloat16 autocast
-    layers that learn hold less memory and attention over short rows takes less time. On a GPU
-    attention is not cuDNN's, which prepares itself for 1.5 ms at every new shape of its inputs, as
-    each batch has one. Results differ from torch's in rounding alone, and are the same from run to
-    run.
+    On a CPU, float32 layers use oneDNN if it is the faster library; under bfloat16 autocast, layers
+    that train hold no copy of their weight, and attention over short rows takes less time. On a GPU
+    attention does not use cuDNN, which takes 1.5 ms to prepare for each new shape, and every batch
+    has a new one. Results differ from torch's in rounding only, and are reproducible.
 
-    With the paths `matmul` and `attention` off nothing is replaced. Blocks of several threads that
-    overlap are as the first of them.
+    If the paths `matmul` and `attention` are off, nothing is replaced.
     """
     return _REPLACED if enabled() & {"matmul", "attention"} else plain_layers()
 
 
 def _compute_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
-    """In what type `_Linear` computes a layer; None for a layer that is left to torch."""
+    """The type in which `_Linear` computes a layer; None if torch's function computes it."""
     if _plain.get():
         return None
     if torch.is_autocast_enabled("cpu"):
-        # Without gradients autocast converts a weight once for all its uses inside it.
-        learns = x.requires_grad or weight.requires_grad
-        useful, dtype = learns and torch.is_grad_enabled(), torch.get_autocast_dtype("cpu")
+        # Without gradients autocast converts a weight once for all its uses.
+        trains = x.requires_grad or weight.requires_grad
+        useful, dtype = trains and torch.is_grad_enabled(), torch.get_autocast_dtype("cpu")
     else:
         useful, dtype = matmul.is_large_weight(weight) and matmul.prefers_onednn(), torch.float32
     tensors = (x, weight) if bias is None else (x, weight, bias)

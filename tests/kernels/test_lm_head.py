@@ -207,7 +207,7 @@ def test_logits_for_a_few_tokens_stay_float32_under_bfloat16_autocast(
 ) -> None:
     onednn = onednn and torch.backends.mkldnn.is_available()
     monkeypatch.setattr(matmul, "prefers_onednn", lambda: onednn)
-    monkeypatch.setattr(matmul, "SMALLEST_WEIGHT", 0)
+    monkeypatch.setattr(matmul, "MIN_WEIGHT_SIZE", 0)
     hidden, weight, bias, _ = inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = project(hidden, weight, bias)
@@ -232,7 +232,7 @@ def test_embeddings_laid_out_for_sampling_give_near_enough_probabilities_however
     hidden[:, 0] = 4
     weight[:, 0] -= 25
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        laid_out = ready_projection(weight, shift, rows=rows, times=lm_head.TIMES_TO_LAY_OUT)
+        laid_out = ready_projection(weight, shift, rows=rows, times=lm_head.MIN_PRODUCTS_TO_REORDER)
         logits = [laid_out(hidden), laid_out(hidden[:3])]
         rounded = torch.nn.functional.linear(hidden, weight, shift).float().log_softmax(-1)
     expected = torch.nn.functional.linear(
@@ -252,7 +252,7 @@ def test_where_laying_out_does_not_pay_logits_to_sample_from_are_plain(
 ) -> None:
     monkeypatch.setattr(lm_head, "computes_bfloat16", lambda device: case != "not native")
     hidden, weight, bias, _ = inputs()
-    times = lm_head.TIMES_TO_LAY_OUT - (case == "few calls")
+    times = lm_head.MIN_PRODUCTS_TO_REORDER - (case == "few calls")
     dtype = torch.float16 if case == "float16" else torch.bfloat16
     with torch.autocast("cpu", dtype=dtype, enabled=case != "float32"):
         ready = ready_projection(weight, bias, rows=N, times=times)

@@ -29,7 +29,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """Shapes of the products that were taken over, oneDNN preferred whatever the processor."""
     shapes: list[tuple[int, ...]] = []
     monkeypatch.setattr(matmul, "prefers_onednn", lambda: True)
-    monkeypatch.setattr(matmul, "SMALLEST_WEIGHT", 0)
+    monkeypatch.setattr(matmul, "MIN_WEIGHT_SIZE", 0)
 
     def spy(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         shapes.append((*a.shape, b.shape[0]))

@@ -208,7 +208,7 @@ ENTRIES: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     "matmul": (matmul, "by_onednn", work),
     "attention": (attention, "short_attention", bfloat16_attention),
     "lm_head": (policy_module, "token_logprobs_and_entropies", work),
-    "tied_embeddings": (TiedGradient, "leave", work),
+    "tied_embeddings": (TiedGradient, "add", work),
     "packing": (packing_module, "balanced_rows", work),
     "decode_loop": (sampling_module, "decode_cached", work),
     "kv_cache": (kv_cache._PreallocatedLayer, "update", work),
@@ -224,7 +224,7 @@ def test_a_path_is_taken_where_it_is_on_and_not_where_it_is_off(
 ) -> None:
     monkeypatch.setattr(optimizer_step, "LARGE_GRADIENTS", 0)
     monkeypatch.setattr(matmul, "prefers_onednn", lambda: True)
-    monkeypatch.setattr(matmul, "SMALLEST_WEIGHT", 0)
+    monkeypatch.setattr(matmul, "MIN_WEIGHT_SIZE", 0)
     monkeypatch.setattr(patches, "computes_bfloat16", lambda device: True)
     home, function, enter = ENTRIES[name]
     entered: list[str] = []

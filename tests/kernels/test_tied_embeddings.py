@@ -60,13 +60,13 @@ def gradients(
 def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each part that was left to a lookup."""
     rows: list[int] = []
-    leave = TiedGradient.leave
+    leave = TiedGradient.add
 
     def spy(self: TiedGradient, grad_logits: Tensor, hidden: Tensor) -> None:
         rows.append(len(hidden))
         leave(self, grad_logits, hidden)
 
-    monkeypatch.setattr(TiedGradient, "leave", spy)
+    monkeypatch.setattr(TiedGradient, "add", spy)
     return rows
 
 
@@ -105,7 +105,7 @@ def test_factors_are_multiplied_once_they_hold_more_than_their_product() -> None
     parts = [(torch.randn(n, 50, generator=g), torch.randn(n, 8, generator=g)) for n in (3, 4, 6)]
     held = []
     for part in parts:
-        gradient.leave(*part)
+        gradient.add(*part)
         held.append(len(gradient._factors))
     assert held == [1, 2, 0]  # 3 and 7 rows are less than 8, 13 are not
     expected = sum((grad.t() @ hidden for grad, hidden in parts), torch.zeros(()))
@@ -122,7 +122,7 @@ def test_pieces_make_up_the_whole(at_once: int, rows: int, monkeypatch: pytest.M
     ids, of_lookups = torch.tensor([49, 3, 0, 3, 49]), torch.randn(5, 8, generator=g)
     gradient = TiedGradient(torch.zeros(50, 8))
     if rows:
-        gradient.leave(grad_logits, hidden)
+        gradient.add(grad_logits, hidden)
     whole, at = torch.full((50, 8), torch.nan), []
     for where, piece in gradient.take_pieces(ids, of_lookups):
         whole[where] = piece

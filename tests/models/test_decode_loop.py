@@ -439,17 +439,17 @@ def test_steps_of_one_shape_draw_what_growing_ones_draw(
     assert sample(policy, QUERIES, LIMITS, **settings) == expected
 
 
-def test_what_lies_in_room_that_was_not_written_does_not_matter(
+def test_what_lies_in_the_unwritten_part_of_the_cache_does_not_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    policy, room = make_policy(), kv_cache._PreallocatedLayer._room
+    policy, allocate = make_policy(), kv_cache._PreallocatedLayer._allocate
     with_uniforms(monkeypatch, list(range(len(QUERIES))))
     expected = sample(policy, QUERIES, LIMITS)
 
     def dirty(self: Any, like: Tensor, rows: int) -> Tensor:
-        return room(self, like, rows).fill_(torch.nan)
+        return allocate(self, like, rows).fill_(torch.nan)
 
-    monkeypatch.setattr(kv_cache._PreallocatedLayer, "_room", dirty)
+    monkeypatch.setattr(kv_cache._PreallocatedLayer, "_allocate", dirty)
     monkeypatch.setattr(decode_loop, "_is_worth_recording", lambda *_: True)
     monkeypatch.setattr(decode_loop, "GraphedStep", Repeated)
     assert sample(policy, QUERIES, LIMITS) == expected
