@@ -1,9 +1,8 @@
-"""transformers without what it imports for compilers and for models spread over processes.
+"""Import transformers without torch's compiler and sharded tensors.
 
-transformers imports `torch._dynamo` for decorators that tell a compiler what to do with a function,
-and `torch.distributed.tensor` for sharded models. With sympy and the rest that these two import in
-turn they are half of what importing a model takes, and 80 MB. A command that only samples from
-models needs neither.
+transformers imports `torch._dynamo`, for decorators that mark functions for the compiler, and
+`torch.distributed.tensor`, for sharded models. With their own imports, such as sympy, these two
+take half of the time to import a model, and 80 MB. A command that only samples needs neither.
 """
 
 from __future__ import annotations
@@ -21,61 +20,64 @@ from typing import Any
 from ppo_cli.kernels.switch import is_enabled
 
 COMPILER = "torch._dynamo"
-INDEPENDENT = "torch._dynamo._trace_wrapped_higher_order_op"  # what attention masks need of it
+STANDALONE = "torch._dynamo._trace_wrapped_higher_order_op"  # attention masks need this module
 DECORATORS = ("allow_in_graph", "assume_constant_result", "disable")
-ASKED = "is_torch_distributed_available"
+SHARDING_CHECK = "is_torch_distributed_available"
 MODULES = ("transformers.modeling_utils", "transformers.generation.utils")
-"""What models import of transformers, which imports the compiler."""
+"""Modules that every model imports, and that import the compiler."""
 
 
 @contextmanager
 def light_imports() -> Iterator[None]:
-    """What is imported of transformers inside does not shard models; the compiler comes when used.
+    """Import transformers inside the block without sharding; import the compiler when it is used.
 
-    It is for a process of our own: such a module stays that way until the process ends. Nothing is
-    changed where the path `imports` is off, where transformers' models or the compiler have been
-    imported already, or where a release of torch or transformers cannot be imported that way.
+    `_LazyCompiler` takes the place of `torch._dynamo` in `sys.modules`. The modules imported inside
+    cannot shard models until the process ends, so this is for commands only. Nothing is changed if
+    the path `imports` is off, if the compiler or transformers' models are imported already, or if
+    the installed releases cannot be imported in this way.
     """
-    there = COMPILER in sys.modules or MODULES[0] in sys.modules
-    if there or not is_enabled("imports"):
+    is_too_late = COMPILER in sys.modules or MODULES[0] in sys.modules
+    if is_too_late or not is_enabled("imports"):
         yield
         return
     import torch
     from transformers import utils
 
     before = set(sys.modules)
-    homes = [home for home in (utils, utils.import_utils) if hasattr(home, ASKED)]
-    answers = [getattr(home, ASKED) for home in homes]
-    for home in homes:
-        setattr(home, ASKED, lambda: False)
+    modules = [module for module in (utils, utils.import_utils) if hasattr(module, SHARDING_CHECK)]
+    answers = [getattr(module, SHARDING_CHECK) for module in modules]
+    for module in modules:
+        setattr(module, SHARDING_CHECK, lambda: False)
     try:
         try:
             _put_stand_in(torch)
             for name in MODULES:
                 import_module(name)
-        except Exception:  # whatever another release raises
-            _undo(before)
-            for home, answer in zip(homes, answers, strict=True):
-                setattr(home, ASKED, answer)
+        except Exception:  # of any kind: it depends on the release
+            _undo(torch, before)
+            for module, answer in zip(modules, answers, strict=True):
+                setattr(module, SHARDING_CHECK, answer)
         yield
     finally:
-        for home, answer in zip(homes, answers, strict=True):
-            setattr(home, ASKED, answer)
+        for module, answer in zip(modules, answers, strict=True):
+            setattr(module, SHARDING_CHECK, answer)
 
 
 def _put_stand_in(torch: Any) -> None:
-    """Let a `_LazyCompiler` take the compiler's place."""
+    """Put a `_LazyCompiler` in place of the compiler."""
     sys.modules[COMPILER] = _LazyCompiler(Path(torch.__file__).parent / "_dynamo")
     sys.meta_path.insert(0, _CompilerFinder())
     vars(torch.distributed).setdefault("__getattr__", _part_of_distributed)
 
 
-def _undo(before: set[str]) -> None:
-    """Take the stand-in away, and have transformers imported anew but for modules of `before`."""
+def _undo(torch: Any, before: set[str]) -> None:
+    """Remove the stand-in, and the modules of transformers that were imported after `before`."""
     sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _CompilerFinder)]
     if isinstance(sys.modules.get(COMPILER), _LazyCompiler):
         del sys.modules[COMPILER]
-    # They were imported as if models were never sharded, which others count on.
+    if vars(torch.distributed).get("__getattr__") is _part_of_distributed:
+        del torch.distributed.__getattr__
+    # These modules lack what modules imported from now on expect for sharding.
     for name in set(sys.modules) - before:
         if name.startswith("transformers."):
             module = sys.modules.pop(name)
@@ -86,9 +88,9 @@ def _undo(before: set[str]) -> None:
 
 
 class _LazyCompiler(ModuleType):
-    """`torch._dynamo`, not imported until it is asked for more than a decorator.
+    """A stand-in for `torch._dynamo` that imports it on access to anything but a decorator.
 
-    Decorators leave functions as they are, which a compiler alone would notice.
+    Its decorators return functions unchanged, which makes a difference to the compiler only.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -100,40 +102,43 @@ class _LazyCompiler(ModuleType):
             return _unchanged
         if name.startswith("__"):
             raise AttributeError(f"module {COMPILER!r} has no attribute {name!r}")
-        return getattr(self.imported(), name)
+        return getattr(self.load(), name)
 
-    def imported(self) -> ModuleType:
-        """The compiler itself, in this module's place from now on."""
+    def load(self) -> ModuleType:
+        """Import the compiler, which takes this module's place."""
         if sys.modules.get(COMPILER) is self:
             del sys.modules[COMPILER]
         return import_module(COMPILER)
 
 
 class _CompilerFinder(MetaPathFinder, Loader):
-    """Whoever imports a module below the compiler, but the one without it, has the compiler too."""
+    """Imports the compiler before any of its submodules, except the standalone one."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         compiler = sys.modules.get(COMPILER)
-        is_part = name.startswith(f"{COMPILER}.") and name != INDEPENDENT
+        is_part = name.startswith(f"{COMPILER}.") and name != STANDALONE
         if not (is_part and isinstance(compiler, _LazyCompiler)):
             return None
-        compiler.imported()
+        compiler.load()
         return ModuleSpec(name, self) if name in sys.modules else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """The module that came with the compiler."""
+        """Return the module, which was imported with the compiler."""
         module = sys.modules[spec.name]
         spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """It has been executed."""
+        """Restore the module's own specification; it is executed already."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 
 
 def _part_of_distributed(name: str) -> ModuleType:
-    """`torch.distributed.tensor` and the like, for who counts on their import, as peft does."""
+    """Import a submodule of `torch.distributed`, such as `tensor`, when it is accessed.
+
+    Some packages, such as peft, access these without importing them.
+    """
     if not name.startswith("_"):
         with suppress(ModuleNotFoundError):
             return import_module(f"torch.distributed.{name}")
@@ -141,5 +146,5 @@ def _part_of_distributed(name: str) -> ModuleType:
 
 
 def _unchanged(function: Callable | None = None, *_: Any, **__: Any) -> Any:
-    """As a decorator, with arguments or without: the function itself."""
+    """A decorator, with arguments or without, that returns the function itself."""
     return _unchanged if function is None else function

@@ -24,10 +24,10 @@ NEEDS_LOOP = "needs decode_loop"
 
 
 def fast_paths(trainer: PPOTrainer, *, keeps_memory: bool) -> dict[str, str]:
-    """Name of each path -> `USED`, or why it is not taken.
+    """Map the name of each path to `USED`, or to the reason why it is not taken.
 
     Args:
-        trainer: its models have had their trial.
+        trainer: of models that were checked, see `try_models`.
         keeps_memory: what `keep_freed_memory` returned.
     """
     policy: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -74,7 +74,7 @@ def fast_paths(trainer: PPOTrainer, *, keeps_memory: bool) -> dict[str, str]:
 
 
 def report(paths: Mapping[str, str]) -> list[str]:
-    """Lines for people: the paths that are taken, then the others by the reason."""
+    """Lines for users: the paths that are taken, then the others, grouped by reason."""
     by_reason: dict[str, list[str]] = {USED: []}
     for name, how in paths.items():
         by_reason.setdefault(how, []).append(name)

@@ -64,7 +64,7 @@ found = {"same": sys.modules["torch._dynamo"] is compiler, "asked": asked}
 
 
 def found(program: str, *arguments: str) -> Any:
-    """What a program finds in an interpreter of its own."""
+    """The value `found` of a program that runs in a new interpreter."""
     code = program + "\nprint(json.dumps(found))"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],

@@ -1,4 +1,4 @@
-"""Tests of the fast paths themselves take them, whatever the environment says."""
+"""All fast paths are on in the tests of them, whatever the environment says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that a process keeps: freed buffers, and oneDNN's compiled kernels of one batch."""
+"""Memory that a process keeps: freed buffers, and compiled kernels of oneDNN."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ print(resident() - before)
 
 
 def growth(**limits: str) -> float:
-    """MiB that 800 products of different shapes leave in a process."""
+    """Growth of a process, in MiB, by 800 products of different shapes."""
     names = (*CACHE_CAPACITIES, VARIABLE)
     environment = {key: value for key, value in os.environ.items() if key not in names} | limits
     command = [sys.executable, "-c", GROWTH]

@@ -1,4 +1,4 @@
-"""Attention over short rows: what torch's own attention gives, gradients included."""
+"""Attention over short rows has the outputs and gradients of torch's attention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROUNDING = 2**-6  # a few bfloat16 roundings of numbers of about 1
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Size]]:
-    """Shapes of the queries that `short_attention` was called with, bfloat16 taken as native."""
+    """Shapes of the queries in calls of `short_attention`, as on a CPU with bfloat16 units."""
     shapes: list[torch.Size] = []
     plain = attention.short_attention
 
@@ -34,7 +34,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Size]]:
 
 
 def inputs(dtype: torch.dtype, *shape: int) -> list[Tensor]:
-    """Query, key and value as models hand them over: views of (B, T, heads, D)."""
+    """Query, key and value as models pass them: views of (B, T, heads, D)."""
     generator = torch.Generator().manual_seed(0)
     shape = shape or (B, T, HEADS, D)
     return [
@@ -100,7 +100,7 @@ def test_a_token_that_may_attend_to_none_disturbs_nothing() -> None:
 
 
 def other_calls() -> dict[str, Callable[[], Tensor]]:
-    """What is left to torch."""
+    """Calls that torch computes."""
     low = inputs(torch.bfloat16)
     few_keys = [low[0], *(t[:, :1] for t in low[1:])]
     bias = torch.zeros(B, 1, T, T, dtype=torch.bfloat16)
@@ -137,7 +137,7 @@ def test_dropout_is_left_to_torch(taken: list[torch.Size]) -> None:
 def test_a_whole_model_under_autocast_has_close_logits_and_gradients(
     make: Callable[[], Any], taken: list[torch.Size]
 ) -> None:
-    """As close to float32 as it is without the fast calls, and through the same layers."""
+    """They are as close to those in float32 as torch's own are."""
     torch.manual_seed(0)
     model = make()
     ids = torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]])

@@ -1,4 +1,4 @@
-"""Recording a step, with a stand-in for CUDA: what is asked of it, and when.
+"""Capturing a step, with a stand-in for CUDA that records the calls.
 
 With a GPU: `test_gpu.py`.
 """
@@ -21,7 +21,7 @@ GPU = torch.device("cuda", 1)
 
 
 class Stream:
-    """Knows whom it waited for."""
+    """Records the streams that it waited for."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
@@ -32,7 +32,7 @@ class Stream:
 
 
 class Graph:
-    """Knows in whose memory it was recorded, on which stream, and how often it was replayed."""
+    """Records its memory pool, its stream, and the number of replays."""
 
     def __init__(self) -> None:
         self.borrowed: Any = None
@@ -55,7 +55,7 @@ class Graph:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What happened: streams entered, graphs made, modes of the alarm that were set."""
+    """Streams entered, graphs made, and modes of the check for waiting that were set."""
     seen = SimpleNamespace(here=Stream(), entered=[], graphs=[], alarm=["default"])
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The cache's name as an argument; what is in it is looked at in `models/test_decode_loop.py`."""
+"""The name of the cache argument. `models/test_decode_loop.py` tests the cache itself."""
 
 from __future__ import annotations
 

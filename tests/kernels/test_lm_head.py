@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies a piece at a time, against autograd over the whole logits."""
+"""Log-probabilities and entropies in pieces equal those of autograd over the whole logits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def by_autograd(
 
 
 def loss(logprobs: Tensor, entropies: Tensor, kind: str) -> Tensor:
-    """A different weight for each token, as advantages are; `kind` says which output counts."""
+    """A loss that weights each token differently; `kind` says which outputs it includes."""
     weights = torch.linspace(-1, 2, len(logprobs), dtype=logprobs.dtype)
     parts = {"logprobs": logprobs * weights, "entropies": entropies * weights.flip(0)}
     return sum((part for name, part in parts.items() if name in kind), torch.zeros(())).sum()

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: the numbers of plain torch, and hands off everything else."""
+"""Linear layers by oneDNN have the numbers of plain torch; other calls are left to torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
-    """Shapes of the products that were taken over, oneDNN preferred whatever the processor."""
+    """Shapes of the products by oneDNN, as on a processor where it is the faster library."""
     shapes: list[tuple[int, ...]] = []
     monkeypatch.setattr(matmul, "prefers_onednn", lambda: True)
     monkeypatch.setattr(matmul, "MIN_WEIGHT_SIZE", 0)
@@ -44,7 +44,7 @@ def normal(*shape: int, seed: int = 0, **kwargs: Any) -> Tensor:
 
 
 def results(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> list[Tensor]:
-    """Output and all gradients, of a loss that weights every number differently."""
+    """Output and all gradients of a loss that weights every number differently."""
     module.zero_grad()
     x = x.clone().requires_grad_()
     output = function(x)
@@ -137,7 +137,7 @@ def test_what_is_frozen_gets_no_gradient_and_costs_no_product(taken: list[tuple[
 
 
 def other_calls() -> dict[str, Callable[[], Tensor]]:
-    """What is not a float32 linear layer with something to multiply."""
+    """Calls that are no float32 linear layer, or have nothing to multiply."""
     x, w, b = normal(7, 12), normal(20, 12), normal(20)
     linear = nn.functional.linear
     return {
@@ -200,7 +200,7 @@ def test_under_autocast_no_copy_of_a_weight_is_held(taken: list[tuple[int, ...]]
 def test_under_autocast_what_does_not_learn_is_left_to_it(
     name: str, taken: list[tuple[int, ...]]
 ) -> None:
-    """It converts each weight once for all the tokens of a sample."""
+    """Autocast converts each weight once for all tokens of a sample."""
     layer = LAYERS[name]()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = layer(normal(7, 12))
@@ -250,7 +250,7 @@ def test_cudnn_has_no_part_in_attention_inside_and_the_part_it_had_afterwards(
 
 
 def test_blocks_that_overlap_leave_all_as_it_was_once_the_last_is_over() -> None:
-    """As those of two threads may: the first to begin is the first to end."""
+    """The first block to begin is the first to end, as with two threads."""
     enabled, linear = torch.backends.cuda.cudnn_sdp_enabled(), torch.nn.functional.linear
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:

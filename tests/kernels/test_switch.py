@@ -1,4 +1,4 @@
-"""The switch: what it names, who has the last word, and what off means."""
+"""The switch: its values, their precedence, and what `off` means."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ALL = frozenset(PATHS)
 
 
 def by_environment(question: Callable[[], Any]) -> Any:
-    """The answer outside of all blocks."""
+    """The answer outside of `using` blocks."""
     return Context().run(question)
 
 
@@ -113,7 +113,7 @@ def test_a_block_is_for_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def work() -> None:
-    """Sample a batch and learn from it, as a run does."""
+    """Sample a batch and train on it, as a run does."""
     trainer = make_trainer()
     queries, _, scores = make_batch()
     responses = trainer.generate(queries, batch_size=8, return_prompt=False, max_new_tokens=3)
@@ -173,7 +173,7 @@ def test_off_replaces_nothing_and_hooks_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_trainer_sets_nothing_for_the_whole_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands do."""
+    """Only the commands do."""
     monkeypatch.setattr(ctypes, "CDLL", MagicMock(side_effect=AssertionError))
     for variable in allocator.CACHE_CAPACITIES:
         monkeypatch.delenv(variable, raising=False)
@@ -186,7 +186,7 @@ def test_a_trainer_sets_nothing_for_the_whole_process(monkeypatch: pytest.Monkey
 
 
 class Model:
-    """A policy on a GPU, as the decode loop asks about it."""
+    """A policy on a GPU, with what the decode loop asks of it."""
 
     device = torch.device("cuda", 0)
 

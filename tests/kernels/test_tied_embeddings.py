@@ -1,4 +1,4 @@
-"""Tied embeddings: one gradient for both uses, the numbers of plain autograd."""
+"""One gradient for both uses of tied embeddings equals that of plain autograd."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAD = 3
 
 
 def make_llama(tied: bool = True) -> LlamaForCausalLM:
-    """Its lookup leaves the padding token's row alone."""
+    """A model whose lookup has no gradient for the padding token."""
     torch.manual_seed(0)
     changes = {"pad_token_id": PAD, "tie_word_embeddings": tied}
     return LlamaForCausalLM(LlamaConfig(**{**SMALL, **changes}))
@@ -31,7 +31,7 @@ MODELS: dict[str, Callable[[], Any]] = {"gpt2": make_gpt2, "llama": make_llama}
 def gradients(
     policy: AutoModelForCausalLMWithValueHead, parts: str, *, by_autograd: bool = False
 ) -> dict[str, Tensor]:
-    """Of a loss of 24 positions, many of the same tokens; added to what is there."""
+    """Gradients of a loss over 24 positions with many equal tokens, added to those there."""
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 8, (4, 9), generator=g)
     positions = torch.arange(36)[torch.arange(36) % 3 > 0]
@@ -58,7 +58,7 @@ def gradients(
 
 @pytest.fixture
 def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of each part that was left to a lookup."""
+    """Number of rows of each part that was kept for a lookup."""
     rows: list[int] = []
     leave = TiedGradient.add
 
