@@ -36,7 +36,6 @@ PATHS = {
     "optimizer_in_backward": "the optimizer updates each weight during the backward pass",
     "allocator": "freed memory kept by the C library, few compiled kernels kept by oneDNN",
     "imports": "`generate` and `compare` import transformers without torch's compiler",
-    "feed_forward": "the last feed-forward network at the positions needed (with lm_head)",
     "gelu": "GELU's tanh approximation by one kernel of torch in place of transformers' formula",
     "sigmoid": "that GELU by the sigmoid on a CPU in float32 (with gelu)",
 }

@@ -6,7 +6,6 @@ change. It decides between the fast path and the one that is right for every mod
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 from ppo_cli.errors import UnsuitableModel, is_out_of_memory
 from ppo_cli.kernels.attention import block_mask
-from ppo_cli.kernels.feed_forward import last_feed_forward_at
 from ppo_cli.kernels.kv_cache import cache_argument, has_windows, make_static, preallocated_cache
 from ppo_cli.kernels.patches import PASSED_ON, fast_layers
 from ppo_cli.kernels.switch import enabled, is_enabled
@@ -137,13 +135,11 @@ class Reading(NamedTuple):
             length together, without padding.
         masked: a mask separates packed sequences, so that the model need not look for their ends.
         logits: by the output layer's weights, by a call of that layer, or by the whole model.
-        narrow: the last feed-forward network runs on the positions that are read alone.
     """
 
     rows: Literal["packed", "padded", "equal"]
     masked: bool
     logits: Literal["weights", "layer", "model"]
-    narrow: bool
 
 
 def fastest_reading(model: Any) -> Reading:
@@ -155,11 +151,10 @@ def fastest_reading(model: Any) -> Reading:
         rows="packed" if packed else "padded",
         masked=packed and reads_block_mask(model),
         logits="weights" if plain else "layer" if through_layer else "model",
-        narrow=through_layer and is_enabled("feed_forward") and ends_in_feed_forward(model),
     )
 
 
-PADDED_READING = Reading("padded", masked=False, logits="model", narrow=False)
+PADDED_READING = Reading("padded", masked=False, logits="model")
 """Right for every model in which padding on the right changes nothing."""
 
 
@@ -232,25 +227,6 @@ def reads_packed(model: Any) -> bool:
     alone = read(torch.stack([ids[0, 3:], ids[1, 2:6]]))
     together = torch.stack([packed[0, 3:], packed[1, 2:6]])
     return not leaks and same(together, alone, precision(model))
-
-
-@_checked_once
-def ends_in_feed_forward(model: Any) -> bool:
-    """Whether a causal model's last feed-forward network may run on some positions alone.
-
-    No other position may matter to them: in the trial these are not numbers.
-    """
-    ids, _ = _packed_rows(model)
-    read = torch.tensor([2, 5, 9, 13], device=ids.device)
-
-    def hidden() -> Tensor:
-        with unsuitable_errors():
-            at_all = _hidden(model.base_model(input_ids=ids, use_cache=False))
-        return at_all.flatten(0, 1)[read]
-
-    expected = hidden()
-    with last_feed_forward_at(model, read, unread=math.nan):
-        return same(hidden(), expected, precision(model))
 
 
 @_checked_once

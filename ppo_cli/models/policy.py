@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from ppo_cli.errors import ModelError, UnsuitableModel
-from ppo_cli.kernels.feed_forward import WORTHWHILE_SHARE, last_feed_forward_at
 from ppo_cli.kernels.gelu import fuse_activations
 from ppo_cli.kernels.kv_cache import cache_argument
 from ppo_cli.kernels.lm_head import (
@@ -208,7 +207,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             return_past_key_values: also return the cache.
             positions: (N,) indices, each once, into the B * T positions laid out flat. With them
                 only these positions are projected on the vocabulary, which is most of a small
-                model's work, and go through the last feed-forward network.
+                model's work.
             targets: (N,) token ids, one a position: what comes after it.
             temperature: what logits at `positions` are divided by.
             kwargs: go to the language model, `labels` among them.
@@ -222,8 +221,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         reading = None if positions is None else self.reading()
         if positions is not None and reading is not None and reading.logits != "model":
             fused = reading.logits == "weights" and targets is not None
-            narrowed = self._narrowed(positions, input_ids) if reading.narrow else nullcontext()
-            with tied_gradient(self._base_model) if fused else nullcontext() as tied, narrowed:
+            with tied_gradient(self._base_model) if fused else nullcontext() as tied:
                 hidden = self._base_model.base_model(
                     input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
                 ).last_hidden_state
@@ -331,20 +329,6 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         if hidden.shape[:-1] != output.logits.shape[:-1]:
             raise UnsuitableModel(f"its hidden states have the shape {tuple(hidden.shape)}")
         return hidden
-
-    def _narrowed(
-        self, positions: Tensor, input_ids: Tensor | None
-    ) -> AbstractContextManager[None]:
-        """The last feed-forward network on `positions` alone, where that saves time."""
-        if (
-            input_ids is not None
-            and self.device.type == "cpu"  # a GPU waits for launches, and these are more
-            and positions.numel() <= WORTHWHILE_SHARE * input_ids.numel()
-            # Where it may be checkpointed, and drops at random:
-            and not (self._base_model.training or self._base_model.base_model.training)
-        ):
-            return last_feed_forward_at(self._base_model, positions)
-        return nullcontext()
 
     def _values(self, hidden: Tensor) -> Tensor:
         return self.v_head(hidden.to(self.device)).squeeze(-1)

@@ -66,7 +66,6 @@ def fast_paths(trainer: PPOTrainer, *, keeps_memory: bool) -> dict[str, str]:
         "optimizer_in_backward": step.reason_after_backward,
         "allocator": _unless(keeps_memory, "the C library is not glibc"),
         "imports": "in generate and compare alone",
-        "feed_forward": _unless(reading.narrow and on_cpu, "needs lm_head, and a CPU"),
         "gelu": None if fused else "the model has no such activation",
         "sigmoid": _unless(fused and on_cpu and not is_bf16, "on a CPU in float32 alone"),
     }

@@ -53,11 +53,6 @@ CODE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "allocator": {"kernels/allocator.py": ()},
     "imports": {"cli/fast_imports.py": ()},
-    "feed_forward": {
-        "kernels/feed_forward.py": (),
-        "models/capabilities.py": ("ends_in_feed_forward",),
-        "models/policy.py": ("_narrowed",),
-    },
     "gelu": {"kernels/gelu.py": ("fuse_activations", "has_fused_activations")},
     "sigmoid": {"kernels/gelu.py": ("TanhGELU", "_by_sigmoid", "_TanhGELU")},
 }

@@ -11,7 +11,6 @@ import transformers
 from torch import Tensor
 
 from ppo_cli.models.capabilities import (
-    ends_in_feed_forward,
     ends_in_output_layer,
     reads_block_mask,
     reads_packed,
@@ -119,8 +118,6 @@ def test_the_probes_tell_architectures_apart(name: str) -> None:
     model = make_model(name)
     assert reads_packed(model) is packed
     assert ends_in_output_layer(model) is plain
-    # OPT and Mamba have no module for it, Bloom's takes the residual too.
-    assert ends_in_feed_forward(model) is packed
     policy = AutoModelForCausalLMWithValueHead(model)
     assert tuple(map(policy.allows, (reads_packed, ends_in_output_layer))) == (packed, plain)
     assert policy.allows(reads_block_mask) is (name in MASKED)
