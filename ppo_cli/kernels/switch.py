@@ -37,7 +37,6 @@ PATHS = {
     "allocator": "freed memory kept by the C library, few compiled kernels kept by oneDNN",
     "imports": "`generate` and `compare` import transformers without torch's compiler",
     "gelu": "GELU's tanh approximation by one kernel of torch in place of transformers' formula",
-    "sigmoid": "that GELU by the sigmoid on a CPU in float32 (with gelu)",
 }
 """Name -> what the path does."""
 

@@ -67,7 +67,6 @@ def fast_paths(trainer: PPOTrainer, *, keeps_memory: bool) -> dict[str, str]:
         "allocator": _unless(keeps_memory, "the C library is not glibc"),
         "imports": "in generate and compare alone",
         "gelu": None if fused else "the model has no such activation",
-        "sigmoid": _unless(fused and on_cpu and not is_bf16, "on a CPU in float32 alone"),
     }
     return {name: (obstacles[name] or USED) if is_enabled(name) else reason_off() for name in PATHS}
 

@@ -28,7 +28,7 @@ from ppo_cli.utils.device import computes_bfloat16
 ROOT = Path(__file__).parent.parent.parent
 WORKLOADS = ("gpt2:32", "tiny:128")
 LEAST_TIME, LEAST_MEMORY = 0.05, 0.10  # shares that a path has to save
-ONE_PRECISION = {"attention": "bf16", "sigmoid": "fp32"}  # in the other it is not taken
+ONE_PRECISION = {"attention": "bf16"}  # in the other it is not taken
 GENERATE = ("-m", "ppo_cli", "generate", "embedded", "--prompt", "This movie")
 # The code of each path: files, or files with those of their definitions that are its own.
 CODE: dict[str, dict[str, tuple[str, ...]]] = {
@@ -53,8 +53,7 @@ CODE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "allocator": {"kernels/allocator.py": ()},
     "imports": {"cli/fast_imports.py": ()},
-    "gelu": {"kernels/gelu.py": ("fuse_activations", "has_fused_activations")},
-    "sigmoid": {"kernels/gelu.py": ("TanhGELU", "_by_sigmoid", "_TanhGELU")},
+    "gelu": {"kernels/gelu.py": ()},
 }
 
 Figures = dict[str, float]
