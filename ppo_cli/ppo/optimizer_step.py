@@ -65,7 +65,7 @@ class OptimizerStep:
         if self.config.gradient_accumulation_steps > 1:
             return "gradients are accumulated"
         if self.accelerator.distributed_type != DistributedType.NO:
-            return "for one process alone"
+            return "only for one process"
         # Others may hold more than a copy of what they share.
         if not (self._reads_condition and type(self._inner) in (Adam, AdamW, SGD, Adagrad)):
             return "not for this optimizer"

@@ -41,15 +41,15 @@ def fast_paths(trainer: PPOTrainer, *, keeps_memory: bool) -> dict[str, str]:
     fused = has_fused_activations(policy)
 
     obstacles: dict[str, str | None] = {
-        "matmul": _obstacle_to_matmul(policy, units=units) if on_cpu else "on a CPU alone",
-        "attention": _unless(on_cuda or (on_cpu and units), "on a CPU in bfloat16 alone")
+        "matmul": _obstacle_to_matmul(policy, units=units) if on_cpu else "only on a CPU",
+        "attention": _unless(on_cuda or (on_cpu and units), "only on a CPU in bfloat16")
         or _unless(_calls_sdpa(policy), "the model does not call scaled_dot_product_attention"),
         "lm_head": _unless(
             reading.logits != "model", "the model's logits are not those of its output layer"
         ),
         "tied_embeddings": _unless(reading.logits == "weights", "needs lm_head, by a plain layer")
         or _unless(
-            policy.allows(has_tied_embeddings), "the embeddings are not tied, or do not train"
+            policy.allows(has_tied_embeddings), "the embeddings are not tied or do not train"
         ),
         "packing": _unless(
             reading.rows == "packed", "the model does not keep packed sequences apart"
@@ -65,7 +65,7 @@ def fast_paths(trainer: PPOTrainer, *, keeps_memory: bool) -> dict[str, str]:
         ),
         "optimizer_in_backward": step.reason_after_backward,
         "allocator": _unless(keeps_memory, "the C library is not glibc"),
-        "imports": "in generate and compare alone",
+        "imports": "only in generate and compare",
         "gelu": None if fused else "the model has no such activation",
     }
     return {name: (obstacles[name] or USED) if is_enabled(name) else reason_off() for name in PATHS}
