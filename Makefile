@@ -1,6 +1,6 @@
 # make demo   set up and run the main job on the embedded default
 # make test   set up and run the tests
-# make check  format, lint, types, tests: what a change has to pass
+# make check  format, lint, types, package, tests: what a change has to pass
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-gpu stress zoo check lint types format embedded bench bench-gpu scaling install clean
+.PHONY: demo test test-gpu stress zoo check lint types package matrix format embedded bench bench-gpu scaling install clean
 
 install: $(READY)
 
@@ -44,14 +44,25 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
+# The package, and the Python examples of the README and docs/ as their readers would write them.
 types: $(READY)
 	$(BIN)/mypy
+	$(BIN)/python tests/readme_types.py
+
+# Builds wheel and sdist into dist/, checks what they hold, and trains a step with the wheel alone.
+package: $(READY)
+	$(BIN)/python tests/package.py
+
+# Runs the tests with the lowest and the newest versions that pyproject.toml allows; minutes to hours.
+# make matrix MATRIX="--pin torch==2.13.0 tests/ppo" picks a build of torch and some of the tests.
+matrix: $(READY)
+	$(BIN)/python tests/matrix.py $(MATRIX)
 
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-check: lint types test
+check: lint types package test
 
 # Rebuilds the embedded models from a seed and checks their quality.
 embedded: $(READY)
@@ -69,4 +80,4 @@ scaling: $(READY)
 	$(BIN)/python tests/benchmarks/scaling.py
 
 clean:
-	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .matrix build dist demo .pytest_cache .mypy_cache .ruff_cache

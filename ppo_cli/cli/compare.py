@@ -1,6 +1,6 @@
 """`ppo-cli compare`."""
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -10,7 +10,7 @@ from ppo_cli.cli import options
 GAP_NOT_REACHED = 3
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     """Format of the comparison."""
 
     table = "table"

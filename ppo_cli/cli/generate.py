@@ -1,6 +1,6 @@
 """`ppo-cli generate`."""
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -8,7 +8,7 @@ import typer
 from ppo_cli.cli import options
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     """Format of the samples."""
 
     table = "table"

@@ -576,8 +576,10 @@ def test_a_model_of_several_parts_is_loaded_and_what_is_saved_loads_again(
     told = [str(one.message) for one in said if "pictures" in str(one.message)]
     assert len(told) == alone
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
+    # transformers 5.24 calls a whole Llama 4 wrongly where there is no picture.
+    reads = model.language_model if kind == "Llama4" else model
     with torch.no_grad():
-        expected = model(input_ids=ids).logits
+        expected = reads(input_ids=ids).logits
         torch.testing.assert_close(policy(ids)[0], expected, rtol=1e-4, atol=1e-4)
         policy.save_pretrained(tmp_path / "saved")
         plain, info = AutoModelForCausalLM.from_pretrained(
