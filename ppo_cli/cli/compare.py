@@ -121,7 +121,7 @@ def compare(
         from ppo_cli.cli import requests
         from ppo_cli.evaluation.compare import compare as compare_models
         from ppo_cli.reporting import comparison_tables
-    from ppo_cli.kernels.allocator import limit_kernel_caches
+    from ppo_cli.kernels.kernel_caches import limit_kernel_caches
     from ppo_cli.reporting.comparison_page import comparison_html
 
     hush()

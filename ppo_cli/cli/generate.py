@@ -96,7 +96,7 @@ def generate(
         from ppo_cli.evaluation.generate import generate as generate_samples
         from ppo_cli.evaluation.generate import load_classifier
         from ppo_cli.models.sampling_params import SamplingParams
-    from ppo_cli.kernels.allocator import limit_kernel_caches
+    from ppo_cli.kernels.kernel_caches import limit_kernel_caches
     from ppo_cli.training.run_directory import RunDirectory
 
     hush()

@@ -34,7 +34,7 @@ PATHS = {
     "kv_cache": "a cache of keys and values that is allocated once (with decode_loop)",
     "cuda_graph": "sampling steps recorded and replayed on a CUDA GPU (with kv_cache)",
     "optimizer_in_backward": "the optimizer updates each weight during the backward pass",
-    "allocator": "freed memory kept by the C library, few compiled kernels kept by oneDNN",
+    "kernel_caches": "oneDNN keeps the compiled kernels of about one batch only",
     "imports": "`generate` and `compare` import transformers without torch's compiler",
     "gelu": "GELU's tanh approximation by one kernel of torch in place of transformers' formula",
 }

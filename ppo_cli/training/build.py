@@ -14,7 +14,7 @@ from ppo_cli.data.fingerprint import Inputs, inputs_of, trusted_too
 from ppo_cli.data.prompts import LengthSampler, Prompt, PromptSet, load_prompts
 from ppo_cli.errors import DataError, UsageError
 from ppo_cli.evaluation.held_out import HeldOutEvaluation
-from ppo_cli.kernels.allocator import keep_freed_memory, limit_kernel_caches
+from ppo_cli.kernels.kernel_caches import limit_kernel_caches
 from ppo_cli.models.capabilities import rope_switch
 from ppo_cli.models.context import context_length
 from ppo_cli.models.loading import check_trusted, load_policy, load_tokenizer
@@ -50,7 +50,7 @@ def build_training(
 ) -> Training:
     """Build a run that is ready to start.
 
-    It sets up the allocator (`ppo_cli.kernels.allocator`) for the whole process. A resumed run also
+    It limits the kernels that oneDNN keeps, for the whole process. A resumed run also
     takes the number of threads that it was started with.
 
     Args:
@@ -81,7 +81,6 @@ def build_training(
         directory.check_writable(overwrite, inputs_of(config))
 
     limit_kernel_caches()
-    keeps_memory = keep_freed_memory()
     set_seed(config.run.seed)
     device = resolve_device(config.run.device)
     tokenizer = load_tokenizer(located.policy.model, located.policy.revision, trusted)
@@ -112,7 +111,7 @@ def build_training(
     )
     facts: dict[str, Any] = {
         "machine": machine(device, trainer.accelerator.mixed_precision),
-        "kernels": fast_paths(trainer, keeps_memory=keeps_memory),
+        "kernels": fast_paths(trainer),
     }
     state = TrainingState(directory, trainer, length_sampler, config)
     if resume:

@@ -23,12 +23,11 @@ USED = "used"
 NEEDS_LOOP = "needs decode_loop"
 
 
-def fast_paths(trainer: PPOTrainer, *, keeps_memory: bool) -> dict[str, str]:
+def fast_paths(trainer: PPOTrainer) -> dict[str, str]:
     """Map the name of each path to `USED`, or to the reason why it is not taken.
 
     Args:
         trainer: of models that were checked, see `try_models`.
-        keeps_memory: what `keep_freed_memory` returned.
     """
     policy: Any = trainer.accelerator.unwrap_model(trainer.model)
     device, is_bf16 = trainer.accelerator.device, trainer.accelerator.mixed_precision == "bf16"
@@ -64,7 +63,7 @@ def fast_paths(trainer: PPOTrainer, *, keeps_memory: bool) -> dict[str, str]:
             "the model reads no cache of a fixed size",
         ),
         "optimizer_in_backward": step.reason_after_backward,
-        "allocator": _unless(keeps_memory, "the C library is not glibc"),
+        "kernel_caches": _unless(on_cpu, "only on a CPU"),
         "imports": "only in generate and compare",
         "gelu": None if fused else "the model has no such activation",
     }

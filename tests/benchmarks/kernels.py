@@ -51,7 +51,7 @@ CODE: dict[str, dict[str, tuple[str, ...]]] = {
     "optimizer_in_backward": {
         "ppo/optimizer_step.py": ("make_state", "within_backward", "_PartialStep"),
     },
-    "allocator": {"kernels/allocator.py": ()},
+    "kernel_caches": {"kernels/kernel_caches.py": ()},
     "imports": {"cli/fast_imports.py": ()},
     "gelu": {"kernels/gelu.py": ()},
 }

@@ -78,10 +78,9 @@ class Workload:
         warnings.filterwarnings("ignore")
         if who == "ours":
             from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-            from ppo_cli.kernels.allocator import keep_freed_memory, limit_kernel_caches
+            from ppo_cli.kernels.kernel_caches import limit_kernel_caches
 
             limit_kernel_caches()
-            keep_freed_memory()
         else:
             from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
         from tokenizers import Tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import ppo_cli.models.policy as policy_module
 import ppo_cli.models.sampling as sampling_module
 import ppo_cli.ppo.packing as packing_module
 from ppo_cli.errors import UsageError
-from ppo_cli.kernels import allocator, attention, kv_cache, matmul, patches
+from ppo_cli.kernels import attention, kernel_caches, kv_cache, matmul, patches
 from ppo_cli.kernels.switch import (
     PATHS,
     VARIABLE,
@@ -124,7 +123,6 @@ def test_off_replaces_nothing_and_hooks_nothing(monkeypatch: pytest.MonkeyPatch)
     functional = torch.nn.functional
     monkeypatch.setattr(optimizer_step, "LARGE_GRADIENTS", 0)
     monkeypatch.setattr(matmul, "prefers_onednn", lambda: True)
-    monkeypatch.setattr(ctypes, "CDLL", MagicMock(side_effect=AssertionError))
 
     def state(model: GPT2Model) -> tuple[Any, ...]:
         hooks = [
@@ -161,8 +159,7 @@ def test_off_replaces_nothing_and_hooks_nothing(monkeypatch: pytest.MonkeyPatch)
     functions = functional.linear, torch.addmm, functional.scaled_dot_product_attention
     environment = dict(os.environ)
     with using("off"):
-        allocator.limit_kernel_caches()
-        assert not allocator.keep_freed_memory()
+        kernel_caches.limit_kernel_caches()
         work()
     assert dict(os.environ) == environment
     assert generate.called
@@ -174,8 +171,7 @@ def test_off_replaces_nothing_and_hooks_nothing(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_trainer_sets_nothing_for_the_whole_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the commands do."""
-    monkeypatch.setattr(ctypes, "CDLL", MagicMock(side_effect=AssertionError))
-    for variable in allocator.CACHE_CAPACITIES:
+    for variable in kernel_caches.CACHE_CAPACITIES:
         monkeypatch.delenv(variable, raising=False)
     environment = dict(os.environ)
     work()
@@ -214,7 +210,7 @@ ENTRIES: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     "kv_cache": (kv_cache._PreallocatedLayer, "update", work),
     "cuda_graph": (Model, "allows", lambda: decode_loop._is_worth_recording(Model(), 20)),
     "optimizer_in_backward": (optimizer_step._PartialStep, "move", work),
-    "allocator": (ctypes, "CDLL", allocator.keep_freed_memory),
+    "kernel_caches": (os.environ, "setdefault", kernel_caches.limit_kernel_caches),
 }
 
 
