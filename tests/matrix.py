@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -139,8 +140,8 @@ def why_not(log: str) -> str:
     """What an installer says of requirements that cannot be met."""
     lines = [line.strip() for line in log.splitlines()]
     said = [line for line in lines if line.startswith(("ERROR:", "error:", "×", "╰"))]
-    conflict = [line for line in lines if " depends on " in line or " requested " in line]
-    return "; ".join([*said[:1], *conflict[:4]]) or last_line(log)
+    bounds = [line for line in lines if re.search(r"(depends on|requested) .*[<>=]", line)]
+    return "; ".join([*said[:1], *bounds]) or last_line(log)
 
 
 def installed(folder: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ The docstrings of the fields are the descriptions in its JSON Schema.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +13,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, create_model
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import CoreSchema
+from pydantic_core.core_schema import DataclassSchema
 
 from ppo_cli.evaluation import quality
 from ppo_cli.evaluation.best_of_n import BestOfN, Share
@@ -262,6 +265,17 @@ def _answer(scored: ScoredSamples, i: int) -> Answer:
     )
 
 
+class _Described(GenerateJsonSchema):
+    """Dataclasses with docstrings and without other fields, as pydantic has them from 2.14 on."""
+
+    def dataclass_schema(self, schema: DataclassSchema) -> JsonSchemaValue:
+        described = super().dataclass_schema(schema)
+        described.setdefault("description", inspect.cleandoc(schema["cls"].__doc__ or ""))
+        described.setdefault("additionalProperties", False)
+        return described
+
+
 def json_schema() -> str:
     """The JSON Schema of a comparison."""
-    return json.dumps(TypeAdapter(Comparison).json_schema(), indent=2)
+    schema = TypeAdapter(Comparison).json_schema(schema_generator=_Described)
+    return json.dumps(schema, indent=2)
