@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -44,23 +44,19 @@ def light_imports() -> Iterator[None]:
     from transformers import utils
 
     before = set(sys.modules)
-    modules = [module for module in (utils, utils.import_utils) if hasattr(module, SHARDING_CHECK)]
-    answers = [getattr(module, SHARDING_CHECK) for module in modules]
-    for module in modules:
-        setattr(module, SHARDING_CHECK, lambda: False)
-    try:
+    with ExitStack() as restore:
+        for module in (utils, utils.import_utils):
+            if hasattr(module, SHARDING_CHECK):
+                restore.callback(setattr, module, SHARDING_CHECK, getattr(module, SHARDING_CHECK))
+                setattr(module, SHARDING_CHECK, lambda: False)
         try:
             _put_stand_in(torch)
             for name in MODULES:
                 import_module(name)
         except Exception:  # of any kind: it depends on the release
             _undo(torch, before)
-            for module, answer in zip(modules, answers, strict=True):
-                setattr(module, SHARDING_CHECK, answer)
+            restore.close()
         yield
-    finally:
-        for module, answer in zip(modules, answers, strict=True):
-            setattr(module, SHARDING_CHECK, answer)
 
 
 def _put_stand_in(torch: Any) -> None:
