@@ -78,6 +78,11 @@ class History:
         """A statistic in the newest `count` steps, oldest first; fewer where there are fewer."""
         return [row[key] for row in self.recent][-count:]
 
+    def fall_below(self, key: str, share: float) -> tuple[float, float] | None:
+        """Mean over the first and over the last three steps, if less than `share` is left of it."""
+        start, now = self.at_first(key), fmean(self.newest(key, 3))
+        return None if now >= share * start else (start, now)
+
 
 class Diagnostics:
     """Follows the statistics of a run and returns each warning once.
@@ -223,10 +228,10 @@ def _value_head(history: History, config: RunConfig) -> str | None:
 
 def _entropy(history: History, config: RunConfig) -> str | None:
     """Entropy at a fraction of its value in the first steps."""
-    start = history.at_first("ppo/policy/entropy")
-    now = fmean(history.newest("ppo/policy/entropy", 3))
-    if now >= MIN_ENTROPY_SHARE * start:
+    fall = history.fall_below("ppo/policy/entropy", MIN_ENTROPY_SHARE)
+    if fall is None:
         return None
+    start, now = fall
     return (
         f"entropy fell from {start:.2f} to {now:.2f} nats per token: responses become alike, and "
         f"the policy no longer explores. Remedy: {stronger_kl_penalty(config)}; an entropy bonus "
@@ -267,10 +272,10 @@ def _equal_scores(history: History, config: RunConfig) -> str | None:
 
 def _short_responses(history: History, config: RunConfig) -> str | None:
     """Responses at a fraction of their length in the first steps."""
-    start = history.at_first("tokens/responses_len_mean")
-    now = fmean(history.newest("tokens/responses_len_mean", 3))
-    if now >= MIN_LENGTH_SHARE * start:
+    fall = history.fall_below("tokens/responses_len_mean", MIN_LENGTH_SHARE)
+    if fall is None:
         return None
+    start, now = fall
     return (
         f"responses shrank from {start:.1f} to {now:.1f} tokens: ending early is rewarded. "
         f"Remedy: reward.length_cost with reward.target_length={round(start)}, or "
