@@ -68,8 +68,7 @@ class GenerateSettings:
     @classmethod
     def of(cls, params: SamplingParams) -> GenerateSettings:
         """The settings with which `generate` samples as `params` say."""
-        kwargs = params.generation_kwargs()
-        del kwargs["eos_token_id"], kwargs["pad_token_id"]
+        kwargs = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p")}
         return cls(params.stop_token_ids, params.pad_token_id, kwargs=kwargs)
 
 
