@@ -10,7 +10,6 @@ from pydantic.dataclasses import dataclass
 
 MAX_COUNT = 10**15  # float64 holds it exactly
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
