@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -65,10 +65,14 @@ class LengthSampler:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A query: text without special tokens, and `input_ids`, (query_length,) int64."""
+    """A query: text without special tokens, and `input_ids`, (query_length,) int64.
+
+    `columns` holds the row's other columns, for rewards; a conversation is in `messages`.
+    """
 
     query: str
     input_ids: Any
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
