@@ -154,9 +154,12 @@ class Reader:
             yield from self._jsonl(file)
             return
         rows = self._rows("json", file)
-        for batch in rows.iter(batch_size=BATCH):
-            need_column(file.name, self._column, batch)
-            yield from batch[self._column]
+        try:
+            for batch in rows.iter(batch_size=BATCH):
+                need_column(file.name, self._column, batch)
+                yield from batch[self._column]
+        except TypeError as error:  # from datasets before 5.1, for a row that is no object
+            raise DataError(_json_problem(file)) from error
 
     def _csv(self, file: DataFile) -> Iterator[Any]:
         from datasets import Features, Value
