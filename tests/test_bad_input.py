@@ -70,7 +70,7 @@ def name_of(case: Case) -> str:
 
 # All of them through the command's own entry point in this process, where torch is imported once;
 # a sample of them in processes of their own as well.
-@pytest.mark.parametrize("case", [*LIGHT[::16], *HEAVY[::50]], ids=name_of)
+@pytest.mark.parametrize("case", [*LIGHT[::40], *HEAVY[::120]], ids=name_of)
 def test_bad_input(case: Case, world: dict[str, str], tmp_path: Path) -> None:
     check(case, world, tmp_path, run_bad)
 

@@ -1,4 +1,4 @@
-"""A dozen of the families that `make zoo` trains, from configuration to saved folder."""
+"""Some of the families that `make zoo` trains, from configuration to saved folder."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import pytest
 
 from tests.stress.zoo import verdict
 
-TRAINED = (
-    "llama", "mistral", "qwen3_moe", "gemma3n_text", "bloom", "opt", "mamba", "rwkv", "minimax",
-    "roberta", "electra", "bart",
-)  # fmt: skip
+TRAINED = ("llama", "qwen3_moe", "gemma3n_text", "bloom", "mamba", "electra", "bart")
 
 
 @pytest.mark.parametrize("family", TRAINED)
