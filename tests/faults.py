@@ -181,8 +181,8 @@ def read_only(descriptor: int) -> None:
 
 def on_terminal(name: str, nohup: bool = False, **variables: str) -> None:
     """The process leads a session on the terminal `name`, which is all of its streams."""
-    if nohup:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # The tests themselves may run under nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
     os.setsid()
     terminal = os.open(name, os.O_RDWR)  # of a leader without a terminal it becomes the terminal
     for descriptor in range(3):
