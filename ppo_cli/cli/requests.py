@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Sequence
 
+from ppo_cli.config.policy import PolicyConfig
 from ppo_cli.config.schema import RewardConfig, RunConfig, check_name
 from ppo_cli.data.fingerprint import Inputs
 from ppo_cli.data.sources import check_encodable, read_texts
@@ -13,6 +14,7 @@ from ppo_cli.evaluation.generate import REFERENCE, Request, Source
 from ppo_cli.models.loading import check_trusted
 from ppo_cli.training.run_directory import RunDirectory
 from ppo_cli.utils.device import resolve_device
+from ppo_cli.utils.model_folder import adapter_base
 from ppo_cli.utils.text import shortened
 
 
@@ -50,13 +52,21 @@ def resolve(
     run = configs[0] if configs else None
     inputs = Inputs(runs[0].recorded().get("inputs")) if runs else None
     stop = tuple(run.rollout.stop) if run is not None else ()
+    loading = {id(d): _loading(d, c.policy) for d, c in zip(runs, configs, strict=True)}
     sources = [
-        Source(str(directory.path) if directory in runs else model, model, None, stop)
+        Source(
+            str(directory.path) if directory in runs else model,
+            model,
+            None,
+            stop,
+            loading=loading.get(id(directory)),
+        )
         for model, directory in zip(models, directories, strict=True)
     ]
     base = None
     if run is not None:
-        base = Source(REFERENCE, run.policy.model, run.policy.revision, stop, inputs)
+        policy = run.policy
+        base = Source(REFERENCE, policy.model, policy.revision, stop, inputs, policy)
     if reference and base is not None:
         sources.append(base)
     reward = _reward(models[0], run, sentiment, classifier) if score else None
@@ -65,6 +75,13 @@ def resolve(
     loaded += [run.policy.model] if run else []
     check_trusted(trusted, loaded)
     return Request(sources, reward, run, resolve_device(device), trusted, base, inputs)
+
+
+def _loading(directory: RunDirectory, policy: PolicyConfig) -> PolicyConfig:
+    """How a run's own model is loaded: as in training, but merged weights are not quantised."""
+    if policy.quantization is None or adapter_base(str(directory.path)) is not None:
+        return policy
+    return policy.model_copy(update={"quantization": None})
 
 
 def _check_names(models: Sequence[str], classifier: str | None) -> None:
