@@ -24,6 +24,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ppo_cli.errors import ModelError, PPOCliError, UsageError, did_you_mean
+from ppo_cli.models.processor import find_processor
 from ppo_cli.utils.hub import first_line, loading_errors
 from ppo_cli.utils.model_checks import (
     implementations,
@@ -281,6 +282,7 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
         names = ", ".join(sorted(unexpected)[:5]) + (" ..." if len(unexpected) > 5 else "")
         warnings.warn(f"{name}: the weights file has the unknown {names}", stacklevel=4)
     model.stored_dtype = stored if isinstance(stored, torch.dtype) else None
+    find_processor(model, name, hub)
     return model
 
 
