@@ -5,16 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Sequence
 
-from ppo_cli.config.policy import PolicyConfig
 from ppo_cli.config.schema import RewardConfig, RunConfig, check_name
 from ppo_cli.data.fingerprint import Inputs
 from ppo_cli.data.sources import check_encodable, read_texts
 from ppo_cli.errors import DataError, UsageError
 from ppo_cli.evaluation.generate import REFERENCE, Request, Source
 from ppo_cli.models.loading import check_trusted
-from ppo_cli.training.run_directory import RunDirectory
+from ppo_cli.training.run_directory import RunDirectory, loading_settings
 from ppo_cli.utils.device import resolve_device
-from ppo_cli.utils.model_folder import adapter_base
 from ppo_cli.utils.text import shortened
 
 
@@ -52,7 +50,7 @@ def resolve(
     run = configs[0] if configs else None
     inputs = Inputs(runs[0].recorded().get("inputs")) if runs else None
     stop = tuple(run.rollout.stop) if run is not None else ()
-    loading = {id(d): _loading(d, c.policy) for d, c in zip(runs, configs, strict=True)}
+    loading = {id(d): loading_settings(d, c.policy) for d, c in zip(runs, configs, strict=True)}
     sources = [
         Source(
             str(directory.path) if directory in runs else model,
@@ -75,13 +73,6 @@ def resolve(
     loaded += [run.policy.model] if run else []
     check_trusted(trusted, loaded)
     return Request(sources, reward, run, resolve_device(device), trusted, base, inputs)
-
-
-def _loading(directory: RunDirectory, policy: PolicyConfig) -> PolicyConfig:
-    """How a run's own model is loaded: as in training, but merged weights are not quantised."""
-    if policy.quantization is None or adapter_base(str(directory.path)) is not None:
-        return policy
-    return policy.model_copy(update={"quantization": None})
 
 
 def _check_names(models: Sequence[str], classifier: str | None) -> None:

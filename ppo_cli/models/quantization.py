@@ -133,6 +133,7 @@ def _whole_weights(model: Any, dtype: torch.dtype) -> Any:
             module.weight = nn.Parameter(weight.dequantize().to(dtype), requires_grad=False)
         del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None
+    model.to(dtype)  # it has cast biases to the precision of its products
     # bitsandbytes puts linear layers in place of GPT-2's Conv1D, whose weights lie the other way.
     with torch.device("meta"):
         architecture = type(model)(model.config)

@@ -106,14 +106,14 @@ def write_model(
     if kept != "adapter" and not _is_written_rightly(policy, folder, dtype):
         if kept == "merged":
             raise ModelError(
-                f"{folder.parent}: the model that transformers reads from the files is not the one "
-                f"that was trained ({type(policy.pretrained_model).__name__} keeps something "
-                "that its files do not hold), so they are not saved. The checkpoints hold the "
-                "trained weights; give another policy.model, or another policy.adapter"
+                "the model that transformers reads from the files is not the one that was trained "
+                f"({type(policy.pretrained_model).__name__} keeps something that its files do not "
+                "hold), so they are not saved. The checkpoints hold the trained weights; give "
+                "another policy.model, or another policy.adapter"
             )
         warnings.warn(
-            f"{folder.parent}: the model with its adapter merged is not the one that was trained: "
-            "the adapter is saved alone",
+            "the model with its adapter merged is not the one that was trained, so the adapter is "
+            "saved alone",
             stacklevel=2,
         )
         shutil.rmtree(folder)
@@ -152,8 +152,8 @@ def _write_adapter(
     )
     if not same(sample_logits(twin), expected, *_tolerance(policy, expected)):
         raise ModelError(
-            f"{folder}: the adapter's files do not hold all that was trained, so they are not "
-            "saved. The checkpoints hold the trained weights; give another policy.adapter"
+            "the adapter's files do not hold all that was trained, so they are not saved. The "
+            "checkpoints hold the trained weights; give another policy.adapter"
         )
 
 
@@ -170,10 +170,9 @@ def _is_written_rightly(
             continue
         if dtype is not None:
             model.pretrained_model.to(dtype)
-            expected = sample_logits(model)  # what rounding changes is what was asked for
         stored = getattr(policy.pretrained_model, "stored_dtype", None) if dtype is None else dtype
         _write(model, folder, stored)
-        if _has_logits(model, folder, expected):
+        if _has_logits(model, folder, sample_logits(model)):
             return True
     return False
 
