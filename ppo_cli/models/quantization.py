@@ -65,10 +65,10 @@ def _quantization_config(settings: QuantizationConfig, compute_dtype: torch.dtyp
         return TorchAoConfig(Int8WeightOnlyConfig())
     from transformers import BitsAndBytesConfig
 
-    if settings.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=settings.llm_int8_threshold)
     return BitsAndBytesConfig(
-        load_in_4bit=True,
+        load_in_4bit=settings.load_in_4bit,
+        load_in_8bit=settings.load_in_8bit,
+        llm_int8_threshold=settings.llm_int8_threshold,
         bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=compute_dtype,

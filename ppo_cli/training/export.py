@@ -153,8 +153,7 @@ def _add_value_head_for_trl(folder: Path) -> None:
             "head: leave --trl out, or choose a smaller --dtype"
         )
     own = dict(_read(weights)) if weights.exists() else {}
-    added = {f"v_head.{key}": value for key, value in _read(head)}
-    save_file({**own, **added}, weights, metadata={"format": "pt"})
+    save_file({**own, **dict(_read(head))}, weights, metadata={"format": "pt"})
 
 
 def _read(file: Path) -> Any:

@@ -178,17 +178,21 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save("Llama", tmp_path_factory.mktemp("llama"))
+
+
 def test_every_method_is_tried_here() -> None:
     assert {settings["peft_type"] for _, settings in METHODS.values()} == set(ADAPTERS)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_adapter_of_each_method_trains_is_merged_and_reads_back(
-    name: str, tmp_path: Path
+    name: str, llama: str, tmp_path: Path
 ) -> None:
     part, settings = METHODS[name]
-    base = save("Llama", tmp_path / "base")
-    policy = load(base, **settings).eval()
+    policy = load(llama, **settings).eval()
     trained = [n for n, p in policy.pretrained_model.named_parameters() if p.requires_grad]
     assert any(part in n for n in trained)
     ids = torch.tensor([[1, 2, 3, 4, 5, 6]])
@@ -201,20 +205,17 @@ def test_an_adapter_of_each_method_trains_is_merged_and_reads_back(
                 parameter.sub_(parameter.grad, alpha=0.1 / float(parameter.grad.norm() + 1e-9))
     after = policy(ids)[0].detach()
     assert (after - before).abs().max() > 1e-4
-    folder = tmp_path / "saved"
-    folder.mkdir()
-    write_model(policy, make_tokenizer(), folder)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    write_model(policy, make_tokenizer(), tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(plain(ids).logits, after, rtol=1e-3, atol=1e-4)
-    again = PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(base), folder / "adapter"
-    )
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter")
     torch.testing.assert_close(again.eval()(ids).logits, after, rtol=1e-3, atol=1e-4)
 
 
-def test_keys_of_peft_reach_its_configuration(tmp_path: Path) -> None:
+def test_keys_of_peft_reach_its_configuration(llama: str) -> None:
     policy = load(
-        save("Llama", tmp_path),
+        llama,
         lora_alpha=5,
         lora_dropout=0.5,
         use_rslora=True,
@@ -253,11 +254,10 @@ def test_keys_of_peft_reach_its_configuration(tmp_path: Path) -> None:
     ids=str,
 )
 def test_keys_that_peft_does_not_have_are_refused(
-    settings: dict[str, Any], parts: list[str], tmp_path: Path
+    settings: dict[str, Any], parts: list[str], llama: str
 ) -> None:
-    folder = save("Llama", tmp_path)
     with pytest.raises(UsageError) as error:
-        load(folder, **settings)
+        load(llama, **settings)
     for part in ["policy.adapter", *parts]:
         assert part in str(error.value)
 
