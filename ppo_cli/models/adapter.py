@@ -42,7 +42,6 @@ UNSUPPORTED = {
     "leave it out",
 }
 NAMES_OF_MODULES = ("modules_to_save", "exclude_modules", "feedforward_modules")
-NAMES_OF_MODULES_WITH_VALUES = ("rank_pattern", "alpha_pattern")
 
 
 def new_adapter(settings: AdapterConfig, name: str, **kwargs: Any) -> Any:
@@ -91,6 +90,7 @@ def new_adapter(settings: AdapterConfig, name: str, **kwargs: Any) -> Any:
                 "its settings, name other modules in target_modules, or choose LORA"
             )
         raise UsageError(f"{KEY}: peft refuses it for {name}: {refusal}. {_offer(plan)}")
+    _check_patterns(adapter, plan)
     return adapter
 
 
@@ -213,12 +213,12 @@ def _check_modules(settings: AdapterConfig, model: str, plan: Any) -> None:
     for key in NAMES_OF_MODULES:
         if (names := extra.get(key)) and not (isinstance(names, str) and _is_pattern(names)):
             _check_names(key, [names] if isinstance(names, str) else names, model, plan)
-    for key in NAMES_OF_MODULES_WITH_VALUES:
-        if isinstance(patterns := extra.get(key), dict):
-            paths = [name for name, _ in plan.named_modules()]
-            for pattern in patterns:
-                if not any(re.search(rf"(^|\.){pattern}$", path) for path in paths):
-                    _check_names(key, [pattern], model, plan)
+    for parameter in extra.get("target_parameters") or ():
+        if not any(name.endswith(f".{parameter}") for name, _ in plan.named_parameters()):
+            raise UsageError(
+                f"policy.adapter.target_parameters: {model} has no parameter "
+                f"'{shortened(parameter, 40)}'"
+            )
     layers = extra.get("layers_to_transform")
     count = plan.config.get_text_config().num_hidden_layers
     for layer in layers if isinstance(layers, list) else [layers]:
@@ -227,6 +227,26 @@ def _check_modules(settings: AdapterConfig, model: str, plan: Any) -> None:
                 f"policy.adapter.layers_to_transform: {model} has the layers 0 to {count - 1}, "
                 f"not {layer}"
             )
+
+
+def _check_patterns(adapter: Any, plan: Any) -> None:
+    """Raise `UsageError` where a pattern with a rank or a scale fits no module that is adapted."""
+    from peft import get_peft_model
+
+    patterns = {key: getattr(adapter, key, None) or {} for key in ("rank_pattern", "alpha_pattern")}
+    if not any(patterns.values()):
+        return
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        model = get_peft_model(copy.deepcopy(plan), copy.deepcopy(adapter))
+    names = model.base_model.targeted_module_names
+    for key, given in patterns.items():
+        for pattern in given:
+            if not any(re.search(rf"(^|\.){pattern}$", name) for name in names):
+                raise UsageError(
+                    f"policy.adapter.{key}: '{shortened(pattern, 40)}' fits none of the modules "
+                    f"that are adapted, such as {names[0]}"
+                )
 
 
 def _check_names(key: str, wanted: Sequence[str], model: str, plan: Any) -> None:

@@ -64,7 +64,7 @@ def export_model(
         ModelError: the run's model cannot be loaded.
     """
     check_target(directory, target)
-    check_trusted(trusted, (str(directory.path), directory.config().policy.model))
+    check_trusted(trusted, [str(directory.path)])
     check_folder(str(directory.path))
     unfinished = target.with_name(f".{target.name}.tmp")
     refuse_special(unfinished)
@@ -74,7 +74,7 @@ def export_model(
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             if form == "adapter":
-                base = _copy_adapter(directory, unfinished, dtype)
+                base = _copy_adapter(directory, unfinished, dtype, trusted)
             else:
                 _write_merged(directory, unfinished, dtype, trusted)
             if for_trl:
@@ -109,13 +109,15 @@ def _write_merged(
     """Write the whole model. An adapter is merged in float32, in which nothing is lost."""
     run = str(directory.path)
     own = loading_settings(directory, directory.config().policy)
-    settings = PolicyConfig(model=run, quantization=own.quantization)
+    settings = PolicyConfig(model=run, precision="fp32", quantization=own.quantization)
     policy = load_policy(settings, None, trusted)
     write_model(policy.eval(), load_tokenizer(run, None, trusted), folder, "merged", dtype)
     _copy(directory.path, folder, FILES)
 
 
-def _copy_adapter(directory: RunDirectory, folder: Path, dtype: torch.dtype | None) -> str | None:
+def _copy_adapter(
+    directory: RunDirectory, folder: Path, dtype: torch.dtype | None, trusted: Collection[str]
+) -> str | None:
     """Write the adapter; return the name of its base."""
     places = (directory.path / ADAPTER_FOLDER, directory.path)
     found = [place for place in places if (place / ADAPTER_FILE).is_file()]
@@ -126,7 +128,7 @@ def _copy_adapter(directory: RunDirectory, folder: Path, dtype: torch.dtype | No
     if dtype is not None:
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in _read(weights)}
         save_file(tensors, weights, metadata={"format": "pt"})
-    load_tokenizer(str(directory.path)).save_pretrained(folder)
+    load_tokenizer(str(directory.path), None, trusted).save_pretrained(folder)
     _copy(directory.path, folder, (VALUE_HEAD_FILE, *FILES))
     return adapter_base(str(folder))
 
