@@ -327,7 +327,7 @@ def test_untrusted_text_is_shown_not_interpreted(home: Path) -> None:
     assert "[red]" in done.out.replace("\n", "")
 
 
-def test_an_adapter_trains_and_the_run_directory_holds_a_plain_model(tmp_path: Path) -> None:
+def test_an_adapter_trains_and_the_run_directory_holds_what_is_asked_for(tmp_path: Path) -> None:
     done = ppo_cli(
         "train", "--steps", 2, "--quiet", "--set", "policy.adapter.r=4",
         "--set", "ppo.learning_rate=0.01", *QUICK, cwd=tmp_path,
@@ -336,8 +336,21 @@ def test_an_adapter_trains_and_the_run_directory_holds_a_plain_model(tmp_path: P
     names = set(load_file(tmp_path / "ppo-good" / "model.safetensors"))
     assert "transformer.wte.weight" in names
     assert not [name for name in names if "lora" in name]
-    scored = ppo_cli("generate", "ppo-good", "--format", "jsonl", cwd=tmp_path)
-    assert scored.code == 0, scored.err
+    assert (tmp_path / "ppo-good" / "adapter" / "adapter_model.safetensors").is_file()
+    texts = []
+    for change in ([], ["--resume", "--quiet", "--set", "policy.adapter.save=adapter"]):
+        if change:  # of a run that has ended: its model is written anew
+            done = ppo_cli("train", "--output", "ppo-good", *change, cwd=tmp_path)
+            assert done.code == 0, done.err
+            assert not (tmp_path / "ppo-good" / "model.safetensors").exists()
+        scored = ppo_cli("generate", "ppo-good", "--format", "jsonl", "-n", 1, cwd=tmp_path)
+        assert scored.code == 0, scored.err
+        texts.append(scored.out)
+    assert texts[0] == texts[1]
+    done = ppo_cli("export", "ppo-good", "whole", cwd=tmp_path)
+    assert (done.code, done.out) == (0, "")
+    assert "AutoModelForCausalLM.from_pretrained('whole')" in done.err
+    assert set(load_file(tmp_path / "whole" / "model.safetensors")) == names
 
 
 def test_numbers_that_stop_being_finite_end_the_run_with_advice(tmp_path: Path) -> None:

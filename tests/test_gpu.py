@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ppo_cli import AutoModelForCausalLMWithValueHead
+from ppo_cli.config.policy import PolicyConfig
 from ppo_cli.kernels.cuda_graph import no_gpu_sync
 from ppo_cli.models import decode_loop
+from ppo_cli.models.loading import load_policy
+from ppo_cli.models.plain_forward import sample_logits
+from ppo_cli.models.saving import write_model
 from ppo_cli.ppo import optimizer_step
 from ppo_cli.ppo.update import Update
 from tests.conftest import (
@@ -25,6 +30,7 @@ from tests.conftest import (
     make_batch,
     make_gpt2,
     make_policy,
+    make_tokenizer,
     make_trainer,
     tried,
     weights,
@@ -36,6 +42,7 @@ from tests.ppo.test_parity import CASES
 from tests.ppo.test_parity import test_step_gives_what_trl_gave as compare_with_trl
 from tests.test_cli import anew
 
+CUDA = torch.device("cuda", 0)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 
 
@@ -276,3 +283,53 @@ def test_a_trial_finds_the_fast_way_of_gpt2_small() -> None:
     torch.cuda.synchronize()
     print(f"the trial took {time.perf_counter() - start:.2f} s")
     assert policy.reading().rows == "packed"
+
+
+# ---------------------------------------------------------------- quantised bases
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("width", ["load_in_4bit", "load_in_8bit"])
+def test_an_adapter_learns_on_a_quantised_base(width: str, tmp_path: Path) -> None:
+    """And reads back; of 4 bits the merged model is the policy, but for rounding."""
+    make_gpt2(n_embd=64).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    settings = {"model": str(tmp_path / "base"), "quantization": {width: True}}
+    policy = load_policy(
+        PolicyConfig.model_validate({**settings, "adapter": {"r": 2}}), device=CUDA
+    )
+    assert policy.device.type == "cuda"
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    trainer = make_trainer(policy, learning_rate=1e-2)
+    assert trainer.ref_model is None
+    for seed in range(2):
+        trainer.step(*make_batch(seed=seed))
+    for name, parameter in policy.named_parameters():
+        is_trained = "lora_" in name or "v_head" in name
+        assert torch.equal(parameter, before[name]) is not is_trained, name
+    expected = sample_logits(policy.eval())
+    (tmp_path / "adapter").mkdir()
+    write_model(policy, make_tokenizer(), tmp_path / "adapter")
+    again = load_policy(
+        PolicyConfig.model_validate({**settings, "model": str(tmp_path / "adapter")}), device=CUDA
+    )
+    torch.testing.assert_close(sample_logits(again.eval()), expected, rtol=0.02, atol=0.02)
+    if width == "load_in_4bit":
+        (tmp_path / "whole").mkdir()
+        write_model(policy, make_tokenizer(), tmp_path / "whole", "merged")
+        whole = GPT2LMHeadModel.from_pretrained(tmp_path / "whole")
+        scale = expected.abs().max()
+        assert (sample_logits(whole.eval()) - expected).abs().max() < 8 * 2**-7 * scale
+
+
+@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
+def test_a_run_on_a_4_bit_base_is_sampled_compared_and_exported(tmp_path: Path) -> None:
+    asked = ("policy.quantization.load_in_4bit=true", "policy.adapter.r=4")
+    sets = [word for setting in asked for word in ("--set", setting)]
+    ppo_cli("train", "--config", SMALL_RUN, *sets, cwd=tmp_path)
+    assert (tmp_path / "ppo-good" / "adapter_config.json").is_file()
+    assert "ppo-good" in ppo_cli("compare", "ppo-good", "--samples", "8", cwd=tmp_path)
+    ppo_cli("export", "ppo-good", "whole", "--dtype", "bfloat16", cwd=tmp_path)
+    text = ppo_cli("generate", "whole", "--prompt", "This movie", "--no-score", cwd=tmp_path)
+    assert text.strip()

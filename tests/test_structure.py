@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 import ppo_cli
 from ppo_cli.config.ppo import PPOSettings
-from ppo_cli.config.schema import AdapterConfig, RunConfig
+from ppo_cli.config.schema import AdapterConfig, QuantizationConfig, RunConfig
 from ppo_cli.ppo.config import PPOConfig
 
 PACKAGE = Path(ppo_cli.__file__).parent
@@ -87,7 +87,7 @@ def test_tests_stand_where_the_code_does() -> None:
 
 def config_keys() -> list[str]:
     keys = [f.name for f in dataclasses.fields(PPOConfig)]
-    sections: list[type[BaseModel]] = [AdapterConfig]
+    sections: list[type[BaseModel]] = [AdapterConfig, QuantizationConfig]
     sections += [
         field.annotation
         for field in RunConfig.model_fields.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import logging
 import os
 import sys
 import traceback
@@ -17,6 +18,7 @@ from typer.core import TyperGroup
 from ppo_cli.cli import streams
 from ppo_cli.cli.compare import compare
 from ppo_cli.cli.config import config
+from ppo_cli.cli.export import export
 from ppo_cli.cli.generate import generate
 from ppo_cli.cli.plot import plot
 from ppo_cli.cli.stats import stats
@@ -84,7 +86,7 @@ SMALLER = {
     "compare": "lower --samples, --max-new-tokens or the numbers of --best-of-n, or use smaller "
     "models",
 }
-for command in (train, generate, compare, plot, stats, config):
+for command in (train, generate, compare, plot, stats, export, config):
     app.command()(command)
 
 
@@ -195,6 +197,8 @@ def _quieten() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if os.environ.get("PPO_CLI_DEBUG") == "1":
         return
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", category=UserWarning, module=r"ppo_cli\..*")
 

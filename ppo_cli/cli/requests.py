@@ -11,7 +11,7 @@ from ppo_cli.data.sources import check_encodable, read_texts
 from ppo_cli.errors import DataError, UsageError
 from ppo_cli.evaluation.generate import REFERENCE, Request, Source
 from ppo_cli.models.loading import check_trusted
-from ppo_cli.training.run_directory import RunDirectory
+from ppo_cli.training.run_directory import RunDirectory, loading_settings
 from ppo_cli.utils.device import resolve_device
 from ppo_cli.utils.text import shortened
 
@@ -50,13 +50,21 @@ def resolve(
     run = configs[0] if configs else None
     inputs = Inputs(runs[0].recorded().get("inputs")) if runs else None
     stop = tuple(run.rollout.stop) if run is not None else ()
+    loading = {id(d): loading_settings(d, c.policy) for d, c in zip(runs, configs, strict=True)}
     sources = [
-        Source(str(directory.path) if directory in runs else model, model, None, stop)
+        Source(
+            str(directory.path) if directory in runs else model,
+            model,
+            None,
+            stop,
+            loading=loading.get(id(directory)),
+        )
         for model, directory in zip(models, directories, strict=True)
     ]
     base = None
     if run is not None:
-        base = Source(REFERENCE, run.policy.model, run.policy.revision, stop, inputs)
+        policy = run.policy
+        base = Source(REFERENCE, policy.model, policy.revision, stop, inputs, policy)
     if reference and base is not None:
         sources.append(base)
     reward = _reward(models[0], run, sentiment, classifier) if score else None

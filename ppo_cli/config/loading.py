@@ -11,12 +11,12 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 import ppo_cli
-from ppo_cli.config.schema import AdapterConfig, RunConfig
+from ppo_cli.config.schema import RunConfig
 from ppo_cli.config.secrets import HIDDEN, find_secret, is_secret, shown_assignment
 from ppo_cli.errors import ConfigError, did_you_mean
 from ppo_cli.utils.files import refuse_stream
@@ -230,8 +230,8 @@ def _known_keys(keys: Iterable[str]) -> list[str]:
             return []
         field = kind.model_fields.get(key)
         kind = field.annotation if field else None
-        if kind == AdapterConfig | None:
-            kind = AdapterConfig
+        if inner := [k for k in get_args(kind) if isinstance(k, type) and issubclass(k, BaseModel)]:
+            kind = inner[0]  # of `Section | None`
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return list(kind.model_fields)
     return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []

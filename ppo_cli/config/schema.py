@@ -10,38 +10,27 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BaseModel, Field, model_validator
 
+from ppo_cli.config.policy import AdapterConfig, PolicyConfig, QuantizationConfig
 from ppo_cli.config.ppo import PPOSettings
+from ppo_cli.config.section import MAX_COUNT, Name, Section, check_name
 from ppo_cli.utils.yaml_io import dump_yaml
 
-MAX_NAME_LENGTH = 1000
-MAX_COUNT = 10**9
-
-
-def check_name(text: str) -> str:
-    """`text`, if it can be the name of a model, file or label; else raises `ValueError`."""
-    if not text.strip():
-        raise ValueError("is empty: give a name")
-    if any(ord(character) < 32 for character in text):
-        raise ValueError("holds a control character: give a name without one")
-    if len(text) > MAX_NAME_LENGTH:
-        raise ValueError(f"has {len(text)} characters: give a name of {MAX_NAME_LENGTH} at most")
-    return text
-
-
-Name = Annotated[str, AfterValidator(check_name)]
-# YAML reads a bare `off` as false.
-Kernels = Annotated[
-    Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)
+__all__ = [
+    "AdapterConfig",
+    "PolicyConfig",
+    "PromptsConfig",
+    "QuantizationConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "RunSettings",
+    "Section",
+    "check_name",
+    "json_schema",
 ]
+
 BestOf = Annotated[int, Field(ge=1, le=65_536)]
 Length = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -51,56 +40,6 @@ def _check_order(section: BaseModel, low: str, high: str) -> None:
     lowest, highest = getattr(section, low), getattr(section, high)
     if lowest >= highest:
         raise ValueError(f"{high} ({highest}) must exceed {low} ({lowest})")
-
-
-class Section(BaseModel):
-    """A part of the configuration. Unknown keys are refused; values cannot be changed."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class AdapterConfig(Section):
-    """A low-rank adapter instead of training all weights (needs the `peft` extra)."""
-
-    r: Annotated[int, Field(ge=1, le=65536)] = 16
-    """Rank."""
-    alpha: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 32
-    """Scale: updates are multiplied by alpha / r."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout inside the adapter."""
-    target_modules: list[Name] | None = None
-    """Names of the modules to adapt, such as [q_proj, v_proj]; null for peft's choice for the
-    architecture, or [all-linear] if peft has none: every linear layer of the language model except
-    the output layer. A single regular expression is matched against full module names."""
-
-
-class PolicyConfig(Section):
-    """The model to tune."""
-
-    model: Name = "embedded"
-    """`embedded`, a folder, or a hub id of a causal language model, or of a peft adapter of one."""
-    revision: Name | None = None
-    """Branch, tag or commit of a hub model."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the large matrix products; auto: bfloat16 if the device computes it natively."""
-    kernels: Kernels = "auto"
-    """Fast paths in training: auto for all that suit model and machine, off for plain torch and
-    transformers. The environment variable PPO_CLI_KERNELS overrides it, and can name single
-    paths."""
-    summary_dropout_prob: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Dropout before the value head; null for the model's own setting."""
-    v_head_init_strategy: Literal["normal"] | None = None
-    """`normal` draws the value head's weights from a normal distribution; null for torch's
-    default."""
-    v_head_initializer_range: Annotated[float, Field(ge=0)] = 0.2
-    """Standard deviation of that normal distribution."""
-    num_shared_layers: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
-    """Number of lower layers that are frozen and shared with the reference; null for none."""
-    adapter: AdapterConfig | None = None
-    """Train a low-rank adapter; the run directory holds the merged model. null trains all
-    weights."""
 
 
 class PromptsConfig(Section):
@@ -148,7 +87,7 @@ class RolloutConfig(Section):
     """Leave at 0 (off): otherwise the samples are not the policy's own and KL is biased."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Top-p sampling. Leave at 1 (off), for the same reason."""
-    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] = []
+    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] = []  # noqa: RUF012
     """Texts that end a response, such as "." or "\\n": a token whose text contains one of them is
     the last of its response. So is every end-of-text token of tokenizer and model (chat models have
     several). This holds for the run's models in `generate` and `compare` too."""

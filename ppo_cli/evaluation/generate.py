@@ -26,6 +26,8 @@ from ppo_cli.utils.text import shortened
 
 REFERENCE = "reference"
 PURE = SamplingParams()
+LOADING = ("dtype", "attn_implementation", "quantization")
+"""Settings of a run's policy that also hold when its models are loaded for sampling."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Source:
     Attributes:
         name: its name on the screen.
         model, revision: folder or hub id, and the hub's revision.
+        loading: the dtype, attention and quantisation to load it with; None for the defaults.
         stop: texts that end a response.
         inputs: records of the run whose policy it was at the start, by which it is found and
             compared.
@@ -45,6 +48,7 @@ class Source:
     revision: str | None = None
     stop: tuple[str, ...] = ()
     inputs: Inputs | None = None
+    loading: PolicyConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,9 @@ def load_model(source: Source, device: torch.device, trusted: Collection[str] = 
     trusted = trusted_too(trusted, {source.model: name})
     tokenizer = load_tokenizer(name, revision, trusted)
     settings = PolicyConfig(model=name, revision=revision)
-    policy = load_policy(settings, tokenizer, trusted)
+    if (given := source.loading) is not None:
+        settings = settings.model_copy(update={key: getattr(given, key) for key in LOADING})
+    policy = load_policy(settings, tokenizer, trusted, device)
     stop = tuple(end_tokens(tokenizer, source.stop, policy))
     return Loaded(source.name, policy.to(device).eval(), tokenizer, stop)
 

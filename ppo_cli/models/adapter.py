@@ -1,8 +1,10 @@
-"""A new low-rank adapter: the choice of its modules, checked before weights are loaded."""
+"""A new adapter: its settings and modules, checked before weights are loaded."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ppo_cli.config.schema import AdapterConfig
+from ppo_cli.config.policy import AdapterConfig
 from ppo_cli.errors import ModelError, UsageError, did_you_mean
 from ppo_cli.models.pretrained import HUB_KEYWORDS, find_adapter, refuse_if_not_causal
 from ppo_cli.utils.hub import first_line, loading_errors
@@ -22,10 +24,28 @@ from ppo_cli.utils.text import shortened
 
 KEY = "policy.adapter.target_modules"
 ALL_LINEAR = "all-linear"
+# Keys of peft's configuration classes that are not the user's.
+SET_HERE = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "megatron_core",
+}
+UNSUPPORTED = {
+    "layer_replication": "it changes the base, which the reference and the saved adapter need as "
+    "it is: leave it out",
+    "alora_invocation_tokens": "such an adapter works behind certain tokens of a prompt alone: "
+    "leave it out",
+}
+NAMES_OF_MODULES = ("modules_to_save", "exclude_modules", "feedforward_modules")
 
 
 def new_adapter(settings: AdapterConfig, name: str, **kwargs: Any) -> Any:
-    """The `peft.LoraConfig` of a new adapter.
+    """The `peft.PeftConfig` of a new adapter.
 
     Without `target_modules` it adapts peft's choice for the architecture; where peft has none,
     every linear layer of the language model but the output layer.
@@ -37,38 +57,94 @@ def new_adapter(settings: AdapterConfig, name: str, **kwargs: Any) -> Any:
 
     Raises:
         ModelError: peft is missing, or the model's configuration cannot be read.
-        UsageError: a name in `target_modules` is no module's, or peft cannot adapt it.
+        UsageError: peft has no such key, a name of a module is none's, or peft cannot adapt it.
     """
     try:
-        from peft import LoraConfig
+        import peft  # noqa: F401
     except ImportError as error:
         raise ModelError(
             f"policy.adapter needs peft: pip install 'ppo-cli[peft]' ({error})"
         ) from error
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-    )
+    adapter = peft_config(settings)
     hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
     with loading_errors(name):
         if find_adapter(name, **hub) is not None:
-            return lora  # it is ignored, with a warning: the model has one
+            return adapter  # it is ignored, with a warning: the model has one
         plan = _plan(name, **kwargs)
+    _check_modules(settings, name, plan)
     wanted = settings.target_modules
     if wanted is None:
-        lora.target_modules = _chosen_by_peft(lora, plan) or _language_layers(plan)
+        if _refusal(adapter, plan) is not None and settings.peft_type != "LN_TUNING":
+            adapter.target_modules = _language_layers(plan)
     elif wanted == [ALL_LINEAR]:
-        lora.target_modules = _language_layers(plan)
+        adapter.target_modules = _language_layers(plan)
     elif len(wanted) == 1 and _is_pattern(wanted[0]):
-        lora.target_modules = wanted[0]
+        adapter.target_modules = wanted[0]
     else:
-        _check_names(wanted, name, plan)
-        lora.target_modules = set(wanted)
-    if (refusal := _refusal(lora, plan)) is not None:
+        _check_names("target_modules", wanted, name, plan)
+        adapter.target_modules = set(wanted)
+    if (refusal := _refusal(adapter, plan)) is not None:
+        if wanted is None and settings.peft_type != "LORA":
+            raise UsageError(
+                f"policy.adapter: peft refuses {settings.peft_type} for {name}: {refusal}. Change "
+                "its settings, name other modules in target_modules, or choose LORA"
+            )
         raise UsageError(f"{KEY}: peft refuses it for {name}: {refusal}. {_offer(plan)}")
-    return lora
+    _check_patterns(adapter, plan)
+    return adapter
+
+
+def name_base(model: Any, source: str, revision: str | None) -> None:
+    """Name a model's base in the settings of its adapter, so that it is found from anywhere.
+
+    Args:
+        model: a `peft.PeftModel`.
+        source: folder or hub id that it was loaded from: its base, or the adapter itself.
+        revision: of the hub model.
+    """
+    for config in model.peft_config.values():
+        base = config.base_model_name_or_path
+        if base == source and revision is not None:
+            config.revision = revision
+        if base and os.path.isdir(base):
+            config.base_model_name_or_path = os.path.abspath(base)
+
+
+def peft_config(settings: AdapterConfig) -> Any:
+    """The `peft.PeftConfig` with the configuration's keys, but for `target_modules`.
+
+    Raises:
+        UsageError: peft's class does not have a key, or refuses a value.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[settings.peft_type]
+    names = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+    given = {"r": settings.r, "alpha": settings.alpha, "dropout": settings.dropout}
+    given = {key: value for key, value in given.items() if value is not None}
+    if settings.peft_type == "LORA":
+        given = {names.get(key, key): value for key, value in given.items()}
+    given |= settings.model_extra or {}
+    known = [field.name for field in dataclasses.fields(kind) if field.name not in SET_HERE]
+    for key in given:
+        if key in UNSUPPORTED:
+            raise UsageError(f"policy.adapter.{key}: {UNSUPPORTED[key]}")
+        if key not in known or key.endswith("_config"):
+            near = did_you_mean(key, known) or f" There are {', '.join(known)}"
+            raise UsageError(
+                f"policy.adapter: {settings.peft_type} has no key '{shortened(key, 40)}' that can "
+                f"be set here.{near}"
+            )
+    if given.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+        raise UsageError(
+            f"policy.adapter.init_lora_weights: {shortened(str(given['init_lora_weights']), 40)!r} "
+            "changes the weights of the base or needs data, so the adapter would not fit the base: "
+            "give true, false, gaussian or orthogonal"
+        )
+    try:
+        return kind(task_type="CAUSAL_LM", **given)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"policy.adapter: peft refuses it: {first_line(error)}") from error
 
 
 def _plan(name: str, **kwargs: Any) -> Any:
@@ -84,7 +160,7 @@ def _plan(name: str, **kwargs: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 
 
-def _refusal(lora: Any, plan: Any) -> str | None:
+def _refusal(adapter: Any, plan: Any) -> str | None:
     """Why peft cannot adapt a model so; None where it can."""
     from peft import get_peft_model
 
@@ -92,22 +168,10 @@ def _refusal(lora: Any, plan: Any) -> str | None:
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         try:
-            get_peft_model(copy.deepcopy(plan), copy.deepcopy(lora))
-        except (ValueError, NotImplementedError) as error:
+            get_peft_model(copy.deepcopy(plan), copy.deepcopy(adapter))
+        except (ValueError, TypeError, NotImplementedError) as error:
             return first_line(error).rstrip(". ")
     return None
-
-
-def _chosen_by_peft(lora: Any, plan: Any) -> set[str] | str | None:
-    """The modules that peft adapts in this architecture by default, None for none."""
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICES
-
-    choice = CHOICES.get(plan.config.model_type)
-    if choice is None:
-        return None
-    tried = copy.deepcopy(lora)
-    tried.target_modules = choice if isinstance(choice, str) else set(choice)
-    return tried.target_modules if _refusal(tried, plan) is None else None
 
 
 def _language_layers(plan: Any) -> set[str]:
@@ -140,13 +204,60 @@ def _is_pattern(name: str) -> bool:
     return re.search(r"[^\w.-]", name) is not None
 
 
-def _check_names(wanted: Sequence[str], model: str, plan: Any) -> None:
+def _check_modules(settings: AdapterConfig, model: str, plan: Any) -> None:
+    """Raise `UsageError` where another key than `target_modules` names what the model lacks.
+
+    peft would ignore it silently.
+    """
+    extra = settings.model_extra or {}
+    for key in NAMES_OF_MODULES:
+        if (names := extra.get(key)) and not (isinstance(names, str) and _is_pattern(names)):
+            _check_names(key, [names] if isinstance(names, str) else names, model, plan)
+    for parameter in extra.get("target_parameters") or ():
+        if not any(name.endswith(f".{parameter}") for name, _ in plan.named_parameters()):
+            raise UsageError(
+                f"policy.adapter.target_parameters: {model} has no parameter "
+                f"'{shortened(parameter, 40)}'"
+            )
+    layers = extra.get("layers_to_transform")
+    count = plan.config.get_text_config().num_hidden_layers
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if isinstance(layer, int) and not 0 <= layer < count:
+            raise UsageError(
+                f"policy.adapter.layers_to_transform: {model} has the layers 0 to {count - 1}, "
+                f"not {layer}"
+            )
+
+
+def _check_patterns(adapter: Any, plan: Any) -> None:
+    """Raise `UsageError` where a pattern with a rank or a scale fits no module that is adapted."""
+    from peft import get_peft_model
+
+    patterns = {key: getattr(adapter, key, None) or {} for key in ("rank_pattern", "alpha_pattern")}
+    if not any(patterns.values()):
+        return
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        model = get_peft_model(copy.deepcopy(plan), copy.deepcopy(adapter))
+    names = model.base_model.targeted_module_names
+    for key, given in patterns.items():
+        for pattern in given:
+            if not any(re.search(rf"(^|\.){pattern}$", name) for name in names):
+                raise UsageError(
+                    f"policy.adapter.{key}: '{shortened(pattern, 40)}' fits none of the modules "
+                    f"that are adapted, such as {names[0]}"
+                )
+
+
+def _check_names(key: str, wanted: Sequence[str], model: str, plan: Any) -> None:
     """Raise `UsageError` for a name that is no module's; peft would ignore it silently."""
     names = [f".{name}" for name, _ in plan.named_modules()]
     for one in wanted:
         if not any(name.endswith(f".{one}") for name in names):
             offer = did_you_mean(one, _last_parts(plan)) or f" {_offer(plan)}"
-            raise UsageError(f"{KEY}: {model} has no module '{shortened(one, 40)}'.{offer}")
+            raise UsageError(
+                f"policy.adapter.{key}: {model} has no module '{shortened(one, 40)}'.{offer}"
+            )
 
 
 def _offer(plan: Any) -> str:

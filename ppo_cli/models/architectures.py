@@ -10,10 +10,15 @@ from ppo_cli.utils.device import modes_kept
 
 
 def keep_weights_as_stored(model: Any) -> None:
-    """Keep RWKV from dividing its weights in eval mode, which it does for the range of float16.
+    """Keep a model from changing its weights in eval mode; its outputs stay the same.
 
-    Otherwise the divided weights would be trained and saved. The model's outputs are the same.
+    RWKV divides them for the range of float16: the divided weights would be trained and saved.
+    bitsandbytes packs 4-bit weights anew on some processors: it rounds their scales by that, and
+    fails for many shapes.
     """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if not getattr(model.config, "rescale_every", 0):
         return
     for module in model.modules():

@@ -5,21 +5,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
-from ppo_cli.config.schema import PolicyConfig
+from ppo_cli.config.policy import PolicyConfig
 from ppo_cli.data.embedded import policy_folder
 from ppo_cli.data.sources import EMBEDDED
 from ppo_cli.errors import ModelError, UsageError
-from ppo_cli.models.adapter import new_adapter
+from ppo_cli.models.adapter import name_base, new_adapter
+from ppo_cli.models.frozen_layers import freeze_layers
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.models.pretrained import tokenizer_of
+from ppo_cli.models.pretrained import HUB_KEYWORDS, check_attention, find_adapter, tokenizer_of
+from ppo_cli.models.quantization import quantization_keywords, refuse_without_quantized_layers
 from ppo_cli.utils.device import modes_kept
 from ppo_cli.utils.hub import loading_errors, trial_errors
 from ppo_cli.utils.model_checks import refuse_empty, refuse_nan, refuse_unusable
+
+CPU = torch.device("cpu")
 
 
 def check_trusted(trusted: Collection[str], names: Collection[str]) -> None:
@@ -45,14 +50,23 @@ def load_tokenizer(name: str, revision: str | None = None, trusted: Collection[s
 
 
 def load_policy(
-    config: PolicyConfig, tokenizer: Any = None, trusted: Collection[str] = ()
+    config: PolicyConfig,
+    tokenizer: Any = None,
+    trusted: Collection[str] = (),
+    device: torch.device = CPU,
 ) -> AutoModelForCausalLMWithValueHead:
     """The model to tune, with its value head and, where configured, a new adapter.
 
+    Args:
+        config: the policy's settings.
+        tokenizer: its ids are checked against the model's.
+        trusted: models whose own code may run.
+        device: where weights that are quantised are put; others stay on the CPU.
+
     Raises:
         ModelError: the model cannot be run, `tokenizer` has ids without an embedding in the
-            model, or peft is missing.
-        UsageError: the model is not causal, or an adapter does not fit it.
+            model, or a package is missing.
+        UsageError: the model is not causal, or a setting does not fit it.
     """
     source = str(policy_folder()) if config.model == EMBEDDED else config.model
     head: dict[str, Any] = {
@@ -62,14 +76,21 @@ def load_policy(
     }
     place = source_keywords(config.model, config.revision, trusted)
     adapter = None if config.adapter is None else new_adapter(config.adapter, source, **place)
+    weights = weight_keywords(config, source, place, device)
     with trial_errors(config.model):
         policy = AutoModelForCausalLMWithValueHead.from_pretrained(
-            source, peft_config=adapter, **head, **place
+            source, peft_config=adapter, **head, **place, **weights
         )
         refuse_nan(config.model, policy)
         with modes_kept(policy), torch.no_grad():
             ids = torch.zeros(1, 1, dtype=torch.long, device=policy.device)
             policy.eval().pretrained_model(input_ids=ids, use_cache=False)
+    if config.quantization is not None:
+        refuse_without_quantized_layers(config.model, policy.pretrained_model)
+    if config.freeze_layers is not None:
+        freeze_layers(policy.pretrained_model, config.freeze_layers)
+    if policy.is_peft_model:
+        name_base(policy.pretrained_model, source, config.revision)
     rows = policy.pretrained_model.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and len(tokenizer) > rows:
         raise ModelError(
@@ -77,6 +98,63 @@ def load_policy(
             f"{rows}: they do not belong together"
         )
     return policy
+
+
+def weight_keywords(
+    config: PolicyConfig, source: str, place: Mapping[str, Any], device: torch.device = CPU
+) -> dict[str, Any]:
+    """Keywords of `from_pretrained` by the settings of dtype, attention and quantisation.
+
+    Args:
+        config: the policy's settings.
+        source: folder or hub id of the model.
+        place: `source_keywords` of the model.
+        device: where weights that are quantised are put.
+
+    Raises:
+        UsageError: the model does not have that attention, or cannot be quantised here.
+        MissingPackageError: a package is missing.
+    """
+    dtype = config.dtype
+    keywords: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if config.attn_implementation is not None:
+        check_attention(config.attn_implementation, source, **place)
+        keywords["attn_implementation"] = config.attn_implementation
+    return keywords | quantization_keywords(config, device)
+
+
+def refuse_quantized_weights(config: PolicyConfig, trusted: Collection[str] = ()) -> None:
+    """Raise `UsageError` where a policy would be quantised that has no adapter to train."""
+    if config.quantization is None or config.adapter is not None:
+        return
+    if config.model != EMBEDDED:
+        with loading_errors(config.model):
+            place = source_keywords(config.model, config.revision, trusted)
+            if find_adapter(config.model, **{k: place[k] for k in place if k in HUB_KEYWORDS}):
+                return
+    raise UsageError(
+        "policy.quantization needs an adapter: quantised weights cannot be trained. Give one, "
+        "with policy.adapter.r=16 for example, or leave policy.quantization out"
+    )
+
+
+def refuse_untrainable(policy: AutoModelForCausalLMWithValueHead) -> None:
+    """Raise `UsageError` where float16 weights would be trained; warn where bfloat16 ones would."""
+    model = policy.pretrained_model
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if torch.float16 in dtypes:
+        raise UsageError(
+            "policy.dtype float16 is for weights that are not trained: their updates would be lost "
+            "or overflow. Train an adapter (policy.adapter), or set policy.dtype=float32; "
+            "policy.precision=fp16 computes in float16 with float32 weights"
+        )
+    if torch.bfloat16 in dtypes:
+        warnings.warn(
+            "weights of bfloat16 are trained (policy.dtype): updates of less than 0.4 % of a "
+            "weight are lost. Train an adapter, whose weights are float32, or set "
+            "policy.dtype=float32",
+            stacklevel=2,
+        )
 
 
 def source_keywords(name: str, revision: str | None, trusted: Collection[str]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from ppo_cli.models.pretrained import (
     load_causal,
     refuse_if_not_causal,
 )
+from ppo_cli.models.quantization import dequantized, is_quantized
 from ppo_cli.models.value_head import ValueHead
 from ppo_cli.utils.hub import adapter_errors, first_line, loading_errors
 
@@ -368,11 +369,15 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
     def merged(self, *, untied: bool = False) -> AutoModelForCausalLMWithValueHead:
         """A copy without an adapter: the adapter's weights are added to those that it adapts.
 
+        A quantised base becomes whole weights with the same numbers first.
+
         Args:
             untied: give the copy separate input and output embeddings. That is needed where they
                 share a weight and the adapter changes them in different ways.
         """
         twin = copy.deepcopy(self)
+        if is_quantized(twin._base_model):
+            twin.pretrained_model = dequantized(twin.pretrained_model)
         adapted = cast(Any, twin.pretrained_model)
         if untied:
             untie_embeddings(twin._base_model)

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -22,9 +23,16 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ppo_cli.errors import ModelError, PPOCliError, UsageError
-from ppo_cli.utils.hub import loading_errors
-from ppo_cli.utils.model_checks import implementations, refuse_misshaped, refuse_missing
+from ppo_cli.errors import ModelError, PPOCliError, UsageError, did_you_mean
+from ppo_cli.models.processor import find_processor
+from ppo_cli.utils.hub import first_line, loading_errors
+from ppo_cli.utils.model_checks import (
+    implementations,
+    is_elsewhere,
+    refuse_misshaped,
+    refuse_missing,
+)
+from ppo_cli.utils.text import shortened
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -60,6 +68,39 @@ def refuse_if_not_causal(config: Any, model_class: type | None = None) -> None:
             f"{named[0] if named else config.model_type} is not a causal language model: choose "
             "one whose architecture ends in ForCausalLM or LMHeadModel, such as gpt2"
         )
+
+
+def check_attention(name: str, source: str, **place: Any) -> None:
+    """Raise `UsageError` unless a model has an attention of transformers.
+
+    Args:
+        name: of the attention.
+        source: folder or hub id of the model; of an adapter its base's.
+        place: keywords of `from_pretrained`.
+    """
+    key = "policy.attn_implementation"
+    known = ("eager", *sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()))
+    if name not in known:
+        raise UsageError(
+            f"{key}: transformers has no '{shortened(name, 40)}'.{did_you_mean(name, known)} There "
+            f"are {', '.join(known)}"
+        )
+    if is_elsewhere(name):
+        raise UsageError(f"{key}: {name} needs a package that is not installed here: leave it null")
+    hub = {k: place[k] for k in HUB_KEYWORDS if k in place}
+    with loading_errors(source):
+        if (adapter := find_adapter(source, **hub)) is not None:
+            source, place = adapter.base, base_keywords(adapter, place)
+        config = AutoConfig.from_pretrained(source, **place)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trust = place.get("trust_remote_code", False)
+            AutoModelForCausalLM.from_config(
+                config, attn_implementation=name, trust_remote_code=trust
+            )
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"{key}: {source} has no {name}: {first_line(error)}") from error
 
 
 def _has_language_model(config: Any) -> bool:
@@ -213,6 +254,11 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
         stored = getattr(config, "dtype", None)
         if not trust:
             refuse_if_not_causal(config)
+        if kwargs.get("quantization_config") and getattr(config, "quantization_config", None):
+            raise UsageError(
+                f"{name} is quantised already: leave policy.quantization out, or give the model "
+                "before quantisation"
+            )
         chosen = implementations(name, config, kwargs["trust_remote_code"])
         kwargs = chosen | kwargs
     # transformers' own report would name the value heads, too.
@@ -236,6 +282,7 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
         names = ", ".join(sorted(unexpected)[:5]) + (" ..." if len(unexpected) > 5 else "")
         warnings.warn(f"{name}: the weights file has the unknown {names}", stacklevel=4)
     model.stored_dtype = stored if isinstance(stored, torch.dtype) else None
+    find_processor(model, name, hub)
     return model
 
 

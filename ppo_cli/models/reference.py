@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ppo_cli.errors import UsageError
 from ppo_cli.models.capabilities import precision, same
+from ppo_cli.models.frozen_layers import layer_stack
 from ppo_cli.models.plain_forward import sample_logits
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 
@@ -95,12 +96,7 @@ def _lower_parameters(model: nn.Module, num_layers: int, pattern: str | None) ->
         ]
         prefix = layers[0].rpartition(".")[0] if layers else ""
     else:
-        lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-        # The decoder's stack is the outermost list of as many modules as the model has layers;
-        # experts and the like lie inside, projections of inputs beside it.
-        count = _number_of_layers(model)
-        stacks = [name for name, m in lists.items() if len(m) == count] or list(lists)
-        prefix = min(stacks, key=lambda name: (name.count("."), name), default="")
+        prefix = layer_stack(model) or ""
     if not prefix:
         raise UsageError(
             f"cannot find the layers of {type(model).__name__}: pass their pattern, "
@@ -118,12 +114,6 @@ def _lower_parameters(model: nn.Module, num_layers: int, pattern: str | None) ->
         elif _is_embedding(model, name):
             shared.append(parameter)
     return shared
-
-
-def _number_of_layers(model: Any) -> int | None:
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "num_hidden_layers", None)
 
 
 def _layer_index(name: str, prefix: str) -> int | None:

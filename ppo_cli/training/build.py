@@ -17,7 +17,13 @@ from ppo_cli.evaluation.held_out import HeldOutEvaluation
 from ppo_cli.kernels.kernel_caches import limit_kernel_caches
 from ppo_cli.models.capabilities import rope_switch
 from ppo_cli.models.context import context_length
-from ppo_cli.models.loading import check_trusted, load_policy, load_tokenizer
+from ppo_cli.models.loading import (
+    check_trusted,
+    load_policy,
+    load_tokenizer,
+    refuse_quantized_weights,
+    refuse_untrainable,
+)
 from ppo_cli.models.sampling import check_sampling
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
@@ -156,6 +162,9 @@ def make_trainer(
     config: RunConfig, device: torch.device, tokenizer: Any, trusted: Collection[str]
 ) -> PPOTrainer:
     """Load the policy and make its trainer."""
+    refuse_quantized_weights(config.policy, trusted)
+    policy = load_policy(config.policy, tokenizer, trusted, device)
+    refuse_untrainable(policy)
     settings = dataclasses.asdict(config.ppo)
     settings["accelerator_kwargs"] = {
         **accelerator_settings(device),
@@ -172,7 +181,7 @@ def make_trainer(
             reward_model=config.reward.model,
             steps=config.run.steps * config.ppo.batch_size,
         ),
-        load_policy(config.policy, tokenizer, trusted),
+        policy,
         None,
         tokenizer,
         num_shared_layers=config.policy.num_shared_layers,

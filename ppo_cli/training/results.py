@@ -13,9 +13,10 @@ from ppo_cli.training.run_directory import CARD_FILE, RunDirectory
 from ppo_cli.utils.files import write_text
 
 
-def save_model(directory: RunDirectory, policy: Any, tokenizer: Any) -> None:
-    """Write the policy as a plain model folder, and the picture of loss and mean reward."""
-    save_folder(policy, tokenizer, directory.inventory)
+def save_model(directory: RunDirectory, policy: Any, tokenizer: Any, config: RunConfig) -> None:
+    """Write the policy as a model folder, and the picture of loss and mean reward."""
+    adapter = config.policy.adapter
+    save_folder(policy, tokenizer, directory.inventory, adapter.save if adapter else None)
     rows = [row for row in directory.records.rows() if row.keys() >= set(DEFAULT_METRICS)]
     if rows:
         plot_training({directory.path.name: rows}, directory.plot)

@@ -17,6 +17,7 @@ from ppo_cli.utils.inventory import STATE_FILE
 
 CHANGEABLE = (
     "policy.kernels",
+    "policy.adapter.save",
     "run.steps",
     "run.device",
     "run.checkpoint_every",

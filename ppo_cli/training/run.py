@@ -158,7 +158,7 @@ class Training:
             before_samples=before.samples,
             after_samples=after.samples,
         )
-        save_model(self.directory, self._policy, self.tokenizer)
+        save_model(self.directory, self._policy, self.tokenizer, self.config)
         write_card(self.directory, summary, self.config)
         counts = self.config.run.best_of_n
         if counts and not self.stop_requested:  # it takes a while, and the user wants to stop
@@ -232,7 +232,7 @@ class Training:
             return
         self.state.restore()
         weights = self.state.load_chosen_weights(self.state.evaluations)
-        save_model(self.directory, self._policy, self.tokenizer)
+        save_model(self.directory, self._policy, self.tokenizer, self.config)
         tried = f" after {rollbacks - 1} rollbacks" if rollbacks > 1 else ""
         held = f"the checkpoint and the model of step {self.step}"
         if weights.step != self.step:

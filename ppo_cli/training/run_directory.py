@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_cli.config.loading import validate
+from ppo_cli.config.policy import PolicyConfig
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.fingerprint import inputs_of
 from ppo_cli.errors import UsageError, did_you_mean
@@ -31,6 +32,7 @@ from ppo_cli.utils.inventory import (
     lies_in_checkpoints,
     shown,
 )
+from ppo_cli.utils.model_folder import adapter_base
 from ppo_cli.utils.text import shortened
 from ppo_cli.utils.yaml_io import dump_yaml, read_yaml
 
@@ -237,6 +239,13 @@ class RunDirectory:
                 f"{path} is damaged: it holds no configuration; train anew with --overwrite"
             )
         return validate(settings, str(path))
+
+
+def loading_settings(directory: RunDirectory, policy: PolicyConfig) -> PolicyConfig:
+    """How a run's own model is loaded: as in training, but merged weights are not quantised."""
+    if policy.quantization is None or adapter_base(str(directory.path)) is not None:
+        return policy
+    return policy.model_copy(update={"quantization": None})
 
 
 def _places(name: str) -> list[Path]:

@@ -35,6 +35,7 @@ RUN_FILE = re.compile(
     r"run\.yaml|README\.md|(metrics|samples)\.jsonl|training\.png|frontier\.(json|png)"
     r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
     r"|(model(-\d{5}-of-\d{5})?|value_head)\.safetensors|model\.safetensors\.index\.json"
+    r"|adapter_config\.json|adapter_model\.safetensors"
     r"|vocab\.(json|txt)|merges\.txt|chat_template\.jinja"
     r"|(spiece|tokenizer|sentencepiece|sentencepiece\.bpe|spm)\.model"
 )
@@ -113,6 +114,19 @@ class Inventory:
                 "write: move that elsewhere"
             )
         self._write(listed.union(names))
+
+    def listed(self, pattern: re.Pattern[str]) -> list[str]:
+        """Names on the list that match `pattern`."""
+        return sorted(filter(pattern.fullmatch, self.names() or ()))
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Delete files that are on the list; they stay on it."""
+        for name in names:
+            path = self.folder / name
+            if _is_file(path):
+                path.unlink()
+            for parent in [*path.relative_to(self.folder).parents][:-1]:
+                _remove_if_empty(self.folder / parent)
 
     def strangers(self) -> list[str]:
         """Names in the folder that no run wrote: unlisted files, links, folders (`name/`)."""

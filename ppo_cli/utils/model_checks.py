@@ -94,7 +94,7 @@ def implementations(name: str, config: Any, is_trusted: bool) -> dict[str, Any]:
     """
     keywords: dict[str, Any] = {}
     for key in IMPLEMENTATIONS:
-        elsewhere = [value for value in _all_values(config, f"_{key}") if _is_elsewhere(value)]
+        elsewhere = [value for value in _all_values(config, f"_{key}") if is_elsewhere(value)]
         if not elsewhere:
             continue
         if is_trusted and "/" in elsewhere[0]:
@@ -120,7 +120,7 @@ def _all_values(config: Any, key: str) -> Iterator[str]:
             yield from _all_values(section, key)
 
 
-def _is_elsewhere(implementation: str) -> bool:
+def is_elsewhere(implementation: str) -> bool:
     """Whether an implementation is neither transformers' own nor that of an installed package."""
     from transformers import utils
 
