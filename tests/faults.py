@@ -202,14 +202,14 @@ def ascii_streams() -> None:
     sys.stderr = open(2, "w", encoding="ascii", closefd=False)  # noqa: SIM115
 
 
-def tracker_leaves() -> None:
-    """The program behind a tracker ends: writing to it fails from the second step on."""
+def helper_leaves() -> None:
+    """A program that a step writes to ends: writing to it fails from the second step on."""
     from ppo_cli import PPOTrainer
 
     def fail(*_: Any) -> None:
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
-    before_call(PPOTrainer, "log_stats", 2, fail)
+    before_call(PPOTrainer, "step", 2, fail)
 
 
 def begin_anew(number: int, config: str) -> None:

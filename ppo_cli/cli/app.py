@@ -49,9 +49,7 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError as error:
             # `streams` handles readers of this program's output. Typer would exit silently.
-            lost: Any = PPOCliError(
-                "broken pipe: a program that this one writes to, such as a tracker's, has ended"
-            )
+            lost: Any = PPOCliError("broken pipe: a program that this one writes to has ended")
             lost.__notes__ = getattr(error, "__notes__", [])
             raise lost from error
 
