@@ -72,9 +72,14 @@ class RunTrackers:
             return
         self._known = self._read()
         self._directory.inventory.add([TRACKERS_FILE, *([f"{LOGS}/"] if self._is_in_run else [])])
+        last = max((int(row["step"]) for row in rows), default=0)
+        for name in self._known.keys() - names:  # it misses what follows
+            self._known[name].setdefault("unsent_from", last + 1)
         for name in names:
             was = self._known.get(name)
             end = 0 if was is None else was.pop("unsent_from", float("inf"))
+            if name == "tensorboard":
+                end = min(end, step + 1)  # it can drop the steps that are made again
             self._sent[name] = {int(row["step"]): row.keys() for row in rows if row["step"] < end}
             identity = was or _new_identity(name, self._directory.path.resolve().name)
             with starting(name), quietly():
@@ -145,7 +150,7 @@ class RunTrackers:
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             store = shlex.quote(_mlflow_store(self._logs / "mlflow"))
             commands["mlflow"] = f"mlflow ui --backend-store-uri {store}"
-        return [commands[name] for name in self._known if name in commands]
+        return [commands[n] for n in as_names(self._config.ppo.log_with) if n in commands]
 
     def _started(self, name: str, identity: Mapping[str, Any], continues: bool) -> Any:
         """The tracker of accelerate, started; it has the configuration if it is new."""
@@ -280,7 +285,7 @@ def _arguments(
         return {"id": key, "experiment_name": run, "resume": resume, "logdir": str(folder / name)}
     if name == "trackio":
         # It reads the place of its store when it is imported.
-        os.environ.setdefault("TRACKIO_DIR", str(folder / name))
+        os.environ["TRACKIO_DIR"] = os.environ.get("TRACKIO_DIR") or str(folder / name)
         return {"name": run, "resume": "allow" if continues else "never", "embed": False}
     if name == "mlflow":
         names = {"run_id": key} if continues else {"run_name": run}
