@@ -170,7 +170,7 @@ class RunTrackers:
         tracker.start()
         if name == "wandb":
             use_own_steps(tracker)
-        if not continues or name == "wandb":
+        if not continues or name in ("wandb", "trackio"):  # these take it anew
             self._log_configuration(name, tracker)
         return tracker
 
