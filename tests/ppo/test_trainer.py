@@ -591,7 +591,8 @@ class FakeTracker:
 def test_every_tracker_gets_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """wandb drops a row whose number is not above those of all rows so far, the user's too."""
     wandb = SimpleNamespace(
-        Histogram=lambda array: array.tolist(), Table=lambda columns, data: {"columns": columns, "data": data}
+        Histogram=lambda array: array.tolist(),
+        Table=lambda columns, data: {"columns": columns, "data": data},
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     trainer = make_trainer()
