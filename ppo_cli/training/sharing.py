@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ppo_cli.data.fingerprint import Inputs
 from ppo_cli.errors import UsageError
 from ppo_cli.models.model_card import usage
 from ppo_cli.training.records import METRICS_FILE, SAMPLES_FILE
 from ppo_cli.training.run_directory import CARD_FILE, CONFIG_FILE, RunDirectory
 from ppo_cli.utils.hub import ask_license
 from ppo_cli.utils.inventory import CHECKPOINTS, MARKER, TRACKERS_FILE, WEIGHTS
-from ppo_cli.utils.local_names import public_card, public_json, public_values
+from ppo_cli.utils.local_names import Records, public_card, public_json, public_values
 from ppo_cli.utils.yaml_io import dump_yaml, read_yaml
 
 PRIVATE = {
@@ -61,7 +62,7 @@ def shared_files(run: RunDirectory, repo_id: str) -> tuple[list[SharedFile], dic
             f"--output {run.path} --resume"
         )
     files, stay = [], {}
-    hub_ids = _hub_ids(run)
+    records = _records(run)
     for name in present:
         path = run.path / name
         if name in PRIVATE:
@@ -69,7 +70,13 @@ def shared_files(run: RunDirectory, repo_id: str) -> tuple[list[SharedFile], dic
         elif path.is_symlink():
             stay[name] = "a link"
         elif name in (METRICS_FILE, CONFIG_FILE) or path.suffix in SHARED:
-            files.append(SharedFile(name, _content(path, name, run, repo_id, hub_ids)))
+            try:
+                files.append(SharedFile(name, _content(path, name, run, repo_id, records)))
+            except (ValueError, RecursionError) as error:
+                raise UsageError(
+                    f"{path} is damaged and cannot be read: write it anew with ppo-cli train "
+                    f"--output {run.path} --resume"
+                ) from error
         else:
             stay[name] = "of use here only"
     stay |= {name: "logs of trackers" for name in sorted(names) if name.endswith("/")}
@@ -100,31 +107,32 @@ def _licensed(content: Path | bytes) -> bytes:
 
 
 def _content(
-    path: Path, name: str, run: RunDirectory, repo_id: str, hub_ids: set[str]
+    path: Path, name: str, run: RunDirectory, repo_id: str, records: Records
 ) -> Path | bytes:
     """The file as it is, or its content without what is private."""
     if name == CARD_FILE:
         text = path.read_text(encoding="utf-8")
-        for own in {run.path.absolute().name, str(run.path)}:
+        title = run.path.absolute().name
+        for own in {title, str(run.path)}:
             text = text.replace(usage(own), usage(repo_id))
-        return public_card(text).encode()
+        return public_card(text.replace(str(run.path.absolute()), title)).encode()
     if name == CONFIG_FILE:
-        return _public_record(read_yaml(path), hub_ids).encode()
+        return _public_record(read_yaml(path), records).encode()
     if path.suffix == ".json" and path.name not in VOCABULARY:
-        return public_json(path.read_bytes(), hub_ids)
+        return public_json(path.read_bytes(), records)
     return path
 
 
-def _public_record(record: Any, hub_ids: set[str]) -> str:
+def _public_record(record: Any, records: Records) -> str:
     """`run.yaml` without paths and with names instead of them."""
-    inputs = record.get("inputs") or {}
+    inputs = record["inputs"] = Inputs(record.get("inputs")).records
     for entry in [*inputs.values(), *(e.get("base") or {} for e in inputs.values())]:
         entry.pop("path", None)
-    return dump_yaml(public_values(record, hub_ids, only_names=True))
+    return dump_yaml(public_values(record, records, only_names=True))
 
 
-def _hub_ids(run: RunDirectory) -> set[str]:
-    """Names of the run's inputs that are ids on the hub."""
-    inputs = run.recorded().get("inputs") or {}
+def _records(run: RunDirectory) -> dict[str, dict[str, Any]]:
+    """The records of the run's inputs, and of the bases of adapters, by name."""
+    inputs = Inputs(run.recorded().get("inputs")).records
     entries = [*inputs.values(), *(entry.get("base") or {} for entry in inputs.values())]
-    return {entry["name"] for entry in entries if "commit" in entry}
+    return {entry["name"]: entry for entry in entries if "name" in entry}

@@ -9,7 +9,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from ppo_cli.errors import ModelError, PPOCliError, UsageError
+from ppo_cli.errors import ModelError, PPOCliError, UsageError, causes_of
 from ppo_cli.utils.hub import bound_retries, first_line, is_of_network, status_of
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w-]*/\w[\w.-]*")
@@ -114,10 +114,8 @@ def _upload_errors(repo_id: str) -> Iterator[None]:
 
 
 def _problem(repo_id: str, error: BaseException) -> str:
-    owner, status = repo_id.partition("/")[0], status_of(error)
-    cause = error.__cause__  # of an upload in a thread
-    if status is None and cause is not None:
-        return _problem(repo_id, cause)
+    owner, causes = repo_id.partition("/")[0], list(causes_of(error))  # of a thread's error, too
+    status = next((found for cause in causes if (found := status_of(cause))), None)
     if status == HTTPStatus.UNAUTHORIZED:
         return "the hub does not accept the token: set HF_TOKEN to one that is valid"
     if status == HTTPStatus.FORBIDDEN:
@@ -127,6 +125,6 @@ def _problem(repo_id: str, error: BaseException) -> str:
         )
     if status is not None:
         return f"the hub answers {status} ({first_line(error)}): nothing was committed; try again"
-    if is_of_network(error):
+    if any(map(is_of_network, causes)):
         return "the hub cannot be reached: check the network; nothing was committed"
     return f"{first_line(error).rstrip('. ')}; nothing was committed"

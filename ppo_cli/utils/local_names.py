@@ -6,13 +6,14 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ppo_cli.errors import without_secrets
 from ppo_cli.utils.model_folder import is_path
 
+Records = Mapping[str, Mapping[str, Any]]
 REST = r"(?:[/\\][^\s\"'`<>|*?]*)?"  # of a path after a known folder
 QUOTED_PATH = re.compile(r"(?<=[`\"'])(?:/|~/|[A-Za-z]:\\)[^`\"'\n]+(?=[`\"'])")
 
@@ -56,35 +57,35 @@ def public_card(text: str) -> str:
     return public_text(QUOTED_PATH.sub(lambda found: _last_part(found[0]), text))
 
 
-def public_values(value: Any, hub_ids: Collection[str] = (), *, only_names: bool = False) -> Any:
+def public_values(value: Any, records: Records, *, only_names: bool = False) -> Any:
     """Nested plain values with `public_text` for each text.
 
     Args:
         value: dictionaries, lists and plain values.
-        hub_ids: names that stay as they are.
+        records: of inputs, by their names, which tell ids on the hub from relative paths.
         only_names: whether every text with a slash is a name, as in a configuration, so that a
             relative path is shortened too.
     """
     if isinstance(value, dict):
         return {
             key: public_values(
-                item, hub_ids, only_names=only_names or str(key).endswith("name_or_path")
+                item, records, only_names=only_names or str(key).endswith("name_or_path")
             )
             for key, item in value.items()
         }
     if isinstance(value, list):
-        return [public_values(item, hub_ids, only_names=only_names) for item in value]
-    if not isinstance(value, str) or value in hub_ids:
+        return [public_values(item, records, only_names=only_names) for item in value]
+    if not isinstance(value, str):
         return value
     if only_names and ("/" in value or "\\" in value) and "\n" not in value:
-        return public_name(value)
+        return public_name(value, records.get(value))
     return public_text(value)
 
 
-def public_json(content: bytes, hub_ids: Collection[str] = ()) -> bytes:
+def public_json(content: bytes, records: Records) -> bytes:
     """A JSON file's content with `public_values`; unchanged where there is nothing to hide."""
     value = json.loads(content)
-    public = public_values(value, hub_ids)
+    public = public_values(value, records)
     if public == value:
         return content
     return (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode()

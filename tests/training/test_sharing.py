@@ -1,3 +1,4 @@
+# ruff: noqa: F811
 """`ppo-cli push`: what leaves this machine, and what the hub's refusals look like."""
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_uploaded_and_that_nothing_private_is(
     run: Path,
     hub: Hub,
-    run_here: Command,  # noqa: F811
+    run_here: Command,
 ) -> None:
     hub.cards["owner/base"] = {"license": "mit"}
     code, out, err = run_here(["push", "mine", "me/model"], run.parent)
@@ -145,7 +146,13 @@ def test_a_dry_run_asks_for_nothing(
     assert "together" in out and "samples.jsonl" in out and "for me/model" in out
 
 
-def test_options_reach_the_hub(run: Path, hub: Hub, run_here: Command) -> None:  # noqa: F811
+def test_a_damaged_file_is_named(run: Path, run_here: Command) -> None:
+    (run / "config.json").write_text("{")
+    code, _, err = run_here(["push", "mine", "me/model", "--dry-run"], run.parent)
+    assert code == 2 and "mine/config.json is damaged" in err
+
+
+def test_options_reach_the_hub(run: Path, hub: Hub, run_here: Command) -> None:
     options = ["--private", "--revision", "trial", "--message", "a first try"]
     code, out, err = run_here(["push", "mine", "me/model", *options], run.parent)
     assert (code, out) == (0, f"{hub.address}/me/model/tree/trial\n"), err
@@ -158,7 +165,7 @@ def test_options_reach_the_hub(run: Path, hub: Hub, run_here: Command) -> None: 
 def test_a_repository_with_files_is_updated_when_that_is_asked_for(
     run: Path,
     hub: Hub,
-    run_here: Command,  # noqa: F811
+    run_here: Command,
 ) -> None:
     push = ["push", "mine", "me/model"]
     hub.repositories["me/model"] = {"main": {".gitattributes": b""}}  # of a push that failed
@@ -213,8 +220,10 @@ def test_each_refusal_has_its_message(
 
 def test_the_cards_metadata_is_true(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = validate({"policy": {"model": "owner/base"}, "prompts": {"source": "texts/a.csv"}})
-    inputs = {"policy.model": {"name": "owner/base", "commit": "0" * 40},
-              "prompts.source": {"name": "texts/a.csv", "path": "/x/texts/a.csv", "files": {}}}  # fmt: skip
+    inputs = {
+        "policy.model": {"name": "owner/base", "commit": "0" * 40},
+        "prompts.source": {"name": "texts/a.csv", "path": "/x/texts/a.csv", "files": {}},
+    }
     monkeypatch.setitem(hub_module._licenses, "owner/base", "mit")
     card = ModelCard(run_card(make_summary(run), config, inputs))
     data = card.data.to_dict()
