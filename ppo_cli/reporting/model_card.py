@@ -19,6 +19,7 @@ EMBEDDED_NOTE = """
 The {parts} marked `embedded` {are} this program's own: small, made from reviews that a grammar
 writes, for trying things out. No text of anybody else's is in them, and they know nothing else.
 """
+BY_CLASSIFIER = ("score", "probability", "on_target")  # measures that depend on it
 Records = Mapping[str, Mapping[str, Any]]
 
 
@@ -137,7 +138,9 @@ def _results(summary: Any, config: Any, inputs: Records, dataset: str | None) ->
             metric_type=m.key,
             metric_name=m.name.format(label=summary.label),
             metric_value=round(summary.after[m.key], 4),
-            metric_args={"classifier": classifier, "label": summary.label},
+            metric_args={"classifier": classifier, "label": summary.label}
+            if m.key in BY_CLASSIFIER
+            else None,
         )
         for m in quality.MEASURES
         if math.isfinite(summary.after[m.key])

@@ -235,6 +235,7 @@ def test_the_cards_metadata_is_true(run: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (score["value"], score["args"]) == (
         1.2346, {"classifier": "embedded", "label": "POSITIVE"}
     )  # fmt: skip
+    assert "args" not in next(m for m in result["metrics"] if m["type"] == "kl")
     assert len(result["metrics"]) == len(quality.MEASURES)
     assert "classifier marked `embedded` is this program's own" in " ".join(card.text.split())
 
