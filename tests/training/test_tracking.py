@@ -19,7 +19,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from ppo_cli.config.loading import validate
 from ppo_cli.config.trackers import PACKAGES
-from ppo_cli.errors import PPOCliError
+from ppo_cli.errors import PPOCliError, UsageError
 from ppo_cli.evaluation.samples import Sample
 from ppo_cli.training import tracking
 from ppo_cli.training.run_directory import RunDirectory
@@ -272,6 +272,34 @@ def test_a_tracker_that_does_not_start_is_an_error(
     monkeypatch.setattr(Recorder, "start", lambda self: 1 / 0)
     with pytest.raises(PPOCliError, match=r"log_with=clearml: the tracker does not start: divis"):
         trackers_of(directory).start()
+
+
+def test_the_folder_of_logs_belongs_to_the_run(directory: RunDirectory) -> None:
+    logs = directory.path / "logs"
+    logs.mkdir()
+    with pytest.raises(UsageError, match=r"holds logs/, which the run would replace"):
+        trackers_of(directory).start()
+    logs.rmdir()
+    trackers_of(directory).start()
+    logs.mkdir()
+    (logs / "events").touch()
+    assert directory.inventory.strangers() == []
+    directory.inventory.begin(())  # as --overwrite does
+    assert os.listdir(directory.path) == ["ppo-cli.json"]
+
+
+def start_without_a_login() -> None:
+    def fail(*_: Any) -> None:
+        raise PPOCliError("ppo.log_with=x: the tracker does not start: no login")
+
+    RunTrackers.start = fail  # type: ignore[method-assign, assignment]
+
+
+def test_a_run_whose_tracker_does_not_start_leaves_nothing(tmp_path: Path) -> None:
+    command = ["train", "--config", SMALL_RUN, "--output", "run", "--quiet"]
+    done = ppo_cli(*command, cwd=tmp_path, fault=start_without_a_login)
+    assert done.code == 1 and done.err.startswith("error: ppo.log_with=x: the tracker does not")
+    RunDirectory(tmp_path / "run").check_writable(False, {})
 
 
 def test_tensorboard_drops_what_a_rollback_makes_again(
