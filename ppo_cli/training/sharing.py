@@ -117,18 +117,10 @@ def _content(
             text = text.replace(usage(own), usage(repo_id))
         return public_card(text.replace(str(run.path.absolute()), title)).encode()
     if name == CONFIG_FILE:
-        return _public_record(read_yaml(path), records).encode()
+        return dump_yaml(public_values(read_yaml(path), records, only_names=True)).encode()
     if path.suffix == ".json" and path.name not in VOCABULARY:
         return public_json(path.read_bytes(), records)
     return path
-
-
-def _public_record(record: Any, records: Records) -> str:
-    """`run.yaml` without paths and with names instead of them."""
-    inputs = record["inputs"] = Inputs(record.get("inputs")).records
-    for entry in [*inputs.values(), *(e.get("base") or {} for e in inputs.values())]:
-        entry.pop("path", None)
-    return dump_yaml(public_values(record, records, only_names=True))
 
 
 def _records(run: RunDirectory) -> dict[str, dict[str, Any]]:
