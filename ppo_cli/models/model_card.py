@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ppo_cli.utils.text import json_text, markdown_code, markdown_text
+from ppo_cli.utils.text import escape_controls, json_text, markdown_code, markdown_text
 
 TAGS = ["ppo", "reinforcement-learning", "text-generation", "ppo-cli"]
 
@@ -39,7 +39,8 @@ def make_card(body: str, **metadata: Any) -> str:
     data = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=[*TAGS], **metadata
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+    lines = map(escape_controls, data.to_yaml().split("\n"))  # names come from files and models
+    return str(ModelCard("\n".join(["---", *lines, "---", "", body])))
 
 
 def usage(name: str) -> str:

@@ -7,6 +7,7 @@ import os
 import sqlite3
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -171,7 +172,7 @@ class Recorder:
 
     def __init__(self, project: str, **arguments: Any) -> None:
         self.arguments = arguments
-        self.fails = False
+        self.fails: Callable[[], None] | None = None
         type(self).rows = []
 
     @property
@@ -185,7 +186,8 @@ class Recorder:
         type(self).configuration = values
 
     def log(self, values: dict[str, float], step: int) -> None:
-        if self.fails:
+        if self.fails is not None:
+            self.fails()
             raise ConnectionError("the network is down")
         self.rows.append((step, values))
 
@@ -224,18 +226,21 @@ def test_all_of_accelerates_trackers_are_known_and_have_an_extra() -> None:
 def test_a_failing_tracker_is_warned_of_once_and_gets_its_rows_later(
     directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter(range(0, 10_000, 100))
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: next(clock))
+    clock = [0.0]  # a step takes 5 s, a call that fails 1 s more
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: clock[0])
+    arrived = {1: 1, 2: 1, 3: 1, 4: 4, 5: 4, 6: 4}
     trackers = trackers_of(directory)
     trackers.start()
+    tracker = trackers._open["clearml"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for step in range(1, 7):
-            trackers._open["clearml"].fails = step in (2, 4)
+        for step, rows in arrived.items():
+            clock[0] += 5
+            tracker.fails = partial(clock.__setitem__, 0, clock[0] + 1) if step in (2, 5) else None
             make_step(trackers, directory, step, step / 10)
-            if step == 4:
-                stored = json.loads((directory.path / "trackers.json").read_text())
-                assert stored["clearml"]["unsent_from"] == 4
+            assert len(Recorder.rows) == rows
+        stored = json.loads((directory.path / "trackers.json").read_text())
+        assert stored["clearml"]["unsent_from"] == 5
         trackers.finish()
     assert [str(w.message) for w in caught] == [
         "the tracker clearml fails: the network is down; the run goes on, and what is missing is "
