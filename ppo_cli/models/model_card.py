@@ -39,8 +39,9 @@ def make_card(body: str, **metadata: Any) -> str:
     data = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=[*TAGS], **metadata
     )
-    lines = map(escape_controls, data.to_yaml().split("\n"))  # names come from files and models
-    return str(ModelCard("\n".join(["---", *lines, "---", "", body])))
+    # Names come from files and models; pages show metadata as HTML.
+    shown = data.to_yaml().replace("<", "").replace(">", "").split("\n")
+    return str(ModelCard("\n".join(["---", *map(escape_controls, shown), "---", "", body])))
 
 
 def usage(name: str) -> str:
