@@ -56,7 +56,9 @@ class ModelError(PPOCliError):
 
 
 class MissingPackageError(PPOCliError, ImportError):
-    """A setting needs a package that is not installed."""
+    """A setting needs a package that is not installed (exit code 2)."""
+
+    exit_code = 2
 
 
 class Interrupted(BaseException):

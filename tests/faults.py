@@ -105,7 +105,7 @@ def no_device_memory(call: int) -> None:
     """The same on a GPU, in the words that torch has for it."""
     import torch
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     before_call(torch.optim.Adam, "step", call, fail)
@@ -130,7 +130,7 @@ def failing_classifier(step: int) -> None:
     """It raises once, for the samples of `step`."""
     from ppo_cli.rewards.sentiment import SentimentReward
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise IndexError("index out of range in self")
 
     before_call(SentimentReward, "scores", step + 3, fail)
@@ -202,14 +202,14 @@ def ascii_streams() -> None:
     sys.stderr = open(2, "w", encoding="ascii", closefd=False)  # noqa: SIM115
 
 
-def tracker_leaves() -> None:
-    """The program behind a tracker ends: writing to it fails from the second step on."""
+def helper_leaves(step: int = 2) -> None:
+    """A program that a step writes to ends: writing to it fails from `step` on."""
     from ppo_cli import PPOTrainer
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
-    before_call(PPOTrainer, "log_stats", 2, fail)
+    before_call(PPOTrainer, "step", step, fail)
 
 
 def begin_anew(number: int, config: str) -> None:

@@ -21,6 +21,7 @@ from ppo_cli.cli.config import config
 from ppo_cli.cli.export import export
 from ppo_cli.cli.generate import generate
 from ppo_cli.cli.plot import plot
+from ppo_cli.cli.push import push
 from ppo_cli.cli.stats import stats
 from ppo_cli.cli.train import train
 from ppo_cli.errors import Interrupted, PPOCliError, did_you_mean, is_out_of_memory, without_secrets
@@ -51,9 +52,7 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError as error:
             # `streams` handles readers of this program's output. Typer would exit silently.
-            lost: Any = PPOCliError(
-                "broken pipe: a program that this one writes to, such as a tracker's, has ended"
-            )
+            lost: Any = PPOCliError("broken pipe: a program that this one writes to has ended")
             lost.__notes__ = getattr(error, "__notes__", [])
             raise lost from error
 
@@ -86,7 +85,7 @@ SMALLER = {
     "compare": "lower --samples, --max-new-tokens or the numbers of --best-of-n, or use smaller "
     "models",
 }
-for command in (train, generate, compare, plot, stats, export, config):
+for command in (train, generate, compare, plot, stats, export, push, config):
     app.command()(command)
 
 

@@ -57,6 +57,15 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value (repeats)."),
     ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--track",
+            metavar="TRACKER,...",
+            help="Send all metrics to tensorboard, wandb, trackio, mlflow, comet_ml, aim, clearml, "
+            "dvclive, swanlab, or none (repeats).",
+        ),
+    ] = None,
     trust_remote_code: options.Trust = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the run directory's newest checkpoint.")
@@ -81,6 +90,7 @@ def train(
 ) -> int:
     """Tune a language model with PPO towards a sentiment."""
     from ppo_cli.cli.console import hush, note, print_tables, write_json
+    from ppo_cli.config.trackers import as_names, check_installed
     from ppo_cli.kernels.switch import configured
 
     if resume and overwrite:
@@ -93,6 +103,7 @@ def train(
         ("run", "steps"): steps,
         ("run", "seed"): seed,
         ("run", "device"): device,
+        ("ppo", "log_with"): _trackers(track),
     }
     if resume:
         settings, changes = _settings_to_resume(config, assignments or [], overrides)
@@ -101,6 +112,7 @@ def train(
     else:
         settings = _settings_to_start(config, assignments or [], overrides, overwrite)
 
+    check_installed(as_names(settings.ppo.log_with))
     kernels = configured(settings.policy.kernels)
     # The request is known to be sound; only now come the imports that take seconds.
     from ppo_cli.cli.display import make_display
@@ -158,7 +170,16 @@ def train(
         return 128 + stop.signal
     if not quiet:
         _closing_notes(summary, settings)
+        note(*(f"  {command}" for command in training.trackers.viewers()))
     return 0
+
+
+def _trackers(given: Sequence[str] | None) -> list[str] | None:
+    """The trackers of `--track`, which repeats and takes lists; `none` for none of them."""
+    if given is None:
+        return None
+    names = [name.strip() for text in given for name in text.split(",")]
+    return [] if names == ["none"] else names
 
 
 def _settings_to_start(
@@ -241,6 +262,8 @@ def _unlocked_at_the_end(training: "Training") -> Iterator[None]:
     try:
         yield
     except (Exception, Interrupted) as error:
+        if isinstance(error, Exception):  # a second signal waits for no tracker
+            training.trackers.finish()
         error_with_notes: Any = error
         if notes := _how_to_resume(training, error):
             error_with_notes.__notes__ = notes  # as `add_note` does from Python 3.11 on

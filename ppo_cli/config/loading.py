@@ -24,6 +24,12 @@ from ppo_cli.utils.text import shortened
 from ppo_cli.utils.yaml_io import Places, load_yaml, read_yaml
 
 DEFAULT_CONFIG = "tiny"
+OPTIONS = {("ppo", "log_with"): "--track"}  # of keys that have another name on the command line
+# Names of transformers' TrainingArguments -> what they are here.
+SYNONYMS = {
+    "report_to": "ppo.log_with (option --track)",
+    "logging_dir": "ppo.project_kwargs.logging_dir",
+}
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -108,7 +114,8 @@ def _changed(
             target = data.setdefault(section, {})
             if isinstance(target, dict):  # validation refuses anything else
                 target[key] = value
-            origin.set((section, key), f"option --{key.replace('_', '-')}")
+            option = OPTIONS.get((section, key)) or f"--{key.replace('_', '-')}"
+            origin.set((section, key), f"option {option}")
     config = _validated(data, origin)
     keys = find_secret(config.model_dump(mode="json"))
     if keys not in ((), known_secret):
@@ -211,8 +218,11 @@ def _describe(error: ValidationError, origin: _Origin) -> str:
         problem = item["msg"].removeprefix("Value error, ")
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             known = _known_keys(keys[:-1])
-            problem = f"there is no such key.{did_you_mean(keys[-1], known)}"
-            if not did_you_mean(keys[-1], known):
+            near = did_you_mean(keys[-1], known)
+            if keys[-1] in SYNONYMS:
+                near = f" It is {SYNONYMS[keys[-1]]} here"
+            problem = f"there is no such key.{near}"
+            if not near:
                 problem += f" Known here: {', '.join(known)}"
         elif item["type"] != "value_error":
             problem = f"{problem[:1].lower()}{problem[1:]}, got {_shown(item['input'], keys)}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from ppo_cli.config.trackers import check_names
 
 MAX_COUNT = 10**15  # float64 holds it exactly
 
@@ -18,6 +20,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+
+Trackers = Annotated[str | list[str] | None, AfterValidator(check_names)]
 
 KLPenalty = Literal["kl", "k1", "k2", "k3", "abs", "mse", "full"]
 
@@ -110,16 +114,18 @@ class PPOSettings:
     """Recompute activations in the backward pass: less memory, more time."""
     optimize_device_cache: bool = False
     """Release cached accelerator memory after each step: less memory, more time."""
-    log_with: Literal["wandb", "tensorboard"] | None = None
-    """Tracker of `log_stats`."""
+    log_with: Trackers = None
+    """Tracker, or list of trackers, of `train` (option --track) and of `log_stats`: `tensorboard`,
+    `wandb`, `trackio`, `mlflow`, `comet_ml`, `aim`, `clearml`, `dvclive`, `swanlab`."""
     tracker_project_name: str = "trl"
-    """Name of the project in the tracker."""
+    """Name of the project in trackers that have projects; in mlflow of the experiment."""
     tracker_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the tracker, under the tracker's name."""
+    """Keyword arguments of the trackers, under each tracker's name."""
     accelerator_kwargs: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of `accelerate.Accelerator`; `mixed_precision` may also be auto or fp32."""
     project_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of `accelerate.utils.ProjectConfiguration`, such as `logging_dir`."""
+    """Keyword arguments of `accelerate.utils.ProjectConfiguration`. Its `logging_dir` is where
+    trackers write; for `train` it is `logs` in the run directory unless set."""
 
     def __post_init__(self) -> None:
         self.check_batch_arithmetic()

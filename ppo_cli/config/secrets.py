@@ -49,6 +49,15 @@ def is_secret(value: Any, keys: tuple[str, ...]) -> bool:
     return bool(find_secret(value, keys, any(map(_is_secret_name, keys))))
 
 
+def without_secret_values(value: Any, keys: tuple[str, ...] = ()) -> Any:
+    """`value`, nested dictionaries and lists, with `***` for each value that may be a secret."""
+    if isinstance(value, dict):
+        return {k: without_secret_values(v, (*keys, str(k))) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_secret_values(item, (*keys, str(i))) for i, item in enumerate(value)]
+    return HIDDEN if is_secret(value, keys) else value
+
+
 def shown_assignment(name: str, value: str) -> str:
     """`--set name=value` for a message, its value hidden where it may be a secret."""
     text = f"{name}={value}"

@@ -11,9 +11,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
+from ppo_cli.config.trackers import as_names
 from ppo_cli.errors import UsageError, did_you_mean, is_out_of_memory
 from ppo_cli.ppo.config import PPOConfig
-from ppo_cli.ppo.trackers import check_tracker, start_tracker
+from ppo_cli.ppo.trackers import check_logging_dir, check_trackers, start_trackers
 from ppo_cli.utils.device import mixed_precision, resolve_device
 from ppo_cli.utils.hub import first_line
 
@@ -26,18 +27,19 @@ def require(name: str, value: Any, types: type | tuple[type, ...]) -> None:
 
 
 def make_accelerator(config: PPOConfig) -> Accelerator:
-    """An accelerator; the tracker of `log_with` is started.
+    """An accelerator; the trackers of `log_with` are started.
 
     Raises:
-        MissingPackageError: the tracker's package is missing.
+        MissingPackageError: a tracker's package is missing.
         UsageError: accelerate or the tracker refuses a keyword argument, or the device does not
             have the precision.
-        PPOCliError: the tracker does not start.
+        PPOCliError: a tracker does not start.
     """
     _check_keywords("accelerator_kwargs", config.accelerator_kwargs, Accelerator)
     _check_keywords("project_kwargs", config.project_kwargs, ProjectConfiguration)
-    if config.log_with is not None:
-        check_tracker(config.log_with, config)
+    names = as_names(config.log_with)
+    check_trackers(config)
+    check_logging_dir(config)
     settings = dict(config.accelerator_kwargs)
     if settings.get("mixed_precision") is not None:
         device = torch.device("cpu") if settings.get("cpu") else resolve_device("auto")
@@ -45,9 +47,9 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     with _refusals("project_kwargs", config.project_kwargs):
         project = ProjectConfiguration(**config.project_kwargs)
     with _refusals("accelerator_kwargs", config.accelerator_kwargs):
-        accelerator = Accelerator(log_with=config.log_with, project_config=project, **settings)
-    if config.log_with is not None:
-        start_tracker(accelerator, config.log_with, config)
+        accelerator = Accelerator(log_with=names or None, project_config=project, **settings)
+    if names:
+        start_trackers(accelerator, config)
     return accelerator
 
 

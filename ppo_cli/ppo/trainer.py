@@ -43,7 +43,7 @@ from ppo_cli.ppo.step_statistics import (
     to_numbers,
 )
 from ppo_cli.ppo.step_warnings import step_warnings
-from ppo_cli.ppo.trackers import tracker_logs
+from ppo_cli.ppo.trackers import send_statistics
 from ppo_cli.ppo.update import Update
 from ppo_cli.utils.random_state import RandomStream, numpy_state, set_numpy_state
 
@@ -374,7 +374,7 @@ class PPOTrainer:
         rewards: Sequence[Tensor] | Tensor,
         columns_to_log: Iterable[str] = ("query", "response"),
     ) -> None:
-        """Send a step's statistics to the tracker of `log_with`; do nothing without one.
+        """Send a step's statistics to the trackers of `log_with`; do nothing without one.
 
         Args:
             stats: the statistics that `step()` returned.
@@ -388,9 +388,8 @@ class PPOTrainer:
         scores = torch.as_tensor([float(reward) for reward in rewards])
         scores = self.accelerator.gather(scores.to(self.accelerator.device)).cpu()
         columns = tuple(columns_to_log)
-        if self.config.log_with is not None and self.accelerator.is_main_process:
-            logs = tracker_logs(self.config.log_with, stats, batch, scores, columns)
-            self.accelerator.log(logs, step=self.current_step)
+        trackers = self.accelerator.trackers if self.accelerator.is_main_process else []
+        send_statistics(trackers, self.current_step, stats, batch, scores, columns)
 
     # ------------------------------------------------------------------ data and saving
 

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from ppo_cli.data.sources import EMBEDDED
 from ppo_cli.evaluation import quality
-from ppo_cli.models.model_card import HEADER, USAGE
-from ppo_cli.utils.text import json_text, markdown_code, markdown_text
+from ppo_cli.models.model_card import make_card, usage
+from ppo_cli.utils.hub import license_of
+from ppo_cli.utils.local_names import hub_id, public_name
+from ppo_cli.utils.text import markdown_code, markdown_text
+
+EMBEDDED_LICENSE = "apache-2.0"  # of this program, whose models they are
+EMBEDDED_NOTE = """
+The {parts} marked `embedded` {are} this program's own: small, made from reviews that a grammar
+writes, for trying things out. No text of anybody else's is in them, and they know nothing else.
+"""
+BY_CLASSIFIER = ("score", "probability", "on_target")  # measures that depend on it
+Records = Mapping[str, Mapping[str, Any]]
 
 
-def run_card(summary: Any, config: Any) -> str:
+def run_card(summary: Any, config: Any, inputs: Records | None = None) -> str:
     """Make the card of a run directory.
+
+    Local models and files are called by their names, without the folders that lead to them.
 
     Args:
         summary: a `TrainingSummary`.
         config: the run's `RunConfig`.
+        inputs: records of the run's inputs by key, as `run.yaml` has them.
     """
-    base = config.policy.model
-    is_hub_id = not base.startswith((".", "/")) and "/" in base
+    inputs = inputs or {}
     made = f"{summary.steps} of {summary.planned_steps} steps"
     unfinished = (
         "" if summary.steps == summary.planned_steps else f" The run was stopped after {made}."
@@ -35,23 +51,22 @@ def run_card(summary: Any, config: Any) -> str:
         for sample in summary.after_samples[:5]
     )
     ppo = f"{summary.steps} steps of {config.ppo.batch_size}"
-    return (
-        HEADER.format(base=f"base_model: {json_text(base)}\n" if is_hub_id else "")
-        + f"""
-# {markdown_text(summary.run)}
+    name = Path(summary.run).absolute().name
+    policy, classifier, prompts = _names(config, inputs)
+    body = f"""# {markdown_text(name)}
 
 A language model tuned with Proximal Policy Optimization towards the sentiment
 {label} by ppo-cli.{unfinished}
 
 | | |
 |---|---|
-| policy | {markdown_code(base)} |
-| classifier | {markdown_code(config.reward.model)}, label {label}, {config.reward.output} |
-| prompts | {markdown_code(config.prompts.source)} |
+| policy | {markdown_code(policy)} |
+| classifier | {markdown_code(classifier)}, label {label}, {config.reward.output} |
+| prompts | {markdown_code(prompts)} |
 | PPO | {ppo}, learning rate {config.ppo.learning_rate:g} |
 | weights | {markdown_text(str(summary.weights))} |
 | seed | {config.run.seed} |
-
+{_embedded_note(policy, classifier, prompts)}
 On {len(summary.after_samples)} held-out prompts, with the same random numbers for both, which are
 others than those of the evaluations that the weights were chosen by:
 
@@ -69,6 +84,64 @@ KL penalty in the last step: {summary.kl:.2f} nats per response.
 |---|---|---|
 {examples}
 
-"""
-        + USAGE.format(path=json_text(summary.run))
+{usage(name)}"""
+    return make_card(body, model_name=name, **_metadata(summary, config, inputs))
+
+
+def _names(config: Any, inputs: Records) -> tuple[str, str, str]:
+    """Policy, classifier and prompts as the card calls them."""
+    return (
+        public_name(config.policy.model, inputs.get("policy.model")),
+        public_name(config.reward.model, inputs.get("reward.model")),
+        public_name(config.prompts.source, inputs.get("prompts.source")),
     )
+
+
+def _embedded_note(*names: str) -> str:
+    kinds = ("policy", "classifier", "prompts")
+    parts = [kind for kind, name in zip(kinds, names, strict=True) if name == EMBEDDED]
+    if not parts:
+        return ""
+    listed = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
+    are = "is" if parts in (["policy"], ["classifier"]) else "are"
+    return EMBEDDED_NOTE.format(parts=listed, are=are)
+
+
+def _metadata(summary: Any, config: Any, inputs: Records) -> dict[str, Any]:
+    """What is known for certain: ids on the hub, the license of the base, the evaluation."""
+    policy = inputs.get("policy.model") or {}
+    base_record = policy.get("base") or {}
+    base = hub_id(config.policy.model, policy) or hub_id(base_record.get("name", ""), base_record)
+    dataset = hub_id(config.prompts.source, inputs.get("prompts.source"))
+    is_embedded = config.policy.model == EMBEDDED
+    folder = base_record.get("path") or policy.get("path")
+    return {
+        "base_model": base,
+        "datasets": [dataset] if dataset else None,
+        "license": EMBEDDED_LICENSE if is_embedded else license_of(base, folder),
+        "eval_results": _results(summary, config, inputs, dataset),
+    }
+
+
+def _results(summary: Any, config: Any, inputs: Records, dataset: str | None) -> list[Any]:
+    """The evaluation of the weights in the directory, for the card's `model-index`."""
+    from huggingface_hub import EvalResult
+
+    _, classifier, prompts = _names(config, inputs)
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_name=f"{prompts}, {len(summary.after_samples)} held-out prompts",
+            dataset_type=dataset or "custom",
+            dataset_config=config.prompts.subset if dataset else None,
+            dataset_split=config.prompts.split if dataset else None,
+            metric_type=m.key,
+            metric_name=m.name.format(label=summary.label),
+            metric_value=round(summary.after[m.key], 4),
+            metric_args={"classifier": classifier, "label": summary.label}
+            if m.key in BY_CLASSIFIER
+            else None,
+        )
+        for m in quality.MEASURES
+        if math.isfinite(summary.after[m.key])
+    ]

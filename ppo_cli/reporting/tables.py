@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -114,6 +115,22 @@ def frontier_table(trail: Trail, curve: BestOfN | None) -> Group:
             ", ".join(mark for mark in marks if mark),
         )
     return below(f"{trail.name}: score against KL on held-out prompts", table)
+
+
+def upload_table(sizes: Mapping[str, int], stay: Mapping[str, str], target: str) -> Group:
+    """The files that are for others, with their sizes in bytes, and those that stay, with why."""
+    table = titled_table(None)
+    table.add_column("file")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("")
+    for name, size in sizes.items():
+        table.add_row(cell(name), decimal(size), "")
+    table.add_row("together", decimal(sum(sizes.values())), "", style="bold")
+    for number, (name, why) in enumerate(stay.items()):
+        if not number:
+            table.add_section()
+        table.add_row(cell(name), "", f"stays: {why}", style="dim")
+    return below(f"for {target}", table)
 
 
 def cell(text: str, style: str = "") -> Text:

@@ -29,6 +29,7 @@ from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.forward import check_reading
+from ppo_cli.ppo.trackers import check_trackers
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.rewards.loading import load_reward
 from ppo_cli.rewards.penalties import check_penalties
@@ -41,6 +42,7 @@ from ppo_cli.training.run import Training
 from ppo_cli.training.run_directory import RunDirectory
 from ppo_cli.training.state import TrainingState
 from ppo_cli.training.step import PPOStep
+from ppo_cli.training.tracking import RunTrackers
 from ppo_cli.utils.device import accelerator_settings, machine, resolve_device, take_threads
 from ppo_cli.utils.random_state import set_seed
 
@@ -70,6 +72,7 @@ def build_training(
     Raises:
         PPOCliError: the request cannot be met.
     """
+    check_trackers(config.ppo)
     check_trusted(trusted, (config.policy.model, config.reward.model))
     directory = RunDirectory(config.output)
     located, inputs = config, None  # `located` names the places where the inputs are
@@ -155,6 +158,7 @@ def build_training(
         ),
         state=state,
         diagnostics=Diagnostics(config),
+        trackers=RunTrackers(config, directory),
     )
 
 
@@ -166,6 +170,7 @@ def make_trainer(
     policy = load_policy(config.policy, tokenizer, trusted, device)
     refuse_untrainable(policy)
     settings = dataclasses.asdict(config.ppo)
+    settings["log_with"] = None  # `RunTrackers` starts them, once there is a run directory
     settings["accelerator_kwargs"] = {
         **accelerator_settings(device),
         "mixed_precision": config.policy.precision,

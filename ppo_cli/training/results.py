@@ -25,4 +25,5 @@ def save_model(directory: RunDirectory, policy: Any, tokenizer: Any, config: Run
 def write_card(directory: RunDirectory, summary: TrainingSummary, config: RunConfig) -> None:
     """Write the model card."""
     directory.inventory.add([CARD_FILE])
-    write_text(directory.path / CARD_FILE, run_card(summary, config))
+    inputs = directory.recorded().get("inputs") or {}
+    write_text(directory.path / CARD_FILE, run_card(summary, config, inputs))

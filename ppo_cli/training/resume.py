@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ppo_cli.config.loading import validate
@@ -36,6 +36,10 @@ CHANGEABLE = (
     "reward.batch_size",
     "ppo.gradient_checkpointing",
     "ppo.optimize_device_cache",
+    "ppo.log_with",
+    "ppo.tracker_project_name",
+    "ppo.tracker_kwargs",
+    "ppo.project_kwargs",
 )
 # These may change if their product, the number of samples of an optimizer step, does not.
 BACKWARD_BATCH = ("ppo.mini_batch_size", "ppo.gradient_accumulation_steps")
@@ -76,7 +80,7 @@ def resumed_config(directory: RunDirectory, wanted: RunConfig) -> tuple[RunConfi
     inputs = directory.recorded().get("inputs")
     recorded = {str(key).partition(".")[0] for key in inputs} if isinstance(inputs, dict) else ()
     free.update(key for key in INPUTS if key.partition(".")[0] in recorded)
-    if fixed := {key: change for key, change in changes.items() if key not in free}:
+    if fixed := {key: change for key, change in changes.items() if not _is_under(key, free)}:
         edits = _differences(
             own.model_dump(mode="json"), directory.config().model_dump(mode="json")
         )
@@ -151,6 +155,11 @@ def reproducibility_warnings(
             f"{before} steps, from here on it is that of {steps}, so the result is not that of "
             f"one run of {steps} steps"
         )
+
+
+def _is_under(key: str, keys: Collection[str]) -> bool:
+    """Whether a dotted key is one of `keys`, or lies in a mapping that is."""
+    return any(key == other or key.startswith(f"{other}.") for other in keys)
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

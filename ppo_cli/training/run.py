@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.prompts import PromptSet
-from ppo_cli.errors import DivergenceError
+from ppo_cli.errors import DivergenceError, PPOCliError, UsageError
 from ppo_cli.evaluation.held_out import HeldOutEvaluation
 from ppo_cli.evaluation.history import EvaluationHistory
 from ppo_cli.evaluation.samples import Sample
@@ -23,6 +25,7 @@ from ppo_cli.training.results import save_model, write_card
 from ppo_cli.training.run_directory import RunDirectory
 from ppo_cli.training.state import TrainingState
 from ppo_cli.training.step import PPOStep
+from ppo_cli.training.tracking import RunTrackers
 
 MAX_ROLLBACKS = 3
 
@@ -43,6 +46,7 @@ class Training:
         held_out: evaluates policy and reference on the held-out prompts.
         state: what changes from step to step.
         diagnostics: warns about faults in the statistics.
+        trackers: get what the records get.
 
     Attributes:
         stop_requested: whether `request_stop` was called.
@@ -63,6 +67,7 @@ class Training:
         held_out: HeldOutEvaluation,
         state: TrainingState,
         diagnostics: Diagnostics,
+        trackers: RunTrackers,
     ) -> None:
         self.config = config
         self.directory = directory
@@ -73,6 +78,7 @@ class Training:
         self.ppo_step = ppo_step
         self.held_out = held_out
         self.state = state
+        self.trackers = trackers
         self.stop_requested = False
         self._overwrite = overwrite
         self._facts = facts
@@ -115,10 +121,17 @@ class Training:
         """
         if self.state.checkpoint is None:
             self.directory.create(self.config, self._overwrite, self._facts)
+            try:
+                self.trackers.start()
+            except PPOCliError:
+                self.directory.clear()
+                raise
             self.state.save()  # a rollback always finds a checkpoint
         else:
+            sent = self._rows_so_far()
             self.state.discard_later()
             self.directory.record(self.config, self._facts)
+            self.trackers.start(sent or self.directory.records.rows(), self.step)
             self._diagnostics.replay(self.directory.records.rows())
         self.held_out.begin()
         while self.step < self.config.run.steps and not (self.stop_requested or self.stopped_early):
@@ -165,6 +178,7 @@ class Training:
             write_curve(self.directory.path, self.held_out.best_of_n(counts))
         if self.step == self.config.run.steps:
             _warn(self._diagnostics.check_end())
+        self.trackers.finish()
         return summary
 
     def _one_step(self) -> StepReport:
@@ -174,7 +188,7 @@ class Training:
         statistics = made.statistics | {"run/rollbacks": self.state.rollbacks}
         if settings.eval_every and self.step % settings.eval_every == 0:
             statistics |= self._evaluate()
-        self._record(statistics, made.samples[: settings.samples_per_step])
+        self._record(statistics, made.samples[: settings.samples_per_step], made.arrays)
         _warn(self._diagnostics.check_step({"step": self.step, **statistics}))
         best = self.state.evaluations.best
         return StepReport(
@@ -191,7 +205,6 @@ class Training:
         with classifier_faults(self.reward.name):
             evaluation, statistics = self.held_out.evaluate(self.step)
         self.state.add_evaluation(evaluation)
-        self.trainer.accelerator.log(statistics, step=self.step)
         return statistics
 
     def _closing_evaluation(self) -> EvaluationHistory:
@@ -203,13 +216,27 @@ class Training:
         if self.state.is_evaluated or not self.step:
             return self.state.evaluations
         evaluation, statistics = self.held_out.evaluate(self.step)
+        self.trackers.log({"step": self.step, **statistics}, {}, [])
         self.directory.records.put_evaluation(self.step, statistics)
         return self.state.evaluations.after(evaluation, self.config.run)
 
-    def _record(self, statistics: Mapping[str, float], samples: Sequence[Sample]) -> None:
-        records = self.directory.records
-        records.append(METRICS_FILE, [{"step": self.step, **statistics}])
+    def _record(
+        self,
+        statistics: Mapping[str, float],
+        samples: Sequence[Sample],
+        arrays: Mapping[str, np.ndarray],
+    ) -> None:
+        records, row = self.directory.records, {"step": self.step, **statistics}
+        self.trackers.log(row, arrays, samples)  # first: a step in the records has been sent
+        records.append(METRICS_FILE, [row])
         records.append(SAMPLES_FILE, [{"step": self.step, **s.as_dict()} for s in samples])
+
+    def _rows_so_far(self) -> list[dict[str, float]]:
+        """The metrics of all steps, those after the checkpoint too; none where they are damaged."""
+        try:
+            return self.directory.records.rows()
+        except UsageError:
+            return []
 
     def _is_checkpoint_due(self) -> bool:
         every, best = self.config.run.checkpoint_every, self.state.evaluations.best
@@ -222,6 +249,7 @@ class Training:
         if self.config.run.on_divergence == "rollback" and rollbacks <= MAX_ROLLBACKS:
             self.state.restore(rollbacks)
             self.state.discard_later()
+            self.trackers.roll_back(self.step)
             self._diagnostics.replay(self.directory.records.rows())
             rate = self.trainer.optimizer.param_groups[0]["lr"]
             warnings.warn(

@@ -200,6 +200,10 @@ class RunDirectory:
         self.inventory.begin(LISTED)
         self.record(config, facts)
 
+    def clear(self) -> None:
+        """Delete the files of a run that could not begin: another may be written here."""
+        self.inventory.begin(())
+
     def unlock(self) -> None:
         """Let other processes write here."""
         self.lock.release()

@@ -26,10 +26,15 @@ from ppo_cli.training.divergence import check_numbers, check_texts, check_weight
 
 @dataclass(frozen=True)
 class StepResult:
-    """Statistics of a step, under the keys of the metrics, and its samples."""
+    """Statistics of a step, under the keys of the metrics, and its samples.
+
+    Attributes:
+        arrays: the statistics that are one number a sample or token, for histograms.
+    """
 
     statistics: dict[str, float]
     samples: list[Sample]
+    arrays: dict[str, np.ndarray]
 
 
 class PPOStep:
@@ -101,8 +106,6 @@ class PPOStep:
         stats = trainer.step(
             queries, responses, list(penalised(scores, penalties)), potentials=potentials
         )
-        texts = {"query": batch["query"], "response": rollout.response_texts}
-        trainer.log_stats(stats, texts, scores)
         seconds = time.perf_counter() - started
         tokens = sum(len(q) + len(r) for q, r in zip(queries, responses, strict=True))
         statistics = scalars(stats) | {
@@ -118,7 +121,9 @@ class PPOStep:
         }
         check_weights(trainer.accelerator.unwrap_model(trainer.model), config)
         check_numbers(statistics, config)
-        return StepResult(statistics, samples)
+        # Arrays of two dimensions are padded.
+        arrays = {k: v for k, v in stats.items() if isinstance(v, np.ndarray) and v.ndim == 1}
+        return StepResult(statistics, samples, {**arrays, "env/reward_dist": scores.numpy()})
 
     def batch(self, step: int) -> dict[str, list[Any]]:
         """The prompts of a step. Seed and epoch decide the order within each epoch."""

@@ -45,7 +45,7 @@ def loading_errors(name: str, kind: str = "model") -> Iterator[None]:
     try:
         if not is_path(name):
             _given_up.clear()
-            _bound_retries()
+            bound_retries()
             answers = _ask_hub(name, "dataset" if kind == "dataset" else "model")
         with nullcontext() if answers else _cache_alone(name):
             yield
@@ -120,12 +120,13 @@ def _ask_hub(name: str, kind: str) -> bool:
         return True  # the client itself refuses to ask
     for wait in (*WAITS, None):
         try:
-            HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT)
+            info: Any = HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT)
+            _licenses[name] = getattr(info.card_data, "license", None)
         except Exception as error:
-            status = _status(error)
+            status = status_of(error)
             if status == HTTPStatus.NOT_FOUND:
                 raise
-            if not (_is_of_network(error) if status is None else _is_passing(status)):
+            if not (is_of_network(error) if status is None else _is_passing(status)):
                 return True  # loading gives the better message
             folder = repo_folder_name(repo_id=name, repo_type=kind)
             if Path(constants.HF_HUB_CACHE, folder, "snapshots").is_dir():
@@ -136,6 +137,41 @@ def _ask_hub(name: str, kind: str) -> bool:
         else:
             break
     return True
+
+
+_licenses: dict[str, Any] = {}
+"""Hub id -> the license in its card, of what the hub was asked for."""
+
+
+def license_of(name: str | None, folder: str | None = None) -> str | None:
+    """The license of a model, if its card names one.
+
+    Args:
+        name: on the hub; known if the hub was asked for it in this process.
+        folder: of the model, if it is local.
+    """
+    from huggingface_hub import ModelCard
+
+    found = _licenses.get(name) if name is not None else None
+    card = Path(folder or "", "README.md")
+    if name is None and folder is not None and card.is_file():
+        try:
+            found = ModelCard.load(card, ignore_metadata_errors=True).data.license
+        except Exception:  # a card that cannot be read names no license
+            return None
+    return found if isinstance(found, str) else None
+
+
+def ask_license(name: str) -> str | None:
+    """The license of a model on the hub; None where the hub does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(name, timeout=TIMEOUT)
+    except Exception:  # a license is left out rather than guessed
+        return None
+    _licenses[name] = getattr(info.card_data, "license", None)
+    return license_of(name)
 
 
 @contextmanager
@@ -161,7 +197,7 @@ _given_up: list[_Unavailable] = []
 """The raised errors: transformers treats some as a missing file and goes on."""
 
 
-def _bound_retries() -> None:
+def bound_retries() -> None:
     """Make the hub's client raise `_Unavailable` instead of retrying or waiting for long."""
     from huggingface_hub import get_session
 
@@ -195,11 +231,13 @@ def _is_passing(status: int) -> bool:
     return status in (408, 429) or status >= 500
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status in an error of the hub's client; None where the hub did not answer."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _is_of_network(error: BaseException) -> bool:
+def is_of_network(error: BaseException) -> bool:
+    """Whether an error says that the hub cannot be reached."""
     # The HTTP library of the hub's client is httpx or httpx2, by its release.
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(
         "httpx"
@@ -232,7 +270,7 @@ def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
     if not is_path(name) and _given_up:
         return ModelError(f"{name}: {_given_up[-1]}")
     no_tokenizer = "the backend tokenizer" in str(error)
-    if no_tokenizer and not any(map(_is_of_network, causes)):
+    if no_tokenizer and not any(map(is_of_network, causes)):
         return ModelError(f"{name} holds no tokenizer that can be read: save one beside the model")
     if (absent := caused_by(ImportError)) is not None:
         return ModelError(_lacks_package(name, absent))
@@ -241,7 +279,7 @@ def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
     if caused_by(hub.RevisionNotFoundError):
         return ModelNotFoundError(f"{name}: the hub has no such revision of it: check its name")
     if caused_by(hub.RepositoryNotFoundError, hub.HFValidationError) or any(
-        _status(cause) == HTTPStatus.NOT_FOUND for cause in causes
+        status_of(cause) == HTTPStatus.NOT_FOUND for cause in causes
     ):
         place = "file" if kind == "dataset" else "folder"
         return ModelNotFoundError(
@@ -251,14 +289,14 @@ def _translated(name: str, kind: str, error: Exception) -> PPOCliError:
         return ModelError(
             f"{name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it"
         )
-    if statuses := [status for cause in causes if (status := _status(cause))]:
+    if statuses := [status for cause in causes if (status := status_of(cause))]:
         return ModelError(f"{name}: {_answer(statuses[0])}")
     if any(type(cause).__name__ in ("RemoteProtocolError", "ReadError") for cause in causes):
         return ModelError(
             f"{name}: the download breaks off, also when tried again; check the network and run "
             "this again, it goes on with what has come"
         )
-    if caused_by(hub.LocalEntryNotFoundError) or any(map(_is_of_network, causes)):
+    if caused_by(hub.LocalEntryNotFoundError) or any(map(is_of_network, causes)):
         return ModelError(
             f"{name}: no such folder here, and the hub cannot be reached to fetch it as a {kind}; "
             "check the name and the network, or give a local folder"

@@ -25,6 +25,8 @@ LOCK_FILE = ".lock"
 HOLDER_FILE = ".lock.json"
 LOCK_FILES = {LOCK_FILE, HOLDER_FILE, f".{HOLDER_FILE}.tmp"}
 STATE_FILE = "state.json"  # of a checkpoint
+LOGS = "logs"  # of trackers; on the list as `logs/`, which stands for all that is in it
+TRACKERS_FILE = "trackers.json"
 CHECKPOINT_FILES = ("weights.safetensors", "tensors.safetensors", STATE_FILE, "manifest.json")
 UNFINISHED_MODEL = ".model.tmp"
 UNFINISHED_FILE = re.compile(r"\.(.+)\.tmp")
@@ -32,7 +34,7 @@ STEP_FOLDER = re.compile(r"step-\d+(\.\d+)?")
 UNFINISHED_STEP = re.compile(r"\.step-\d+(\.\d+)?\.(tmp|old)")
 # Names of a run's files, except for those of rare tokenizers.
 RUN_FILE = re.compile(
-    r"run\.yaml|README\.md|(metrics|samples)\.jsonl|training\.png|frontier\.(json|png)"
+    r"run\.yaml|README\.md|trackers\.json|(metrics|samples)\.jsonl|training\.png|frontier\.(json|png)"
     r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
     r"|(model(-\d{5}-of-\d{5})?|value_head)\.safetensors|model\.safetensors\.index\.json"
     r"|adapter_config\.json|adapter_model\.safetensors"
@@ -57,8 +59,9 @@ SHOWN = 5  # names in a message
 class Inventory:
     """The files that a run wrote into `folder`, listed in a file there.
 
-    A file is listed before it is written, so that a kill leaves no unlisted file. Checkpoints are
-    not listed: their names, and those of their files, are always the same.
+    A file is listed before it is written, so that a kill leaves no unlisted file. A name that ends
+    in a slash is a folder, with all that is in it. Checkpoints are not listed: their names, and
+    those of their files, are always the same.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,7 +69,7 @@ class Inventory:
         self._written: frozenset[str] = frozenset()
 
     def names(self) -> frozenset[str] | None:
-        """Read the relative paths of the run's files; None if no run wrote the folder."""
+        """Read the relative paths of what the run wrote; None if no run wrote the folder."""
         marker = self.folder / MARKER
         try:
             content = json.loads(marker.read_bytes()) if os.path.isfile(marker) else None
@@ -143,6 +146,8 @@ class Inventory:
             names, key=lambda name: name == OLD_RECORD
         ):  # the record, which identifies an old run, is the last
             path = self.folder / name
+            if name.endswith("/") and _is_folder(path):
+                shutil.rmtree(path)
             for ours in (path.with_name(f".{path.name}.tmp"), path):
                 if _is_file(ours):
                     ours.unlink()
@@ -258,6 +263,8 @@ def _strangers(folder: Path, listed: frozenset[str], prefix: str = "") -> Iterat
         if entry.is_dir(follow_symlinks=False):
             if name == CHECKPOINTS:
                 yield from _strange_checkpoints(folder / CHECKPOINTS)
+            elif f"{name}/" in listed:
+                continue
             elif name in folders:
                 yield from _strangers(folder, listed, f"{name}/")
             elif name != UNFINISHED_MODEL:

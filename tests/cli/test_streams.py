@@ -78,7 +78,7 @@ def test_no_fault_of_the_display_ends_a_run(fault: Fault, tmp_path: Path) -> Non
 
 
 def test_a_broken_pipe_that_is_not_the_display_s_is_a_failure(tmp_path: Path) -> None:
-    done = ppo_cli(*TRAIN, "--quiet", cwd=tmp_path, fault=faults.tracker_leaves)
+    done = ppo_cli(*TRAIN, "--quiet", cwd=tmp_path, fault=faults.helper_leaves)
     assert done.code == 1
     assert "error: broken pipe" in done.err
     assert "\n         ppo-cli train --output run --resume\n" in done.err

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -576,18 +577,43 @@ def test_ppo_learns_a_toy() -> None:
     assert share > 0.5
 
 
-def test_mean_only_tracker_gets_scalars(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer()
-    logged: dict[str, Any] = {}
-    trainer.config.log_with = "tensorboard"
-    monkeypatch.setattr(trainer.accelerator, "log", lambda logs, step: logged.update(logs))
-    stats = trainer.step(*make_batch())
-    trainer.log_stats(
-        stats, {"query": [], "response": []}, [torch.tensor(float(i)) for i in range(8)]
+class FakeTracker:
+    """Keeps what it is sent, with the keywords of accelerate's trackers."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.rows: list[tuple[dict[str, Any], int | None]] = []
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        self.rows.append((values, step))
+
+
+def test_every_tracker_gets_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb drops a row whose number is not above those of all rows so far, the user's too."""
+    wandb = SimpleNamespace(
+        Histogram=lambda array: array.tolist(),
+        Table=lambda columns, data: {"columns": columns, "data": data},
     )
-    assert logged["env/reward_mean"] == pytest.approx(3.5)
-    assert logged["ppo/loss/total"] == stats["ppo/loss/total"]
-    assert all(np.size(value) == 1 for value in logged.values())
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    trainer = make_trainer()
+    trackers = [FakeTracker("wandb"), FakeTracker("aim")]
+    monkeypatch.setattr(trainer.accelerator, "trackers", trackers)
+    stats = trainer.step(*make_batch())
+    texts = {"query": ["a"] * 8, "response": ["\x1b[1m"] * 8}
+    scores = [torch.tensor(float(i)) for i in range(8)]
+    for _ in range(2):
+        trainer.log_stats(stats, texts, scores)
+    (first, number), second = trackers[0].rows
+    assert number is None and second == (first, None) and first["step"] == 1
+    assert first["game_log"]["columns"] == ["query", "response", "reward"]
+    assert first["game_log"]["data"][3] == ["a", "\\x1b[1m", 3.0]
+    assert first["env/reward_dist"] == list(range(8))
+    numbers, number = trackers[1].rows[1]
+    assert number == 1 and numbers["env/reward_mean"] == pytest.approx(3.5)
+    assert numbers["ppo/loss/total"] == stats["ppo/loss/total"]
+    assert all(isinstance(value, (int, float)) for value in numbers.values())
+    with pytest.raises(ValueError, match=r"columns \['mood'\] to log"):
+        trainer.log_stats(stats, texts, scores, columns_to_log=["mood"])
 
 
 def test_two_processes_keep_the_same_weights() -> None:
