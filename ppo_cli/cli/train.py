@@ -26,7 +26,11 @@ HANGUP = {signal.SIGHUP} if hasattr(signal, "SIGHUP") else set()  # Windows has 
 def train(
     config: Annotated[
         str | None,
-        typer.Option("--config", metavar="NAME|FILE.yaml", help="Configuration. Default: tiny."),
+        typer.Option(
+            "--config",
+            metavar="NAME|FILE.yaml",
+            help="Configuration, or the run.yaml of a run. Default: tiny.",
+        ),
     ] = None,
     sentiment: Annotated[
         str | None,
@@ -169,14 +173,20 @@ def _settings_to_start(
     Raises:
         UsageError: a setting is wrong, or the place is not free.
     """
-    from ppo_cli.config.loading import DEFAULT_CONFIG, config_file, load_config
+    from ppo_cli.cli.console import note
+    from ppo_cli.config.loading import DEFAULT_CONFIG, config_file, load_config, recorded_run
     from ppo_cli.data.fingerprint import inputs_of
     from ppo_cli.training.run_directory import RunDirectory
 
     name = DEFAULT_CONFIG if config is None else config
     settings = load_config(name, assignments=assignments, overrides=overrides)
     inputs = inputs_of(settings)
-    if config is not None:
+    old = None if config is None else recorded_run(config)
+    if old is not None:  # its own run.yaml may be replaced: the settings have been read
+        versions = RunDirectory(old).recorded().get("versions")
+        release = versions.get("ppo-cli", "?") if isinstance(versions, dict) else "?"
+        note(f"settings of the run in {old} (ppo-cli {release}); the new run: {settings.output}")
+    elif config is not None:
         inputs["--config"] = str(config_file(config))
     RunDirectory(settings.output).check_writable(overwrite, inputs)
     return settings
@@ -193,11 +203,14 @@ def _settings_to_resume(
     Raises:
         UsageError: there is no such run, or a setting differs that may not change within a run.
     """
-    from ppo_cli.config.loading import DEFAULT_CONFIG, change_config, load_config
+    from ppo_cli.config.loading import DEFAULT_CONFIG, change_config, load_config, recorded_run
     from ppo_cli.training.resume import resumed_config
     from ppo_cli.training.run_directory import RunDirectory
 
     names_run = [a for a in assignments if a.startswith(("run.output=", "reward.sentiment="))]
+    old = None if config is None else recorded_run(config)
+    if old is not None and overrides["run", "output"] is None and not names_run:
+        overrides = {**overrides, ("run", "output"): str(old)}  # the run itself is resumed
     settings = load_config(
         DEFAULT_CONFIG if config is None else config,
         assignments=names_run if config is None else assignments,

@@ -1,6 +1,7 @@
 """Reads a configuration: a YAML file, then `--set section.key=value`, then the options.
 
-The place where each key was written is kept for error messages.
+The file may be the `run.yaml` of a run, or its run directory. The place where each key was written
+is kept for error messages.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from ppo_cli.utils.text import shortened
 from ppo_cli.utils.yaml_io import Places, load_yaml, read_yaml
 
 DEFAULT_CONFIG = "tiny"
+RECORD_FILE = "run.yaml"  # of a run directory: the run's configuration under `config`, and facts
+RECORDED = "config"
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -36,7 +39,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def config_file(name: str) -> Path:
-    """The file of a configuration, given by the name of a shipped one or by its path.
+    """The file of a configuration: the name of a shipped one, a path, or a run directory.
 
     Raises:
         ConfigError: there is no such file.
@@ -45,6 +48,8 @@ def config_file(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     path = Path(name)
+    if name and os.path.isfile(path / RECORD_FILE):
+        return path / RECORD_FILE
     if path.suffix in (".yaml", ".yml") or (name and os.path.exists(path)):
         refuse_stream(path)
         if not os.path.isfile(path):
@@ -65,7 +70,8 @@ def load_config(
     """Read a configuration and change it.
 
     Args:
-        name: a shipped configuration's name, or a YAML file.
+        name: a shipped configuration's name, a YAML file, or a run directory. Of a run's
+            `run.yaml` all settings are taken but its output, which is that of the old run.
         assignments: `section.key=value` each, the value as YAML; later ones win.
         overrides: (section, key) -> value, from the command's options; these win.
 
@@ -74,7 +80,21 @@ def load_config(
     """
     path = config_file(name)
     origin = _Origin(str(path))
-    return _changed(_parse(path, origin), origin, assignments, overrides or {})
+    data = _parse(path, origin)
+    if _is_record(data):
+        data = _recorded_settings(data, origin)
+    return _changed(data, origin, assignments, overrides or {})
+
+
+def recorded_run(name: str) -> Path | None:
+    """The run directory whose `run.yaml` is given as a configuration; None for any other file.
+
+    Raises:
+        ConfigError: there is no such file, or it is not YAML.
+    """
+    path = config_file(name)
+    is_record = path.name == RECORD_FILE and _is_record(_parse(path, _Origin(str(path))))
+    return path.parent if is_record else None
 
 
 def change_config(
@@ -179,6 +199,37 @@ def _parse(path: Path, origin: _Origin) -> dict[str, Any]:
             f"not a {type(data).__name__}"
         )
     return {key: {} if value is None else value for key, value in data.items()}
+
+
+def _is_record(data: Mapping[str, Any]) -> bool:
+    """Whether a file is the `run.yaml` of a run: its settings stand below one key."""
+    settings = data.get(RECORDED)
+    return isinstance(settings, dict) and bool(settings.keys() & RunConfig.model_fields.keys())
+
+
+def _recorded_settings(data: Mapping[str, Any], origin: _Origin) -> dict[str, Any]:
+    """The settings in a `run.yaml`, without the old run's output; their places into `origin`."""
+    for keys, place in [*origin.places.items()]:
+        if keys[0] == RECORDED:
+            origin.places[keys[1:]] = place
+        del origin.places[keys]
+    settings: dict[str, Any] = data[RECORDED]
+    if isinstance(run := settings.get("run"), dict):  # validation refuses anything else
+        run["output"] = None
+    inputs = data.get("inputs")
+    for keys, record in inputs.items() if isinstance(inputs, dict) else ():
+        section, _, key = str(keys).partition(".")
+        target = settings.get(section)
+        if isinstance(target, dict) and isinstance(record, dict):
+            target[key] = _place_of(record, target.get(key))
+    return settings
+
+
+def _place_of(record: Mapping[str, Any], name: Any) -> Any:
+    """The absolute path that was recorded of an input, if its relative name leads nowhere here."""
+    path = record.get("path")
+    is_elsewhere = isinstance(path, str) and os.path.exists(path) and record.get("name") == name
+    return path if is_elsewhere and not os.path.exists(str(name)) else name
 
 
 def _assign(data: dict[str, Any], text: str, origin: _Origin) -> None:
