@@ -11,7 +11,7 @@ import typer
 
 from ppo_cli.cli import options
 from ppo_cli.cli.streams import say_at_once
-from ppo_cli.errors import DivergenceError, Interrupted, UsageError
+from ppo_cli.errors import DivergenceError, Interrupted, PPOCliError, UsageError
 
 if TYPE_CHECKING:
     from ppo_cli.config.schema import RunConfig
@@ -76,8 +76,19 @@ def train(
         bool, typer.Option("--overwrite", help="Replace a run directory that exists.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Load and check everything, write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Load and check everything, say what the run will take, write nothing.",
+        ),
     ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure",
+            help="With --dry-run: make a few small steps, to say time and memory.",
+        ),
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary as one JSON object.")
@@ -131,6 +142,7 @@ def train(
         )
         if dry_run:
             training.directory.unlock()
+            _say_what_it_takes(training, measure, as_json)
             note(
                 f"all is well: {len(training.prompts.train)} prompts, label "
                 f"'{training.reward.label}', {settings.run.steps} steps on "
@@ -222,6 +234,33 @@ def _settings_to_resume(
         own = directory.config()
         settings = change_config(own, assignments=assignments, overrides=overrides)
     return resumed_config(directory, settings)
+
+
+def _say_what_it_takes(training: "Training", measure: bool, as_json: bool) -> None:
+    """Print what the run will take.
+
+    Raises:
+        PPOCliError: it does not fit; the message says what would.
+    """
+    import time
+
+    import psutil
+
+    from ppo_cli.cli.console import print_tables, write_json
+    from ppo_cli.reporting.estimate import estimate_table, size
+    from ppo_cli.training.estimate import estimate
+
+    found = estimate(training, time.time() - psutil.Process().create_time(), measure=measure)
+    if as_json:
+        write_json(found.as_dict())
+    else:
+        print_tables([estimate_table(found)])
+    for space in found.lacking:
+        advice = found.remedies if space.kind != "disk" else ["free some space, or lower run.keep"]
+        raise PPOCliError(
+            f"the run does not fit: it needs about {size(space.needed)} of {space.kind}, and "
+            f"{size(space.available)} are there. What makes it fit:\n" + "\n".join(advice)
+        )
 
 
 def _closing_notes(summary: "TrainingSummary", settings: "RunConfig") -> None:
