@@ -19,6 +19,7 @@ from ppo_cli.cli.compare import compare
 from ppo_cli.cli.config import config
 from ppo_cli.cli.generate import generate
 from ppo_cli.cli.plot import plot
+from ppo_cli.cli.runs import runs
 from ppo_cli.cli.stats import stats
 from ppo_cli.cli.train import train
 from ppo_cli.errors import Interrupted, PPOCliError, did_you_mean, is_out_of_memory, without_secrets
@@ -84,7 +85,7 @@ SMALLER = {
     "compare": "lower --samples, --max-new-tokens or the numbers of --best-of-n, or use smaller "
     "models",
 }
-for command in (train, generate, compare, plot, stats, config):
+for command in (train, generate, compare, plot, stats, runs, config):
     app.command()(command)
 
 

@@ -97,7 +97,7 @@ def estimate(training: Training, startup: float, *, measure: bool = True) -> Est
     at_end = resident + (0 if device.type == "cuda" else sizes.weights)
     in_steps = step_peaks(steps, config)
     peaks = [before, at_end, *in_steps, *(evaluation.peak for evaluation in evaluations)]
-    space = Space(kind, max(peaks), available)
+    space = Space(kind, int(max(peaks)), available)
     times = Times(
         startup=startup,
         step=step_seconds(steps, config),

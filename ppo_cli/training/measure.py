@@ -12,13 +12,15 @@ from itertools import count
 from typing import Any
 
 from ppo_cli.config.schema import RunConfig
+from ppo_cli.evaluation.draw_samples import BATCH_SIZE as EVALUATED_AT_ONCE
 from ppo_cli.training.run import Training
 from ppo_cli.utils import memory
 from ppo_cli.utils.random_state import random_state, set_random_state
 
 STEP_BUDGET = 12.0  # seconds for the largest measured step
 EVALUATION_BUDGET = 5.0  # seconds for the largest measured evaluation
-FIRST = 4  # samples of the smallest mini-batch, prompts of the smallest evaluation
+FIRST = 4  # samples of the smallest mini-batch
+FIRST_PROMPTS = 16  # of the smallest evaluation
 SAFE_SHARE = 0.8  # of the available memory, which a measured step may take
 
 
@@ -139,19 +141,18 @@ def shapes(config: RunConfig) -> list[Shape]:
 
 
 def measure_evaluation(training: Training) -> list[MeasuredEvaluation]:
-    """Evaluate the policy on few held-out prompts, and on as many as time allows."""
+    """Evaluate the policy on few held-out prompts; on all, or as many at once, if time allows."""
     total = len(training.prompts.held_out)
-    first = _evaluation(training, min(FIRST, total))
+    first = _evaluation(training, min(FIRST_PROMPTS, total))
     affordable = int(EVALUATION_BUDGET / first.seconds * first.prompts)
-    if min(affordable, total) <= first.prompts:
-        return [first]
-    return [first, _evaluation(training, min(affordable, total))]
+    larger = total if affordable >= total else min(affordable, EVALUATED_AT_ONCE)
+    return [first, _evaluation(training, larger)] if larger > first.prompts else [first]
 
 
 def _step(training: Training, shape: Shape) -> MeasuredStep:
     """Make one step of `shape`, with learning rate zero."""
     trainer, config = training.trainer, training.config
-    sizes = {
+    sizes: dict[str, Any] = {
         "batch_size": shape.samples,
         "mini_batch_size": shape.mini,
         "gradient_accumulation_steps": shape.accumulated,
