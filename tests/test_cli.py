@@ -218,7 +218,9 @@ def test_plot_of_two_runs(home: Path) -> None:
 
 
 def test_json_summary_and_dry_run(tmp_path: Path) -> None:
-    dry = ppo_cli("train", "--dry-run", cwd=tmp_path)  # of the default configuration
+    dry = ppo_cli(
+        "train", "--dry-run", "--no-measure", cwd=tmp_path
+    )  # of the default configuration
     assert dry.code == 0, dry.err
     assert list(tmp_path.iterdir()) == []
     done = ppo_cli(
@@ -352,7 +354,9 @@ def test_numbers_that_stop_being_finite_end_the_run_with_advice(tmp_path: Path) 
 
 
 def test_sampling_that_is_not_pure_is_warned_of(tmp_path: Path) -> None:
-    done = ppo_cli("train", "--dry-run", "--set", "rollout.top_k=5", *QUICK, cwd=tmp_path)
+    done = ppo_cli(
+        "train", "--dry-run", "--no-measure", "--set", "rollout.top_k=5", *QUICK, cwd=tmp_path
+    )
     assert done.code == 0
     assert "warning: with rollout.top_k=5" in done.err
 
@@ -403,13 +407,13 @@ def test_a_run_without_fast_paths_says_so_and_goes_on_with_them(tmp_path: Path) 
 
 
 def test_a_dry_run_says_which_fast_paths_are_taken_and_why_not(tmp_path: Path) -> None:
-    done = ppo_cli("train", *QUICK, "--dry-run", cwd=tmp_path, fault=fast)
+    done = ppo_cli("train", *QUICK, "--dry-run", "--no-measure", cwd=tmp_path, fault=fast)
     assert "\nfast paths: lm_head, " in done.err
     assert "\n  not cuda_graph: needs a CUDA GPU\n" in done.err
-    done = ppo_cli("train", *QUICK, "--dry-run", cwd=tmp_path, fault=plain)
+    done = ppo_cli("train", *QUICK, "--dry-run", "--no-measure", cwd=tmp_path, fault=plain)
     paths = ", ".join(PATHS)
     assert f"\nfast paths: none\n  not {paths}: switched off (PPO_CLI_KERNELS: off)\n" in done.err
-    done = ppo_cli("train", *QUICK, "--dry-run", cwd=tmp_path, fault=mistyped)
+    done = ppo_cli("train", *QUICK, "--dry-run", "--no-measure", cwd=tmp_path, fault=mistyped)
     assert done.code == 2
     expected = "PPO_CLI_KERNELS: there is no fast path 'pakcing'. Did you mean 'packing'?"
     assert done.err == f"error: {expected}\n"

@@ -17,7 +17,9 @@ from typer.core import TyperGroup
 from ppo_cli.cli import streams
 from ppo_cli.cli.compare import compare
 from ppo_cli.cli.config import config
+from ppo_cli.cli.doctor import doctor
 from ppo_cli.cli.generate import generate
+from ppo_cli.cli.init import init
 from ppo_cli.cli.plot import plot
 from ppo_cli.cli.runs import runs
 from ppo_cli.cli.stats import stats
@@ -85,7 +87,7 @@ SMALLER = {
     "compare": "lower --samples, --max-new-tokens or the numbers of --best-of-n, or use smaller "
     "models",
 }
-for command in (train, generate, compare, plot, stats, runs, config):
+for command in (train, generate, compare, plot, stats, runs, config, init, doctor):
     app.command()(command)
 
 

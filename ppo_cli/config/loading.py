@@ -78,12 +78,25 @@ def load_config(
     Raises:
         ConfigError: the file does not parse, or a key or value is wrong; the message says where.
     """
+    data, origin = _read(name)
+    return _changed(data, origin, assignments, overrides or {})
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """The keys that a configuration sets, as `load_config` reads them, without their defaults.
+
+    Raises:
+        ConfigError: there is no such file, or it does not parse.
+    """
+    return _read(name)[0]
+
+
+def _read(name: str) -> tuple[dict[str, Any], _Origin]:
+    """The settings in a configuration, and where they stand."""
     path = config_file(name)
     origin = _Origin(str(path))
     data = _parse(path, origin)
-    if _is_record(data):
-        data = _recorded_settings(data, origin)
-    return _changed(data, origin, assignments, overrides or {})
+    return (_recorded_settings(data, origin) if _is_record(data) else data), origin
 
 
 def recorded_run(name: str) -> Path | None:
@@ -111,6 +124,26 @@ def change_config(
     data = config.model_dump(mode="json")
     known = find_secret(data)
     return _changed(data, _Origin("configuration"), assignments, overrides or {}, known)
+
+
+def checked(
+    data: dict[str, Any],
+    file: str,
+    assignments: Sequence[str] = (),
+    places: Mapping[tuple[str, ...], str] | None = None,
+) -> RunConfig:
+    """The settings in nested dictionaries, which receive the assignments, too.
+
+    Args:
+        data: sections with keys; changed in place.
+        file: where they come from, for messages.
+        assignments: as in `load_config`.
+        places: where single keys come from.
+
+    Raises:
+        ConfigError: a key or value is wrong.
+    """
+    return _changed(data, _Origin(file, dict(places or {})), assignments, {})
 
 
 def _changed(
