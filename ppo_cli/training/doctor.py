@@ -150,13 +150,18 @@ def _machine(problems: list[Problem]) -> dict[str, Any]:
 
 def _hub(problems: list[Problem]) -> dict[str, Any]:
     """The hub's cache, and whether there is a token."""
-    from huggingface_hub import constants, get_token, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
+    try:
+        from huggingface_hub import constants, get_token, scan_cache_dir
+        from huggingface_hub.errors import CacheNotFound
+    except ImportError:
+        return {}  # a problem of the requirements
 
     folder = Path(constants.HF_HUB_CACHE)
     try:
         cache = scan_cache_dir(folder)
-        held = f"{size(cache.size_on_disk)} in {len(cache.repos)} repositories"
+        count = len(cache.repos)
+        kind = "repository" if count == 1 else "repositories"
+        held = f"{size(cache.size_on_disk)} in {count} {kind}"
     except CacheNotFound:
         held = "empty"
     except OSError as error:
@@ -164,11 +169,11 @@ def _hub(problems: list[Problem]) -> dict[str, Any]:
     if not os.access(_nearest(folder), os.W_OK):
         what = f"the cache {folder} cannot be written to, so nothing can be fetched from the hub"
         problems.append(Problem(what, "set HF_HOME to another folder", stops=False))
-    token = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "a file"
+    source = ", by HF_TOKEN" if os.environ.get("HF_TOKEN") else ""
     return {
         "cache": str(folder),
         "cache holds": held,
-        "token": f"set, by {token}" if get_token() else "not set",
+        "token": f"set{source}" if get_token() else "not set",
         "offline": constants.HF_HUB_OFFLINE,
     }
 

@@ -20,7 +20,7 @@ from ppo_cli.utils.random_state import random_state, set_random_state
 STEP_BUDGET = 12.0  # seconds for the largest measured step
 EVALUATION_BUDGET = 5.0  # seconds for the largest measured evaluation
 FIRST = 4  # samples of the smallest mini-batch
-FIRST_PROMPTS = 16  # of the smallest evaluation
+FIRST_PROMPTS = 8  # of the smallest evaluation
 SAFE_SHARE = 0.8  # of the available memory, which a measured step may take
 
 
