@@ -284,7 +284,36 @@ def test_a_signal_leaves_a_usable_run_directory(tmp_path: Path, number: int, cod
     assert "Traceback" not in stderr
     assert "--resume" in stderr
     assert (tmp_path / "ppo-good" / "model.safetensors").is_file()
+    ended = yaml.safe_load((tmp_path / "ppo-good" / "run.yaml").read_text())["ended"]
+    assert (ended["as"], ended["step"]) == ("interrupted", len(metrics.read_bytes().splitlines()))
     assert anew("stats", "ppo-good", cwd=tmp_path).code == 0
+
+
+def test_runs_are_listed_and_their_settings_start_another(home: Path, tmp_path: Path) -> None:
+    listed = json.loads(ppo_cli("runs", "--json", cwd=home).out)
+    states = {run["path"]: (run["state"], run["steps"], run["step"]) for run in listed}
+    assert states == {"ppo-bad": ("finished", 2, 2), "ppo-good": ("finished", 3, 3)}
+    assert all(run["results"].keys() >= {"score", "kl", "probability"} for run in listed)
+    table = ppo_cli("runs", "ppo-good", "ppo-bad", cwd=home).out
+    rows = [" ".join(line.split()) for line in table.splitlines()]
+    assert "reward.sentiment positive negative" in rows and "run.steps 3 2" in rows
+
+    run = ["train", "--config", home / "ppo-bad/run.yaml", "--steps", 1]
+    done = ppo_cli(*run, "--output", "new", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert f"settings of the run in {home / 'ppo-bad'} (ppo-cli " in done.err
+    was, now = (
+        yaml.safe_load((path / "run.yaml").read_text())["config"]
+        for path in (home / "ppo-bad", tmp_path / "new")
+    )
+    assert now == was | {"run": was["run"] | {"steps": 1, "output": "new"}}
+    kept = (home / "ppo-bad/metrics.jsonl").read_bytes()
+    # Without a name the new run has the default one, not the old run's; with it, it is resumed.
+    refused = ppo_cli("train", "--config", "ppo-bad", cwd=home)
+    assert refused.code == 2 and "ppo-bad exists" in refused.err
+    again = ppo_cli("train", "--config", "ppo-bad", "--resume", "--dry-run", "--json", cwd=home)
+    assert again.code == 0 and "going on" not in again.err and json.loads(again.out)["steps"] == 0
+    assert (home / "ppo-bad/metrics.jsonl").read_bytes() == kept
 
 
 def test_output_that_exists_is_kept_and_overwrite_replaces_it(home: Path) -> None:
