@@ -218,10 +218,10 @@ def test_plot_of_two_runs(home: Path) -> None:
 
 
 def test_json_summary_and_dry_run(tmp_path: Path) -> None:
-    dry = ppo_cli(
-        "train", "--dry-run", "--no-measure", cwd=tmp_path
-    )  # of the default configuration
+    # Of the default configuration.
+    dry = ppo_cli("train", "--dry-run", "--no-measure", cwd=tmp_path)
     assert dry.code == 0, dry.err
+    assert "steps     128 of 128 samples" in dry.out and "\nmeasured  nothing" in dry.out
     assert list(tmp_path.iterdir()) == []
     done = ppo_cli(
         "train", "--steps", 1, "--json", "--quiet", "--output", "out/run", *QUICK, cwd=tmp_path

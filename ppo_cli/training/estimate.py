@@ -20,6 +20,7 @@ from ppo_cli.training.measure import (
     MeasuredEvaluation,
     MeasuredStep,
     Shape,
+    at_size,
     measure_evaluation,
     measure_steps,
     unchanged,
@@ -95,7 +96,7 @@ def estimate(training: Training, startup: float, *, measure: bool = True) -> Est
         resident = memory.used(device)
     # At the end, transformers loads the saved model once more, in the computer's memory.
     at_end = resident + (0 if device.type == "cuda" else sizes.weights)
-    in_steps = step_peaks(steps, config)
+    in_steps = step_peaks(steps, config, resident)
     peaks = [before, at_end, *in_steps, *(evaluation.peak for evaluation in evaluations)]
     space = Space(kind, int(max(peaks)), available)
     times = Times(
@@ -132,12 +133,20 @@ def step_seconds(steps: Sequence[MeasuredStep], config: RunConfig) -> float:
     return sampling * -(-full.samples // chunk) + updating * full.minis + rest
 
 
-def step_peaks(steps: Sequence[MeasuredStep], config: RunConfig) -> tuple[float, float]:
-    """Bytes in use at most in a step of the run: while it samples and scores, and afterwards."""
+def step_peaks(
+    steps: Sequence[MeasuredStep], config: RunConfig, resident: float
+) -> tuple[float, float]:
+    """Bytes in use at most in a step of the run: while it samples and scores, and afterwards.
+
+    Args:
+        steps: measured ones.
+        config: the run's settings.
+        resident: bytes in use between two steps.
+    """
     full = Shape.of(config)
     chunk = min(config.rollout.batch_size or full.samples, full.samples)
-    sampling = at_size([(s.chunk, s.peak_sampling) for s in steps], chunk, grows=False)
-    updating = at_size([(s.shape.mini, s.peak_updating) for s in steps], full.mini, grows=False)
+    sampling = at_size([(s.chunk, s.peak_sampling) for s in steps], chunk, resident)
+    updating = at_size([(s.shape.mini, s.peak_updating) for s in steps], full.mini, resident)
     return sampling, updating
 
 
@@ -147,21 +156,6 @@ def evaluation_seconds(evaluations: Sequence[MeasuredEvaluation], prompts: int) 
         return evaluations[-1].seconds
     at_once = min(prompts, EVALUATED_AT_ONCE)
     return at_size([(e.prompts, e.seconds) for e in evaluations], at_once) * prompts / at_once
-
-
-def at_size(points: Sequence[tuple[float, float]], size: float, *, grows: bool = True) -> float:
-    """The value at `size` on a line through the first and the last point.
-
-    Args:
-        points: sizes, rising, and the values measured there.
-        size: at least the last.
-        grows: whether a value grows in proportion where only one size was measured; otherwise, and
-            where the line falls, it stays that of the last point.
-    """
-    (first, low), (last, high) = points[0], points[-1]
-    if last == first:
-        return high * size / last if grows else high
-    return high + max((high - low) / (last - first), 0.0) * (size - last)
 
 
 def evaluation_count(config: RunConfig, done: int) -> int:

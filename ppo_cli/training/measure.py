@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -80,6 +80,20 @@ class MeasuredEvaluation:
     prompts: int
     seconds: float
     peak: int
+
+
+def at_size(points: Sequence[tuple[float, float]], size: float, start: float = 0.0) -> float:
+    """The value at `size` on a line through the first and the last point; it never falls.
+
+    Args:
+        points: sizes, rising, and the values measured there.
+        size: for which the value is wanted.
+        start: the value at size 0, used where only one size was measured.
+    """
+    (first, low), (last, high) = points[0], points[-1]
+    if first == last:
+        first, low = 0.0, start
+    return high + max((high - low) / (last - first), 0.0) * (size - last)
 
 
 @contextmanager
@@ -170,14 +184,15 @@ def _step(training: Training, shape: Shape) -> MeasuredStep:
     chunk = min(config.rollout.batch_size or shape.samples, shape.samples)
     scored = started + numbers["time/sampling"] + numbers["time/scoring"]
     updating = numbers["time/ppo/optimize_step"] + numbers["time/ppo/calc_stats"]
+    peak_sampling, peak_updating = watch.peaks_around(scored)
     return MeasuredStep(
         shape=shape,
         chunk=chunk,
         sampling=numbers["time/sampling"] / -(-shape.samples // chunk),
         updating=updating / shape.minis,
         rest=seconds - numbers["time/sampling"] - updating,
-        peak_sampling=watch.peak(end=scored),
-        peak_updating=watch.peak(start=scored),
+        peak_sampling=peak_sampling,
+        peak_updating=peak_updating,
     )
 
 
@@ -194,4 +209,4 @@ def _evaluation(training: Training, prompts: int) -> MeasuredEvaluation:
         started = time.perf_counter()
         training.held_out.of_policy(training.config.run.seed, prompts)
         seconds = time.perf_counter() - started
-    return MeasuredEvaluation(prompts, seconds, watch.peak())
+    return MeasuredEvaluation(prompts, seconds, watch.peak)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.reporting.estimate import Space, size
-from ppo_cli.training.measure import MeasuredStep
+from ppo_cli.training.measure import MeasuredStep, at_size
 
 
 def remedies(
@@ -22,9 +22,9 @@ def remedies(
     """
     found = []
     if steps and resident < space.available:
-        found += _smaller_sampling(config, steps, space)
-        found += _smaller_updates(config, steps, space)
-        if not config.ppo.gradient_checkpointing:
+        found += _smaller_sampling(config, steps, space, resident)
+        found += _smaller_updates(config, steps, space, resident)
+        if found and not config.ppo.gradient_checkpointing:
             found.append("ppo.gradient_checkpointing=true keeps fewer activations, for more time")
     if config.policy.adapter is None:
         found.append(
@@ -36,32 +36,36 @@ def remedies(
     return [*found, "a smaller policy.model, or a machine with more memory"]
 
 
-def _smaller_updates(config: RunConfig, steps: Sequence[MeasuredStep], space: Space) -> list[str]:
+def _smaller_updates(
+    config: RunConfig, steps: Sequence[MeasuredStep], space: Space, resident: float
+) -> list[str]:
     """The largest mini-batch that fits, with as many accumulated as leave the result the same."""
-    first, last = steps[0], steps[-1]
     mini, accumulated = config.ppo.mini_batch_size, config.ppo.gradient_accumulation_steps
-    per_sample = _slope([(step.shape.mini, float(step.peak_updating)) for step in (first, last)])
+    points = [(step.shape.mini, step.peak_updating) for step in steps]
+    if at_size(points, mini, resident) <= space.available:
+        return []
     for parts in range(2, mini + 1):
         if mini % parts:
             continue
-        needed = last.peak_updating + per_sample * (mini // parts - last.shape.mini)
+        needed = at_size(points, mini // parts, resident)
         if needed <= space.available:
             return [
                 f"ppo.mini_batch_size={mini // parts} with "
                 f"ppo.gradient_accumulation_steps={accumulated * parts} takes about "
-                f"{size(needed)} and changes no result"
+                f"{size(needed)} and leaves the result the same"
             ]
     return []
 
 
-def _smaller_sampling(config: RunConfig, steps: Sequence[MeasuredStep], space: Space) -> list[str]:
+def _smaller_sampling(
+    config: RunConfig, steps: Sequence[MeasuredStep], space: Space, resident: float
+) -> list[str]:
     """The largest power of two of sequences at once that fits, where sampling is what does not."""
-    first, last = steps[0], steps[-1]
-    per_sample = _slope([(step.chunk, float(step.peak_sampling)) for step in (first, last)])
+    points = [(step.chunk, step.peak_sampling) for step in steps]
     at_once = config.rollout.batch_size or config.ppo.batch_size
 
     def needed(sequences: int) -> float:
-        return last.peak_sampling + per_sample * (sequences - last.chunk)
+        return at_size(points, sequences, resident)
 
     if needed(at_once) <= space.available:
         return []
@@ -69,8 +73,3 @@ def _smaller_sampling(config: RunConfig, steps: Sequence[MeasuredStep], space: S
     if not fitting:
         return []
     return [f"rollout.batch_size={fitting[-1]} takes about {size(needed(fitting[-1]))} in sampling"]
-
-
-def _slope(points: Sequence[tuple[float, float]]) -> float:
-    (first, low), (last, high) = points[0], points[-1]
-    return max((high - low) / (last - first), 0.0) if last > first else 0.0

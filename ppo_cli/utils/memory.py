@@ -59,6 +59,7 @@ class MemoryWatch:
     def __init__(self, device: torch.device) -> None:
         self.readings: list[tuple[float, int]] = []
         self._device = device
+        self._exact = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -66,6 +67,8 @@ class MemoryWatch:
         ended = threading.Event()
         reader = threading.Thread(target=self._read, args=(ended,), daemon=True)
         self._take()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         reader.start()
         try:
             yield
@@ -73,11 +76,19 @@ class MemoryWatch:
             ended.set()
             reader.join()
             self._take()
+            if self._device.type == "cuda":
+                self._exact = torch.cuda.max_memory_allocated(self._device)
 
-    def peak(self, start: float = 0.0, end: float = float("inf")) -> int:
-        """The highest reading from `start` to `end`; without one there, the highest of all."""
-        inside = [size for when, size in self.readings if start <= when <= end]
-        return max(inside or [size for _, size in self.readings])
+    @property
+    def peak(self) -> int:
+        """Bytes in use at most while the block ran; on a GPU the allocator knows them exactly."""
+        return max(self._exact, *(size for _, size in self.readings))
+
+    def peaks_around(self, moment: float) -> tuple[int, int]:
+        """Bytes in use at most before a moment, and after it; the larger one is `peak`."""
+        before = max(size for when, size in self.readings if when <= moment)
+        after = max(size for when, size in self.readings if when > moment)
+        return (self.peak, after) if before > after else (before, self.peak)
 
     def _read(self, ended: threading.Event) -> None:
         while not ended.wait(POLL):

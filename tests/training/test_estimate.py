@@ -17,7 +17,6 @@ from ppo_cli.training import estimate as estimating
 from ppo_cli.training import measure as measuring
 from ppo_cli.training.build import build_training
 from ppo_cli.training.estimate import (
-    at_size,
     checkpoint_count,
     estimate,
     evaluation_count,
@@ -25,7 +24,7 @@ from ppo_cli.training.estimate import (
     step_peaks,
     step_seconds,
 )
-from ppo_cli.training.measure import MeasuredEvaluation, MeasuredStep, Shape, shapes
+from ppo_cli.training.measure import MeasuredEvaluation, MeasuredStep, Shape, at_size, shapes
 from ppo_cli.training.remedies import remedies
 from ppo_cli.utils import memory
 from ppo_cli.utils.random_state import random_state
@@ -114,7 +113,7 @@ def test_a_step_is_scaled_by_sampling_calls_mini_batches_and_samples() -> None:
     measured = [step(4, 2, 8), step(12, 2, 24)]
     expected = 3 * (1 + 0.1 * 32) + 4 * (2 + 0.2 * 24) + 3 + 0.3 * 96
     assert step_seconds(measured, settings(*asked)) == pytest.approx(expected)
-    assert step_peaks(measured, settings(*asked)) == pytest.approx((1064, 1240))
+    assert step_peaks(measured, settings(*asked), 0) == pytest.approx((1064, 1240))
     whole = [step(4, 2, 8), step(24, 4, 32)]  # the run's own step was measured: nothing to scale
     assert step_seconds(whole, settings(*asked)) == pytest.approx(whole[-1].seconds)
 
@@ -123,7 +122,7 @@ def test_a_line_through_two_sizes_is_followed_unless_it_falls() -> None:
     assert at_size([(2, 10.0), (4, 14.0)], 10) == 26.0
     assert at_size([(2, 10.0), (4, 9.0)], 10) == 9.0
     assert at_size([(4, 9.0)], 8) == 18.0
-    assert at_size([(4, 9.0)], 8, grows=False) == 9.0
+    assert at_size([(4, 9.0)], 8, start=5.0) == 13.0
 
 
 def test_an_evaluation_is_scaled_by_calls_of_sampling() -> None:
