@@ -56,6 +56,8 @@ def test_measuring_changes_nothing_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # As a reward could, which draws from the process's random numbers.
+    monkeypatch.setattr("ppo_cli.training.step.check_texts", lambda *_: torch.rand(1))
     # Adam's moments, an adaptive learning rate and calibrated scores: much that could change.
     asked = ["ppo.lr_scheduler_type=adaptive", "ppo.mini_batch_size=8", "reward.score_every=8"]
     training = build_training(settings(*asked))
