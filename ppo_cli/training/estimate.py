@@ -31,6 +31,7 @@ from ppo_cli.utils import memory
 
 WRITE_RATE = 400e6  # bytes per second of files with checksum and sync: an assumption
 NOT_MEASURED = "nothing: only steps and sizes are known"
+ROUGH = "; rough, at most: the fixed part of a step is counted for each sample"
 NO_ROOM = "nothing: the weights' gradients and Adam's moments alone do not fit"
 
 
@@ -108,6 +109,7 @@ def estimate(training: Training, startup: float, *, measure: bool = True) -> Est
         saving=(saves * sizes.checkpoint + 3 * sizes.weights) / WRITE_RATE,
     )
     advice = [] if space.fits else remedies(config, steps, space, resident)
+    is_rough = len(steps) == 1 and steps[0].shape != Shape.of(config)
     sizes_measured = (
         f"steps of {_listed([step.shape.samples for step in steps])} samples, evaluations of "
         f"{_listed([evaluation.prompts for evaluation in evaluations])} prompts"
@@ -116,7 +118,7 @@ def estimate(training: Training, startup: float, *, measure: bool = True) -> Est
         found,
         times=times,
         spaces=[space, *found.spaces],
-        measured=sizes_measured,
+        measured=sizes_measured + ROUGH * is_rough,
         remedies=advice,
     )
 

@@ -126,18 +126,22 @@ def measure_steps(training: Training) -> list[MeasuredStep]:
         _step(training, full)  # the first has costs of its own: memory, kernels
         return [_step(training, full)]
     small = sizes[0]
-    _step(training, small)
+    first = _step(training, small)
+    if first.seconds > STEP_BUDGET:
+        return [first]
     first = _step(training, small)
     device = training.trainer.accelerator.device
     spare = memory.available(device) * SAFE_SHARE - memory.used(device)
     per_sample = max(first.peak_updating - memory.used(device), 1) / small.mini
-    fitting = [
+    possible = [shape for shape in sizes[1:] if per_sample * shape.mini <= spare]
+    seconds = first.seconds / small.samples
+    # Twice the small size at least: from two that are close the fixed part cannot be told.
+    larger = [
         shape
-        for shape in sizes[1:]
-        if first.seconds * shape.samples / small.samples <= STEP_BUDGET
-        and per_sample * shape.mini <= spare
+        for shape in possible
+        if seconds * shape.samples <= STEP_BUDGET or shape.mini == 2 * small.mini
     ]
-    return [first, _step(training, fitting[-1])] if fitting else [first]
+    return [first, _step(training, larger[-1])] if larger else [first]
 
 
 def shapes(config: RunConfig) -> list[Shape]:

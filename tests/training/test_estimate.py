@@ -176,13 +176,19 @@ def test_remedies_name_the_largest_sizes_that_fit() -> None:
     assert found[0].startswith("policy.adapter")
 
 
-def test_small_budgets_measure_small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Shape] = []
-
-    def fake(_: Any, shape: Shape) -> MeasuredStep:
-        made.append(shape)
-        return step(shape.mini, shape.minis, shape.samples, peak_updating=2**60)
-
+@pytest.mark.parametrize(
+    ("seconds", "peak", "made"),
+    [
+        (0.1, 0, [4, 4, 64]),  # a whole step of the run
+        (4.0, 0, [4, 4, 12]),  # what takes 12 seconds
+        (9.0, 0, [4, 4, 8]),  # twice as much, if that takes longer
+        (13.0, 0, [4]),
+        (0.1, 2**60, [4, 4]),  # a larger one might not fit into memory
+    ],
+)
+def test_the_larger_step_is_bounded_by_time_and_memory(
+    seconds: float, peak: int, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Training:
         config = settings("ppo.batch_size=64", "ppo.mini_batch_size=64")
 
@@ -190,9 +196,17 @@ def test_small_budgets_measure_small_sizes(monkeypatch: pytest.MonkeyPatch) -> N
             class accelerator:
                 device = torch.device("cpu")
 
+    sizes: list[int] = []
+
+    def fake(_: Any, shape: Shape) -> MeasuredStep:
+        sizes.append(shape.mini)
+        costs = {"sampling": seconds, "updating": 0.0, "rest": 0.0, "peak_updating": peak}
+        return step(shape.mini, shape.minis, shape.samples, **costs)
+
     monkeypatch.setattr(measuring, "_step", fake)
-    assert len(measuring.measure_steps(Training)) == 1  # a larger one might not fit into memory
-    assert made == [Shape(4, 1, 1), Shape(4, 1, 1)]
+    measured = measuring.measure_steps(Training)  # type: ignore[arg-type]
+    assert sizes == made
+    assert [step.shape.mini for step in measured] == sorted({*made})
 
 
 def test_durations_and_sizes_are_written_in_two_units() -> None:
