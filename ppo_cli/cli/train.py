@@ -259,7 +259,7 @@ def _say_what_it_takes(training: "Training", measure: bool, as_json: bool) -> No
         advice = found.remedies if space.kind != "disk" else ["free some space, or lower run.keep"]
         raise PPOCliError(
             f"the run does not fit: it needs about {size(space.needed)} of {space.kind}, and "
-            f"{size(space.available)} are there. What makes it fit:\n" + "\n".join(advice)
+            f"{size(space.available)} are there. What helps:\n" + "\n".join(advice)
         )
 
 
