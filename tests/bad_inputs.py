@@ -95,6 +95,10 @@ COMMAND_LINE: list[Case] = [
     (["plot", "{run}", "--smooth", "0"], 2, ["--smooth", "1"]),
     (["stats", "{run}", "--step", "0"], 2, ["--step", "1"]),
     (["stats", "{run}", "--step", "last"], 2, ["--step", "valid integer"]),
+    (["init", "my.txt"], 2, ["my.txt", ".yaml"]),
+    (["init", "x.yaml", "--model", ""], 2, ["--model", "empty"]),
+    (["init", "x.yaml", "--set", "run.stepps=1"], 2, ["'steps'"]),
+    (["init", "x.yaml", "--from", "tyni"], 2, ["'tyni'", "'tiny'"]),
     (["config", "tyni"], 2, ["'tyni'", "'tiny'"]),
     (["config", "tiny", "--set", "run.steps"], 2, ["--set run.steps", "section.key=value"]),
 ]  # fmt: skip
@@ -214,6 +218,10 @@ PLACES: list[Case] = [
     ([C, "{run}", "--html", "absent/page.html"], 2, ["absent", "does not exist"]),
     ([C, "{run}", "--html", "{linked.txt}"], 2, ["linked.txt", "is a link"]),
     ([C, "{run}", "--output", "{folder}"], 2, ["folder", "give a file"]),
+    (["init", "absent/x.yaml"], 2, ["absent", "does not exist"]),
+    (["init", "{linked.yaml}"], 2, ["linked.yaml", "is a link"]),
+    (["init", "{run}/run.yaml", "--overwrite"], 2, ["file of the run", "not replaced"]),
+    (["init", "{word.yaml}"], 2, ["exists", "--overwrite"]),
     (["plot", "{run}", "--output", "picture.gif"], 2, ["picture.gif", ".png"]),
     (["plot", "{run}", "--output", "picture"], 2, ["picture", ".png"]),
     (["plot", "{run}", "--output", "{linked.png}"], 2, ["linked.png", "is a link"]),
@@ -237,6 +245,10 @@ RUNS: list[Case] = [
     (["plot", "{worded}"], 2, ["metrics.jsonl, step 1", "'ppo/loss/total' is 'low'"]),
     (["stats", "{binary}"], 2, ["metrics.jsonl, line 1", "damaged"]),
     (["stats", "{nested}"], 2, ["metrics.jsonl, line 1", "damaged"]),
+    (["runs", "absent"], 2, ["absent", "no such folder"]),
+    (["runs", ""], 2, ["no such folder"]),
+    (["runs", "{run}", "{folder}"], 2, ["folder", "run.yaml"]),
+    (["runs", "{run}", "absent"], 2, ["absent", "no such run directory"]),
     (["stats", "{unstarted}"], 2, ["no steps", "metrics.jsonl"]),
     (["stats", "{blank}"], 2, ["no steps", "metrics.jsonl"]),
 ]  # fmt: skip
@@ -414,7 +426,7 @@ def make_world(folder: Path) -> dict[str, str]:
         os.mkfifo(folder / name)
     for name, target in (
         ("linked_folder", "folder"), ("linked.txt", "notes.txt"), ("dangling", "nowhere"),
-        ("linked.png", "notes.txt"), ("linked_run/metrics.jsonl", "../notes.txt"),
+        ("linked.png", "notes.txt"), ("linked.yaml", "notes.txt"), ("linked_run/metrics.jsonl", "../notes.txt"),
     ):  # fmt: skip
         (folder / name).symlink_to(target)
     names = {path.name: str(path) for path in folder.iterdir()}

@@ -218,8 +218,10 @@ def test_plot_of_two_runs(home: Path) -> None:
 
 
 def test_json_summary_and_dry_run(tmp_path: Path) -> None:
-    dry = ppo_cli("train", "--dry-run", cwd=tmp_path)  # of the default configuration
+    # Of the default configuration.
+    dry = ppo_cli("train", "--dry-run", "--no-measure", cwd=tmp_path)
     assert dry.code == 0, dry.err
+    assert "steps     128 of 128 samples" in dry.out and "\nmeasured  nothing" in dry.out
     assert list(tmp_path.iterdir()) == []
     done = ppo_cli(
         "train", "--steps", 1, "--json", "--quiet", "--output", "out/run", *QUICK, cwd=tmp_path
@@ -282,7 +284,36 @@ def test_a_signal_leaves_a_usable_run_directory(tmp_path: Path, number: int, cod
     assert "Traceback" not in stderr
     assert "--resume" in stderr
     assert (tmp_path / "ppo-good" / "model.safetensors").is_file()
+    ended = yaml.safe_load((tmp_path / "ppo-good" / "run.yaml").read_text())["ended"]
+    assert (ended["as"], ended["step"]) == ("interrupted", len(metrics.read_bytes().splitlines()))
     assert anew("stats", "ppo-good", cwd=tmp_path).code == 0
+
+
+def test_runs_are_listed_and_their_settings_start_another(home: Path, tmp_path: Path) -> None:
+    listed = json.loads(ppo_cli("runs", "--json", cwd=home).out)
+    states = {run["path"]: (run["state"], run["steps"], run["step"]) for run in listed}
+    assert states == {"ppo-bad": ("finished", 2, 2), "ppo-good": ("finished", 3, 3)}
+    assert all(run["results"].keys() >= {"score", "kl", "probability"} for run in listed)
+    table = ppo_cli("runs", "ppo-good", "ppo-bad", cwd=home).out
+    rows = [" ".join(line.split()) for line in table.splitlines()]
+    assert "reward.sentiment positive negative" in rows and "run.steps 3 2" in rows
+
+    run = ["train", "--config", home / "ppo-bad/run.yaml", "--steps", 1]
+    done = ppo_cli(*run, "--output", "new", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert f"settings of the run in {home / 'ppo-bad'} (ppo-cli " in done.err
+    was, now = (
+        yaml.safe_load((path / "run.yaml").read_text())["config"]
+        for path in (home / "ppo-bad", tmp_path / "new")
+    )
+    assert now == was | {"run": was["run"] | {"steps": 1, "output": "new"}}
+    kept = (home / "ppo-bad/metrics.jsonl").read_bytes()
+    # Without a name the new run has the default one, not the old run's; with it, it is resumed.
+    refused = ppo_cli("train", "--config", "ppo-bad", cwd=home)
+    assert refused.code == 2 and "ppo-bad exists" in refused.err
+    again = ppo_cli("train", "--config", "ppo-bad", "--resume", "--dry-run", "--json", cwd=home)
+    assert again.code == 0 and "going on" not in again.err and json.loads(again.out)["steps"] == 0
+    assert (home / "ppo-bad/metrics.jsonl").read_bytes() == kept
 
 
 def test_output_that_exists_is_kept_and_overwrite_replaces_it(home: Path) -> None:
@@ -365,7 +396,9 @@ def test_numbers_that_stop_being_finite_end_the_run_with_advice(tmp_path: Path) 
 
 
 def test_sampling_that_is_not_pure_is_warned_of(tmp_path: Path) -> None:
-    done = ppo_cli("train", "--dry-run", "--set", "rollout.top_k=5", *QUICK, cwd=tmp_path)
+    done = ppo_cli(
+        "train", "--dry-run", "--no-measure", "--set", "rollout.top_k=5", *QUICK, cwd=tmp_path
+    )
     assert done.code == 0
     assert "warning: with rollout.top_k=5" in done.err
 
@@ -416,13 +449,13 @@ def test_a_run_without_fast_paths_says_so_and_goes_on_with_them(tmp_path: Path) 
 
 
 def test_a_dry_run_says_which_fast_paths_are_taken_and_why_not(tmp_path: Path) -> None:
-    done = ppo_cli("train", *QUICK, "--dry-run", cwd=tmp_path, fault=fast)
+    done = ppo_cli("train", *QUICK, "--dry-run", "--no-measure", cwd=tmp_path, fault=fast)
     assert "\nfast paths: lm_head, " in done.err
     assert "\n  not cuda_graph: needs a CUDA GPU\n" in done.err
-    done = ppo_cli("train", *QUICK, "--dry-run", cwd=tmp_path, fault=plain)
+    done = ppo_cli("train", *QUICK, "--dry-run", "--no-measure", cwd=tmp_path, fault=plain)
     paths = ", ".join(PATHS)
     assert f"\nfast paths: none\n  not {paths}: switched off (PPO_CLI_KERNELS: off)\n" in done.err
-    done = ppo_cli("train", *QUICK, "--dry-run", cwd=tmp_path, fault=mistyped)
+    done = ppo_cli("train", *QUICK, "--dry-run", "--no-measure", cwd=tmp_path, fault=mistyped)
     assert done.code == 2
     expected = "PPO_CLI_KERNELS: there is no fast path 'pakcing'. Did you mean 'packing'?"
     assert done.err == f"error: {expected}\n"

@@ -117,7 +117,7 @@ def test_odd_settings(tmp_path: Path, run_here: Run) -> None:  # noqa: F811
         for value in SETTINGS[3:6]
     ]  # fmt: skip
     for text in choice.sample(accepted, 8):
-        arguments = ["train", "--dry-run", "--config", SMALL_RUN, "--set", text]
+        arguments = ["train", "--dry-run", "--no-measure", "--config", SMALL_RUN, "--set", text]
         check(run_here, arguments, tmp_path, text)
     assert list(tmp_path.iterdir()) == []
 
@@ -162,7 +162,7 @@ def test_a_damaged_state_of_a_run(finished: Path, tmp_path: Path, run_here: Run)
     """`run.yaml`, and a checkpoint whose manifest fits, as another release would leave it."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    resume = ["train", "--output", "run", "--resume", "--steps", "2", "--dry-run"]
+    resume = ["train", "--output", "run", "--resume", "--steps", "2", "--dry-run", "--no-measure"]
     record = yaml.safe_load((run / "run.yaml").read_text())
     whole = (run / "run.yaml").read_bytes()
     for number, case in enumerate(variants(record, 20, 3)):

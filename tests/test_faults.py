@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from ppo_cli.training.checkpoint import find_damage
@@ -247,6 +248,8 @@ def test_a_fault_ends_the_run_with_one_message_and_whole_files(name: str, tmp_pa
     if "step " in wanted[0]:  # then a model of the last good checkpoint lies there, too
         model = load_file(tmp_path / "run" / "model.safetensors")
         assert all(torch.isfinite(tensor).all() for tensor in model.values())
+        ended = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["ended"]
+        assert ended["as"] == "diverged" and wanted[0] in ended["why"]
 
 
 def test_after_a_rollback_training_goes_on_another_way(

@@ -6,6 +6,9 @@ The other tests hide the GPUs from torch, so that they are the same on every mac
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -263,6 +266,25 @@ def test_a_run_trains_goes_on_and_is_compared(precision: str, tmp_path: Path) ->
     assert text.strip()
     text = ppo_cli("compare", "ppo-good", "--samples", "8", cwd=tmp_path)
     assert "ppo-good" in text
+
+
+def test_a_dry_run_foresees_the_memory_of_the_gpu(tmp_path: Path) -> None:
+    train = ("train", "--config", SMALL_RUN, "--set", "ppo.mini_batch_size=8", "--json")
+    found = json.loads(ppo_cli(*train, "--dry-run", cwd=tmp_path))
+    space = found["spaces"][0]
+    assert space["kind"] == "GPU memory" and space["fits"]
+    code = (
+        "import sys, torch; from ppo_cli.cli import app; sys.argv = ['ppo-cli', *sys.argv[1:]]\n"
+        "try: app.main()\n"
+        "finally: print(torch.cuda.max_memory_allocated(), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *train], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stderr.split()[-1])
+    print(f"estimated {space['needed']}, used {peak}")
+    assert 0.75 < space["needed"] / peak < 1.25
 
 
 # ---------------------------------------------------------------- the trial

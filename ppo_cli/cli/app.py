@@ -18,10 +18,13 @@ from typer.core import TyperGroup
 from ppo_cli.cli import streams
 from ppo_cli.cli.compare import compare
 from ppo_cli.cli.config import config
+from ppo_cli.cli.doctor import doctor
 from ppo_cli.cli.export import export
 from ppo_cli.cli.generate import generate
+from ppo_cli.cli.init import init
 from ppo_cli.cli.plot import plot
 from ppo_cli.cli.push import push
+from ppo_cli.cli.runs import runs
 from ppo_cli.cli.stats import stats
 from ppo_cli.cli.train import train
 from ppo_cli.errors import Interrupted, PPOCliError, did_you_mean, is_out_of_memory, without_secrets
@@ -85,7 +88,10 @@ SMALLER = {
     "compare": "lower --samples, --max-new-tokens or the numbers of --best-of-n, or use smaller "
     "models",
 }
-for command in (train, generate, compare, plot, stats, export, push, config):
+for command in (
+    *(train, generate, compare, plot, stats, runs),
+    *(export, push, init, config, doctor),
+):
     app.command()(command)
 
 

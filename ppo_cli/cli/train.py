@@ -11,7 +11,7 @@ import typer
 
 from ppo_cli.cli import options
 from ppo_cli.cli.streams import say_at_once
-from ppo_cli.errors import DivergenceError, Interrupted, UsageError
+from ppo_cli.errors import DivergenceError, Interrupted, PPOCliError, UsageError
 
 if TYPE_CHECKING:
     from ppo_cli.config.schema import RunConfig
@@ -26,7 +26,11 @@ HANGUP = {signal.SIGHUP} if hasattr(signal, "SIGHUP") else set()  # Windows has 
 def train(
     config: Annotated[
         str | None,
-        typer.Option("--config", metavar="NAME|FILE.yaml", help="Configuration. Default: tiny."),
+        typer.Option(
+            "--config",
+            metavar="NAME|FILE.yaml",
+            help="Configuration, or the run.yaml of a run. Default: tiny.",
+        ),
     ] = None,
     sentiment: Annotated[
         str | None,
@@ -81,8 +85,19 @@ def train(
         bool, typer.Option("--overwrite", help="Replace a run directory that exists.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Load and check everything, write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Load and check everything, say what the run will take, write nothing.",
+        ),
     ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure",
+            help="With --dry-run: make a few small steps, to say time and memory.",
+        ),
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary as one JSON object.")
@@ -139,6 +154,7 @@ def train(
         )
         if dry_run:
             training.directory.unlock()
+            _say_what_it_takes(training, measure, as_json)
             note(
                 f"all is well: {len(training.prompts.train)} prompts, label "
                 f"'{training.reward.label}', {settings.run.steps} steps on "
@@ -190,14 +206,20 @@ def _settings_to_start(
     Raises:
         UsageError: a setting is wrong, or the place is not free.
     """
-    from ppo_cli.config.loading import DEFAULT_CONFIG, config_file, load_config
+    from ppo_cli.cli.console import note
+    from ppo_cli.config.loading import DEFAULT_CONFIG, config_file, load_config, recorded_run
     from ppo_cli.data.fingerprint import inputs_of
     from ppo_cli.training.run_directory import RunDirectory
 
     name = DEFAULT_CONFIG if config is None else config
     settings = load_config(name, assignments=assignments, overrides=overrides)
     inputs = inputs_of(settings)
-    if config is not None:
+    old = None if config is None else recorded_run(config)
+    if old is not None:  # its own run.yaml may be replaced: the settings have been read
+        versions = RunDirectory(old).recorded().get("versions")
+        release = versions.get("ppo-cli", "?") if isinstance(versions, dict) else "?"
+        note(f"settings of the run in {old} (ppo-cli {release}); the new run: {settings.output}")
+    elif config is not None:
         inputs["--config"] = str(config_file(config))
     RunDirectory(settings.output).check_writable(overwrite, inputs)
     return settings
@@ -214,11 +236,14 @@ def _settings_to_resume(
     Raises:
         UsageError: there is no such run, or a setting differs that may not change within a run.
     """
-    from ppo_cli.config.loading import DEFAULT_CONFIG, change_config, load_config
+    from ppo_cli.config.loading import DEFAULT_CONFIG, change_config, load_config, recorded_run
     from ppo_cli.training.resume import resumed_config
     from ppo_cli.training.run_directory import RunDirectory
 
     names_run = [a for a in assignments if a.startswith(("run.output=", "reward.sentiment="))]
+    old = None if config is None else recorded_run(config)
+    if old is not None and overrides["run", "output"] is None and not names_run:
+        overrides = {**overrides, ("run", "output"): str(old)}  # the run itself is resumed
     settings = load_config(
         DEFAULT_CONFIG if config is None else config,
         assignments=names_run if config is None else assignments,
@@ -230,6 +255,33 @@ def _settings_to_resume(
         own = directory.config()
         settings = change_config(own, assignments=assignments, overrides=overrides)
     return resumed_config(directory, settings)
+
+
+def _say_what_it_takes(training: "Training", measure: bool, as_json: bool) -> None:
+    """Print what the run will take.
+
+    Raises:
+        PPOCliError: it does not fit; the message says what would.
+    """
+    import time
+
+    import psutil
+
+    from ppo_cli.cli.console import print_tables, write_json
+    from ppo_cli.reporting.estimate import estimate_table, size
+    from ppo_cli.training.estimate import estimate
+
+    found = estimate(training, time.time() - psutil.Process().create_time(), measure=measure)
+    if as_json:
+        write_json(found.as_dict())
+    else:
+        print_tables([estimate_table(found)])
+    for space in found.lacking:
+        advice = found.remedies if space.kind != "disk" else ["free some space, or lower run.keep"]
+        raise PPOCliError(
+            f"the run does not fit: it needs about {size(space.needed)} of {space.kind}, and "
+            f"{size(space.available)} are there. What helps:\n" + "\n".join(advice)
+        )
 
 
 def _closing_notes(summary: "TrainingSummary", settings: "RunConfig") -> None:

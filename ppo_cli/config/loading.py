@@ -1,6 +1,7 @@
 """Reads a configuration: a YAML file, then `--set section.key=value`, then the options.
 
-The place where each key was written is kept for error messages.
+The file may be the `run.yaml` of a run, or its run directory. The place where each key was written
+is kept for error messages.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ SYNONYMS = {
     "report_to": "ppo.log_with (option --track)",
     "logging_dir": "ppo.project_kwargs.logging_dir",
 }
+RECORD_FILE = "run.yaml"  # of a run directory: the run's configuration under `config`, and facts
+RECORDED = "config"
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -42,7 +45,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def config_file(name: str) -> Path:
-    """The file of a configuration, given by the name of a shipped one or by its path.
+    """The file of a configuration: the name of a shipped one, a path, or a run directory.
 
     Raises:
         ConfigError: there is no such file.
@@ -51,6 +54,8 @@ def config_file(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     path = Path(name)
+    if name and os.path.isfile(path / RECORD_FILE):
+        return path / RECORD_FILE
     if path.suffix in (".yaml", ".yml") or (name and os.path.exists(path)):
         refuse_stream(path)
         if not os.path.isfile(path):
@@ -71,16 +76,44 @@ def load_config(
     """Read a configuration and change it.
 
     Args:
-        name: a shipped configuration's name, or a YAML file.
+        name: a shipped configuration's name, a YAML file, or a run directory. Of a run's
+            `run.yaml` all settings are taken but its output, which is that of the old run.
         assignments: `section.key=value` each, the value as YAML; later ones win.
         overrides: (section, key) -> value, from the command's options; these win.
 
     Raises:
         ConfigError: the file does not parse, or a key or value is wrong; the message says where.
     """
+    data, origin = _read(name)
+    return _changed(data, origin, assignments, overrides or {})
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """The keys that a configuration sets, as `load_config` reads them, without their defaults.
+
+    Raises:
+        ConfigError: there is no such file, or it does not parse.
+    """
+    return _read(name)[0]
+
+
+def _read(name: str) -> tuple[dict[str, Any], _Origin]:
+    """The settings in a configuration, and where they stand."""
     path = config_file(name)
     origin = _Origin(str(path))
-    return _changed(_parse(path, origin), origin, assignments, overrides or {})
+    data = _parse(path, origin)
+    return (_recorded_settings(data, origin) if _is_record(data) else data), origin
+
+
+def recorded_run(name: str) -> Path | None:
+    """The run directory whose `run.yaml` is given as a configuration; None for any other file.
+
+    Raises:
+        ConfigError: there is no such file, or it is not YAML.
+    """
+    path = config_file(name)
+    is_record = path.name == RECORD_FILE and _is_record(_parse(path, _Origin(str(path))))
+    return path.parent if is_record else None
 
 
 def change_config(
@@ -97,6 +130,26 @@ def change_config(
     data = config.model_dump(mode="json")
     known = find_secret(data)
     return _changed(data, _Origin("configuration"), assignments, overrides or {}, known)
+
+
+def checked(
+    data: dict[str, Any],
+    file: str,
+    assignments: Sequence[str] = (),
+    places: Mapping[tuple[str, ...], str] | None = None,
+) -> RunConfig:
+    """The settings in nested dictionaries, which receive the assignments, too.
+
+    Args:
+        data: sections with keys; changed in place.
+        file: where they come from, for messages.
+        assignments: as in `load_config`.
+        places: where single keys come from.
+
+    Raises:
+        ConfigError: a key or value is wrong.
+    """
+    return _changed(data, _Origin(file, dict(places or {})), assignments, {})
 
 
 def _changed(
@@ -186,6 +239,37 @@ def _parse(path: Path, origin: _Origin) -> dict[str, Any]:
             f"not a {type(data).__name__}"
         )
     return {key: {} if value is None else value for key, value in data.items()}
+
+
+def _is_record(data: Mapping[str, Any]) -> bool:
+    """Whether a file is the `run.yaml` of a run: its settings stand below one key."""
+    settings = data.get(RECORDED)
+    return isinstance(settings, dict) and bool(settings.keys() & RunConfig.model_fields.keys())
+
+
+def _recorded_settings(data: Mapping[str, Any], origin: _Origin) -> dict[str, Any]:
+    """The settings in a `run.yaml`, without the old run's output; their places into `origin`."""
+    for keys, place in [*origin.places.items()]:
+        if keys[0] == RECORDED:
+            origin.places[keys[1:]] = place
+        del origin.places[keys]
+    settings: dict[str, Any] = data[RECORDED]
+    if isinstance(run := settings.get("run"), dict):  # validation refuses anything else
+        run["output"] = None
+    inputs = data.get("inputs")
+    for keys, record in inputs.items() if isinstance(inputs, dict) else ():
+        section, _, key = str(keys).partition(".")
+        target = settings.get(section)
+        if isinstance(target, dict) and isinstance(record, dict):
+            target[key] = _place_of(record, target.get(key))
+    return settings
+
+
+def _place_of(record: Mapping[str, Any], name: Any) -> Any:
+    """The absolute path that was recorded of an input, if its relative name leads nowhere here."""
+    path = record.get("path")
+    is_elsewhere = isinstance(path, str) and os.path.exists(path) and record.get("name") == name
+    return path if is_elsewhere and not os.path.exists(str(name)) else name
 
 
 def _assign(data: dict[str, Any], text: str, origin: _Origin) -> None:

@@ -92,9 +92,14 @@ class HeldOutEvaluation:
         seed = int(np.random.SeedSequence(self._seed, spawn_key=(1,)).generate_state(1)[0])
         return self.of_reference(seed), self.of_policy(seed)
 
-    def of_policy(self, seed: int) -> MeasuredSamples:
-        """The policy, sampled with random numbers that `seed` decides."""
-        return self._of(self._policy, seed, self._trainer.adapter_off)
+    def of_policy(self, seed: int, count: int | None = None) -> MeasuredSamples:
+        """The policy, sampled with random numbers that `seed` decides.
+
+        Args:
+            seed: decides the random numbers.
+            count: how many of the prompts, the first; None for all.
+        """
+        return self._of(self._policy, seed, self._trainer.adapter_off, count)
 
     def of_reference(self, seed: int) -> MeasuredSamples:
         """The reference, likewise; its KL from itself is zero."""
@@ -117,18 +122,22 @@ class HeldOutEvaluation:
         return best_of_n(scores, counts, label=self._reward.label, seed=self._seed)
 
     def _of(
-        self, model: Any, seed: int, as_reference: Callable[[], AbstractContextManager[None]]
+        self,
+        model: Any,
+        seed: int,
+        as_reference: Callable[[], AbstractContextManager[None]],
+        count: int | None = None,
     ) -> MeasuredSamples:
         with self._trainer.accelerator.autocast():
             rollout = draw_rollout(
                 model,
                 self._tokenizer,
-                self._queries,
+                self._queries[:count],
                 self._params,
                 max_new_tokens=self._max_new_tokens,
                 seed=seed,
             )
-            samples = score_rollout(rollout, self._texts, self._reward)
+            samples = score_rollout(rollout, self._texts[:count], self._reward)
             found = likelihoods(
                 model,
                 self._reference,

@@ -57,6 +57,16 @@ class RunLock:
         if os.path.isfile(lock) and not os.path.islink(lock) and os.access(lock, os.W_OK):
             self._acquired().release()
 
+    def is_held(self) -> bool:
+        """Whether another process writes here. Without its note the lock itself is not tried."""
+        if self._lock is not None or not os.path.isfile(self._folder / HOLDER_FILE):
+            return False
+        try:
+            self.check()
+        except UsageError:
+            return True
+        return False
+
     def _acquired(self) -> FileLock:
         from filelock import FileLock, Timeout
 

@@ -23,7 +23,7 @@ def what_differs(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         was, now: `versions`, `git_commit`, `machine` and `kernels`, as `run.yaml` has them. A
             value that one of the two lacks is not compared.
     """
-    before, after = _flat(was), _flat(now)
+    before, after = flat_record(was), flat_record(now)
     return [
         f"{key} {value} (now {after[key]})"
         for key, value in before.items()
@@ -31,7 +31,8 @@ def what_differs(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _flat(record: Mapping[str, Any]) -> dict[str, str]:
+def flat_record(record: Mapping[str, Any]) -> dict[str, str]:
+    """Versions, machine, git commit and fast paths of a `run.yaml`, by name."""
     values: dict[str, Any] = {}
     for section in ("versions", "machine"):
         if isinstance(found := record.get(section), dict):

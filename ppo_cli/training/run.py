@@ -176,9 +176,12 @@ class Training:
         counts = self.config.run.best_of_n
         if counts and not self.stop_requested:  # it takes a while, and the user wants to stop
             write_curve(self.directory.path, self.held_out.best_of_n(counts))
-        if self.step == self.config.run.steps:
+        is_whole = self.step == self.config.run.steps
+        if is_whole:
             _warn(self._diagnostics.check_end())
         self.trackers.finish()
+        how = "finished" if is_whole else "ended early" if stopped_early else "interrupted"
+        self._record_end(how, stopped_early)
         return summary
 
     def _one_step(self) -> StepReport:
@@ -261,11 +264,17 @@ class Training:
         self.state.restore()
         weights = self.state.load_chosen_weights(self.state.evaluations)
         save_model(self.directory, self._policy, self.tokenizer, self.config)
+        self._record_end("diverged", fault)
         tried = f" after {rollbacks - 1} rollbacks" if rollbacks > 1 else ""
         held = f"the checkpoint and the model of step {self.step}"
         if weights.step != self.step:
             held = f"the checkpoint of step {self.step} and the model of {weights}"
         raise DivergenceError(f"{fault}. Stopped{tried}; {self.directory.path} holds {held}")
+
+    def _record_end(self, how: str, why: str | None) -> None:
+        """Record in `run.yaml` how the run ended; a resumed run removes that again."""
+        end = {"step": self.step, "as": how, "why": why}
+        self.directory.record(self.config, {**self._facts, "ended": end})
 
     @property
     def _policy(self) -> Any:

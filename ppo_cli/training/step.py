@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +69,15 @@ class PPOStep:
         self._trainer = trainer
         self._tokenizer = tokenizer
         self._prompts = prompts
-        self._length_sampler = length_sampler
+        self._length_sampler: Callable[[], int] = length_sampler
         self._reward = reward
         self._sampling = sampling
+
+    def resized(self, config: RunConfig, length_sampler: Callable[[], int]) -> PPOStep:
+        """The same step with other sizes of batches, to measure it."""
+        other = copy.copy(self)
+        other._config, other._length_sampler = config, length_sampler
+        return other
 
     def run(self, step: int) -> StepResult:
         """Sample, score and update once, with the prompts of `step`, counted from 0.

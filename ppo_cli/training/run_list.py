@@ -1,0 +1,133 @@
+"""Reads run directories without torch: which there are, how they stand, how they differ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ppo_cli.config.schema import RunConfig
+from ppo_cli.errors import PPOCliError, UsageError
+from ppo_cli.evaluation.history import Evaluation, EvaluationHistory
+from ppo_cli.reporting.run_tables import RunDifferences, RunSummary
+from ppo_cli.training.provenance import flat_record
+from ppo_cli.training.run_directory import CONFIG_FILE, RunDirectory
+from ppo_cli.utils.inventory import CHECKPOINTS, MARKER
+
+MAX_DEPTH = 4  # folders below the one that is searched
+
+
+def find_runs(folder: str | Path) -> list[Path]:
+    """The run directories in `folder`, itself included, and below, sorted by name.
+
+    Hidden folders, links and what lies in a run are not searched, nor what lies more than
+    `MAX_DEPTH` folders below.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    top = Path(folder)
+    if not str(folder).strip() or not top.is_dir():
+        raise UsageError(f"{folder}: no such folder: give one that holds run directories")
+    found = []
+    for place, folders, files in os.walk(top):
+        here = Path(place)
+        is_old = CONFIG_FILE in files and (CHECKPOINTS in folders or RunDirectory(here).is_run())
+        if MARKER in files or is_old:
+            found.append(here)
+            folders.clear()
+        elif len(here.relative_to(top).parts) >= MAX_DEPTH:
+            folders.clear()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    return found
+
+
+def summarise(folder: str | Path) -> RunSummary:
+    """Read the summary of a run; what cannot be read makes it a damaged one."""
+    directory = RunDirectory(folder)
+    try:
+        config, rows = directory.config(), directory.records.rows()
+        ended = directory.recorded().get("ended")
+    except PPOCliError as error:
+        return RunSummary(str(folder), "damaged", note=str(error))
+    steps = rows[-1]["step"] if rows else 0
+    history = _history(rows, config)
+    state, note = _state(directory, config, steps, history, ended)
+    chosen = history.newest if config.run.weights == "last" else history.best or history.newest
+    row = next((row for row in rows if chosen and row["step"] == chosen.step), {})
+    return RunSummary(
+        path=str(folder),
+        state=state,
+        steps=steps,
+        planned_steps=config.run.steps,
+        label=getattr(config.reward, "sentiment", None),
+        step=chosen.step if chosen else None,
+        results={
+            key.removeprefix("eval/"): value
+            for key, value in row.items()
+            if key.startswith("eval/") and not key.startswith("eval/reference_")
+        },
+        seconds=sum(row.get("time/step", 0.0) for row in rows),
+        note=note,
+    )
+
+
+def differences(folders: Sequence[str | Path]) -> RunDifferences:
+    """Compare the settings, code and results of runs.
+
+    Raises:
+        UsageError: a folder is no run directory, or its configuration cannot be read.
+    """
+    directories = [RunDirectory.existing(folder) for folder in folders]
+    settings = [_flat(directory.config().model_dump(mode="json")) for directory in directories]
+    code = [flat_record(directory.recorded()) for directory in directories]
+    return RunDifferences(
+        runs=[summarise(folder) for folder in folders],
+        settings={k: v for k, v in _differing(settings).items() if k != "run.output"},
+        code=_differing(code),
+    )
+
+
+def _history(rows: Sequence[Mapping[str, Any]], config: RunConfig) -> EvaluationHistory:
+    history = EvaluationHistory()
+    for row in rows:
+        if row.keys() >= {"eval/score", "eval/kl"}:
+            evaluation = Evaluation(row["step"], row["eval/score"], row["eval/kl"])
+            history = history.after(evaluation, config.run)
+    return history
+
+
+def _state(
+    directory: RunDirectory, config: RunConfig, steps: int, history: EvaluationHistory, ended: Any
+) -> tuple[str, str]:
+    """State of a run, and a note. Runs of earlier releases do not record how they ended."""
+    if directory.lock.is_held():
+        return "running", ""
+    if isinstance(ended, dict) and ended.get("step") == steps:
+        return str(ended.get("as")), str(ended.get("why") or "")
+    has_model = (directory.path / "config.json").is_file()
+    if has_model and steps >= config.run.steps:
+        return "finished", ""
+    early = history.reason_to_stop(config.run) if has_model else None
+    if early and history.newest and history.newest.step == steps:
+        return "ended early", early
+    return "interrupted", ""
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _differing(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Key -> value in each record, for keys whose values are not all equal."""
+    keys = dict.fromkeys(key for record in records for key in record)
+    rows = {key: [record.get(key) for record in records] for key in keys}
+    return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
