@@ -89,9 +89,8 @@ SMALLER = {
     "models",
 }
 for command in (
-    *(train, generate, compare, plot, stats, runs),
-    *(export, push, init, config, doctor),
-):
+    train, generate, compare, plot, stats, runs, export, push, init, config, doctor
+):  # fmt: skip
     app.command()(command)
 
 
