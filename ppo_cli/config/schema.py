@@ -10,40 +10,18 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from ppo_cli.config.ppo import PPOSettings
+from ppo_cli.config.reward import RewardConfig
+from ppo_cli.config.section import MAX_COUNT, Length, Name, Section
 from ppo_cli.utils.yaml_io import dump_yaml
 
-MAX_NAME_LENGTH = 1000
-MAX_COUNT = 10**9
-
-
-def check_name(text: str) -> str:
-    """`text`, if it can be the name of a model, file or label; else raises `ValueError`."""
-    if not text.strip():
-        raise ValueError("is empty: give a name")
-    if any(ord(character) < 32 for character in text):
-        raise ValueError("holds a control character: give a name without one")
-    if len(text) > MAX_NAME_LENGTH:
-        raise ValueError(f"has {len(text)} characters: give a name of {MAX_NAME_LENGTH} at most")
-    return text
-
-
-Name = Annotated[str, AfterValidator(check_name)]
 # YAML reads a bare `off` as false.
 Kernels = Annotated[
     Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)
 ]
 BestOf = Annotated[int, Field(ge=1, le=65_536)]
-Length = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 def _check_order(section: BaseModel, low: str, high: str) -> None:
@@ -51,14 +29,6 @@ def _check_order(section: BaseModel, low: str, high: str) -> None:
     lowest, highest = getattr(section, low), getattr(section, high)
     if lowest >= highest:
         raise ValueError(f"{high} ({highest}) must exceed {low} ({lowest})")
-
-
-class Section(BaseModel):
-    """A part of the configuration. Unknown keys are refused; values cannot be changed."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class AdapterConfig(Section):
@@ -159,40 +129,6 @@ class RolloutConfig(Section):
         return self
 
 
-class RewardConfig(Section):
-    """The sentiment classifier."""
-
-    model: Name = "embedded"
-    """`embedded`, a folder, or a hub id of a sequence classifier, or of a peft adapter of one. If a
-    text is longer than the classifier can read, its end is scored."""
-    revision: Name | None = None
-    """Branch, tag or commit of a hub model."""
-    sentiment: Name = "positive"
-    """Label to train towards: its name, its index, or a synonym. The single output of a reward
-    model is chosen by its name, by 0, or by positive."""
-    output: Literal["logit", "probability"] = "logit"
-    """The score: the label's raw logit or its probability."""
-    batch_size: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 64
-    """Texts per forward pass."""
-    score_every: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
-    """Also score the unfinished text, each time this many response tokens are added. Each token is
-    credited with the change that follows it (potential-based shaping), which learns from far fewer
-    samples, above all with ppo.lam well below 1. null scores only the finished text."""
-    probe: bool = True
-    """Check the classifier on clearly positive and negative sentences before training."""
-    missing_eos_penalty: Annotated[float, Field(ge=0)] = 0.0
-    """Subtracted from the score of a response that reaches its length limit without an end-of-text
-    token or a text of `rollout.stop`; 0 for off."""
-    length_cost: Annotated[float, Field(ge=0)] = 0.0
-    """Subtracted from the score for each token by which the response's length differs from
-    `target_length`; 0 for off."""
-    target_length: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
-    """Length (tokens) without a cost; with 0, `length_cost` is a cost per token."""
-    repetition_cost: Annotated[float, Field(ge=0)] = 0.0
-    """This times the share of the response's word pairs that occur earlier in it is subtracted from
-    the score; 0 for off."""
-
-
 EARLY_STOPS = ("target_score", "stop_kl", "patience")
 
 
@@ -269,7 +205,7 @@ class RunConfig(Section):
         if self.run.output is not None:
             return Path(self.run.output)
         short = {"positive": "good", "negative": "bad"}
-        sentiment = self.reward.sentiment.lower()
+        sentiment = self.reward.goal.lower()
         label = re.sub(r"[^\w.-]+", "-", sentiment).strip("-.") or "label"
         return Path(f"ppo-{short.get(sentiment, label)}")
 

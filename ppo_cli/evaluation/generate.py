@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ppo_cli.config.schema import PolicyConfig, RewardConfig, RunConfig
+from ppo_cli.config.reward import RewardConfig
+from ppo_cli.config.schema import PolicyConfig, RunConfig
 from ppo_cli.data.fingerprint import CLASSIFIER, POLICY, Inputs, inputs_of, trusted_too
 from ppo_cli.data.prompts import Encoder
 from ppo_cli.errors import DataError, ModelError, NumericalError

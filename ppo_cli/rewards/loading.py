@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import torch
 
-from ppo_cli.config.schema import RewardConfig
+from ppo_cli.config.reward import RewardConfig
 from ppo_cli.data.embedded import classifier_folder
 from ppo_cli.data.sources import EMBEDDED
 from ppo_cli.models.loading import source_keywords

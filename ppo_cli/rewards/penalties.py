@@ -22,7 +22,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ppo_cli.config.schema import RewardConfig
+from ppo_cli.config.reward import RewardConfig
 from ppo_cli.errors import UsageError
 from ppo_cli.utils.ngrams import repetition
 
