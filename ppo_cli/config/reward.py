@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -15,6 +19,8 @@ FUNCTION = re.compile(r"(?P<file>.+\.py|(?:[^\W\d]\w*\.)*[^\W\d]\w*):(?P<name>[^
 TEMPLATE_FIELD = re.compile(r"\{(\w*)\}")
 TEMPLATE_FIELDS = ("text", "query", "response")
 CHAT = "chat"
+SCALING = "scaling"
+"""Part of a sample's reward: what ppo.use_score_scaling and ppo.score_clip change."""
 COST_NAMES = {
     "length": "length_cost",
     "repetition": "repetition_cost",
@@ -52,6 +58,22 @@ def is_file(spec: str) -> bool:
     return function_parts(spec)[0].endswith(".py")
 
 
+def function_file(spec: str) -> Path | None:
+    """The file of a function's code, found without running any; None where there is none."""
+    place, _ = function_parts(spec)
+    if is_file(spec):
+        path = Path(os.path.expanduser(place))
+        return path if path.is_file() else None
+    folders: Sequence[str] | None = [os.getcwd(), *sys.path]
+    parts, found = place.split("."), None
+    for number in range(1, len(parts) + 1):
+        found = PathFinder.find_spec(".".join(parts[:number]), folders) if folders else None
+        if found is None:
+            return None
+        folders = found.submodule_search_locations
+    return Path(found.origin) if found and found.origin else None
+
+
 def _check_function(spec: str) -> str:
     function_parts(spec)
     return spec
@@ -87,10 +109,16 @@ class WeightSchedule(Section):
         """The weight in `step`, counted from 0."""
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
 
+    def describe(self) -> str:
+        """In a few words, for a table."""
+        return f"{self.start:g} to {self.end:g} over {self.steps} steps"
+
 
 def _form(value: Any) -> str:
     """Which alternative of a union a value is meant as: of it alone the faults are reported."""
-    return {dict: "(mapping)", list: "(list)"}.get(type(value), "(one)")
+    return (
+        "(mapping)" if isinstance(value, dict) else "(list)" if isinstance(value, list) else "(one)"
+    )
 
 
 Weight = Annotated[
@@ -189,11 +217,11 @@ class RewardTerm(Section):
         scores_texts = self.model is not None or self.lexicon is not None
         return scores_texts if self.partial is None else self.partial
 
-    def describe(self) -> str:
-        """What it is, in a few words, for a model card."""
-        values = {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind) is not None}
-        kind, value = next(iter(values.items()))
-        return f"{'classifier' if kind == 'model' else kind} {value}"
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What it is, such as `function`, and the name of that one."""
+        kind = next(kind for kind in KINDS if getattr(self, kind) is not None)
+        return "classifier" if kind == "model" else kind, str(getattr(self, kind))
 
 
 class RewardConfig(Section):
@@ -244,10 +272,12 @@ class RewardConfig(Section):
         for key in OF_ONE_CLASSIFIER:
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is of a reward without terms: move it into a term")
-        names = self.names
-        for name in names:
-            if names.count(name) > 1:
+        given = [term.name for term in self.terms if term.name is not None]
+        for name in self.names:
+            if name in given and self.names.count(name) > 1:
                 raise ValueError(f"two terms are called '{name}': give each a name of its own")
+            if name == SCALING:
+                raise ValueError(f"'{name}' is what scaling and clipping change: name it otherwise")
             if name in COST_NAMES.values() and getattr(self, name):
                 raise ValueError(f"{name} is there twice: as a key and as a term; leave one out")
         if self.sentiment != "positive" and not self.takes_sentiment:
@@ -264,8 +294,13 @@ class RewardConfig(Section):
 
     @property
     def names(self) -> list[str]:
-        """Names of the terms; empty for one classifier."""
-        return [term.label for term in self.terms or ()]
+        """Names of the terms; of two functions `score` without a name, `score` and `score-2`."""
+        labels = [term.label for term in self.terms or ()]
+        numbers = [labels[: i + 1].count(label) for i, label in enumerate(labels)]
+        return [
+            label if number == 1 or term.name else f"{label}-{number}"
+            for term, label, number in zip(self.terms or (), labels, numbers, strict=True)
+        ]
 
     @property
     def takes_sentiment(self) -> bool:

@@ -118,7 +118,7 @@ class RolloutConfig(Section):
     """Leave at 0 (off): otherwise the samples are not the policy's own and KL is biased."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Top-p sampling. Leave at 1 (off), for the same reason."""
-    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] = []
+    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] = Field(default=[])
     """Texts that end a response, such as "." or "\\n": a token whose text contains one of them is
     the last of its response. So is every end-of-text token of tokenizer and model (chat models have
     several). This holds for the run's models in `generate` and `compare` too."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ppo_cli.evaluation import quality
 from ppo_cli.models.model_card import HEADER, USAGE
 from ppo_cli.utils.text import json_text, markdown_code, markdown_text
 
@@ -24,11 +23,10 @@ def run_card(summary: Any, config: Any) -> str:
     )
     if summary.stopped_early:
         unfinished = f" The run ended early, after {made}: {markdown_text(summary.stopped_early)}."
-    label, plain = markdown_code(summary.label), markdown_text(summary.label)
+    before = summary.before.rows(summary.label)
     table = "\n".join(
-        f"| {m.name.format(label=plain)} | {summary.before[m.key]:.{m.places}f} "
-        f"| {summary.after[m.key]:.{m.places}f} | {m.meaning} |"
-        for m in quality.MEASURES
+        f"| {markdown_text(name)} | {before[name][0]:{form}} | {value:{form}} | {meaning} |"
+        for name, (value, form, meaning) in summary.after.rows(summary.label).items()
     )
     examples = "\n".join(
         f"| {markdown_text(sample.query)} | {markdown_text(sample.response)} | {sample.score:.2f} |"
@@ -40,13 +38,13 @@ def run_card(summary: Any, config: Any) -> str:
         + f"""
 # {markdown_text(summary.run)}
 
-A language model tuned with Proximal Policy Optimization towards the sentiment
-{label} by ppo-cli.{unfinished}
+A language model tuned with Proximal Policy Optimization towards {_goal(summary, config)}
+by ppo-cli.{unfinished}
 
 | | |
 |---|---|
 | policy | {markdown_code(base)} |
-| classifier | {markdown_code(config.reward.model)}, label {label}, {config.reward.output} |
+{_reward_rows(summary, config)}
 | prompts | {markdown_code(config.prompts.source)} |
 | PPO | {ppo}, learning rate {config.ppo.learning_rate:g} |
 | weights | {markdown_text(str(summary.weights))} |
@@ -72,3 +70,28 @@ KL penalty in the last step: {summary.kl:.2f} nats per response.
 """
         + USAGE.format(path=json_text(summary.run))
     )
+
+
+def _goal(summary: Any, config: Any) -> str:
+    if config.reward.terms is None:
+        return f"the sentiment\n{markdown_code(summary.label)}"
+    return f"a reward of\n{' + '.join(map(markdown_code, config.reward.names))}"
+
+
+def _reward_rows(summary: Any, config: Any) -> str:
+    """The classifier, or a row for each term of the reward."""
+    reward = config.reward
+    if reward.terms is None:
+        return (
+            f"| classifier | {markdown_code(reward.model)}, label {markdown_code(summary.label)}, "
+            f"{reward.output} |"
+        )
+    rows = []
+    for name, term in zip(reward.names, reward.terms, strict=True):
+        weight = term.weight
+        shown = f"{weight:g}" if isinstance(weight, float) else weight.describe()
+        what, value = term.kind
+        rows.append(
+            f"| reward {markdown_text(name)} | {what} {markdown_code(value)}, weight {shown} |"
+        )
+    return "\n".join(rows)
