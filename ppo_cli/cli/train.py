@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ppo_cli.cli import options
+from ppo_cli.cli.reward_options import consent, reward_lines
 from ppo_cli.cli.streams import say_at_once
 from ppo_cli.errors import DivergenceError, Interrupted, UsageError
 
@@ -34,6 +35,15 @@ def train(
             "--sentiment",
             metavar="positive|negative|LABEL",
             help="Label to steer towards. Default: the configuration's, positive.",
+        ),
+    ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward",
+            metavar="FILE.py:FUNCTION[=WEIGHT]",
+            help="Score with this Python function or URL instead of the classifier; with "
+            "--sentiment, besides it (repeats).",
         ),
     ] = None,
     output: Annotated[
@@ -94,12 +104,16 @@ def train(
         ("run", "seed"): seed,
         ("run", "device"): device,
     }
+    rewards = reward or []
     if resume:
-        settings, changes = _settings_to_resume(config, assignments or [], overrides)
+        settings, changes, consented = _settings_to_resume(
+            config, assignments or [], overrides, rewards
+        )
         if changes:
             note(f"resuming with changed settings: {', '.join(changes)}")
     else:
-        settings = _settings_to_start(config, assignments or [], overrides, overwrite)
+        settings = _settings_to_start(config, assignments or [], overrides, overwrite, rewards)
+        consented = settings.reward.foreign
 
     kernels = configured(settings.policy.kernels)
     # The request is known to be sound; only now come the imports that take seconds.
@@ -113,9 +127,10 @@ def train(
     display = make_display(quiet)
     if not quiet:
         note(
-            f"policy {settings.policy.model}, classifier {settings.reward.model}, "
+            f"policy {settings.policy.model}, {settings.reward.describe()}, "
             f"prompts {settings.prompts.source} -> {settings.output}"
         )
+        note(*(line for line in reward_lines(settings.reward)))
     with kernels, _StopSignals(quiet) as stop:
         training = build_training(
             settings,
@@ -124,12 +139,13 @@ def train(
             trusted=trust_remote_code or (),
             tell=(lambda _: None) if quiet else note,
             allow_changed_inputs=allow_changed_inputs,
+            consented=consented,
         )
         if dry_run:
             training.directory.unlock()
             note(
-                f"all is well: {len(training.prompts.train)} prompts, label "
-                f"'{training.reward.label}', {settings.run.steps} steps on "
+                f"all is well: {len(training.prompts.train)} prompts, "
+                f"{training.reward.describe()}, {settings.run.steps} steps on "
                 f"{resolve_device(settings.run.device)}; nothing was written",
                 *fast_path_lines(training.fast_paths),
             )
@@ -153,7 +169,7 @@ def train(
     else:
         print_tables([summary_table(summary)])
     if stop.signal is not None:
-        command = _resume_command(summary.run)
+        command = _resume_command(summary.run, settings)
         note(f"stopped after step {summary.steps}; go on with:", f"  {command}")
         return 128 + stop.signal
     if not quiet:
@@ -162,19 +178,27 @@ def train(
 
 
 def _settings_to_start(
-    config: str | None, assignments: Sequence[str], overrides: Overrides, overwrite: bool
+    config: str | None,
+    assignments: Sequence[str],
+    overrides: Overrides,
+    overwrite: bool,
+    rewards: Sequence[str],
 ) -> "RunConfig":
     """Settings of a new run, which may be written where they say.
 
     Raises:
         UsageError: a setting is wrong, or the place is not free.
     """
+    from ppo_cli.cli.console import note
     from ppo_cli.config.loading import DEFAULT_CONFIG, config_file, load_config
     from ppo_cli.data.fingerprint import inputs_of
     from ppo_cli.training.run_directory import RunDirectory
 
     name = DEFAULT_CONFIG if config is None else config
-    settings = load_config(name, assignments=assignments, overrides=overrides)
+    settings = load_config(name, assignments=assignments, overrides=overrides, rewards=rewards)
+    before = load_config(name, assignments=assignments).reward if rewards else settings.reward
+    if before.score_every is not None and settings.reward.score_every is None:
+        note("reward.score_every is off: none of the terms scores unfinished texts")
     inputs = inputs_of(settings)
     if config is not None:
         inputs["--config"] = str(config_file(config))
@@ -183,9 +207,12 @@ def _settings_to_start(
 
 
 def _settings_to_resume(
-    config: str | None, assignments: Sequence[str], overrides: Overrides
-) -> "tuple[RunConfig, list[str]]":
+    config: str | None, assignments: Sequence[str], overrides: Overrides, rewards: Sequence[str]
+) -> "tuple[RunConfig, list[str], list[str]]":
     """Settings of a run that is resumed, and how they differ from those it was started with.
+
+    Then the functions and endpoints of its reward that the command names: those of `config`, which
+    the user gives, or those of `rewards`.
 
     Without `config` they are those of `run.yaml`, changed by the options. Then a configuration is
     needed only to find the run: by its output, which a sentiment may name.
@@ -194,6 +221,7 @@ def _settings_to_resume(
         UsageError: there is no such run, or a setting differs that may not change within a run.
     """
     from ppo_cli.config.loading import DEFAULT_CONFIG, change_config, load_config
+    from ppo_cli.config.reward import with_consent
     from ppo_cli.training.resume import resumed_config
     from ppo_cli.training.run_directory import RunDirectory
 
@@ -202,13 +230,20 @@ def _settings_to_resume(
         DEFAULT_CONFIG if config is None else config,
         assignments=names_run if config is None else assignments,
         overrides=overrides,
+        rewards=rewards,
     )
+    consented = settings.reward.foreign
     directory = RunDirectory.existing(settings.output)
     directory.check_resumable()
     if config is None:
         own = directory.config()
         settings = change_config(own, assignments=assignments, overrides=overrides)
-    return resumed_config(directory, settings)
+        try:
+            reward, consented = with_consent(settings.reward, rewards)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        settings = settings.model_copy(update={"reward": reward})
+    return *resumed_config(directory, settings), consented
 
 
 def _closing_notes(summary: "TrainingSummary", settings: "RunConfig") -> None:
@@ -216,6 +251,7 @@ def _closing_notes(summary: "TrainingSummary", settings: "RunConfig") -> None:
     from ppo_cli.cli.console import note
 
     run = shlex.quote(summary.run)
+    reward = consent(settings.reward)
     if summary.stopped_early:
         made = f"{summary.steps} of {summary.planned_steps} steps"
         note(f"ended early, after {made}: {summary.stopped_early}")
@@ -226,13 +262,13 @@ def _closing_notes(summary: "TrainingSummary", settings: "RunConfig") -> None:
         )
     note(f"saved {run} with the weights of {summary.weights}")
     note(f"{summary.seconds:.0f} s of training ({summary.pace}); next:")
-    note(f'  ppo-cli generate {run} --reference --prompt "This movie" -n 3')
-    note(f"  ppo-cli compare {run}")
+    note(f'  ppo-cli generate {run} --reference --prompt "This movie" -n 3{reward}')
+    note(f"  ppo-cli compare {run}{reward}")
     note(f"  ppo-cli plot {run} --terminal")
 
 
-def _resume_command(run: str) -> str:
-    return f"ppo-cli train --output {shlex.quote(run)} --resume"
+def _resume_command(run: str, settings: "RunConfig") -> str:
+    return f"ppo-cli train --output {shlex.quote(run)} --resume{consent(settings.reward)}"
 
 
 @contextmanager
@@ -250,7 +286,7 @@ def _unlocked_at_the_end(training: "Training") -> Iterator[None]:
 
 
 def _how_to_resume(training: "Training", error: BaseException) -> list[str]:
-    command = _resume_command(str(training.directory.path))
+    command = _resume_command(str(training.directory.path), training.config)
     if training.state.checkpoint is None:
         return []
     if isinstance(error, DivergenceError):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppo_cli.config.reward import RewardConfig, function_file
+from ppo_cli.config.reward import RewardConfig, function_file, function_parts
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.embedded import TRAIN_SEED, classifier_folder, policy_folder
 from ppo_cli.data.sources import EMBEDDED, all_files
@@ -113,6 +113,15 @@ class Inputs:
         found = {key: self.find(key, *named) for key, named in _reward_inputs(reward).items()}
         changes = [change for one in found.values() for change in one.changes]
         return reward.model_copy(update=_located_reward(reward, found)), changes
+
+    def places_of_functions(self, reward: RewardConfig) -> dict[str, str]:
+        """Each function of a run's reward -> the same in its file as it was recorded, if gone."""
+        places = {}
+        for key, (name, _) in _reward_inputs(reward).items():
+            path = self.records.get(key, {}).get("path")
+            if key.endswith(FUNCTION) and isinstance(path, str) and function_file(name) is None:
+                places[name] = f"{path}:{function_parts(name)[1]}"
+        return places
 
     def find(self, key: str, name: str, revision: str | None = None) -> Found:
         """Locate one input, which the settings now call `name`.

@@ -198,6 +198,10 @@ class RewardSum:
         """What the score is: `logit` or `probability` of one classifier, or `sum`."""
         return SUM if self.is_composed or not self.classifiers else str(self.classifiers[0].output)
 
+    def describe(self) -> str:
+        """What is trained towards, in a few words."""
+        return f"reward {self.title}" if self.is_composed else f"label '{self.label}'"
+
     def probe(self) -> None:
         """`SentimentReward.probe` of each classifier."""
         for classifier in self.classifiers:

@@ -67,8 +67,9 @@ def build_training(
         PPOCliError: the request cannot be met.
     """
     check_trusted(trusted, (config.policy.model, *config.reward.models))
-    check_consent(config.reward, consented, str(config.output))
     directory = RunDirectory(config.output)
+    recorded = Inputs(directory.recorded().get("inputs")) if resume else None
+    check_consent(config.reward, consented, str(config.output), recorded)
     located, inputs = config, None  # `located` names the places where the inputs are
     if resume:
         directory.check_resumable()
