@@ -17,12 +17,12 @@ from ppo_cli.config.reward import (
 )
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.config.section import check_name
+from ppo_cli.data.consent import check_consent
 from ppo_cli.data.fingerprint import Inputs
 from ppo_cli.data.sources import check_encodable, read_texts
 from ppo_cli.errors import DataError, UsageError
 from ppo_cli.evaluation.generate import REFERENCE, Request, Source
 from ppo_cli.models.loading import check_trusted
-from ppo_cli.rewards.loading import check_consent
 from ppo_cli.training.run_directory import RunDirectory
 from ppo_cli.utils.device import resolve_device
 from ppo_cli.utils.text import shortened

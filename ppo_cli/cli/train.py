@@ -222,6 +222,8 @@ def _settings_to_resume(
     """
     from ppo_cli.config.loading import DEFAULT_CONFIG, change_config, load_config
     from ppo_cli.config.reward import with_consent
+    from ppo_cli.data.consent import check_consent
+    from ppo_cli.data.fingerprint import Inputs
     from ppo_cli.training.resume import resumed_config
     from ppo_cli.training.run_directory import RunDirectory
 
@@ -243,6 +245,8 @@ def _settings_to_resume(
         except ValueError as error:
             raise UsageError(str(error)) from error
         settings = settings.model_copy(update={"reward": reward})
+        inputs = Inputs(directory.recorded().get("inputs"))
+        check_consent(reward, consented, str(directory.path), inputs)
     return *resumed_config(directory, settings), consented
 
 

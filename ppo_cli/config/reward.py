@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 from ppo_cli.config.section import MAX_COUNT, Name, Section
 
@@ -195,6 +203,11 @@ class RewardTerm(Section):
             raise ValueError("template chat is for a classifier: give a text with {text}")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {k: v for k, v in serialize(self).items() if getattr(self, k) != fields[k].default}
+
     @property
     def label(self) -> str:
         """Its name in metrics, samples and tables."""
@@ -291,6 +304,11 @@ class RewardConfig(Section):
                 "partial: true in a term that can, or score_every to null"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = () if self.terms is None else OF_ONE_CLASSIFIER
+        return {key: value for key, value in serialize(self).items() if key not in unused}
 
     @property
     def names(self) -> list[str]:

@@ -38,7 +38,8 @@ def run_card(summary: Any, config: Any) -> str:
         + f"""
 # {markdown_text(summary.run)}
 
-A language model tuned with Proximal Policy Optimization towards {_goal(summary, config)} by ppo-cli.{unfinished}
+A language model tuned with Proximal Policy Optimization towards {_goal(summary, config)} \
+by ppo-cli.{unfinished}
 
 | | |
 |---|---|

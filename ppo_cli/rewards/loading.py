@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,10 +9,8 @@ import torch
 
 from ppo_cli.config.reward import CHAT, RewardConfig, RewardTerm
 from ppo_cli.data.embedded import classifier_folder
-from ppo_cli.data.fingerprint import Inputs
 from ppo_cli.data.prompts import Prompt
 from ppo_cli.data.sources import EMBEDDED
-from ppo_cli.errors import ConsentError
 from ppo_cli.models.loading import source_keywords
 from ppo_cli.rewards.batch import RewardBatch
 from ppo_cli.rewards.endpoint import EndpointReward
@@ -88,32 +85,6 @@ def _classifier(
         )
         reward.scores(["a"])
     return reward
-
-
-def check_consent(
-    config: RewardConfig, consented: Collection[str], run: str, inputs: Inputs | None = None
-) -> None:
-    """Raise `ConsentError` where the reward uses code or a server that nobody has consented to.
-
-    Args:
-        config: the section `reward`.
-        consented: functions and endpoints, as `config` names them.
-        run: the run directory that names them, for the message.
-        inputs: its records, which know where the functions were.
-    """
-    missing = [spec for spec in config.foreign if spec not in consented]
-    if missing:
-        places = {} if inputs is None else inputs.places_of_functions(config)
-        options = " ".join(
-            f"--reward {shlex.quote(places.get(spec, spec))}" for spec in config.foreign
-        )
-        what = (
-            "sends texts to" if missing[0].startswith(("http:", "https:")) else "runs the code of"
-        )
-        raise ConsentError(
-            f"the reward of {run} {what} {places.get(missing[0], missing[0])}, which is done only "
-            f"if you say so: give {options} if you trust it"
-        )
 
 
 def try_reward(reward: RewardSum, prompts: Sequence[Prompt], end_ids: Collection[int]) -> None:

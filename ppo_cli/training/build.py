@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ppo_cli.config.schema import RunConfig
+from ppo_cli.data.consent import check_consent
 from ppo_cli.data.fingerprint import Inputs, inputs_of, trusted_too
 from ppo_cli.data.prompts import LengthSampler, Prompt, PromptSet, load_prompts
 from ppo_cli.errors import DataError, UsageError
@@ -24,7 +25,7 @@ from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.forward import check_reading
 from ppo_cli.ppo.trainer import PPOTrainer
-from ppo_cli.rewards.loading import check_consent, load_reward, try_reward
+from ppo_cli.rewards.loading import load_reward, try_reward
 from ppo_cli.rewards.penalties import check_penalties
 from ppo_cli.training.checkpoint import state_faults
 from ppo_cli.training.diagnostics import Diagnostics, sampling_warning
