@@ -239,19 +239,22 @@ class Quality:
         terms = {"rewards": self.rewards} if self.rewards else {}
         return {"samples": self.samples, **self.values, **terms}
 
-    def rows(self, label: str) -> dict[str, tuple[float, str, str]]:
+    def rows(
+        self, label: str, escape: Callable[[str], str] = str
+    ) -> dict[str, tuple[float, str, str]]:
         """Name -> number, its form and its meaning: a table's rows, those of the terms last.
 
         Args:
             label: the classifier's label, for the name of its probability.
+            escape: makes labels and names of terms fit for the table.
         """
         rows = {
-            m.name.format(label=label): (self.values[m.key], f".{m.places}f", m.meaning)
+            m.name.format(label=escape(label)): (self.values[m.key], f".{m.places}f", m.meaning)
             for m in MEASURES
             if m.key in self.values
         }
         return rows | {
-            f"reward {name}": (mean, ".3f", "mean contribution of this term to the score")
+            f"reward {escape(name)}": (mean, ".3f", "mean contribution of this term to the score")
             for name, mean in self.rewards.items()
         }
 

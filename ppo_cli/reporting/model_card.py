@@ -23,10 +23,10 @@ def run_card(summary: Any, config: Any) -> str:
     )
     if summary.stopped_early:
         unfinished = f" The run ended early, after {made}: {markdown_text(summary.stopped_early)}."
-    before = summary.before.rows(summary.label)
+    before = summary.before.rows(summary.label, markdown_text)
     table = "\n".join(
-        f"| {markdown_text(name)} | {before[name][0]:{form}} | {value:{form}} | {meaning} |"
-        for name, (value, form, meaning) in summary.after.rows(summary.label).items()
+        f"| {name} | {before[name][0]:{form}} | {value:{form}} | {meaning} |"
+        for name, (value, form, meaning) in summary.after.rows(summary.label, markdown_text).items()
     )
     examples = "\n".join(
         f"| {markdown_text(sample.query)} | {markdown_text(sample.response)} | {sample.score:.2f} |"

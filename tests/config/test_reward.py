@@ -47,7 +47,10 @@ def test_the_option_replaces_the_classifier_or_is_added_to_it() -> None:
 
 
 def test_a_list_is_short_for_terms_and_survives_being_written(tmp_path: Path) -> None:
-    listed = [{"function": "r.py:f", "weight": {"start": 1, "end": 0, "steps": 4}}, {"cost": "length"}]
+    listed = [
+        {"function": "r.py:f", "weight": {"start": 1, "end": 0, "steps": 4}},
+        {"cost": "length"},
+    ]
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"reward": listed}))
     config = load_config(str(file))
@@ -89,7 +92,10 @@ def test_an_option_names_a_function_or_an_address_and_a_weight(text: str, expect
         ([{"weight": 2}], r"terms\.0.*says nothing"),
         ([{"model": "x", "cost": "length"}], "has model and cost"),
         ([{"function": "r.py"}], r"names no function.*FILE\.py:FUNCTION"),
-        ([{"function": "r.py:f", "output": "probability"}], "output is not for a term with function"),
+        (
+            [{"function": "r.py:f", "output": "probability"}],
+            "output is not for a term with function",
+        ),
         ([{"url": "ftp://h"}], "no address"),
         ([{"model": "x", "template": "{words}"}], r"other fields than \{text\}"),
         ([{"lexicon": "vader", "template": "chat"}], "template chat is for a classifier"),
