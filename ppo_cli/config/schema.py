@@ -222,4 +222,8 @@ class RunConfig(Section):
 
 def json_schema() -> str:
     """The JSON Schema of a configuration file."""
-    return json.dumps(RunConfig.model_json_schema(), indent=2)
+    schema = RunConfig.model_json_schema()
+    reward = schema["properties"]["reward"]
+    terms = {"type": "array", "items": {"$ref": "#/$defs/RewardTerm"}}  # short for a section
+    reward["anyOf"] = [{"$ref": reward.pop("$ref")}, terms]
+    return json.dumps(schema, indent=2)
