@@ -16,12 +16,9 @@ def keywords(responses: list[str]) -> list[float]:
     return [float(not KEYWORDS.isdisjoint(words(response))) for response in responses]
 
 
-def length(responses: list[str]) -> list[float | None]:
-    """Minus the difference from 15 words; None for a response that does not end a sentence."""
-    return [
-        -float(abs(len(words(response)) - WORDS)) if response.rstrip().endswith(".") else None
-        for response in responses
-    ]
+def length(responses: list[str]) -> list[float]:
+    """Minus the number of words by which a response's length differs from 15."""
+    return [-float(abs(len(words(response)) - WORDS)) for response in responses]
 
 
 def words(text: str) -> list[str]:

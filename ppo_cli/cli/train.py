@@ -89,7 +89,7 @@ def train(
         bool, typer.Option("--json", help="Print the summary as one JSON object.")
     ] = False,
 ) -> int:
-    """Tune a language model with PPO towards a sentiment."""
+    """Tune a language model with PPO towards a sentiment, or a reward of your own."""
     from ppo_cli.cli.console import hush, note, print_tables, write_json
     from ppo_cli.kernels.switch import configured
 

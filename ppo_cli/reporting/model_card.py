@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ppo_cli.models.model_card import HEADER, USAGE
@@ -91,6 +92,8 @@ def _reward_rows(summary: Any, config: Any) -> str:
         weight = term.weight
         shown = f"{weight:g}" if isinstance(weight, float) else weight.describe()
         what, value = term.kind
+        if term.function is not None:
+            value = os.path.basename(value)  # the card may be published
         rows.append(
             f"| reward {markdown_text(name)} | {what} {markdown_code(value)}, weight {shown} |"
         )

@@ -214,6 +214,8 @@ def test_a_comparison_has_a_column_for_each_term(home: Path) -> None:
     assert other.models[0].quality["score"] == 1.0
     names = [name for name, *_ in measures(other.label, other.models)]
     assert "mean P(one)" not in names and "on target" not in names
+    both = request(rewards=["s.py:one=2"], classifier="embedded").reward
+    assert (both.names, both.terms[1].weight) == (["classifier", "one"], 2.0)
     with pytest.raises(UsageError, match=r"no such term; it has r\.py:odd"):
         request(rewards=["r.py:odd", "s.py:one"])
 
