@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ppo_cli.ppo.config import PPOConfig
     from ppo_cli.ppo.statistics import print_ppo_stats
     from ppo_cli.ppo.trainer import PPOTrainer
+    from ppo_cli.rewards.reward_sum import RewardSum
     from ppo_cli.rewards.sentiment import SentimentReward
     from ppo_cli.utils.random_state import set_seed
 
@@ -26,6 +27,7 @@ _HOMES = {
     "LengthSampler": "ppo_cli.data.prompts",
     "PPOConfig": "ppo_cli.ppo.config",
     "PPOTrainer": "ppo_cli.ppo.trainer",
+    "RewardSum": "ppo_cli.rewards.reward_sum",
     "SentimentReward": "ppo_cli.rewards.sentiment",
     "create_reference_model": "ppo_cli.models.reference",
     "print_ppo_stats": "ppo_cli.ppo.statistics",
@@ -37,6 +39,7 @@ __all__ = [
     "LengthSampler",
     "PPOConfig",
     "PPOTrainer",
+    "RewardSum",
     "SentimentReward",
     "create_reference_model",
     "print_ppo_stats",

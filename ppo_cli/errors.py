@@ -47,6 +47,10 @@ class DataError(UsageError):
     """A source of prompts is absent, unreadable or empty."""
 
 
+class ConsentError(UsageError):
+    """A reward runs code, or asks a server, that the user has not named."""
+
+
 class ModelNotFoundError(UsageError):
     """A name or folder is not that of a model."""
 

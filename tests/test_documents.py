@@ -113,18 +113,33 @@ HEAD = ("| key | default | meaning |", "|---|---|---|")
 def rows(schema: dict[str, Any], kind: dict[str, Any], prefix: str = "") -> list[str]:
     """A table's row for each key of a section, those of a section inside it behind its own."""
     found = []
-    options = kind.get("anyOf", [kind])
-    name = next(option["$ref"] for option in options if "$ref" in option).rpartition("/")[2]
+    name = next(map(section_of, alternatives(kind)))
     for key, value in schema["$defs"][name]["properties"].items():
         meaning = " ".join(value["description"].split()).replace("|", "\\|")
-        inner = [option for option in value.get("anyOf", [value]) if "enum" in option]
+        inner = [option for option in alternatives(value) if "enum" in option]
         values = [str(item) for option in inner for item in option["enum"]]
         choice = f" One of {', '.join(f'`{item}`' for item in values)}." if values[1:] else ""
+        needed = key in schema["$defs"][name].get("required", ())
         default = json.dumps(value["default"]) if "default" in value else "{}"
+        default = "required" if needed else default
         found.append(f"| `{prefix}{key}` | `{default}` | {meaning}{choice} |")
-        if any("$ref" in option for option in value.get("anyOf", [value])):
-            found += rows(schema, value, f"{prefix}{key}.")
+        for option in alternatives(value):
+            if section_of(option):
+                dots = "[]." if "items" in option else "."
+                found += rows(schema, option, f"{prefix}{key}{dots}")
     return found
+
+
+def alternatives(kind: dict[str, Any]) -> list[dict[str, Any]]:
+    """The forms that a value may have."""
+    return sorted(
+        kind.get("anyOf", kind.get("oneOf", [kind])), key=lambda option: not section_of(option)
+    )
+
+
+def section_of(kind: dict[str, Any]) -> str:
+    """The name of the section that a value is, or a list of; empty for another value."""
+    return kind.get("$ref", kind.get("items", {}).get("$ref", "")).rpartition("/")[2]
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def pins() -> dict[str, str]:
 def test_each_pin_lies_within_the_bounds(required: Requirement) -> None:
     pinned = pins().get(canonicalize_name(required.name))
     if pinned is None:
-        assert required.name in ("wandb", "tensorboard"), "constraints.txt does not pin it"
+        unpinned = ("wandb", "tensorboard", "vaderSentiment")
+        assert required.name in unpinned, "constraints.txt does not pin it"
     else:
         assert required.specifier.contains(pinned), f"constraints.txt has {pinned}"
 

@@ -68,6 +68,7 @@ def compare(
     ] = None,
     sentiment: options.Sentiment = None,
     classifier: options.Classifier = None,
+    reward: options.Reward = None,
     device: options.Device = "auto",
     trust_remote_code: options.Trust = None,
     format: Annotated[Format, typer.Option("--format", help="Output format.")] = Format.table,
@@ -100,7 +101,8 @@ def compare(
         write_result,
     )
     from ppo_cli.cli.fast_imports import light_imports
-    from ppo_cli.errors import UsageError
+    from ppo_cli.cli.reward_options import reward_lines
+    from ppo_cli.errors import ConsentError, UsageError
     from ppo_cli.evaluation.best_of_n import parse_counts
     from ppo_cli.evaluation.comparison_result import json_schema
 
@@ -126,15 +128,23 @@ def compare(
 
     hush()
     limit_kernel_caches()
-    request = requests.resolve(
-        models,
-        reference=reference,
-        score=True,
-        sentiment=sentiment,
-        classifier=classifier,
-        device=device,
-        trusted=trust_remote_code or (),
-    )
+    try:
+        request = requests.resolve(
+            models,
+            reference=reference,
+            score=True,
+            sentiment=sentiment,
+            classifier=classifier,
+            device=device,
+            trusted=trust_remote_code or (),
+            rewards=reward or (),
+        )
+    except ConsentError as error:
+        for recorded in filter(None, map(requests.recorded_scores, models)):
+            error.add_note(recorded)
+        raise
+    for line in reward_lines(request.reward):
+        note(line)
     check_outputs(outputs, request.input_names)
     texts = requests.read_prompts([], prompts, column)
     result = compare_models(

@@ -236,7 +236,7 @@ class _ShownEvaluation:
         return cls(
             report.step,
             f"{s['eval/score']:+.2f}",
-            f"{s['eval/probability']:.2f}",
+            f"{s['eval/probability']:.2f}" if "eval/probability" in s else "-",
             f"{s['eval/kl']:.2f}",
             multiple("distinct_2"),
             multiple("perplexity"),

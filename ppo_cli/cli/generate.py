@@ -1,6 +1,7 @@
 """`ppo-cli generate`."""
 
 from enum import StrEnum
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -65,6 +66,7 @@ def generate(
     ] = None,
     sentiment: options.Sentiment = None,
     classifier: options.Classifier = None,
+    reward: options.Reward = None,
     device: options.Device = "auto",
     trust_remote_code: options.Trust = None,
     format: Annotated[Format, typer.Option("--format", help="Output format.")] = Format.table,
@@ -80,7 +82,8 @@ def generate(
         write_result,
     )
     from ppo_cli.cli.fast_imports import light_imports
-    from ppo_cli.errors import UsageError
+    from ppo_cli.cli.reward_options import reward_lines
+    from ppo_cli.errors import ConsentError, UsageError
     from ppo_cli.utils.text import escape_controls
 
     if not 1e-6 <= temperature <= 1e6:
@@ -102,19 +105,32 @@ def generate(
     hush()
     limit_kernel_caches()
     if score is None:
-        score = classifier is not None or any(RunDirectory(model).is_run() for model in models)
+        is_scored = bool(classifier or reward)
+        is_scored = is_scored or any(RunDirectory(model).is_run() for model in models)
+    else:
+        is_scored = score
     texts = requests.read_prompts(prompt or [], prompts, column) or ["This movie"]
-    request = requests.resolve(
+    resolve = partial(
+        requests.resolve,
         models,
         reference=reference,
-        score=score,
         sentiment=sentiment,
         classifier=classifier,
         device=device,
         trusted=trust_remote_code or (),
+        rewards=reward or (),
     )
+    try:
+        request = resolve(score=is_scored)
+    except ConsentError as error:
+        if score:
+            raise
+        note(f"no scores: {error}")
+        request = resolve(score=False)
+    for line in reward_lines(request.reward):
+        note(line)
     check_output(output, request.input_names)
-    reward = load_classifier(request)
+    scorer = load_classifier(request)
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
     results = []
     for source in request.sources:
@@ -128,7 +144,7 @@ def generate(
                 max_new_tokens=max_new_tokens,
                 seed=seed,
                 device=request.device,
-                reward=reward,
+                reward=scorer,
                 trusted=request.trusted,
                 params=params,
             )
@@ -152,4 +168,4 @@ def generate(
     else:
         from ppo_cli.reporting.tables import generation_table
 
-        print_tables([generation_table(results, reward is not None)], output)
+        print_tables([generation_table(results, scorer is not None)], output)

@@ -20,6 +20,14 @@ Classifier = Annotated[
         "--classifier", help="Classifier: folder, hub id or 'embedded'. Default: the run's."
     ),
 ]
+Reward = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reward",
+        metavar="FILE.py:FUNCTION",
+        help="Allow this function of the run's reward to run, or score with it instead (repeats).",
+    ),
+]
 Trust = Annotated[
     list[str] | None,
     typer.Option(

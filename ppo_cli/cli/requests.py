@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Collection, Sequence
 
-from ppo_cli.config.schema import RewardConfig, RunConfig, check_name
+from pydantic import ValidationError
+
+from ppo_cli.config.reward import (
+    RewardConfig,
+    names_some,
+    parse_option,
+    with_consent,
+    with_option,
+)
+from ppo_cli.config.schema import RunConfig
+from ppo_cli.config.section import check_name
+from ppo_cli.data.consent import check_consent
 from ppo_cli.data.fingerprint import Inputs
 from ppo_cli.data.sources import check_encodable, read_texts
 from ppo_cli.errors import DataError, UsageError
@@ -25,6 +37,7 @@ def resolve(
     classifier: str | None,
     device: str,
     trusted: Collection[str] = (),
+    rewards: Sequence[str] = (),
 ) -> Request:
     """Resolve the models of a command, their reference and their classifier.
 
@@ -39,9 +52,12 @@ def resolve(
         classifier: hub id or folder; None for the first run's.
         device: as `resolve_device` takes it.
         trusted: models, named as in `models` or a run's configuration, whose own code may run.
+        rewards: values of `--reward`: consent to functions of the first run's reward; or, where
+            they name none of these, the reward itself.
 
     Raises:
         UsageError: a classifier is needed and none is known, or `trusted` names no model here.
+        ConsentError: the run's reward has a function or an endpoint that `rewards` does not name.
     """
     _check_names(models, classifier)
     directories = [RunDirectory(model) for model in models]
@@ -67,12 +83,19 @@ def resolve(
         base = Source(REFERENCE, policy.model, policy.revision, stop, inputs, policy)
     if reference and base is not None:
         sources.append(base)
-    reward = _reward(models[0], run, sentiment, classifier) if score else None
+    reward, is_of_run = None, False
+    if score:
+        reward, is_of_run = _reward(models[0], run, sentiment, classifier, rewards)
+        allowed = reward.foreign
+        if is_of_run:
+            reward, allowed = _consented(reward, rewards)
+        check_consent(reward, allowed, models[0], inputs)
     loaded = [source.model for source in sources]
-    loaded += [reward.model] if reward else []
+    loaded += reward.models if reward else []
     loaded += [run.policy.model] if run else []
     check_trusted(trusted, loaded)
-    return Request(sources, reward, run, resolve_device(device), trusted, base, inputs)
+    place = resolve_device(device)
+    return Request(sources, reward, run, place, trusted, base, inputs, is_of_run)
 
 
 def _check_names(models: Sequence[str], classifier: str | None) -> None:
@@ -88,20 +111,80 @@ def _check_names(models: Sequence[str], classifier: str | None) -> None:
 
 
 def _reward(
-    model: str, run: RunConfig | None, sentiment: str | None, classifier: str | None
-) -> RewardConfig:
-    """The classifier of the first run, or the one that was asked for, and its label."""
+    model: str,
+    run: RunConfig | None,
+    sentiment: str | None,
+    classifier: str | None,
+    rewards: Sequence[str],
+) -> tuple[RewardConfig, bool]:
+    """The reward of the first run, or the one that was asked for; and whether it is the run's."""
     settings = RewardConfig() if run is None else run.reward
+    is_of_run = run is not None and classifier is None
     if classifier is not None:
         settings = RewardConfig(model=classifier, output=settings.output)
-    elif run is None:
+    if rewards and not (is_of_run and _names_some(settings, rewards)):
+        if sentiment is not None and classifier is None and run is None:
+            raise UsageError(
+                "--sentiment and --reward need a classifier: give one with --classifier"
+            )
+        return _with_rewards(settings, rewards, sentiment, add=bool(sentiment or classifier)), False
+    if classifier is None and run is None:
         raise UsageError(
             f"{model} is no run directory, so it names no classifier: give one with "
             "--classifier (a folder, a hub id, or 'embedded'), or --no-score where there is one"
         )
     if sentiment is None:
-        return settings
-    return settings.model_copy(update={"sentiment": sentiment})
+        return settings, is_of_run
+    if not settings.takes_sentiment:
+        raise UsageError(
+            "--sentiment has no effect: no term of the run's reward is a classifier without a "
+            "sentiment of its own; leave it out"
+        )
+    return settings.model_copy(update={"sentiment": sentiment}), is_of_run
+
+
+def _with_rewards(
+    settings: RewardConfig, options: Sequence[str], sentiment: str | None, *, add: bool
+) -> RewardConfig:
+    """The terms that `--reward` names, beside those of `settings` if they are to be added."""
+    section = settings.model_dump(mode="json")
+    if sentiment is not None:
+        section["sentiment"] = sentiment
+    try:
+        with_option(section, [parse_option(text) for text in options], add=add)
+        return RewardConfig.model_validate(section)
+    except ValidationError as error:
+        raise UsageError(f"--reward: {error.errors()[0]['msg']}") from error
+    except ValueError as error:
+        raise UsageError(f"--reward: {error}") from error
+
+
+def _consented(reward: RewardConfig, options: Sequence[str]) -> tuple[RewardConfig, list[str]]:
+    try:
+        return with_consent(reward, options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _names_some(reward: RewardConfig, options: Sequence[str]) -> bool:
+    try:
+        return names_some(reward, options)
+    except ValueError as error:
+        raise UsageError(f"--reward: {error}") from error
+
+
+def recorded_scores(model: str) -> str | None:
+    """The newest evaluation that a run directory has, in one line; None where it has none."""
+    rows = RunDirectory(model).records.rows()
+    found = next((row for row in reversed(rows) if "eval/score" in row), None)
+    if found is None:
+        return None
+    terms = {key: value for key, value in found.items() if key.startswith("eval/rewards/")}
+    shown = "".join(f", {key.rpartition('/')[2]} {value:.3f}" for key, value in terms.items())
+    return (
+        f"its own evaluation of step {found['step']}: score {found['eval/score']:.3f} (reference "
+        f"{found.get('eval/reference_score', math.nan):.3f}){shown}, KL {found['eval/kl']:.2f}"
+    )
 
 
 def read_prompts(prompts: Sequence[str], file: str | None, column: str = "text") -> list[str]:

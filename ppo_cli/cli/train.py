@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ppo_cli.cli import options
+from ppo_cli.cli.reward_options import consent, reward_lines
 from ppo_cli.cli.streams import say_at_once
 from ppo_cli.errors import DivergenceError, Interrupted, PPOCliError, UsageError
 
@@ -38,6 +39,15 @@ def train(
             "--sentiment",
             metavar="positive|negative|LABEL",
             help="Label to steer towards. Default: the configuration's, positive.",
+        ),
+    ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward",
+            metavar="FILE.py:FUNCTION[=WEIGHT]",
+            help="Score with this Python function or URL instead of the classifier; with "
+            "--sentiment, besides it (repeats).",
         ),
     ] = None,
     output: Annotated[
@@ -103,7 +113,7 @@ def train(
         bool, typer.Option("--json", help="Print the summary as one JSON object.")
     ] = False,
 ) -> int:
-    """Tune a language model with PPO towards a sentiment."""
+    """Tune a language model with PPO towards a sentiment, or a reward of your own."""
     from ppo_cli.cli.console import hush, note, print_tables, write_json
     from ppo_cli.config.trackers import as_names, check_installed
     from ppo_cli.kernels.switch import configured
@@ -120,12 +130,16 @@ def train(
         ("run", "device"): device,
         ("ppo", "log_with"): _trackers(track),
     }
+    rewards = reward or []
     if resume:
-        settings, changes = _settings_to_resume(config, assignments or [], overrides)
+        settings, changes, consented = _settings_to_resume(
+            config, assignments or [], overrides, rewards
+        )
         if changes:
             note(f"resuming with changed settings: {', '.join(changes)}")
     else:
-        settings = _settings_to_start(config, assignments or [], overrides, overwrite)
+        settings = _settings_to_start(config, assignments or [], overrides, overwrite, rewards)
+        consented = settings.reward.foreign
 
     check_installed(as_names(settings.ppo.log_with))
     kernels = configured(settings.policy.kernels)
@@ -140,9 +154,10 @@ def train(
     display = make_display(quiet)
     if not quiet:
         note(
-            f"policy {settings.policy.model}, classifier {settings.reward.model}, "
+            f"policy {settings.policy.model}, {settings.reward.describe()}, "
             f"prompts {settings.prompts.source} -> {settings.output}"
         )
+        note(*(line for line in reward_lines(settings.reward)))
     with kernels, _StopSignals(quiet) as stop:
         training = build_training(
             settings,
@@ -151,13 +166,14 @@ def train(
             trusted=trust_remote_code or (),
             tell=(lambda _: None) if quiet else note,
             allow_changed_inputs=allow_changed_inputs,
+            consented=consented,
         )
         if dry_run:
             training.directory.unlock()
             _say_what_it_takes(training, measure, as_json)
             note(
-                f"all is well: {len(training.prompts.train)} prompts, label "
-                f"'{training.reward.label}', {settings.run.steps} steps on "
+                f"all is well: {len(training.prompts.train)} prompts, "
+                f"{training.reward.describe()}, {settings.run.steps} steps on "
                 f"{resolve_device(settings.run.device)}; nothing was written",
                 *fast_path_lines(training.fast_paths),
             )
@@ -181,7 +197,7 @@ def train(
     else:
         print_tables([summary_table(summary)])
     if stop.signal is not None:
-        command = _resume_command(summary.run)
+        command = _resume_command(summary.run, settings)
         note(f"stopped after step {summary.steps}; go on with:", f"  {command}")
         return 128 + stop.signal
     if not quiet:
@@ -199,7 +215,11 @@ def _trackers(given: Sequence[str] | None) -> list[str] | None:
 
 
 def _settings_to_start(
-    config: str | None, assignments: Sequence[str], overrides: Overrides, overwrite: bool
+    config: str | None,
+    assignments: Sequence[str],
+    overrides: Overrides,
+    overwrite: bool,
+    rewards: Sequence[str],
 ) -> "RunConfig":
     """Settings of a new run, which may be written where they say.
 
@@ -212,7 +232,10 @@ def _settings_to_start(
     from ppo_cli.training.run_directory import RunDirectory
 
     name = DEFAULT_CONFIG if config is None else config
-    settings = load_config(name, assignments=assignments, overrides=overrides)
+    settings = load_config(name, assignments=assignments, overrides=overrides, rewards=rewards)
+    before = load_config(name, assignments=assignments).reward if rewards else settings.reward
+    if before.score_every is not None and settings.reward.score_every is None:
+        note("reward.score_every is off: none of the terms scores unfinished texts")
     inputs = inputs_of(settings)
     old = None if config is None else recorded_run(config)
     if old is not None:  # its own run.yaml may be replaced: the settings have been read
@@ -226,9 +249,12 @@ def _settings_to_start(
 
 
 def _settings_to_resume(
-    config: str | None, assignments: Sequence[str], overrides: Overrides
-) -> "tuple[RunConfig, list[str]]":
+    config: str | None, assignments: Sequence[str], overrides: Overrides, rewards: Sequence[str]
+) -> "tuple[RunConfig, list[str], list[str]]":
     """Settings of a run that is resumed, and how they differ from those it was started with.
+
+    Then the functions and endpoints of its reward that the command names: those of `config`, which
+    the user gives, or those of `rewards`.
 
     Without `config` they are those of `run.yaml`, changed by the options. Then a configuration is
     needed only to find the run: by its output, which a sentiment may name.
@@ -237,6 +263,9 @@ def _settings_to_resume(
         UsageError: there is no such run, or a setting differs that may not change within a run.
     """
     from ppo_cli.config.loading import DEFAULT_CONFIG, change_config, load_config, recorded_run
+    from ppo_cli.config.reward import with_consent
+    from ppo_cli.data.consent import check_consent
+    from ppo_cli.data.fingerprint import Inputs
     from ppo_cli.training.resume import resumed_config
     from ppo_cli.training.run_directory import RunDirectory
 
@@ -248,13 +277,22 @@ def _settings_to_resume(
         DEFAULT_CONFIG if config is None else config,
         assignments=names_run if config is None else assignments,
         overrides=overrides,
+        rewards=rewards,
     )
+    consented = settings.reward.foreign
     directory = RunDirectory.existing(settings.output)
     directory.check_resumable()
     if config is None:
         own = directory.config()
         settings = change_config(own, assignments=assignments, overrides=overrides)
-    return resumed_config(directory, settings)
+        try:
+            reward, consented = with_consent(settings.reward, rewards)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        settings = settings.model_copy(update={"reward": reward})
+        inputs = Inputs(directory.recorded().get("inputs"))
+        check_consent(reward, consented, str(directory.path), inputs)
+    return *resumed_config(directory, settings), consented
 
 
 def _say_what_it_takes(training: "Training", measure: bool, as_json: bool) -> None:
@@ -289,6 +327,7 @@ def _closing_notes(summary: "TrainingSummary", settings: "RunConfig") -> None:
     from ppo_cli.cli.console import note
 
     run = shlex.quote(summary.run)
+    reward = consent(settings.reward)
     if summary.stopped_early:
         made = f"{summary.steps} of {summary.planned_steps} steps"
         note(f"ended early, after {made}: {summary.stopped_early}")
@@ -299,13 +338,13 @@ def _closing_notes(summary: "TrainingSummary", settings: "RunConfig") -> None:
         )
     note(f"saved {run} with the weights of {summary.weights}")
     note(f"{summary.seconds:.0f} s of training ({summary.pace}); next:")
-    note(f'  ppo-cli generate {run} --reference --prompt "This movie" -n 3')
-    note(f"  ppo-cli compare {run}")
+    note(f'  ppo-cli generate {run} --reference --prompt "This movie" -n 3{reward}')
+    note(f"  ppo-cli compare {run}{reward}")
     note(f"  ppo-cli plot {run} --terminal")
 
 
-def _resume_command(run: str) -> str:
-    return f"ppo-cli train --output {shlex.quote(run)} --resume"
+def _resume_command(run: str, settings: "RunConfig") -> str:
+    return f"ppo-cli train --output {shlex.quote(run)} --resume{consent(settings.reward)}"
 
 
 @contextmanager
@@ -325,7 +364,7 @@ def _unlocked_at_the_end(training: "Training") -> Iterator[None]:
 
 
 def _how_to_resume(training: "Training", error: BaseException) -> list[str]:
-    command = _resume_command(str(training.directory.path))
+    command = _resume_command(str(training.directory.path), training.config)
     if training.state.checkpoint is None:
         return []
     if isinstance(error, DivergenceError):

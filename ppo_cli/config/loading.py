@@ -17,6 +17,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 import ppo_cli
+from ppo_cli.config.reward import OF_ONE_CLASSIFIER, RewardTerm, parse_option, with_option
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.config.secrets import HIDDEN, find_secret, is_secret, shown_assignment
 from ppo_cli.errors import ConfigError, did_you_mean
@@ -72,20 +73,25 @@ def load_config(
     *,
     assignments: Sequence[str] = (),
     overrides: Mapping[tuple[str, str], Any] | None = None,
+    rewards: Sequence[str] = (),
 ) -> RunConfig:
     """Read a configuration and change it.
+
+    A reward function in a file is looked for beside the configuration that names it.
 
     Args:
         name: a shipped configuration's name, a YAML file, or a run directory. Of a run's
             `run.yaml` all settings are taken but its output, which is that of the old run.
         assignments: `section.key=value` each, the value as YAML; later ones win.
         overrides: (section, key) -> value, from the command's options; these win.
+        rewards: values of `--reward`. They replace the reward; where `overrides` names a
+            sentiment, they are added to it.
 
     Raises:
         ConfigError: the file does not parse, or a key or value is wrong; the message says where.
     """
     data, origin = _read(name)
-    return _changed(data, origin, assignments, overrides or {})
+    return _changed(data, origin, assignments, overrides or {}, rewards)
 
 
 def read_config(name: str) -> dict[str, Any]:
@@ -102,7 +108,10 @@ def _read(name: str) -> tuple[dict[str, Any], _Origin]:
     path = config_file(name)
     origin = _Origin(str(path))
     data = _parse(path, origin)
-    return (_recorded_settings(data, origin) if _is_record(data) else data), origin
+    if _is_record(data):
+        return _recorded_settings(data, origin), origin
+    _place_functions(data, path.parent)
+    return data, origin
 
 
 def recorded_run(name: str) -> Path | None:
@@ -129,7 +138,8 @@ def change_config(
     """
     data = config.model_dump(mode="json")
     known = find_secret(data)
-    return _changed(data, _Origin("configuration"), assignments, overrides or {}, known)
+    origin = _Origin("configuration")
+    return _changed(data, origin, assignments, overrides or {}, known_secret=known)
 
 
 def checked(
@@ -157,11 +167,15 @@ def _changed(
     origin: _Origin,
     assignments: Sequence[str],
     overrides: Mapping[tuple[str, str], Any],
+    rewards: Sequence[str] = (),
     known_secret: tuple[str, ...] = (),
 ) -> RunConfig:
     """Apply the changes and validate; refuse a secret, unless its keys are `known_secret`."""
     for text in assignments:
         _assign(data, text, origin)
+    sentiment = overrides.get(("reward", "sentiment"))
+    if rewards:
+        _add_rewards(data, rewards, origin, add=sentiment is not None)
     for (section, key), value in overrides.items():
         if value is not None:
             target = data.setdefault(section, {})
@@ -170,6 +184,11 @@ def _changed(
             option = OPTIONS.get((section, key)) or f"--{key.replace('_', '-')}"
             origin.set((section, key), f"option {option}")
     config = _validated(data, origin)
+    if sentiment is not None and not config.reward.takes_sentiment:
+        raise ConfigError(
+            "--sentiment has no effect: no term of the reward is a classifier without a sentiment "
+            "of its own; leave it out"
+        )
     keys = find_secret(config.model_dump(mode="json"))
     if keys not in ((), known_secret):
         place = origin.of(keys).partition("=")[0]  # of --set section.key=value not the value
@@ -178,6 +197,47 @@ def _changed(
             "written into the run directory: give it in the environment (HF_TOKEN, WANDB_API_KEY)"
         )
     return config
+
+
+def _add_rewards(
+    data: dict[str, Any], options: Sequence[str], origin: _Origin, *, add: bool
+) -> None:
+    """Make the values of `--reward` the terms of the reward, or add them to those it has."""
+    terms = []
+    for text in options:
+        try:
+            terms.append(parse_option(text))
+        except ValueError as error:
+            raise ConfigError(f"--reward {text}: {error}") from None
+    section = data.setdefault("reward", {})
+    if not isinstance(section, dict):
+        return  # validation refuses it
+    for key in (*OF_ONE_CLASSIFIER, "terms"):
+        place = origin.places.get(("reward", key), "")
+        if place.startswith("--set") and not add:
+            raise ConfigError(
+                f"{place}: --reward replaces the classifier: leave one of them out, or add "
+                "--sentiment LABEL to have both"
+            )
+    if "score_every" in section and origin.of(("reward", "score_every")).startswith("--set"):
+        kept = section["score_every"]
+        with_option(section, terms, add=add)
+        section["score_every"] = kept
+    else:
+        with_option(section, terms, add=add)
+    first = len(section["terms"]) - len(terms) if isinstance(section["terms"], list) else 0
+    for number, text in enumerate(options, start=first):
+        origin.set(("reward", "terms", str(number)), f"--reward {text}")
+
+
+def _place_functions(data: dict[str, Any], folder: Path) -> None:
+    """Make the files of reward functions, which are relative to `folder`, relative to here."""
+    section = data.get("reward")
+    terms = section.get("terms") if isinstance(section, dict) else None
+    for term in terms if isinstance(terms, list) else ():
+        spec = term.get("function") if isinstance(term, dict) else None
+        if isinstance(spec, str) and spec.rpartition(":")[0].endswith(".py"):
+            term["function"] = str(folder / os.path.expanduser(spec))
 
 
 def validate(data: Mapping[str, Any], file: str = "configuration") -> RunConfig:
@@ -238,6 +298,10 @@ def _parse(path: Path, origin: _Origin) -> dict[str, Any]:
             f"{path}: sections with keys are needed ({', '.join(RunConfig.model_fields)}), "
             f"not a {type(data).__name__}"
         )
+    if isinstance(data.get("reward"), list):  # short for a section with these terms
+        data["reward"] = {"terms": data["reward"]}
+        for keys in [keys for keys in origin.places if keys[0] == "reward" and keys[1:]]:
+            origin.places[("reward", "terms", *keys[1:])] = origin.places.pop(keys)
     return {key: {} if value is None else value for key, value in data.items()}
 
 
@@ -297,7 +361,8 @@ def _describe(error: ValidationError, origin: _Origin) -> str:
     """A line for each fault: where it is, which key, what is wrong."""
     lines = []
     for item in error.errors():
-        keys = tuple(str(part) for part in item["loc"])
+        # Tags of a union's alternatives stand in brackets.
+        keys = tuple(str(part) for part in item["loc"] if not str(part).startswith("("))
         name = ".".join(keys)
         problem = item["msg"].removeprefix("Value error, ")
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -326,6 +391,8 @@ def _known_keys(keys: Iterable[str]) -> list[str]:
         kind = field.annotation if field else None
         if inner := [k for k in get_args(kind) if isinstance(k, type) and issubclass(k, BaseModel)]:
             kind = inner[0]  # of `Section | None`
+        if key == "terms":
+            return list(RewardTerm.model_fields)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return list(kind.model_fields)
     return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []

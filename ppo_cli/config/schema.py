@@ -14,7 +14,8 @@ from pydantic import BaseModel, Field, model_validator
 
 from ppo_cli.config.policy import AdapterConfig, PolicyConfig, QuantizationConfig
 from ppo_cli.config.ppo import PPOSettings
-from ppo_cli.config.section import MAX_COUNT, Name, Section, check_name
+from ppo_cli.config.reward import RewardConfig
+from ppo_cli.config.section import MAX_COUNT, Length, Name, Section, check_name
 from ppo_cli.utils.yaml_io import dump_yaml
 
 __all__ = [
@@ -32,7 +33,6 @@ __all__ = [
 ]
 
 BestOf = Annotated[int, Field(ge=1, le=65_536)]
-Length = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 def _check_order(section: BaseModel, low: str, high: str) -> None:
@@ -87,7 +87,7 @@ class RolloutConfig(Section):
     """Leave at 0 (off): otherwise the samples are not the policy's own and KL is biased."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Top-p sampling. Leave at 1 (off), for the same reason."""
-    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] = []  # noqa: RUF012
+    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] = Field(default=[])
     """Texts that end a response, such as "." or "\\n": a token whose text contains one of them is
     the last of its response. So is every end-of-text token of tokenizer and model (chat models have
     several). This holds for the run's models in `generate` and `compare` too."""
@@ -96,40 +96,6 @@ class RolloutConfig(Section):
     def _ordered(self) -> RolloutConfig:
         _check_order(self, "output_min_length", "output_max_length")
         return self
-
-
-class RewardConfig(Section):
-    """The sentiment classifier."""
-
-    model: Name = "embedded"
-    """`embedded`, a folder, or a hub id of a sequence classifier, or of a peft adapter of one. If a
-    text is longer than the classifier can read, its end is scored."""
-    revision: Name | None = None
-    """Branch, tag or commit of a hub model."""
-    sentiment: Name = "positive"
-    """Label to train towards: its name, its index, or a synonym. The single output of a reward
-    model is chosen by its name, by 0, or by positive."""
-    output: Literal["logit", "probability"] = "logit"
-    """The score: the label's raw logit or its probability."""
-    batch_size: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 64
-    """Texts per forward pass."""
-    score_every: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
-    """Also score the unfinished text, each time this many response tokens are added. Each token is
-    credited with the change that follows it (potential-based shaping), which learns from far fewer
-    samples, above all with ppo.lam well below 1. null scores only the finished text."""
-    probe: bool = True
-    """Check the classifier on clearly positive and negative sentences before training."""
-    missing_eos_penalty: Annotated[float, Field(ge=0)] = 0.0
-    """Subtracted from the score of a response that reaches its length limit without an end-of-text
-    token or a text of `rollout.stop`; 0 for off."""
-    length_cost: Annotated[float, Field(ge=0)] = 0.0
-    """Subtracted from the score for each token by which the response's length differs from
-    `target_length`; 0 for off."""
-    target_length: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
-    """Length (tokens) without a cost; with 0, `length_cost` is a cost per token."""
-    repetition_cost: Annotated[float, Field(ge=0)] = 0.0
-    """This times the share of the response's word pairs that occur earlier in it is subtracted from
-    the score; 0 for off."""
 
 
 EARLY_STOPS = ("target_score", "stop_kl", "patience")
@@ -208,7 +174,7 @@ class RunConfig(Section):
         if self.run.output is not None:
             return Path(self.run.output)
         short = {"positive": "good", "negative": "bad"}
-        sentiment = self.reward.sentiment.lower()
+        sentiment = self.reward.goal.lower()
         label = re.sub(r"[^\w.-]+", "-", sentiment).strip("-.") or "label"
         return Path(f"ppo-{short.get(sentiment, label)}")
 
@@ -225,4 +191,8 @@ class RunConfig(Section):
 
 def json_schema() -> str:
     """The JSON Schema of a configuration file."""
-    return json.dumps(RunConfig.model_json_schema(), indent=2)
+    schema = RunConfig.model_json_schema()
+    reward = schema["properties"]["reward"]
+    terms = {"type": "array", "items": {"$ref": "#/$defs/RewardTerm"}}  # short for a section
+    reward["anyOf"] = [{"$ref": reward.pop("$ref")}, terms]
+    return json.dumps(schema, indent=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MAX_NAME_LENGTH = 1000
 MAX_COUNT = 10**9
@@ -22,6 +22,7 @@ def check_name(text: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(check_name)]
+Length = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Section(BaseModel):

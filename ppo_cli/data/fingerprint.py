@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ppo_cli.config.reward import RewardConfig, function_file, function_parts
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.embedded import TRAIN_SEED, classifier_folder, policy_folder
 from ppo_cli.data.sources import EMBEDDED, all_files
 from ppo_cli.utils.hub import TIMEOUT
 from ppo_cli.utils.model_folder import ADAPTER_FILE, adapter_base, base_model, is_path
 
+FUNCTION = ".function"  # end of the keys of reward functions
 POLICY, CLASSIFIER, PROMPTS = "policy.model", "reward.model", "prompts.source"
 MAX_HASHED_WHOLE = 64 * 2**20  # bytes; of larger files the size and some pieces are hashed
 PIECES = 16
@@ -87,10 +89,10 @@ class Inputs:
             `config` with the places to load from as names; all changes; the inputs as they are now.
         """
         found = {key: self.find(key, *named) for key, named in _named(config).items()}
-        policy, classifier, prompts = (found[key] for key in (POLICY, CLASSIFIER, PROMPTS))
+        policy, prompts = found[POLICY], found[PROMPTS]
         sections = {
             "policy": {"model": policy.name, "revision": policy.revision},
-            "reward": {"model": classifier.name, "revision": classifier.revision},
+            "reward": _located_reward(config.reward, found),
             "prompts": {"source": prompts.name},
         }
         located = config.model_copy(
@@ -101,6 +103,25 @@ class Inputs:
         )
         changes = [change for one in found.values() for change in one.changes]
         return located, changes, Inputs({key: one.record for key, one in found.items()})
+
+    def locate_reward(self, reward: RewardConfig) -> tuple[RewardConfig, list[str]]:
+        """Locate the classifiers and functions of a run's reward.
+
+        Returns:
+            `reward` with the places to load from as names; all changes.
+        """
+        found = {key: self.find(key, *named) for key, named in _reward_inputs(reward).items()}
+        changes = [change for one in found.values() for change in one.changes]
+        return reward.model_copy(update=_located_reward(reward, found)), changes
+
+    def places_of_functions(self, reward: RewardConfig) -> dict[str, str]:
+        """Each function of a run's reward -> the same in its file as it was recorded, if gone."""
+        places = {}
+        for key, (name, _) in _reward_inputs(reward).items():
+            path = self.records.get(key, {}).get("path")
+            if key.endswith(FUNCTION) and isinstance(path, str) and function_file(name) is None:
+                places[name] = f"{path}:{function_parts(name)[1]}"
+        return places
 
     def find(self, key: str, name: str, revision: str | None = None) -> Found:
         """Locate one input, which the settings now call `name`.
@@ -115,7 +136,8 @@ class Inputs:
         if is_same_name and was.get("commit") and not _files(key, name):
             return _find_commit(key, was)
         places = [name]
-        if is_same_name and isinstance(was.get("path"), str) and was["path"] != name:
+        is_moved = is_same_name and isinstance(was.get("path"), str) and was["path"] != name
+        if is_moved and not key.endswith(FUNCTION):  # the code that runs is what the user named
             places.append(was["path"])
         found = []
         for place in places:
@@ -146,7 +168,7 @@ def record_of(
     """Make the record of an input; None where nothing is known of it.
 
     Args:
-        key: `POLICY`, `CLASSIFIER` or `PROMPTS`.
+        key: `POLICY`, `PROMPTS`, that of a classifier or that of a reward function.
         name, revision: from the settings.
         ask: ask the hub for the commit, not the cache, which knows the commit loaded last.
     """
@@ -155,8 +177,10 @@ def record_of(
     record: Record
     if files := _files(key, name):
         record = {"name": name, **_absolute(name), "files": _digests(files)}
+        if key.endswith(FUNCTION):
+            return record | {"path": str(files[0].absolute())}
         adapter = Path(name) / ADAPTER_FILE
-    elif is_path(name) or "://" in name:
+    elif key.endswith(FUNCTION) or is_path(name) or "://" in name:
         return None
     else:
         from huggingface_hub import try_to_load_from_cache
@@ -177,15 +201,43 @@ def record_of(
 def _named(config: RunConfig) -> dict[str, tuple[str, str | None]]:
     return {
         POLICY: (config.policy.model, config.policy.revision),
-        CLASSIFIER: (config.reward.model, config.reward.revision),
+        **_reward_inputs(config.reward),
         PROMPTS: (config.prompts.source, None),
     }
+
+
+def _reward_inputs(reward: RewardConfig) -> dict[str, tuple[str, str | None]]:
+    """Key -> name and revision of each classifier, and name of each function."""
+    if reward.terms is None:
+        return {CLASSIFIER: (reward.model, reward.revision)}
+    named: dict[str, tuple[str, str | None]] = {}
+    for i, term in enumerate(reward.terms):
+        if term.model is not None:
+            named[f"reward.terms.{i}.model"] = (term.model, term.revision)
+        if term.function is not None:
+            named[f"reward.terms.{i}{FUNCTION}"] = (term.function, None)
+    return named
+
+
+def _located_reward(reward: RewardConfig, found: Mapping[str, Found]) -> dict[str, Any]:
+    """What changes in a reward whose inputs were located."""
+    if reward.terms is None:
+        return {"model": found[CLASSIFIER].name, "revision": found[CLASSIFIER].revision}
+    terms = []
+    for i, term in enumerate(reward.terms):
+        if model := found.get(f"reward.terms.{i}.model"):
+            term = term.model_copy(update={"model": model.name, "revision": model.revision})
+        terms.append(term)
+    return {"terms": terms}
 
 
 def _files(key: str, name: str) -> list[Path]:
     """Local files of an input; none where it is not local."""
     if key == PROMPTS:
         return all_files(name)
+    if key.endswith(FUNCTION):
+        file = function_file(name)
+        return [file] if file else []
     folder = Path(name)
     if not os.path.isdir(folder):
         return []
@@ -378,10 +430,13 @@ def _cache(name: str, kind: str) -> Path:
 def inputs_of(config: RunConfig) -> dict[str, str]:
     """Inputs of a run: key of the configuration -> folder, file or name on the hub."""
     found = {"prompts.source": config.prompts.source}
-    for key, model in (
-        ("policy.model", config.policy.model),
-        ("reward.model", config.reward.model),
-    ):
+    models = {"policy.model": config.policy.model}
+    for key, (name, _) in _reward_inputs(config.reward).items():
+        if not key.endswith(FUNCTION):
+            models[key] = name
+        elif file := function_file(name):
+            found[key] = str(file)
+    for key, model in models.items():
         found[key] = model
         if base := adapter_base(model):
             found[f"the base model of {key}"] = base

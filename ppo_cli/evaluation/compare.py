@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ from ppo_cli.evaluation.generate import (
 from ppo_cli.evaluation.likelihoods import likelihoods
 from ppo_cli.models.context import context_length
 from ppo_cli.models.loading import load_tokenizer
-from ppo_cli.rewards.sentiment import SentimentReward
+from ppo_cli.rewards.reward_sum import RewardSum
 
 Report = Callable[[str], None]
 
@@ -55,8 +55,9 @@ class _Task:
     tokenizer: Any
     max_new_tokens: int
     seed: int
-    reward: SentimentReward
+    reward: RewardSum
     report: Report
+    columns: list[Mapping[str, Any]] | None = None
 
 
 def compare(
@@ -69,6 +70,7 @@ def compare(
     examples: int = 3,
     best_of: Sequence[int] = (),
     progress: Report = lambda _: None,
+    columns: Sequence[Mapping[str, Any]] | None = None,
 ) -> Comparison:
     """Sample every model of `request` on the same prompts, and measure the samples.
 
@@ -84,6 +86,7 @@ def compare(
         examples: number of prompts to list whose score rose most, and fell most.
         best_of: the n of best-of-n from the reference; empty leaves that out.
         progress: called with each step of the work, and with what is left out.
+        columns: the data columns of each of `prompts`, for rewards.
 
     Raises:
         UsageError: fewer than two models, no prompts and no run that has some, or `best_of` without
@@ -97,16 +100,20 @@ def compare(
             "give one that 'ppo-cli train' wrote, or leave --best-of-n out"
         )
     texts, ids, tokenizer = list(prompts), None, None
+    rows = None if columns is None else list(columns)
     if not texts:
         held_out, tokenizer = _held_out(request, count)
         texts, ids = [p.query for p in held_out], [p.input_ids for p in held_out]
+        rows = [p.columns for p in held_out]
         ids = [ids[i % len(ids)] for i in range(count)]
+    rows = rows and [rows[i % len(rows)] for i in range(count)]
     texts = [texts[i % len(texts)] for i in range(count)]
     if max_new_tokens is None:
         max_new_tokens = request.run.rollout.output_max_length - 1 if request.run else 30
-    reward = load_classifier(request)
-    assert reward is not None and request.reward is not None
-    task = _Task(request, texts, ids, tokenizer, max_new_tokens, seed, reward, progress)
+    loaded = load_classifier(request)
+    assert loaded is not None and request.reward is not None
+    reward = RewardSum.of(loaded)
+    task = _Task(request, texts, ids, tokenizer, max_new_tokens, seed, reward, progress, rows)
     reference = _reference(task, needed=bool(best_of) or request.reference in request.sources)
     models = []
     for source in request.sources:
@@ -125,7 +132,8 @@ def compare(
     return Comparison(
         label=reward.label,
         output=reward.output,
-        classifier=request.reward.model,
+        classifier=next(iter(request.reward.models), None),
+        terms=[term.name for term in reward.terms] if reward.is_composed else [],
         seed=seed,
         reference=request.reference.model if reference and request.reference else None,
         max_new_tokens=max_new_tokens,
@@ -182,7 +190,7 @@ def _scored_samples(task: _Task, source: Source, reference: Loaded | None) -> Sc
     if obstacle:
         task.report(f"no KL and no perplexity of {source.name}: {obstacle}")
     read = likelihoods(loaded.model, against.model, queries, rollout.responses)
-    samples = score_rollout(rollout, task.texts, task.reward)
+    samples = score_rollout(rollout, task.texts, task.reward, task.columns, loaded.stop_token_ids)
     return ScoredSamples(source.name, samples, read, reference is not None and obstacle is None)
 
 
@@ -234,6 +242,8 @@ def _best_of_n_scores(task: _Task, reference: Loaded, count: int) -> np.ndarray:
         max_new_tokens=task.max_new_tokens,
         seed=task.seed,
         reward=task.reward,
+        texts=task.texts,
+        columns=task.columns,
         progress=progress,
     )
 

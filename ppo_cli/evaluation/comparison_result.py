@@ -87,7 +87,7 @@ class ModelResult:
             if measure.of_each is not None:
                 interval = self.intervals.get(measure.key)
                 values[f"{key}_interval"] = None if interval is None else asdict(interval)
-        return values
+        return values | {"rewards": self.quality.rewards}
 
     @classmethod
     def __get_pydantic_core_schema__(cls, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -100,11 +100,16 @@ class ModelResult:
         for measure in quality.MEASURES:
             key = measure.document_key or measure.key
             text = measure.description or f"{measure.meaning[:1].upper()}{measure.meaning[1:]}."
-            kind = float | None if measure.needs_reference else float
+            is_optional = measure.needs_reference or measure.needs_classifier
+            kind = float | None if is_optional else float
             fields[key] = (kind, Field(description=text))
             if measure.of_each is not None:
                 interval = Field(description="Bootstrap interval of it.")
                 fields[f"{key}_interval"] = (Interval | None, interval)
+        terms = (
+            "Mean contribution of each term of the reward to the score; empty for one classifier."
+        )
+        fields["rewards"] = (dict[str, float], Field(description=terms))
         document = create_model(
             "ModelVerdict",  # the name that the schema has had from the first release on
             __config__=ConfigDict(extra="forbid", use_attribute_docstrings=True),
@@ -165,9 +170,12 @@ class Answer:
     response: str
     """What the model wrote."""
     score: float
-    """The classifier's score of prompt and response together."""
-    probability: float
-    """Probability of the label."""
+    """The score of prompt and response together."""
+    probability: float | None
+    """Probability of the label; null without a classifier."""
+    rewards: dict[str, float | None]
+    """What each term of the reward contributes to the score, null where it does not apply; empty
+    for one classifier."""
     kl: float | None
     """KL from the reference over this response, nats; null where that is not known."""
     tokens: int
@@ -193,11 +201,13 @@ class Comparison:
     )
 
     label: str
-    """The classifier's label that scores and probabilities are of."""
+    """The classifier's label that scores and probabilities are of; without one, the terms."""
     output: str
-    """What the score is: the label's logit or its probability."""
-    classifier: str
-    """The classifier."""
+    """What the score is: the label's logit or its probability; or the sum of the terms."""
+    classifier: str | None
+    """The classifier, the first of several; null without one."""
+    terms: list[str]
+    """Names of the terms whose sum is the score; empty for one classifier."""
     seed: int
     """Seed of the sampling."""
     reference: str | None
@@ -216,6 +226,11 @@ class Comparison:
     """Each model beside best-of-n at its own KL; empty unless --best-of-n asked for it."""
     rows: list[Row]
     """Every prompt with every response."""
+
+    @property
+    def title(self) -> str:
+        """What the score is of."""
+        return f"score: {' + '.join(self.terms)}" if self.terms else f"score of '{self.label}'"
 
     @property
     def gap(self) -> float:
@@ -256,12 +271,17 @@ def rows_of(models: Sequence[ScoredSamples]) -> list[Row]:
 
 
 def _answer(scored: ScoredSamples, i: int) -> Answer:
-    kl = scored.kl
+    kl, sample = scored.kl, scored.samples[i]
+    assert sample.score is not None
     return Answer(
         model=scored.model,
+        query=sample.query,
+        response=sample.response,
+        score=sample.score,
+        probability=sample.probability,
+        rewards=dict(sample.rewards),
         kl=None if kl is None else float(kl[i]),
         tokens=int(scored.likelihoods.tokens[i]),
-        **scored.samples[i].as_dict(),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ from torch import Tensor
 from ppo_cli.evaluation.samples import Sample
 from ppo_cli.models.sampling import Rollout, sample_responses, to_texts
 from ppo_cli.models.sampling_params import SamplingParams
-from ppo_cli.rewards.sentiment import RewardFunction, SentimentReward
+from ppo_cli.rewards.batch import RewardBatch
+from ppo_cli.rewards.reward_sum import RewardSum, Scores
 from ppo_cli.utils.random_state import RandomStream
 
 BATCH_SIZE = 64
@@ -54,7 +55,9 @@ def draw_scores(
     count: int,
     max_new_tokens: int,
     seed: int,
-    reward: RewardFunction,
+    reward: Any,
+    texts: Sequence[str] | None = None,
+    columns: Sequence[Mapping[str, Any]] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> np.ndarray:
     """Scores of `count` responses to each of P queries, (P, count).
@@ -64,33 +67,65 @@ def draw_scores(
     Args:
         model, tokenizer, queries, params, max_new_tokens, seed: as in `draw_rollout`.
         count: responses to each query.
-        reward: scores query and response together.
+        reward: as in `score_rollout`.
+        texts: P texts of the queries; None to decode them.
+        columns: P rows of data columns, for rewards.
         progress: called after each batch with the number of responses so far.
     """
-    rows = [query for query in queries for _ in range(count)]
-    scores = np.empty(len(rows))
+    if texts is None:
+        texts = tokenizer.batch_decode(list(queries), skip_special_tokens=True)
+    owners = [i for i in range(len(queries)) for _ in range(count)]
+    scores = np.empty(len(owners))
     stream = RandomStream(seed, model.device)
-    for start in range(0, len(rows), BATCH_SIZE):
-        batch = rows[start : start + BATCH_SIZE]
+    scorer = RewardSum.of(reward)
+    for start in range(0, len(owners), BATCH_SIZE):
+        batch = owners[start : start + BATCH_SIZE]
+        rows = [queries[i] for i in batch]
         with stream.active():
-            responses = sample_responses(model, batch, [max_new_tokens] * len(batch), params)
-        texts = to_texts(tokenizer, batch, responses).texts
-        scores[start : start + len(batch)] = reward(texts).numpy()
+            responses = sample_responses(model, rows, [max_new_tokens] * len(batch), params)
+        found = RewardBatch.of(
+            to_texts(tokenizer, rows, responses),
+            [texts[i] for i in batch],
+            [columns[i] for i in batch] if columns else None,
+            params.stop_token_ids,
+        )
+        scores[start : start + len(batch)] = scorer.score(found).total.numpy()
         progress(start + len(batch))
     return scores.reshape(len(queries), count)
 
 
 def score_rollout(
-    rollout: Rollout, query_texts: Sequence[str], reward: SentimentReward | None
+    rollout: Rollout,
+    query_texts: Sequence[str],
+    reward: Any,
+    columns: Sequence[Mapping[str, Any]] | None = None,
+    end_ids: Collection[int] = (),
 ) -> list[Sample]:
-    """B queries and responses with their scores; without scores where `reward` is None."""
-    scores: list[float] | list[None] = [None] * len(query_texts)
-    probabilities: list[float] | list[None] = [None] * len(query_texts)
-    if reward is not None:
-        logits, chances = reward.scores(rollout.texts)
-        scores = (logits if reward.output == "logit" else chances).tolist()
-        probabilities = chances.tolist()
-    return [
-        Sample(*row)
-        for row in zip(query_texts, rollout.response_texts, scores, probabilities, strict=True)
-    ]
+    """B queries and responses with their scores, at the last weights of the reward.
+
+    Args:
+        rollout: the responses.
+        query_texts: B texts.
+        reward: a `RewardSum`, or a classifier; None leaves scores out.
+        columns: B rows of data columns, for rewards.
+        end_ids: tokens that end a response, likewise.
+    """
+    if reward is None:
+        pairs = zip(query_texts, rollout.response_texts, strict=True)
+        return [Sample(query, response, None, None) for query, response in pairs]
+    batch = RewardBatch.of(rollout, query_texts, columns, end_ids)
+    scorer = RewardSum.of(reward)
+    return samples_of(batch, scorer.score(batch), has_terms=scorer.is_composed)
+
+
+def samples_of(batch: RewardBatch, scores: Scores, *, has_terms: bool) -> list[Sample]:
+    """B responses with their scores and, with `has_terms`, what each term contributed."""
+    count = len(batch.responses)
+    chances = [None] * count if scores.probability is None else scores.probability.tolist()
+    terms: list[dict[str, float | None]] = [{} for _ in range(count)]
+    for name, part in scores.parts.items() if has_terms else ():
+        there = zip(part.tolist(), scores.applies[name].tolist(), strict=True)
+        for row, (value, applies) in zip(terms, there, strict=True):
+            row[name] = value if applies else None
+    rows = zip(batch.queries, batch.responses, scores.total.tolist(), chances, terms, strict=True)
+    return [Sample(*row) for row in rows]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Sequence, Sized
+from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ppo_cli.config.schema import PolicyConfig, RewardConfig, RunConfig
-from ppo_cli.data.fingerprint import CLASSIFIER, POLICY, Inputs, inputs_of, trusted_too
+from ppo_cli.config.reward import RewardConfig, function_file
+from ppo_cli.config.schema import PolicyConfig, RunConfig
+from ppo_cli.data.fingerprint import POLICY, Inputs, inputs_of, trusted_too
 from ppo_cli.data.prompts import Encoder
 from ppo_cli.errors import DataError, ModelError, NumericalError
 from ppo_cli.evaluation.draw_samples import draw_rollout, score_rollout
@@ -21,7 +22,7 @@ from ppo_cli.models.loading import load_policy, load_tokenizer
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.rewards.loading import load_reward
-from ppo_cli.rewards.sentiment import SentimentReward
+from ppo_cli.rewards.reward_sum import RewardSum
 from ppo_cli.utils.text import shortened
 
 REFERENCE = "reference"
@@ -57,12 +58,13 @@ class Request:
 
     Attributes:
         sources: models to sample from, in order; the reference last, if it is wanted among them.
-        reward: the classifier, if one is wanted.
+        reward: the classifier or the terms, if scores are wanted.
         run: configuration of the first run directory.
         device: of all models.
         trusted: models whose own code may run.
         reference: the reference of the first run directory, among `sources` or not.
         inputs: records of that run, by which its classifier and prompts are found.
+        is_reward_of_run: whether `reward` is that of the run, apart from its label.
     """
 
     sources: list[Source]
@@ -72,12 +74,17 @@ class Request:
     trusted: Collection[str] = ()
     reference: Source | None = None
     inputs: Inputs | None = None
+    is_reward_of_run: bool = False
 
     @property
     def input_names(self) -> list[str]:
-        """Names of all models, of the classifier and of the run's prompts."""
+        """Names of all models, of classifiers, of reward functions and of the run's prompts."""
         models = [source.model for source in self.sources]
-        models += [self.reward.model] if self.reward else []
+        if self.reward is not None:
+            files = (
+                function_file(term.function) for term in self.reward.terms or () if term.function
+            )
+            models += [*self.reward.models, *(str(file) for file in files if file)]
         return [*models, *(inputs_of(self.run).values() if self.run else ())]
 
 
@@ -96,15 +103,16 @@ class Loaded:
         return replace(params, stop_token_ids=self.stop_token_ids, pad_token_id=pad)
 
 
-def load_classifier(request: Request) -> SentimentReward | None:
-    """The classifier of a request, if one is wanted."""
+def load_classifier(request: Request) -> RewardSum | None:
+    """The reward of a request, if one is wanted, whose functions are run."""
     if request.reward is None:
         return None
     settings, trusted = request.reward, request.trusted
-    if request.run is not None and settings.model == request.run.reward.model:
-        name, revision = find_input(request.inputs, CLASSIFIER, settings.model, settings.revision)
-        trusted = trusted_too(trusted, {settings.model: name})
-        settings = settings.model_copy(update={"model": name, "revision": revision})
+    if request.is_reward_of_run and request.inputs is not None:
+        settings, changes = request.inputs.locate_reward(settings)
+        _warn_of(changes, request.inputs)
+        places = zip(request.reward.models, settings.models, strict=True)
+        trusted = trusted_too(trusted, dict(places))
     return load_reward(settings, request.device, trusted=trusted)
 
 
@@ -121,11 +129,16 @@ def find_input(
     if inputs is None:
         return name, revision
     found = inputs.find(key, name, revision)
-    for change in found.changes:
+    _warn_of(found.changes, inputs)
+    return found.name, found.revision
+
+
+def _warn_of(changes: Sequence[str], inputs: Inputs) -> None:
+    """Warn of changes of a run's inputs, of each once."""
+    for change in changes:
         if change not in inputs.shown:
             inputs.shown.add(change)
-            warnings.warn(f"not as it was when the run began: {change}", stacklevel=2)
-    return found.name, found.revision
+            warnings.warn(f"not as it was when the run began: {change}", stacklevel=3)
 
 
 def generate(
@@ -136,9 +149,10 @@ def generate(
     max_new_tokens: int,
     seed: int,
     device: torch.device,
-    reward: SentimentReward | None,
+    reward: RewardSum | None,
     trusted: Collection[str] = (),
     params: SamplingParams = PURE,
+    columns: Sequence[Mapping[str, Any]] | None = None,
 ) -> Generated:
     """Sample `samples_each` responses to each prompt from one model.
 
@@ -152,6 +166,7 @@ def generate(
         reward: scores the responses; None leaves scores out.
         trusted: models whose own code may run.
         params: settings of sampling; the model's own stop and pad tokens take the place of theirs.
+        columns: the data columns of each prompt, for rewards.
 
     Raises:
         DataError: a prompt has no tokens, or exceeds the model's context.
@@ -169,7 +184,9 @@ def generate(
             seed=seed,
         )
     texts = [text for text in prompts for _ in range(samples_each)]
-    return Generated(source.name, score_rollout(rollout, texts, reward))
+    rows = None if columns is None else [row for row in columns for _ in range(samples_each)]
+    samples = score_rollout(rollout, texts, reward, rows, loaded.stop_token_ids)
+    return Generated(source.name, samples)
 
 
 @contextmanager

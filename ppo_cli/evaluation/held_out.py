@@ -19,7 +19,7 @@ from ppo_cli.evaluation.quality import Quality, evaluation_statistics
 from ppo_cli.evaluation.samples import Sample
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.ppo.trainer import PPOTrainer
-from ppo_cli.rewards.sentiment import SentimentReward
+from ppo_cli.rewards.reward_sum import RewardSum
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class HeldOutEvaluation:
         self,
         trainer: PPOTrainer,
         tokenizer: Any,
-        reward: SentimentReward,
+        reward: RewardSum,
         prompts: Sequence[Prompt],
         seed: int,
         params: SamplingParams,
@@ -61,6 +61,7 @@ class HeldOutEvaluation:
         self._reward = reward
         self._queries = [prompt.input_ids for prompt in prompts]
         self._texts = [prompt.query for prompt in prompts]
+        self._columns = [prompt.columns for prompt in prompts]
         self._seed = seed
         self._params = params
         self._max_new_tokens = max_new_tokens
@@ -118,6 +119,8 @@ class HeldOutEvaluation:
                 max_new_tokens=self._max_new_tokens,
                 seed=self._seed,
                 reward=self._reward,
+                texts=self._texts,
+                columns=self._columns,
             )
         return best_of_n(scores, counts, label=self._reward.label, seed=self._seed)
 
@@ -137,7 +140,13 @@ class HeldOutEvaluation:
                 max_new_tokens=self._max_new_tokens,
                 seed=seed,
             )
-            samples = score_rollout(rollout, self._texts[:count], self._reward)
+            samples = score_rollout(
+                rollout,
+                self._texts[:count],
+                self._reward,
+                self._columns[:count],
+                self._params.stop_token_ids,
+            )
             found = likelihoods(
                 model,
                 self._reference,

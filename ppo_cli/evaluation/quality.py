@@ -7,12 +7,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ppo_cli.evaluation.samples import Sample, mean_probability, mean_score
+from ppo_cli.evaluation.samples import (
+    Sample,
+    has_probability,
+    mean_probability,
+    mean_rewards,
+    mean_score,
+)
 from ppo_cli.ppo.statistics import Statistic
 from ppo_cli.utils.ngrams import distinct, most_common, repetition
 
@@ -51,6 +57,7 @@ class Measure:
         places: decimal places in tables.
         of: computes it from samples and their likelihoods.
         needs_reference: whether it is unknown where the reference cannot read the responses.
+        needs_classifier: whether it is unknown where no classifier scores them.
         of_each: computes (B,) values, one for each sample, of which `of` is the mean; given, the
             comparison shows a bootstrap interval.
         of_reference: whether a run's metrics also hold the reference's, as `eval/reference_KEY`.
@@ -64,6 +71,7 @@ class Measure:
     places: int
     of: Callable[[Sequence[Sample], Likelihoods], float]
     needs_reference: bool = False
+    needs_classifier: bool = False
     of_each: Callable[[Sequence[Sample], Likelihoods], np.ndarray] | None = None
     of_reference: bool = False
     document_key: str = ""
@@ -86,12 +94,12 @@ MEASURES: tuple[Measure, ...] = (
     Measure(
         "score",
         "mean score",
-        "mean score of the classifier",
+        "mean score of the responses",
         3,
         lambda samples, _: mean_score(samples),
         of_reference=True,
         document_key="mean_score",
-        description="The classifier's score, its mean.",
+        description="The score, its mean.",
     ),
     Measure(
         "probability",
@@ -99,8 +107,9 @@ MEASURES: tuple[Measure, ...] = (
         "mean probability of the wanted label",
         3,
         lambda samples, _: mean_probability(samples),
+        needs_classifier=True,
         document_key="mean_probability",
-        description="Probability of the label, its mean.",
+        description="Probability of the label, its mean; null without a classifier.",
     ),
     Measure(
         "on_target",
@@ -108,7 +117,9 @@ MEASURES: tuple[Measure, ...] = (
         "share of responses with a probability over a half",
         3,
         _on_target,
-        description="Share of samples to which the label has a probability over a half.",
+        needs_classifier=True,
+        description="Share of samples to which the label has a probability over a half; null "
+        "without a classifier.",
     ),
     Measure(
         "kl",
@@ -191,11 +202,14 @@ class Quality:
 
     Attributes:
         samples: how many.
-        values: by key of `MEASURES`; without a reference, those that need one are missing.
+        values: by key of `MEASURES`; those that need a reference or a classifier are missing
+            without one.
+        rewards: mean contribution of each term of a composed reward, by name.
     """
 
     samples: int
     values: dict[str, float]
+    rewards: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -208,21 +222,48 @@ class Quality:
             likelihoods: of their responses.
             has_reference: whether `likelihoods` are those of a reference.
         """
-        measures = (m for m in MEASURES if has_reference or not m.needs_reference)
-        return cls(len(samples), {m.key: m.of(samples, likelihoods) for m in measures})
+        has_classifier = has_probability(samples)
+        values = {
+            m.key: m.of(samples, likelihoods)
+            for m in MEASURES
+            if (has_reference or not m.needs_reference)
+            and (has_classifier or not m.needs_classifier)
+        }
+        return cls(len(samples), values, mean_rewards(samples))
 
     def __getitem__(self, key: str) -> float:
         return self.values[key]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"samples": self.samples, **self.values}
+        terms = {"rewards": self.rewards} if self.rewards else {}
+        return {"samples": self.samples, **self.values, **terms}
+
+    def rows(
+        self, label: str, escape: Callable[[str], str] = str
+    ) -> dict[str, tuple[float, str, str]]:
+        """Name -> number, its form and its meaning: a table's rows, those of the terms last.
+
+        Args:
+            label: the classifier's label, for the name of its probability.
+            escape: makes labels and names of terms fit for the table.
+        """
+        rows = {
+            m.name.format(label=escape(label)): (self.values[m.key], f".{m.places}f", m.meaning)
+            for m in MEASURES
+            if m.key in self.values
+        }
+        return rows | {
+            f"reward {escape(name)}": (mean, ".3f", "mean contribution of this term to the score")
+            for name, mean in self.rewards.items()
+        }
 
 
 def evaluation_statistics(policy: Quality, reference: Quality) -> dict[str, float]:
     """What an evaluation on held-out prompts adds to its step's metrics."""
-    own = {f"eval/{m.key}": policy[m.key] for m in MEASURES}
-    return own | {f"eval/reference_{m.key}": reference[m.key] for m in MEASURES if m.of_reference}
+    own = {f"eval/{key}": value for key, value in policy.values.items()}
+    own |= {f"eval/reference_{m.key}": reference[m.key] for m in MEASURES if m.of_reference}
+    return own | {f"eval/rewards/{name}": mean for name, mean in policy.rewards.items()}
 
 
 def explained_statistics() -> dict[str, Statistic]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,34 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sample:
-    """A query, the response to it, and its score and probability (None without a classifier)."""
+    """A query, the response to it, and its score.
+
+    Attributes:
+        score: of the reward; None where nothing is scored.
+        probability: of the classifier's label; None without a classifier.
+        rewards: what each term of a composed reward contributes to the score, by name; None where
+            the term does not apply.
+        reward: in training what PPO learned from, None elsewhere: `rewards` add up to it.
+    """
 
     query: str
     response: str
     score: float | None
     probability: float | None
+    rewards: Mapping[str, float | None] = field(default_factory=dict)
+    reward: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON; `rewards` and `reward` only where they are known."""
+        values: dict[str, Any] = {
+            "query": self.query,
+            "response": self.response,
+            "score": self.score,
+            "probability": self.probability,
+        }
+        if self.reward is not None:
+            values["reward"] = self.reward
+        return values | ({"rewards": dict(self.rewards)} if self.rewards else {})
 
 
 @dataclass(frozen=True)
@@ -39,3 +57,14 @@ def mean_score(samples: Sequence[Sample]) -> float:
 def mean_probability(samples: Sequence[Sample]) -> float:
     """Mean probability of the wanted label over the samples that have one."""
     return float(np.mean([s.probability for s in samples if s.probability is not None]))
+
+
+def has_probability(samples: Sequence[Sample]) -> bool:
+    """Whether a classifier scored the samples."""
+    return any(sample.probability is not None for sample in samples)
+
+
+def mean_rewards(samples: Sequence[Sample]) -> dict[str, float]:
+    """Mean contribution of each term, by name; they add up to the mean score."""
+    names = samples[0].rewards if samples else ()
+    return {name: float(np.mean([s.rewards[name] or 0.0 for s in samples])) for name in names}

@@ -11,6 +11,7 @@ from the key.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -70,21 +71,30 @@ STATISTICS: dict[str, Statistic] = {
 
 # The keys that `ppo-cli train` adds in a run's metrics, except those of evaluations.
 RUN_STATISTICS: dict[str, Statistic] = {
-    "env/reward_mean": Statistic("mean score of the classifier"),
+    "env/reward_mean": Statistic("mean score: of the classifier, or the sum of the terms"),
     "env/reward_std": Statistic("its standard deviation"),
     "env/probability_mean": Statistic("mean probability of the wanted label"),
     "env/missing_eos_penalty": Statistic("mean penalty for no end before the limit"),
     "env/length_cost": Statistic("mean penalty for the length"),
     "env/repetition_cost": Statistic("mean penalty for repeated word pairs"),
     "env/shaped_reward_mean": Statistic("mean score minus the penalties"),
+    "env/rewards/NAME/mean": Statistic("mean of this term, times its weight"),
+    "env/rewards/NAME/std": Statistic("its standard deviation"),
+    "env/rewards/NAME/none": Statistic("share of responses to which it does not apply"),
+    "env/rewards/NAME/weight": Statistic("its weight"),
+    "eval/rewards/NAME": Statistic("mean of this term, times its last weight"),
     "time/sampling": Statistic("seconds: sampling the responses"),
-    "time/scoring": Statistic("seconds: the classifier"),
+    "time/scoring": Statistic("seconds: the classifier, or all terms"),
     "time/optimising": Statistic("seconds: the PPO step itself"),
     "time/step": Statistic("seconds: the whole step"),
     "perf/tokens_per_second": Statistic("query and response tokens per second, all phases"),
     "run/rollbacks": Statistic("number of returns to a checkpoint after divergence"),
     "time/evaluating": Statistic("seconds: the evaluation, not part of the step"),
 }
+
+
+TERM = re.compile(r"(?<=^env/rewards/).+(?=/(?:mean|std|none|weight)$)|(?<=^eval/rewards/).+$")
+"""The name of a reward's term in a key, for which `NAME` stands in `RUN_STATISTICS`."""
 
 
 def scalars(stats: Mapping[str, Any]) -> dict[str, float]:
@@ -132,12 +142,17 @@ def grouped(
     order = list(known)
 
     def place(key: str) -> tuple[int, str]:
+        key = TERM.sub("NAME", key)
         return (order.index(key) if key in known else len(order), key)
+
+    def meaning(key: str) -> str:
+        found = known.get(TERM.sub("NAME", key))
+        return found.meaning if found else ""
 
     groups: dict[str, list[tuple[str, float, str]]] = {}
     for title, prefixes in GROUPS[related_to_objective].items():
         rows = [
-            (key, numbers[key], known[key].meaning if key in known else "")
+            (key, numbers[key], meaning(key))
             for key in sorted(numbers, key=place)
             if key.startswith(prefixes)
         ]

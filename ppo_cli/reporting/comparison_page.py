@@ -35,7 +35,8 @@ b { color: #0072B2; }
 
 def comparison_html(comparison: Comparison) -> str:
     """Means, paired differences, best-of-n, largest changes, then all responses side by side."""
-    label = _text(comparison.label)
+    label = _text(" + ".join(comparison.terms) or comparison.label)
+    classifier = f"Classifier {_text(comparison.classifier)}, " if comparison.classifier else ""
     names = [model.model for model in comparison.models]
     rows = "".join(
         f"<tr><td>{_text(row.query)}</td>{''.join(map(_answer, row.responses))}</tr>"
@@ -54,7 +55,7 @@ def comparison_html(comparison: Comparison) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{STYLE}</style></head><body>
 <h1>Score of “{label}”</h1>
-<p>Classifier {_text(comparison.classifier)}, {len(comparison.rows)} prompts, seed
+<p>{classifier}{len(comparison.rows)} prompts, seed
 {comparison.seed}. Every model had the same prompts and random numbers.{reference}</p>
 {_table(("", *names), measures(comparison.label, comparison.models))}
 <h2>Paired differences in score</h2>

@@ -69,11 +69,16 @@ def measures(label: str, models: Sequence[ModelResult]) -> list[Line]:
     lines: list[Line] = []
     for measure in quality.MEASURES:
         values = [model.quality.values.get(measure.key) for model in models]
+        if measure.needs_classifier and all(value is None for value in values):
+            continue
         form = f".{measure.places}f"
         lines.append((measure.name.format(label=label), *(_number(v, form) for v in values)))
         if measure.of_each is not None:
             intervals = [_interval(model.intervals.get(measure.key), form) for model in models]
             lines.append(("  95 % interval", *intervals))
+    for name in models[0].quality.rewards:
+        means = (_number(model.quality.rewards.get(name), ".3f") for model in models)
+        lines.append((f"reward {name}", *means))
     return lines
 
 
@@ -193,22 +198,26 @@ def comparison_markdown(comparison: Comparison) -> str:
 def comparison_csv(comparison: Comparison) -> str:
     """One line per prompt and model: query, model, response, score, probability, KL, tokens.
 
+    A reward of several terms has a column for each, `reward NAME`.
     A text that a spreadsheet would evaluate as a formula begins with an apostrophe. An unknown KL
     is empty.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["query", "model", "response", "score", "probability", "kl", "tokens"])
+    heads = ["query", "model", "response", "score", "probability", "kl", "tokens"]
+    writer.writerow([*heads, *(f"reward {name}" for name in comparison.terms)])
     for row in comparison.rows:
         for answer in row.responses:
             texts = [spreadsheet_text(t) for t in (row.query, answer.model, answer.response)]
-            writer.writerow([*texts, answer.score, answer.probability, answer.kl, answer.tokens])
+            numbers = [answer.score, answer.probability, answer.kl, answer.tokens]
+            terms = [answer.rewards.get(name) for name in comparison.terms]
+            writer.writerow([*texts, *numbers, *terms])
     return out.getvalue().rstrip("\n")
 
 
 def _side_by_side(comparison: Comparison, shown: int) -> Table:
     total = len(comparison.rows)
-    table = titled_table(f"score of '{comparison.label}'; {shown} of {total} prompts")
+    table = titled_table(f"{comparison.title}; {shown} of {total} prompts")
     table.add_column("query", ratio=3)
     for model in comparison.models:
         table.add_column(cell(model.model), ratio=4)

@@ -40,11 +40,10 @@ def run_card(summary: Any, config: Any, inputs: Records | None = None) -> str:
     )
     if summary.stopped_early:
         unfinished = f" The run ended early, after {made}: {markdown_text(summary.stopped_early)}."
-    label, plain = markdown_code(summary.label), markdown_text(summary.label)
+    before = summary.before.rows(summary.label, markdown_text)
     table = "\n".join(
-        f"| {m.name.format(label=plain)} | {summary.before[m.key]:.{m.places}f} "
-        f"| {summary.after[m.key]:.{m.places}f} | {m.meaning} |"
-        for m in quality.MEASURES
+        f"| {name} | {before[name][0]:{form}} | {value:{form}} | {meaning} |"
+        for name, (value, form, meaning) in summary.after.rows(summary.label, markdown_text).items()
     )
     examples = "\n".join(
         f"| {markdown_text(sample.query)} | {markdown_text(sample.response)} | {sample.score:.2f} |"
@@ -52,21 +51,21 @@ def run_card(summary: Any, config: Any, inputs: Records | None = None) -> str:
     )
     ppo = f"{summary.steps} steps of {config.ppo.batch_size}"
     name = Path(summary.run).absolute().name
-    policy, classifier, prompts = _names(config, inputs)
+    policy, classifiers, prompts = _names(config, inputs)
     body = f"""# {markdown_text(name)}
 
-A language model tuned with Proximal Policy Optimization towards the sentiment
-{label} by ppo-cli.{unfinished}
+A language model tuned with Proximal Policy Optimization towards {_goal(summary, config)} \
+by ppo-cli.{unfinished}
 
 | | |
 |---|---|
 | policy | {markdown_code(policy)} |
-| classifier | {markdown_code(classifier)}, label {label}, {config.reward.output} |
+{_reward_rows(summary, config, inputs)}
 | prompts | {markdown_code(prompts)} |
 | PPO | {ppo}, learning rate {config.ppo.learning_rate:g} |
 | weights | {markdown_text(str(summary.weights))} |
 | seed | {config.run.seed} |
-{_embedded_note(policy, classifier, prompts)}
+{_embedded_note(policy, classifiers, prompts)}
 On {len(summary.after_samples)} held-out prompts, with the same random numbers for both, which are
 others than those of the evaluations that the weights were chosen by:
 
@@ -89,10 +88,11 @@ KL penalty in the last step: {summary.kl:.2f} nats per response.
 
 
 def _names(config: Any, inputs: Records) -> tuple[str, str, str]:
-    """Policy, classifier and prompts as the card calls them."""
+    """Policy, classifiers and prompts as the card calls them."""
+    by_name = {record.get("name"): record for record in inputs.values()}
     return (
         public_name(config.policy.model, inputs.get("policy.model")),
-        public_name(config.reward.model, inputs.get("reward.model")),
+        ", ".join(public_name(model, by_name.get(model)) for model in config.reward.models),
         public_name(config.prompts.source, inputs.get("prompts.source")),
     )
 
@@ -127,7 +127,8 @@ def _results(summary: Any, config: Any, inputs: Records, dataset: str | None) ->
     """The evaluation of the weights in the directory, for the card's `model-index`."""
     from huggingface_hub import EvalResult
 
-    _, classifier, prompts = _names(config, inputs)
+    _, classifiers, prompts = _names(config, inputs)
+    by_classifier = {"classifier": classifiers, "label": summary.label} if classifiers else None
     return [
         EvalResult(
             task_type="text-generation",
@@ -138,10 +139,34 @@ def _results(summary: Any, config: Any, inputs: Records, dataset: str | None) ->
             metric_type=m.key,
             metric_name=m.name.format(label=summary.label),
             metric_value=round(summary.after[m.key], 4),
-            metric_args={"classifier": classifier, "label": summary.label}
-            if m.key in BY_CLASSIFIER
-            else None,
+            metric_args=by_classifier if m.key in BY_CLASSIFIER else None,
         )
         for m in quality.MEASURES
         if math.isfinite(summary.after[m.key])
     ]
+
+
+def _goal(summary: Any, config: Any) -> str:
+    if config.reward.terms is None:
+        return f"the sentiment\n{markdown_code(summary.label)}"
+    return f"a reward of\n{' + '.join(map(markdown_code, config.reward.names))}"
+
+
+def _reward_rows(summary: Any, config: Any, inputs: Records) -> str:
+    """The classifier, or a row for each term of the reward."""
+    reward = config.reward
+    if reward.terms is None:
+        classifier = public_name(reward.model, inputs.get("reward.model"))
+        label = markdown_code(summary.label)
+        return f"| classifier | {markdown_code(classifier)}, label {label}, {reward.output} |"
+    rows = []
+    for i, (name, term) in enumerate(zip(reward.names, reward.terms, strict=True)):
+        weight = term.weight
+        shown = f"{weight:g}" if isinstance(weight, float) else weight.describe()
+        what, value = term.kind
+        record = inputs.get(f"reward.terms.{i}.{what}")
+        rows.append(
+            f"| reward {markdown_text(name)} | {what} {markdown_code(public_name(value, record))}, "
+            f"weight {shown} |"
+        )
+    return "\n".join(rows)

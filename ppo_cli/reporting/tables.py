@@ -11,8 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from ppo_cli.evaluation import quality
-from ppo_cli.evaluation.samples import Generated, Sample
+from ppo_cli.evaluation.samples import Generated, Sample, has_probability
 from ppo_cli.utils.text import escape_controls
 
 if TYPE_CHECKING:
@@ -26,11 +25,10 @@ def summary_table(summary: TrainingSummary) -> Group:
     table = titled_table(None)
     for heading in ("", "reference", summary.run, "change"):
         table.add_column(cell(heading), justify="left" if heading == "" else "right")
-    before, after = summary.before, summary.after
-    for measure in quality.MEASURES:
-        low, high, places = before[measure.key], after[measure.key], measure.places
-        numbers = f"{low:.{places}f}", f"{high:.{places}f}", f"{high - low:+.{places}f}"
-        table.add_row(cell(measure.name.format(label=summary.label)), *numbers)
+    before = summary.before.rows(summary.label)
+    for name, (high, form, _) in summary.after.rows(summary.label).items():
+        low = before[name][0]
+        table.add_row(cell(name), f"{low:{form}}", f"{high:{form}}", f"{high - low:+{form}}")
     prompts = len(summary.after_samples)
     return below(f"{prompts} held-out prompts, weights of {summary.weights}", table)
 
@@ -71,9 +69,11 @@ def generation_table(models: Sequence[Generated], scored: bool) -> Table:
     table.add_column("prompt", ratio=2)
     table.add_column("model", ratio=2)
     table.add_column("response", ratio=6)
+    has_chances = any(has_probability(model.samples) for model in models)
     if scored:
         table.add_column("score", justify="right", min_width=6)
-        table.add_column("P", justify="right", min_width=5)
+        if has_chances:
+            table.add_column("P", justify="right", min_width=5)
     total = len(models[0].samples)
     for i in range(total):
         for n, model in enumerate(models):
@@ -85,7 +85,9 @@ def generation_table(models: Sequence[Generated], scored: bool) -> Table:
                 cell(sample.response.strip()),
             ]
             if scored:
-                cells += [f"{sample.score:.2f}", f"{sample.probability:.2f}"]
+                cells.append(f"{sample.score:.2f}")
+                if has_chances:
+                    cells.append(f"{sample.probability:.2f}")
             last = n == len(models) - 1
             table.add_row(*cells, end_section=last and i < total - 1)
     return table

@@ -22,14 +22,16 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ppo_cli.config.schema import RewardConfig
+from ppo_cli.config.reward import RewardConfig
 from ppo_cli.errors import UsageError
+from ppo_cli.rewards.batch import RewardBatch
 from ppo_cli.utils.ngrams import repetition
 
 
 def check_penalties(settings: RewardConfig, end_ids: Collection[int]) -> None:
     """Raise `UsageError` where a missing end is penalised, and no token can end a response."""
-    if settings.missing_eos_penalty and not end_ids:
+    is_term = any(term.cost == "missing_eos" for term in settings.terms or ())
+    if (settings.missing_eos_penalty or is_term) and not end_ids:
         raise UsageError(
             "reward.missing_eos_penalty: neither tokenizer nor model has an end-of-text token, so "
             "no response ends by itself: name end texts with rollout.stop, or set the penalty to 0"
@@ -50,6 +52,27 @@ def length_gap(responses: Sequence[Tensor], target: int) -> Tensor:
 def repeated_pairs(texts: Sequence[str]) -> Tensor:
     """(B,) share of each text's word pairs that occur earlier in it; 0 for fewer than two words."""
     return torch.tensor([repetition([text]) for text in texts])
+
+
+class CostReward:
+    """One of these costs as a term of a sum: 0 or less.
+
+    Args:
+        cost: `length`, `repetition` or `missing_eos`.
+        target: length (tokens) without a cost.
+    """
+
+    def __init__(self, cost: str, target: int = 0) -> None:
+        self._cost = cost
+        self._target = target
+
+    def __call__(self, batch: RewardBatch) -> Tensor:
+        """Minus the cost of each response (B,)."""
+        if self._cost == "length":
+            return -length_gap(batch.token_ids, self._target)
+        if self._cost == "repetition":
+            return -repeated_pairs(batch.responses)
+        return -without_end(batch.token_ids, batch.end_ids)
 
 
 def score_penalties(

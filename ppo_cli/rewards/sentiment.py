@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ppo_cli.errors import ModelError, UsageError, did_you_mean
+from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.kernels.patches import fast_layers
 from ppo_cli.models.context import UNLIMITED, context_length
 from ppo_cli.models.pretrained import tokenizer_of
 from ppo_cli.rewards.classifier import Padding, Row, is_same, load_classifier, rows_of
+from ppo_cli.rewards.labels import polarity, polarity_of_index, resolve_label
 from ppo_cli.utils.hub import loading_errors
 from ppo_cli.utils.model_checks import refuse_empty, refuse_unusable
 
-POSITIVE_NAMES = ("positive", "pos", "good", "favorable", "favourable", "5 stars", "very positive")
-NEGATIVE_NAMES = (
-    "negative",
-    "neg",
-    "bad",
-    "unfavorable",
-    "unfavourable",
-    "1 star",
-    "very negative",
-)
 PROBES = {
     "positive": (
         "This movie was wonderful, I loved every minute of it.",
@@ -59,14 +49,18 @@ class SentimentReward:
             one.
         sentiment: a label's name, its index, or a synonym: `positive`, `NEGATIVE`, `LABEL_1`,
             `5 stars`, `1`. Case does not matter. The single output of a reward model is chosen by
-            its name, by `0` or by `positive`.
+            its name, by `0` or by `positive`. Of several labels the scores are added; a mapping
+            gives each a weight.
         output: `"logit"` for the raw logit of the label, `"probability"` for its probability.
         batch_size: texts per forward pass.
+        tokenizer: hub id or folder of the tokenizer; None for the model's own.
+        reads_special_tokens: whether the texts hold special tokens, as a chat template's do. If
+            not, the spelling of one is read as text, and the tokenizer adds its own.
         device: the classifier's device.
         kwargs: arguments of `from_pretrained`, such as `revision`.
 
     Attributes:
-        label: the label's name in the classifier.
+        label: the label's name in the classifier; several with ` + ` between.
         labels: the names of all labels, in the order of the logits.
         max_length: maximum number of tokens that are read of a text, with special tokens.
 
@@ -79,11 +73,13 @@ class SentimentReward:
     def __init__(
         self,
         model: str,
-        sentiment: str = "positive",
+        sentiment: str | Sequence[str] | Mapping[str, float] = "positive",
         *,
         output: Literal["logit", "probability"] = "logit",
         batch_size: int = 64,
         device: torch.device | str = "cpu",
+        tokenizer: str | None = None,
+        reads_special_tokens: bool = False,
         **kwargs: Any,
     ) -> None:
         if output not in ("logit", "probability"):
@@ -95,34 +91,67 @@ class SentimentReward:
         with loading_errors(self.name, "classifier"):
             classifier, self.labels = load_classifier(self.name, **kwargs)
             self.classifier = classifier.to(device).eval()
-            self.tokenizer = tokenizer_of(self.name, **kwargs)
+        with loading_errors(tokenizer or self.name, "classifier"):
+            own = kwargs if tokenizer is None else {"trust_remote_code": False}
+            self.tokenizer = tokenizer_of(tokenizer or self.name, **own)
             refuse_unusable(self.name, self.tokenizer)
         refuse_empty(self.name, self.tokenizer)
         self.device = torch.device(device)
         self.tokenizer.truncation_side = "left"  # the response is at the end
         # The spelling of a special token is read as text: no response ends the classifier's input.
-        self.tokenizer.split_special_tokens = True
+        self.tokenizer.split_special_tokens = not reads_special_tokens
+        self._reads_special_tokens = reads_special_tokens
         self.max_length = self._max_length()
         self._padding = Padding(self.classifier, self.tokenizer)
         self._has_warned = False
-        self.sentiment = sentiment
-        self.index = resolve_label(sentiment, self.labels)
-        self.label = self.labels[self.index]
+        wanted = [sentiment] if isinstance(sentiment, str) else list(sentiment)
+        self.sentiment = wanted[0]
+        self._chosen = [resolve_label(label, self.labels) for label in wanted]
+        if len({*self._chosen}) < len(wanted):
+            raise UsageError(
+                f"{' and '.join(wanted)} name one label of {self.name} twice: name each once"
+            )
+        self._weights = list(sentiment.values()) if isinstance(sentiment, Mapping) else None
+        self.index = self._chosen[0]
+        self.label = " + ".join(self.labels[index] for index in self._chosen)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """B texts -> (B,) raw logits or probabilities of the label, on the CPU."""
         logits, probabilities = self.scores(texts)
         return logits if self.output == "logit" else probabilities
 
-    @torch.inference_mode()
     def scores(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B texts -> logits (B,) and probabilities (B,) of the label, float32, on the CPU.
 
-        The probability of a single output is its sigmoid.
+        Those of several labels are added, with their weights. The probability of a single output is
+        its sigmoid.
 
         Raises:
             ModelError: a score is not finite, or differs between two forwards.
         """
+        logits, probabilities = self.of_labels(texts)
+        if self._weights is None and len(self._chosen) == 1:
+            return logits[:, 0], probabilities[:, 0]
+        weights = torch.tensor(self._weights or [1.0] * len(self._chosen))
+        return logits @ weights, probabilities @ weights
+
+    def measure(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """B texts -> scores (B,), as `__call__` gives them, and probabilities (B,) of the label.
+
+        The probability of several labels is the sum of theirs, those with a weight below 0 left
+        out; if the classifier has one output for each label by itself, it is the largest of theirs.
+        """
+        logits, probabilities = self.of_labels(texts)
+        weights = torch.tensor(self._weights or [1.0] * len(self._chosen))
+        values = logits if self.output == "logit" else probabilities
+        if self._weights is None and len(self._chosen) == 1:
+            return values[:, 0], probabilities[:, 0]
+        wanted = probabilities * (weights > 0)
+        return values @ weights, wanted.amax(1) if self._is_logistic() else wanted.sum(1)
+
+    @torch.inference_mode()
+    def of_labels(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """B texts -> logits and probabilities (B, wanted labels), in the order they were given."""
         logits = self._logits(texts, self._rows(texts))
         if not logits.isfinite().all():
             bad = int((~logits.isfinite().all(dim=1)).nonzero()[0])
@@ -130,13 +159,17 @@ class SentimentReward:
                 f"{self.name} gave a score that is not finite to {texts[bad][:80]!r}: "
                 "the classifier's weights are damaged, or its precision is too low"
             )
-        chosen = logits[:, self.index]
-        is_logistic = len(self.labels) == 1 or self._is_multi_label()
-        return chosen, chosen.sigmoid() if is_logistic else logits.softmax(1)[:, self.index]
+        probabilities = logits.sigmoid() if self._is_logistic() else logits.softmax(1)
+        return logits[:, self._chosen], probabilities[:, self._chosen]
 
     def _rows(self, texts: Sequence[str]) -> list[Row]:
         """The tokens of each text, or of its end if it is too long."""
-        tokenize = partial(self.tokenizer, return_attention_mask=False, verbose=False)
+        tokenize = partial(
+            self.tokenizer,
+            return_attention_mask=False,
+            verbose=False,
+            add_special_tokens=not self._reads_special_tokens,
+        )
         rows = rows_of(tokenize(list(texts))) if texts else []
         long = [i for i, row in enumerate(rows) if len(row["input_ids"]) > self.max_length]
         if long:
@@ -177,13 +210,15 @@ class SentimentReward:
             return self.classifier(**batch).logits.float().cpu()
 
     def probe(self) -> None:
-        """Score clearly positive and clearly negative sentences.
+        """Score clearly positive and clearly negative sentences; with several labels do nothing.
 
         Raises:
             UsageError: for a label that names a sentiment, the wrong sentences have the higher
                 scores; or the scores hardly differ.
         """
-        logits, probabilities = self.scores([*PROBES["positive"], *PROBES["negative"]])
+        if len(self._chosen) > 1:
+            return
+        logits, probabilities = self.of_labels([*PROBES["positive"], *PROBES["negative"]])
         n = len(PROBES["positive"])
         gap = (logits[:n].mean() - logits[n:].mean()).item()
         share = [probabilities[:n].mean().item(), probabilities[n:].mean().item()]
@@ -196,9 +231,9 @@ class SentimentReward:
                 f"{seen}: it does not tell sentiment apart. Choose a sentiment classifier "
                 "(reward.model), or set reward.probe=false if that is meant"
             )
-        expected = _polarity(self.label) or _polarity_of_index(self.index, self.labels)
+        expected = polarity(self.label) or polarity_of_index(self.index, self.labels)
         if len(self.labels) == 1:
-            expected = _polarity(self.label) or _polarity(self.sentiment)
+            expected = polarity(self.label) or polarity(self.sentiment)
         if expected and (gap > 0) != (expected > 0):
             remedy = f"Choose the other label (labels: {', '.join(self.labels)})"
             if len(self.labels) == 1:
@@ -208,8 +243,10 @@ class SentimentReward:
                 "meant"
             )
 
-    def _is_multi_label(self) -> bool:
-        return self.classifier.config.problem_type == "multi_label_classification"
+    def _is_logistic(self) -> bool:
+        """Whether each output has a probability of its own."""
+        is_multi_label = self.classifier.config.problem_type == "multi_label_classification"
+        return len(self.labels) == 1 or is_multi_label
 
     def _max_length(self) -> int:
         limits = [context_length(self.classifier), self.tokenizer.model_max_length]
@@ -217,68 +254,3 @@ class SentimentReward:
         adapters = getattr(self.classifier, "peft_config", {}).values()
         virtual = sum(getattr(adapter, "num_virtual_tokens", None) or 0 for adapter in adapters)
         return min(known, default=512) - virtual
-
-
-def resolve_label(sentiment: str, labels: Sequence[str]) -> int:
-    """Index of the label that `sentiment` names.
-
-    In this order, ignoring case: a label's name; its index; for a word that means positive or
-    negative, a label with the same meaning; of two labels without a meaning (`LABEL_0`, `LABEL_1`)
-    the second as positive and the first as negative, which `SentimentReward.probe` checks. The
-    single output of a reward model is positive, unless its name means negative.
-
-    Raises:
-        UsageError: no label matches, or several have that name; the message lists the labels.
-    """
-    wanted = _normal(sentiment)
-    names = [_normal(label) for label in labels]
-    if names.count(wanted) > 1:
-        raise UsageError(
-            f"the classifier has {names.count(wanted)} labels named '{sentiment}'; its labels are "
-            f"{', '.join(labels)}. Choose one by its index, 0 to {len(labels) - 1}"
-        )
-    if wanted in names:
-        return names.index(wanted)
-    index = sentiment.strip()
-    if index.isascii() and index.isdigit() and int(index) < len(labels):
-        return int(index)
-    polarity = _polarity(sentiment)
-    if len(labels) == 1 and polarity:
-        if polarity * _polarity(labels[0]) > 0 or (polarity > 0 and not _polarity(labels[0])):
-            return 0
-        raise UsageError(
-            f"the classifier has no label '{sentiment}': its single output is {labels[0]}, which "
-            f"is not inverted. Choose it with --sentiment {labels[0]}, or another classifier"
-        )
-    if polarity:
-        synonyms = POSITIVE_NAMES if polarity > 0 else NEGATIVE_NAMES
-        for synonym in synonyms:
-            if synonym in names:
-                return names.index(synonym)
-        if _nameless(labels):
-            return 1 if polarity > 0 else 0
-    raise UsageError(
-        f"the classifier has no label '{sentiment}'; its labels are "
-        f"{', '.join(labels)}.{did_you_mean(sentiment, labels) or ' Choose one with --sentiment'}"
-    )
-
-
-def _normal(name: str) -> str:
-    return " ".join(str(name).lower().replace("_", " ").replace("-", " ").split())
-
-
-def _polarity(name: str) -> int:
-    """1 for a word that means positive, -1 for negative, 0 for neither."""
-    normal = _normal(name)
-    return (normal in POSITIVE_NAMES) - (normal in NEGATIVE_NAMES)
-
-
-def _polarity_of_index(index: int, labels: Sequence[str]) -> int:
-    """The usual polarity of two labels without a meaning: first negative, second positive."""
-    if not _nameless(labels):
-        return 0
-    return 1 if index == 1 else -1
-
-
-def _nameless(labels: Sequence[str]) -> bool:
-    return len(labels) == 2 and all(re.fullmatch(r"label \d", _normal(name)) for name in labels)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ppo_cli.config.schema import RunConfig
+from ppo_cli.data.consent import check_consent
 from ppo_cli.data.fingerprint import Inputs, inputs_of, trusted_too
 from ppo_cli.data.prompts import LengthSampler, Prompt, PromptSet, load_prompts
 from ppo_cli.errors import DataError, UsageError
@@ -31,7 +32,7 @@ from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.forward import check_reading
 from ppo_cli.ppo.trackers import check_trackers
 from ppo_cli.ppo.trainer import PPOTrainer
-from ppo_cli.rewards.loading import load_reward
+from ppo_cli.rewards.loading import load_reward, try_reward
 from ppo_cli.rewards.penalties import check_penalties
 from ppo_cli.training.checkpoint import state_faults
 from ppo_cli.training.diagnostics import Diagnostics, sampling_warning
@@ -55,6 +56,7 @@ def build_training(
     trusted: Collection[str] = (),
     tell: Callable[[str], None] = lambda _: None,
     allow_changed_inputs: bool = False,
+    consented: Collection[str] = (),
 ) -> Training:
     """Build a run that is ready to start.
 
@@ -68,21 +70,22 @@ def build_training(
         trusted: models, as `config` names them, whose own code may run.
         tell: receives messages about progress while many prompts are read.
         allow_changed_inputs: resume although a model or the prompts have changed since.
+        consented: functions and endpoints of the reward, as `config` names them, that may be used.
 
     Raises:
         PPOCliError: the request cannot be met.
     """
     check_trackers(config.ppo)
-    check_trusted(trusted, (config.policy.model, config.reward.model))
+    check_trusted(trusted, (config.policy.model, *config.reward.models))
     directory = RunDirectory(config.output)
+    recorded = Inputs(directory.recorded().get("inputs")) if resume else None
+    check_consent(config.reward, consented, str(config.output), recorded)
     located, inputs = config, None  # `located` names the places where the inputs are
     if resume:
         directory.check_resumable()
         located, inputs = locate_inputs(directory, config, allow_changed_inputs)
-        names = {
-            config.policy.model: located.policy.model,
-            config.reward.model: located.reward.model,
-        }
+        models = zip(config.reward.models, located.reward.models, strict=True)
+        names = {config.policy.model: located.policy.model, **dict(models)}
         trusted = trusted_too(trusted, names)
         directory.lock.acquire()
         _warn([take_threads(_recorded_threads(directory))])
@@ -107,6 +110,7 @@ def build_training(
     policy = trainer.accelerator.unwrap_model(trainer.model)
     end_token_ids = end_tokens(tokenizer, config.rollout.stop, policy)
     check_penalties(config.reward, end_token_ids)
+    try_reward(reward, prompts.train, end_token_ids)
     check_context(config, policy, prompts.train)
     try_models(trainer)
     _warn([sampling_warning(config)])
@@ -183,7 +187,7 @@ def make_trainer(
             temperature=config.rollout.temperature,
             model_name=config.policy.model,
             query_dataset=config.prompts.source,
-            reward_model=config.reward.model,
+            reward_model=" + ".join(config.reward.models) or None,
             steps=config.run.steps * config.ppo.batch_size,
         ),
         policy,

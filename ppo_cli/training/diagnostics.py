@@ -259,10 +259,10 @@ def _equal_scores(history: History, config: RunConfig) -> str | None:
     if config.ppo.batch_size == 1 or largest > max(MIN_SPREAD_SHARE * start, 1e-6):
         return None
     if largest >= start:
-        return (
-            "every response gets the same score, so there is nothing to learn from: choose "
-            "another reward.model, or check reward.sentiment and ppo.score_clip"
-        )
+        remedy = "choose another reward.model, or check reward.sentiment and ppo.score_clip"
+        if config.reward.terms is not None:
+            remedy = "check what the terms of the reward give in samples.jsonl, and ppo.score_clip"
+        return f"every response gets the same score, so there is nothing to learn from: {remedy}"
     return (
         f"scores hardly differ any more (standard deviation {largest:.2g}, {start:.2g} at first): "
         "there is nothing left to learn, and noise moves the policy from here on. Stop here, or "

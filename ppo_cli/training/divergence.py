@@ -10,7 +10,13 @@ from contextlib import contextmanager
 import torch
 
 from ppo_cli.config.schema import RunConfig
-from ppo_cli.errors import DivergenceError, ModelError, NumericalError, is_out_of_memory
+from ppo_cli.errors import (
+    DivergenceError,
+    ModelError,
+    NumericalError,
+    UsageError,
+    is_out_of_memory,
+)
 
 MIN_RESPONSES = 8  # fewer responses may be alike by chance
 UNWATCHED = "ppo/val/var_explained"  # divides by a variance that may be tiny
@@ -71,10 +77,14 @@ def stronger_kl_penalty(config: RunConfig) -> str:
 
 @contextmanager
 def classifier_faults(name: str) -> Iterator[None]:
-    """Turn errors of the classifier `name` into `DivergenceError`, lack of memory excepted."""
+    """Turn errors of the reward into `DivergenceError`, lack of memory excepted.
+
+    Args:
+        name: of the classifier; functions and endpoints raise errors that name them.
+    """
     try:
         yield
-    except ModelError as error:
+    except (ModelError, UsageError) as error:
         raise DivergenceError(str(error)) from error
     except Exception as error:
         if is_out_of_memory(error):

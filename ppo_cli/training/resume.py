@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -34,6 +35,9 @@ CHANGEABLE = (
     "run.samples_per_step",
     "rollout.batch_size",
     "reward.batch_size",
+    "reward.terms.batch_size",
+    "reward.terms.timeout",
+    "reward.terms.retries",
     "ppo.gradient_checkpointing",
     "ppo.optimize_device_cache",
     "ppo.log_with",
@@ -44,7 +48,16 @@ CHANGEABLE = (
 # These may change if their product, the number of samples of an optimizer step, does not.
 BACKWARD_BATCH = ("ppo.mini_batch_size", "ppo.gradient_accumulation_steps")
 # Names of inputs may change if `run.yaml` records the inputs themselves.
-INPUTS = ("policy.model", "policy.revision", "reward.model", "reward.revision", "prompts.source")
+INPUTS = (
+    "policy.model",
+    "policy.revision",
+    "reward.model",
+    "reward.revision",
+    "reward.terms.model",
+    "reward.terms.revision",
+    "reward.terms.function",
+    "prompts.source",
+)
 
 
 def made_with(directory: RunDirectory) -> RunConfig:
@@ -80,7 +93,8 @@ def resumed_config(directory: RunDirectory, wanted: RunConfig) -> tuple[RunConfi
     inputs = directory.recorded().get("inputs")
     recorded = {str(key).partition(".")[0] for key in inputs} if isinstance(inputs, dict) else ()
     free.update(key for key in INPUTS if key.partition(".")[0] in recorded)
-    if fixed := {key: change for key, change in changes.items() if not _is_under(key, free)}:
+    fixed = {key: change for key, change in changes.items() if not _is_under(_general(key), free)}
+    if fixed:
         edits = _differences(
             own.model_dump(mode="json"), directory.config().model_dump(mode="json")
         )
@@ -166,9 +180,21 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -
     """Dotted key -> `key old -> new` for each difference but that of `run.output`."""
     changes: dict[str, str] = {}
     for key in {**a, **b}:
-        left, right, name = a.get(key), b.get(key), prefix + key
+        left, right, name = _by_number(a.get(key)), _by_number(b.get(key)), prefix + key
         if isinstance(left, dict) and isinstance(right, dict):
             changes |= _differences(left, right, name + ".")
         elif left != right and name != "run.output":
             changes[name] = f"{name} {json.dumps(left)} -> {json.dumps(right)}"
     return changes
+
+
+def _by_number(value: Any) -> Any:
+    """A list of sections as a section whose keys are their numbers."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return {str(number): item for number, item in enumerate(value)}
+    return value
+
+
+def _general(key: str) -> str:
+    """A key without the numbers of terms: `reward.terms.0.model` -> `reward.terms.model`."""
+    return re.sub(r"\.\d+(?=\.)", "", key)

@@ -17,7 +17,7 @@ from ppo_cli.evaluation.samples import Sample
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.reporting.frontier import write_curve
 from ppo_cli.reporting.summary import Pace, StepReport, TrainingSummary
-from ppo_cli.rewards.sentiment import SentimentReward
+from ppo_cli.rewards.reward_sum import RewardSum
 from ppo_cli.training.diagnostics import Diagnostics
 from ppo_cli.training.divergence import classifier_faults
 from ppo_cli.training.records import METRICS_FILE, SAMPLES_FILE
@@ -61,7 +61,7 @@ class Training:
         facts: Mapping[str, Any],
         tokenizer: Any,
         prompts: PromptSet,
-        reward: SentimentReward,
+        reward: RewardSum,
         trainer: PPOTrainer,
         ppo_step: PPOStep,
         held_out: HeldOutEvaluation,

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ppo_cli.config.reward import SCALING
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.prompts import LengthSampler, Prompt, collate
-from ppo_cli.evaluation.draw_samples import score_rollout
-from ppo_cli.evaluation.samples import Sample, mean_probability
+from ppo_cli.evaluation.draw_samples import samples_of
+from ppo_cli.evaluation.samples import Sample
 from ppo_cli.models.sampling import to_texts
 from ppo_cli.models.sampling_params import SamplingParams
+from ppo_cli.ppo.scores import scale_scores
 from ppo_cli.ppo.statistics import scalars
 from ppo_cli.ppo.trainer import PPOTrainer
+from ppo_cli.rewards.batch import RewardBatch
 from ppo_cli.rewards.partial_scores import potentials as partial_potentials
 from ppo_cli.rewards.penalties import penalised, penalty_statistics, score_penalties
-from ppo_cli.rewards.sentiment import SentimentReward
+from ppo_cli.rewards.reward_sum import RewardSum, Scores
 from ppo_cli.training.divergence import check_numbers, check_texts, check_weights, classifier_faults
 
 
@@ -60,7 +64,7 @@ class PPOStep:
         tokenizer: Any,
         prompts: Sequence[Prompt],
         length_sampler: LengthSampler,
-        reward: SentimentReward,
+        reward: RewardSum,
         end_token_ids: list[int],
         sampling: SamplingParams,
     ) -> None:
@@ -100,25 +104,27 @@ class PPOStep:
         rollout = to_texts(self._tokenizer, queries, responses)
         check_texts(rollout.response_texts, config)
         every = config.reward.score_every
+        answered = RewardBatch.of(rollout, batch["query"], batch["columns"], self.end_token_ids)
         with classifier_faults(self._reward.name):
-            samples = score_rollout(rollout, batch["query"], self._reward)
+            found = self._reward.score(answered, step)
             potentials = None
             if every is not None:
-                potentials = partial_potentials(rollout, self._tokenizer, self._reward, every)
-        scores = torch.tensor([sample.score for sample in samples])
+                unfinished = self._reward.unfinished(answered, every, step)
+                potentials = partial_potentials(rollout, self._tokenizer, unfinished, every)
+        scores = found.total
         penalties = score_penalties(
             responses, rollout.response_texts, self.end_token_ids, config.reward
         )
         scored = time.perf_counter()
-        stats = trainer.step(
-            queries, responses, list(penalised(scores, penalties)), potentials=potentials
-        )
+        shaped = penalised(scores, penalties)
+        stats = trainer.step(queries, responses, list(shaped), potentials=potentials)
         seconds = time.perf_counter() - started
         tokens = sum(len(q) + len(r) for q, r in zip(queries, responses, strict=True))
         statistics = scalars(stats) | {
             "env/reward_mean": scores.mean().item(),
             "env/reward_std": scores.std().item() if len(scores) > 1 else 0.0,
-            "env/probability_mean": mean_probability(samples),
+            **_probability(found),
+            **(found.statistics() if self._reward.is_composed else {}),
             **penalty_statistics(scores, penalties),
             "time/sampling": sampled - started,
             "time/scoring": scored - sampled,
@@ -128,6 +134,15 @@ class PPOStep:
         }
         check_weights(trainer.accelerator.unwrap_model(trainer.model), config)
         check_numbers(statistics, config)
+        learned = scale_scores(shaped, trainer.running, trainer.config)
+        others = {name: -value for name, value in penalties.items()}
+        if not torch.equal(learned, shaped):
+            others[SCALING] = learned - shaped
+        samples = samples_of(answered, found, has_terms=self._reward.is_composed or bool(others))
+        if self._reward.is_composed or others:
+            samples = _with_parts(samples, others)
+        rewards = zip(samples, learned.tolist(), strict=True)
+        samples = [replace(one, reward=reward) for one, reward in rewards]
         # Arrays of two dimensions are padded.
         arrays = {k: v for k, v in stats.items() if isinstance(v, np.ndarray) and v.ndim == 1}
         return StepResult(statistics, samples, {**arrays, "env/reward_dist": scores.numpy()})
@@ -141,3 +156,18 @@ class PPOStep:
         order = generator.permutation(len(self._prompts))
         chosen = order[position * size : (position + 1) * size]
         return collate([vars(self._prompts[i]) for i in chosen for _ in range(per_query)])
+
+
+def _probability(scores: Scores) -> dict[str, float]:
+    """The mean probability of the label, as a statistic; nothing without a classifier."""
+    if scores.probability is None:
+        return {}
+    return {"env/probability_mean": float(np.mean(scores.probability.tolist()))}
+
+
+def _with_parts(samples: Sequence[Sample], parts: Mapping[str, Tensor]) -> list[Sample]:
+    """Samples with further parts of their reward: minus the penalties, the change by scaling."""
+    return [
+        replace(one, rewards={**one.rewards, **{name: p[i].item() for name, p in parts.items()}})
+        for i, one in enumerate(samples)
+    ]
