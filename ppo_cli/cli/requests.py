@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Sequence
 
-from ppo_cli.config.schema import RewardConfig, RunConfig, check_name
+from ppo_cli.config.schema import RewardConfig, RunConfig
+from ppo_cli.config.section import check_name
 from ppo_cli.data.fingerprint import Inputs
 from ppo_cli.data.sources import check_encodable, read_texts
 from ppo_cli.errors import DataError, UsageError

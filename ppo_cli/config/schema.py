@@ -10,55 +10,18 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
 from ppo_cli.config.ppo import PPOSettings
+from ppo_cli.config.prompts import PromptsConfig
+from ppo_cli.config.section import MAX_COUNT, Length, Name, Section, check_order
 from ppo_cli.utils.yaml_io import dump_yaml
 
-MAX_NAME_LENGTH = 1000
-MAX_COUNT = 10**9
-
-
-def check_name(text: str) -> str:
-    """`text`, if it can be the name of a model, file or label; else raises `ValueError`."""
-    if not text.strip():
-        raise ValueError("is empty: give a name")
-    if any(ord(character) < 32 for character in text):
-        raise ValueError("holds a control character: give a name without one")
-    if len(text) > MAX_NAME_LENGTH:
-        raise ValueError(f"has {len(text)} characters: give a name of {MAX_NAME_LENGTH} at most")
-    return text
-
-
-Name = Annotated[str, AfterValidator(check_name)]
 # YAML reads a bare `off` as false.
 Kernels = Annotated[
     Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)
 ]
 BestOf = Annotated[int, Field(ge=1, le=65_536)]
-Length = Annotated[int, Field(ge=1, le=1_000_000)]
-
-
-def _check_order(section: BaseModel, low: str, high: str) -> None:
-    """Raise `ValueError` unless key `low` is less than key `high`."""
-    lowest, highest = getattr(section, low), getattr(section, high)
-    if lowest >= highest:
-        raise ValueError(f"{high} ({highest}) must exceed {low} ({lowest})")
-
-
-class Section(BaseModel):
-    """A part of the configuration. Unknown keys are refused; values cannot be changed."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class AdapterConfig(Section):
@@ -103,36 +66,6 @@ class PolicyConfig(Section):
     weights."""
 
 
-class PromptsConfig(Section):
-    """The texts; their first tokens are the queries."""
-
-    source: Name = "embedded"
-    """`embedded`; a .csv, .tsv, .json, .jsonl, .parquet, .arrow or .txt file, also as .gz or .zip;
-    the https address of one; a pattern such as data/*.jsonl; a folder; or the hub id of a
-    dataset."""
-    subset: Name | None = None
-    """Configuration of a hub dataset or a folder."""
-    split: Name = "train"
-    """Split of a hub dataset or a folder."""
-    text_column: Name = "text"
-    """Column of the texts. Rows without text are left out."""
-    min_characters: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
-    """Use only texts longer than this."""
-    limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Use at most this many texts."""
-    input_min_text_length: Length = 2
-    """Shortest query, tokens."""
-    input_max_text_length: Length = 8
-    """Queries are shorter than this (tokens), as with TRL's LengthSampler."""
-    held_out: Annotated[int, Field(ge=1, le=1_000_000)] = 64
-    """Number of texts kept for evaluation, not used for training."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> PromptsConfig:
-        _check_order(self, "input_min_text_length", "input_max_text_length")
-        return self
-
-
 class RolloutConfig(Section):
     """How responses are sampled."""
 
@@ -155,7 +88,7 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> RolloutConfig:
-        _check_order(self, "output_min_length", "output_max_length")
+        check_order(self, "output_min_length", "output_max_length")
         return self
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ppo_cli.data.chat import Message
 from ppo_cli.evaluation.samples import Sample
 from ppo_cli.models.sampling import Rollout, sample_responses, to_texts
 from ppo_cli.models.sampling_params import SamplingParams
@@ -27,6 +28,7 @@ def draw_rollout(
     max_new_tokens: int,
     seed: int,
     batch_size: int = BATCH_SIZE,
+    messages: Sequence[list[Message] | None] | None = None,
 ) -> Rollout:
     """Sample a response to each of N queries, with random numbers that `seed` alone decides.
 
@@ -38,11 +40,12 @@ def draw_rollout(
         max_new_tokens: limit on a response.
         seed: with equal seeds two models draw from the same random numbers.
         batch_size: sequences in a forward pass.
+        messages: the conversations that the queries are made of, None for texts.
     """
     limits = [max_new_tokens] * len(queries)
     with RandomStream(seed, model.device).active():
         responses = sample_responses(model, queries, limits, params, batch_size=batch_size)
-    return to_texts(tokenizer, queries, responses)
+    return to_texts(tokenizer, queries, responses, messages)
 
 
 def draw_scores(
@@ -55,6 +58,7 @@ def draw_scores(
     max_new_tokens: int,
     seed: int,
     reward: RewardFunction,
+    messages: Sequence[list[Message] | None] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> np.ndarray:
     """Scores of `count` responses to each of P queries, (P, count).
@@ -62,19 +66,21 @@ def draw_scores(
     Only one batch of responses is in memory at a time.
 
     Args:
-        model, tokenizer, queries, params, max_new_tokens, seed: as in `draw_rollout`.
+        model, tokenizer, queries, params, max_new_tokens, seed, messages: as in `draw_rollout`.
         count: responses to each query.
         reward: scores query and response together.
         progress: called after each batch with the number of responses so far.
     """
     rows = [query for query in queries for _ in range(count)]
+    answered = [one for one in messages or [None] * len(queries) for _ in range(count)]
     scores = np.empty(len(rows))
     stream = RandomStream(seed, model.device)
     for start in range(0, len(rows), BATCH_SIZE):
         batch = rows[start : start + BATCH_SIZE]
         with stream.active():
             responses = sample_responses(model, batch, [max_new_tokens] * len(batch), params)
-        texts = to_texts(tokenizer, batch, responses).texts
+        conversations = answered[start : start + len(batch)]
+        texts = to_texts(tokenizer, batch, responses, conversations).texts
         scores[start : start + len(batch)] = reward(texts).numpy()
         progress(start + len(batch))
     return scores.reshape(len(queries), count)
@@ -92,5 +98,12 @@ def score_rollout(
         probabilities = chances.tolist()
     return [
         Sample(*row)
-        for row in zip(query_texts, rollout.response_texts, scores, probabilities, strict=True)
+        for row in zip(
+            query_texts,
+            rollout.response_texts,
+            scores,
+            probabilities,
+            rollout.messages,
+            strict=True,
+        )
     ]

@@ -61,6 +61,7 @@ class HeldOutEvaluation:
         self._reward = reward
         self._queries = [prompt.input_ids for prompt in prompts]
         self._texts = [prompt.query for prompt in prompts]
+        self._messages = [prompt.messages for prompt in prompts]
         self._seed = seed
         self._params = params
         self._max_new_tokens = max_new_tokens
@@ -113,6 +114,7 @@ class HeldOutEvaluation:
                 max_new_tokens=self._max_new_tokens,
                 seed=self._seed,
                 reward=self._reward,
+                messages=self._messages,
             )
         return best_of_n(scores, counts, label=self._reward.label, seed=self._seed)
 
@@ -127,6 +129,7 @@ class HeldOutEvaluation:
                 self._params,
                 max_new_tokens=self._max_new_tokens,
                 seed=seed,
+                messages=self._messages,
             )
             samples = score_rollout(rollout, self._texts, self._reward)
             found = likelihoods(

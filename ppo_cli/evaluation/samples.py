@@ -11,16 +11,28 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sample:
-    """A query, the response to it, and its score and probability (None without a classifier)."""
+    """A query, the response to it, and its score and probability (None without a classifier).
+
+    `messages` is the conversation that the response answers; None for a text that it continues.
+    """
 
     query: str
     response: str
     score: float | None
     probability: float | None
+    messages: list[dict[str, Any]] | None = None
+
+    @property
+    def gap(self) -> str:
+        """What stands between query and response where they are shown together."""
+        return "" if self.messages is None else "\n"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON; `messages` only of a conversation."""
+        values = asdict(self)
+        if self.messages is None:
+            del values["messages"]
+        return values
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from ppo_cli.config.schema import PolicyConfig, PromptsConfig, RewardConfig, RunConfig
 from ppo_cli.data.embedded.grammar import reviews
-from ppo_cli.data.prompts import Encoder, load_held_out, load_prompts
+from ppo_cli.data.encoder import Encoder
+from ppo_cli.data.prompts import load_held_out, load_prompts
 from ppo_cli.evaluation import compare, generate
 from ppo_cli.evaluation.generate import Request, Source
 from ppo_cli.models.loading import load_tokenizer
