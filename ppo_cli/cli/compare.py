@@ -31,6 +31,7 @@ def compare(
         ),
     ] = None,
     column: options.Column = "text",
+    chat: options.Chat = None,
     samples: Annotated[
         int, typer.Option("--samples", min=1, max=1_000_000, help="Number of prompts.")
     ] = 32,
@@ -134,9 +135,10 @@ def compare(
         classifier=classifier,
         device=device,
         trusted=trust_remote_code or (),
+        chat=chat,
     )
     check_outputs(outputs, request.input_names)
-    texts = requests.read_prompts([], prompts, column)
+    texts = requests.read_prompts([], prompts, column, request.prompts)
     result = compare_models(
         request,
         texts,

@@ -1,11 +1,15 @@
 """`ppo-cli generate`."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ppo_cli.cli import options
+
+if TYPE_CHECKING:
+    from ppo_cli.evaluation.generate import Request
+    from ppo_cli.models.sampling_params import SamplingParams
 
 
 class Format(StrEnum):
@@ -34,6 +38,20 @@ def generate(
         ),
     ] = None,
     column: options.Column = "text",
+    chat: options.Chat = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "--system", metavar="TEXT", help="With --chat: system prompt. Default: the run's."
+        ),
+    ] = None,
+    interactive: Annotated[
+        bool,
+        typer.Option(
+            "--interactive",
+            help="Read prompts from the terminal, one a line; with --chat one conversation.",
+        ),
+    ] = False,
     num_samples: Annotated[
         int,
         typer.Option(
@@ -69,7 +87,7 @@ def generate(
     trust_remote_code: options.Trust = None,
     format: Annotated[Format, typer.Option("--format", help="Output format.")] = Format.table,
     output: options.Output = None,
-) -> None:
+) -> int:
     """Generate text with tuned models, and score it."""
     from ppo_cli.cli.console import (
         check_output,
@@ -89,6 +107,18 @@ def generate(
         )
     if not 0 < top_p <= 1:
         raise UsageError(f"--top-p is {top_p}: it must be above 0 and at most 1")
+    if interactive:
+        given = {
+            "--prompt": prompt,
+            "--prompts": prompts,
+            "--output": output,
+            "--reference": reference,
+            "-n": num_samples > 1,
+            "--format": format is not Format.table,
+            "a second MODEL": models[1:],
+        }
+        if odd := [name for name, value in given.items() if value]:
+            raise UsageError(f"--interactive answers one line at a time: leave out {odd[0]}")
     check_output(output, [*models, prompts, classifier])
 
     with light_imports():
@@ -102,8 +132,8 @@ def generate(
     hush()
     limit_kernel_caches()
     if score is None:
-        score = classifier is not None or any(RunDirectory(model).is_run() for model in models)
-    texts = requests.read_prompts(prompt or [], prompts, column) or ["This movie"]
+        is_run = any(RunDirectory(model).is_run() for model in models)
+        score = classifier is not None or (is_run and not interactive)
     request = requests.resolve(
         models,
         reference=reference,
@@ -112,10 +142,16 @@ def generate(
         classifier=classifier,
         device=device,
         trusted=trust_remote_code or (),
+        chat=chat,
+        system=system,
     )
-    check_output(output, request.input_names)
-    reward = load_classifier(request)
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    if interactive:
+        return _interact(request, params, max_new_tokens, seed)
+    check_output(output, request.input_names)
+    rows = requests.read_prompts(prompt or [], prompts, column, request.prompts)
+    rows = rows or [requests.row_of("This movie", request.prompts)]
+    reward = load_classifier(request)
     results = []
     for source in request.sources:
         if len(request.sources) > 1:
@@ -123,7 +159,7 @@ def generate(
         results.append(
             generate_samples(
                 source,
-                texts,
+                rows,
                 samples_each=num_samples,
                 max_new_tokens=max_new_tokens,
                 seed=seed,
@@ -131,6 +167,7 @@ def generate(
                 reward=reward,
                 trusted=request.trusted,
                 params=params,
+                prompts=request.prompts,
             )
         )
     if format is Format.jsonl:
@@ -144,7 +181,7 @@ def generate(
         )
     elif format is Format.text:
         lines = [
-            escape_controls(sample.query + sample.response)
+            escape_controls(sample.query + sample.gap + sample.response)
             for result in results
             for sample in result.samples
         ]
@@ -153,3 +190,22 @@ def generate(
         from ppo_cli.reporting.tables import generation_table
 
         print_tables([generation_table(results, reward is not None)], output)
+    return 0
+
+
+def _interact(request: "Request", params: "SamplingParams", max_new_tokens: int, seed: int) -> int:
+    from ppo_cli.cli.interactive import converse
+    from ppo_cli.evaluation.dialogue import Dialogue
+    from ppo_cli.evaluation.generate import load_classifier, load_model
+
+    chat = request.prompts if request.prompts.chat else None
+    reward = load_classifier(request)
+    dialogue = Dialogue(
+        load_model(request.sources[0], request.device, request.trusted, chat),
+        request.prompts,
+        params,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        reward=reward,
+    )
+    return converse(dialogue, reward.label if reward else None, is_chat=chat is not None)

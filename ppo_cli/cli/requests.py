@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Sequence
 
+from ppo_cli.config.prompts import PromptsConfig
 from ppo_cli.config.schema import RewardConfig, RunConfig
 from ppo_cli.config.section import check_name
 from ppo_cli.data.fingerprint import Inputs
-from ppo_cli.data.sources import check_encodable, read_texts
+from ppo_cli.data.rows import Row, conversation, read_rows
+from ppo_cli.data.sources import check_encodable
 from ppo_cli.errors import DataError, UsageError
-from ppo_cli.evaluation.generate import REFERENCE, Request, Source
+from ppo_cli.evaluation.generate import REFERENCE, WHOLE, Request, Source
 from ppo_cli.models.loading import check_trusted
 from ppo_cli.training.run_directory import RunDirectory
 from ppo_cli.utils.device import resolve_device
@@ -26,6 +28,8 @@ def resolve(
     classifier: str | None,
     device: str,
     trusted: Collection[str] = (),
+    chat: bool | None = None,
+    system: str | None = None,
 ) -> Request:
     """Resolve the models of a command, their reference and their classifier.
 
@@ -40,9 +44,12 @@ def resolve(
         classifier: hub id or folder; None for the first run's.
         device: as `resolve_device` takes it.
         trusted: models, named as in `models` or a run's configuration, whose own code may run.
+        chat: whether prompts are a user's messages; None for the first run's setting.
+        system: system prompt of conversations; None for the first run's.
 
     Raises:
-        UsageError: a classifier is needed and none is known, or `trusted` names no model here.
+        UsageError: a classifier is needed and none is known, `trusted` names no model here, or
+            there is a system prompt and no conversation.
     """
     _check_names(models, classifier)
     directories = [RunDirectory(model) for model in models]
@@ -65,7 +72,25 @@ def resolve(
     loaded += [reward.model] if reward else []
     loaded += [run.policy.model] if run else []
     check_trusted(trusted, loaded)
-    return Request(sources, reward, run, resolve_device(device), trusted, base, inputs)
+    prompts = _prompt_settings(run, chat, system)
+    return Request(sources, reward, run, resolve_device(device), trusted, base, inputs, prompts)
+
+
+def _prompt_settings(run: RunConfig | None, chat: bool | None, system: str | None) -> PromptsConfig:
+    """Whole texts, or conversations with the template and system prompt of the first run."""
+    settings = PromptsConfig() if run is None else run.prompts
+    own = next((source for source in settings.mixture if source.chat), None)
+    if chat is False or (chat is None and own is None):
+        if system is not None:
+            raise UsageError("--system is for conversations: give --chat too, or leave it out")
+        return WHOLE
+    return PromptsConfig(
+        cut=False,
+        chat=True,
+        system=system or (own.system if own else None),
+        chat_template=settings.chat_template,
+        chat_template_kwargs=settings.chat_template_kwargs,
+    )
 
 
 def _check_names(models: Sequence[str], classifier: str | None) -> None:
@@ -97,8 +122,16 @@ def _reward(
     return settings.model_copy(update={"sentiment": sentiment})
 
 
-def read_prompts(prompts: Sequence[str], file: str | None, column: str = "text") -> list[str]:
+def read_prompts(
+    prompts: Sequence[str], file: str | None, column: str, settings: PromptsConfig
+) -> list[Row]:
     """Read prompts given one by one, then those of a file (`-`: standard input, one a line).
+
+    Args:
+        prompts: texts.
+        file: None for no file.
+        column: of the texts or conversations in the file.
+        settings: whether the prompts are conversations, and their system prompt.
 
     Raises:
         DataError: a prompt is empty, or the file is absent, empty or unreadable.
@@ -119,8 +152,19 @@ def read_prompts(prompts: Sequence[str], file: str | None, column: str = "text")
         if not found:
             raise DataError("standard input holds no prompts")
         texts += found
-    elif file is not None:
-        texts += read_texts(file, column=column)
-    if file is not None and not texts:
+    rows = [row_of(text, settings) for text in texts]
+    if file not in (None, "-"):
+        place = {"source": file, "text_column": column}
+        rows += read_rows(settings.model_copy(update=place))
+    if file is not None and not rows:
         raise DataError(f"{file} holds no prompts")
-    return texts
+    return rows
+
+
+def row_of(text: str, settings: PromptsConfig) -> Row:
+    """A prompt: a text, or with `chat` a user's message."""
+    if not settings.chat:
+        return Row(text)
+    row = conversation(text, "a prompt", system=settings.system)
+    assert row is not None  # it is not blank
+    return row

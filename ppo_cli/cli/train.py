@@ -114,7 +114,7 @@ def train(
     if not quiet:
         note(
             f"policy {settings.policy.model}, classifier {settings.reward.model}, "
-            f"prompts {settings.prompts.source} -> {settings.output}"
+            f"prompts {settings.prompts.name} -> {settings.output}"
         )
     with kernels, _StopSignals(quiet) as stop:
         training = build_training(

@@ -128,34 +128,27 @@ class PromptEncoder:
         shown = 0  # quarters
         for start in range(0, len(rows), TOKENIZER_BATCH):
             batch = rows[start : start + TOKENIZER_BATCH]
-            kept = [(row, ids) for row, ids in map(self._fitted, *self._encoded(batch)) if ids]
+            kept = [found for found in map(self._fitted, batch, self.ids(batch)) if found[1]]
             yield from self._finished(kept)
             quarter = 4 * (start + len(batch)) // len(rows)
             if shown < quarter and len(rows) >= PROGRESS_FROM:
                 shown = quarter
                 tell(f"{start + len(batch)} of {len(rows)} texts tokenized")
 
-    def _encoded(self, rows: Sequence[Row]) -> tuple[Sequence[Row], list[list[int]]]:
-        """The rows and their ids, cut where the settings say so."""
+    def ids(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Token ids of each row, a text cut where the settings say so; [] without any."""
         lengths = [self._draw(row) for row in rows]
         texts = [row.text if row.messages is None else "" for row in rows]
         longest = self._lengths.values[-1] if self._settings.cut else None
-        ids = self._encode(texts, longest=longest)
-        return rows, [
-            self.of_messages(row.messages) if row.messages is not None else found[:length]
-            for row, found, length in zip(rows, ids, lengths, strict=True)
+        return [
+            self._of_messages(row.messages) if row.messages is not None else found[:length]
+            for row, found, length in zip(rows, self._encode(texts, longest), lengths, strict=True)
         ]
 
     def _draw(self, row: Row) -> int | None:
         return self._lengths() if self._settings.cut and row.messages is None else None
 
-    def of_messages(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation.
-
-        Raises:
-            UsageError: the tokenizer has no chat template.
-            DataError: the template refuses the conversation.
-        """
+    def _of_messages(self, messages: Sequence[Message]) -> list[int]:
         if self._chat is None:
             variables = self._settings.chat_template_kwargs
             self._chat = ChatEncoder(self._tokenizer, self._name, variables)
@@ -176,7 +169,7 @@ class PromptEncoder:
             messages = without_oldest(messages)
             if not messages:
                 return row, []
-            ids = self.of_messages(messages)
+            ids = self._of_messages(messages)
         return Row(row.text, {**row.columns, "messages": messages}, messages), ids
 
     def _finished(self, rows: Sequence[tuple[Row, list[int]]]) -> Iterator[Prompt]:

@@ -56,7 +56,7 @@ def conversation(
         return None
     for message in messages:
         check_encodable(message["content"], place)
-    beside = {} if answer is None else {"completion": answer}
+    beside: dict[str, Any] = {} if answer is None else {"completion": answer}
     beside |= {**(columns or {}), "messages": messages}
     return Row(messages[-1]["content"], beside, messages)
 
@@ -90,7 +90,7 @@ def read_rows(
 
 def _rows(settings: PromptSource, seed: int) -> Iterator[Row]:
     """The rows that are not blank and that `where` accepts."""
-    needed = {column: "prompts.where" for column in settings.where}
+    needed = dict.fromkeys(settings.where, "prompts.where")
     if settings.system_column:
         needed[settings.system_column] = "prompts.system_column"
     columns = Columns(settings.text_column, needed, settings.keep_columns)
@@ -108,8 +108,8 @@ def _row(settings: PromptSource, place: str, cell: Any, beside: dict[str, Any]) 
         return conversation(cell, place, beside, str(system) if system else None)
     if isinstance(cell, list) and cell and isinstance(cell[0], dict):
         raise DataError(
-            f"{place}: column '{settings.text_column}' holds a conversation, not text: set "
-            "prompts.chat to true"
+            f"{place}: a conversation stands where a text is needed: set prompts.chat to true, or "
+            "give --chat"
         )
     if not isinstance(cell, str):
         raise DataError(

@@ -52,7 +52,9 @@ def read_cells(
     on_hub = not local and "://" not in source
     for key in ("streaming", "revision"):
         if getattr(settings, key) and not on_hub:
-            raise DataError(f"prompts.{key} is for hub datasets, and {shown_source(source)} is none")
+            raise DataError(
+                f"prompts.{key} is for hub datasets, and {shown_source(source)} is none"
+            )
     # Files are streamed. A copy in a cache would need as much disk again and could be stale or half
     # written. The temporary folder holds the library's locks, and downloads.
     with TemporaryDirectory(prefix="ppo-cli-") as cache, _quiet_library():

@@ -165,7 +165,8 @@ class Answer:
     response: str
     """What the model wrote."""
     score: float
-    """The classifier's score of prompt and response together."""
+    """The classifier's score of prompt and response together; of an answer in a conversation, of
+    the response alone."""
     probability: float
     """Probability of the label."""
     kl: float | None
@@ -179,9 +180,11 @@ class Row:
     """One prompt, and each model's response."""
 
     query: str
-    """The prompt."""
+    """The prompt; of a conversation what its last message says."""
     responses: list[Answer]
     """In the order of `models`."""
+    messages: list[dict[str, Any]] | None
+    """The conversation; null for a text."""
 
 
 @dataclass(frozen=True)
@@ -250,18 +253,20 @@ def most_changed(first: ScoredSamples, second: ScoredSamples, count: int) -> Cha
 def rows_of(models: Sequence[ScoredSamples]) -> list[Row]:
     """Prompt by prompt, every model's response."""
     return [
-        Row(sample.query, [_answer(model, i) for model in models])
+        Row(sample.query, [_answer(model, i) for model in models], sample.messages)
         for i, sample in enumerate(models[0].samples)
     ]
 
 
 def _answer(scored: ScoredSamples, i: int) -> Answer:
     kl = scored.kl
+    values = scored.samples[i].as_dict()
+    values.pop("messages", None)  # every model's are the same
     return Answer(
         model=scored.model,
         kl=None if kl is None else float(kl[i]),
         tokens=int(scored.likelihoods.tokens[i]),
-        **scored.samples[i].as_dict(),
+        **values,
     )
 
 

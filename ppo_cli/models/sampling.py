@@ -57,7 +57,7 @@ def to_texts(
     whole = [torch.cat([q.to(r.device), r]) for q, r in zip(queries, responses, strict=True)]
     texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
     starts = tokenizer.batch_decode(list(queries), skip_special_tokens=True)
-    answered = list(messages) if messages is not None else [None] * len(queries)
+    answered = [*(messages if messages is not None else [None] * len(queries))]
     added = [
         _added(start, text)
         if text.startswith(start.rstrip(BROKEN))

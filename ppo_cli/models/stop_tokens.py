@@ -19,8 +19,8 @@ def end_tokens(
 
     They are the tokenizer's end-of-text token, all those in the model's configurations (chat models
     have one for the end of a turn and one for the end of a text), the tokens that contain a text of
-    `stop`, and for conversations the token with which the chat template ends a turn. Ids outside the vocabulary, which small models keep from a large one, are left
-    out.
+    `stop`, and for conversations the token with which the chat template ends a turn. Ids outside
+    the vocabulary, which small models keep from a large one, are left out.
 
     A stop text has to be in one token, alone or with other characters: "." is also in " ." and
     '."'. It may be the text of a special token, such as "<|im_end|>". A stop text that the model

@@ -47,7 +47,7 @@ A language model tuned with Proximal Policy Optimization towards the sentiment
 |---|---|
 | policy | {markdown_code(base)} |
 | classifier | {markdown_code(config.reward.model)}, label {label}, {config.reward.output} |
-| prompts | {markdown_code(config.prompts.source)} |
+| prompts | {markdown_code(config.prompts.name)} |
 | PPO | {ppo}, learning rate {config.ppo.learning_rate:g} |
 | weights | {markdown_text(str(summary.weights))} |
 | seed | {config.run.seed} |

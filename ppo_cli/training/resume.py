@@ -39,7 +39,15 @@ CHANGEABLE = (
 # These may change if their product, the number of samples of an optimizer step, does not.
 BACKWARD_BATCH = ("ppo.mini_batch_size", "ppo.gradient_accumulation_steps")
 # Names of inputs may change if `run.yaml` records the inputs themselves.
-INPUTS = ("policy.model", "policy.revision", "reward.model", "reward.revision", "prompts.source")
+INPUTS = (
+    "policy.model",
+    "policy.revision",
+    "reward.model",
+    "reward.revision",
+    "prompts.source",
+    "prompts.revision",
+    "prompts.held_out_source",
+)
 
 
 def made_with(directory: RunDirectory) -> RunConfig:

@@ -14,7 +14,6 @@ from pyarrow import parquet
 
 from ppo_cli.config.schema import PromptsConfig
 from ppo_cli.data.prompts import LengthSampler, Prompt, collate, load_prompts
-
 from ppo_cli.errors import DataError
 from tests.conftest import make_tokenizer
 from tests.data.reading import read_texts
