@@ -73,7 +73,7 @@ CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def make_chat_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes with a chat template, which ends a turn with another token than a text."""
+    """A tokenizer of bytes with a chat template; a turn and a text end with two tokens."""
     alphabet = sorted(ByteLevel.alphabet())
     raw = Tokenizer(BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     raw.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)

@@ -175,7 +175,10 @@ class PromptEncoder:
     def _finished(self, rows: Sequence[tuple[Row, list[int]]]) -> Iterator[Prompt]:
         import torch
 
-        texts = self._tokenizer.batch_decode([ids for _, ids in rows], skip_special_tokens=True)
+        if not rows:  # `batch_decode` would give one text
+            return
+        shown = [ids if row.messages is None else [] for row, ids in rows]
+        texts = self._tokenizer.batch_decode(shown, skip_special_tokens=True)
         for (row, ids), decoded in zip(rows, texts, strict=True):
             # The cut may split a character.
             text = (decoded.rstrip(BROKEN) or decoded) if row.messages is None else row.text
