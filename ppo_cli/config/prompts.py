@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from ppo_cli.config.section import MAX_COUNT, Length, Name, Section, check_order
+from ppo_cli.utils.text import shortened
 
 MAX_TEMPLATE = 200_000  # characters
 Value = str | int | float | bool | None
@@ -24,8 +26,10 @@ def read_template(given: str) -> str:
     text, file = given, None
     if "{" not in given:
         file = Path(given).expanduser()
-        if not file.is_file():
-            raise ValueError(f"{given!r} is neither a file nor a Jinja template: give one of them")
+        if not os.path.isfile(file):
+            raise ValueError(
+                f"{shortened(given, 60)!r} is neither a file nor a Jinja template: give one of them"
+            )
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
