@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -62,6 +62,35 @@ def make_tokenizer(
         pad_token=None if pad is None else f"t{pad}",
         padding_side=padding_side,
     )
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+"""Special tokens of `make_chat_tokenizer`, the first is its end of text; ids from 256 on."""
+
+
+def make_chat_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes with a chat template; a turn and a text end with two tokens."""
+    alphabet = sorted(ByteLevel.alphabet())
+    raw = Tokenizer(BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    raw.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(list(CHAT_TOKENS))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=CHAT_TOKENS[0])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def save_chat_model(folder: Path, template: str | None = CHATML, seed: int = 0) -> str:
+    """A random two-layer model with that tokenizer, in a folder."""
+    tokenizer = make_chat_tokenizer(template)
+    tokenizer.save_pretrained(folder)
+    ends = {"bos_token_id": 256, "eos_token_id": 256}
+    make_gpt2(seed, vocab_size=len(tokenizer), n_positions=192, **ends).save_pretrained(folder)
+    return str(folder)
 
 
 def make_gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:

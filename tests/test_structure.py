@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 import ppo_cli
 from ppo_cli.config.ppo import PPOSettings
+from ppo_cli.config.prompts import WeightedSource
 from ppo_cli.config.schema import AdapterConfig, QuantizationConfig, RunConfig
 from ppo_cli.ppo.config import PPOConfig
 
@@ -87,7 +88,7 @@ def test_tests_stand_where_the_code_does() -> None:
 
 def config_keys() -> list[str]:
     keys = [f.name for f in dataclasses.fields(PPOConfig)]
-    sections: list[type[BaseModel]] = [AdapterConfig, QuantizationConfig]
+    sections: list[type[BaseModel]] = [AdapterConfig, QuantizationConfig, WeightedSource]
     sections += [
         field.annotation
         for field in RunConfig.model_fields.values()

@@ -31,6 +31,7 @@ def compare(
         ),
     ] = None,
     column: options.Column = "text",
+    chat: options.Chat = None,
     samples: Annotated[
         int, typer.Option("--samples", min=1, max=1_000_000, help="Number of prompts.")
     ] = 32,
@@ -138,6 +139,7 @@ def compare(
             device=device,
             trusted=trust_remote_code or (),
             rewards=reward or (),
+            chat=chat,
         )
     except ConsentError as error:
         for recorded in filter(None, map(requests.recorded_scores, models)):
@@ -146,7 +148,7 @@ def compare(
     for line in reward_lines(request.reward):
         note(line)
     check_outputs(outputs, request.input_names)
-    texts = requests.read_prompts([], prompts, column)
+    texts = requests.read_prompts([], prompts, column, request.prompts)
     result = compare_models(
         request,
         texts,

@@ -2,11 +2,15 @@
 
 from enum import StrEnum
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ppo_cli.cli import options
+
+if TYPE_CHECKING:
+    from ppo_cli.evaluation.generate import Request
+    from ppo_cli.models.sampling_params import SamplingParams
 
 
 class Format(StrEnum):
@@ -35,6 +39,20 @@ def generate(
         ),
     ] = None,
     column: options.Column = "text",
+    chat: options.Chat = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "--system", metavar="TEXT", help="With --chat: system prompt. Default: the run's."
+        ),
+    ] = None,
+    interactive: Annotated[
+        bool,
+        typer.Option(
+            "--interactive",
+            help="Read prompts from the terminal, one a line; with --chat one conversation.",
+        ),
+    ] = False,
     num_samples: Annotated[
         int,
         typer.Option(
@@ -71,7 +89,7 @@ def generate(
     trust_remote_code: options.Trust = None,
     format: Annotated[Format, typer.Option("--format", help="Output format.")] = Format.table,
     output: options.Output = None,
-) -> None:
+) -> int:
     """Generate text with tuned models, and score it."""
     from ppo_cli.cli.console import (
         check_output,
@@ -92,6 +110,18 @@ def generate(
         )
     if not 0 < top_p <= 1:
         raise UsageError(f"--top-p is {top_p}: it must be above 0 and at most 1")
+    if interactive:
+        given = {
+            "--prompt": prompt,
+            "--prompts": prompts,
+            "--output": output,
+            "--reference": reference,
+            "-n": num_samples > 1,
+            "--format": format is not Format.table,
+            "a second MODEL": models[1:],
+        }
+        if odd := [name for name, value in given.items() if value]:
+            raise UsageError(f"--interactive answers one line at a time: leave out {odd[0]}")
     check_output(output, [*models, prompts, classifier])
 
     with light_imports():
@@ -106,10 +136,10 @@ def generate(
     limit_kernel_caches()
     if score is None:
         is_scored = bool(classifier or reward)
-        is_scored = is_scored or any(RunDirectory(model).is_run() for model in models)
+        is_run = any(RunDirectory(model).is_run() for model in models)
+        is_scored = is_scored or (is_run and not interactive)
     else:
         is_scored = score
-    texts = requests.read_prompts(prompt or [], prompts, column) or ["This movie"]
     resolve = partial(
         requests.resolve,
         models,
@@ -119,6 +149,8 @@ def generate(
         device=device,
         trusted=trust_remote_code or (),
         rewards=reward or (),
+        chat=chat,
+        system=system,
     )
     try:
         request = resolve(score=is_scored)
@@ -129,9 +161,13 @@ def generate(
         request = resolve(score=False)
     for line in reward_lines(request.reward):
         note(line)
-    check_output(output, request.input_names)
-    scorer = load_classifier(request)
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    if interactive:
+        return _interact(request, params, max_new_tokens, seed)
+    check_output(output, request.input_names)
+    rows = requests.read_prompts(prompt or [], prompts, column, request.prompts)
+    rows = rows or [requests.row_of("This movie", request.prompts)]
+    scorer = load_classifier(request)
     results = []
     for source in request.sources:
         if len(request.sources) > 1:
@@ -139,7 +175,7 @@ def generate(
         results.append(
             generate_samples(
                 source,
-                texts,
+                rows,
                 samples_each=num_samples,
                 max_new_tokens=max_new_tokens,
                 seed=seed,
@@ -147,6 +183,7 @@ def generate(
                 reward=scorer,
                 trusted=request.trusted,
                 params=params,
+                prompts=request.prompts,
             )
         )
     if format is Format.jsonl:
@@ -160,7 +197,7 @@ def generate(
         )
     elif format is Format.text:
         lines = [
-            escape_controls(sample.query + sample.response)
+            escape_controls(sample.query + sample.gap + sample.response)
             for result in results
             for sample in result.samples
         ]
@@ -169,3 +206,22 @@ def generate(
         from ppo_cli.reporting.tables import generation_table
 
         print_tables([generation_table(results, scorer is not None)], output)
+    return 0
+
+
+def _interact(request: "Request", params: "SamplingParams", max_new_tokens: int, seed: int) -> int:
+    from ppo_cli.cli.interactive import converse
+    from ppo_cli.evaluation.dialogue import Dialogue
+    from ppo_cli.evaluation.generate import load_classifier, load_model
+
+    chat = request.prompts if request.prompts.chat else None
+    reward = load_classifier(request)
+    dialogue = Dialogue(
+        load_model(request.sources[0], request.device, request.trusted, chat),
+        request.prompts,
+        params,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        reward=reward,
+    )
+    return converse(dialogue, reward.label if reward else None, is_chat=chat is not None)

@@ -43,3 +43,10 @@ Output = Annotated[
 Column = Annotated[
     str, typer.Option("--column", help="Column that holds the prompts, in a file with columns.")
 ]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Prompts are a user's messages, or conversations. Default: as in the run.",
+    ),
+]

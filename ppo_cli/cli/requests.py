@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 
 from pydantic import ValidationError
 
+from ppo_cli.config.prompts import PromptsConfig
 from ppo_cli.config.reward import (
     RewardConfig,
     names_some,
@@ -19,9 +20,10 @@ from ppo_cli.config.schema import RunConfig
 from ppo_cli.config.section import check_name
 from ppo_cli.data.consent import check_consent
 from ppo_cli.data.fingerprint import Inputs
-from ppo_cli.data.sources import check_encodable, read_texts
+from ppo_cli.data.rows import Row, conversation, read_rows
+from ppo_cli.data.sources import check_encodable
 from ppo_cli.errors import DataError, UsageError
-from ppo_cli.evaluation.generate import REFERENCE, Request, Source
+from ppo_cli.evaluation.generate import REFERENCE, WHOLE, Request, Source
 from ppo_cli.models.loading import check_trusted
 from ppo_cli.training.run_directory import RunDirectory, loading_settings
 from ppo_cli.utils.device import resolve_device
@@ -38,6 +40,8 @@ def resolve(
     device: str,
     trusted: Collection[str] = (),
     rewards: Sequence[str] = (),
+    chat: bool | None = None,
+    system: str | None = None,
 ) -> Request:
     """Resolve the models of a command, their reference and their classifier.
 
@@ -54,9 +58,12 @@ def resolve(
         trusted: models, named as in `models` or a run's configuration, whose own code may run.
         rewards: values of `--reward`: consent to functions of the first run's reward; or, where
             they name none of these, the reward itself.
+        chat: whether prompts are a user's messages; None for the first run's setting.
+        system: system prompt of conversations; None for the first run's.
 
     Raises:
-        UsageError: a classifier is needed and none is known, or `trusted` names no model here.
+        UsageError: a classifier is needed and none is known, `trusted` names no model here, or
+            there is a system prompt and no conversation.
         ConsentError: the run's reward has a function or an endpoint that `rewards` does not name.
     """
     _check_names(models, classifier)
@@ -95,7 +102,25 @@ def resolve(
     loaded += [run.policy.model] if run else []
     check_trusted(trusted, loaded)
     place = resolve_device(device)
-    return Request(sources, reward, run, place, trusted, base, inputs, is_of_run)
+    prompts = _prompt_settings(run, chat, system)
+    return Request(sources, reward, run, place, trusted, base, inputs, is_of_run, prompts)
+
+
+def _prompt_settings(run: RunConfig | None, chat: bool | None, system: str | None) -> PromptsConfig:
+    """Whole texts, or conversations with the template and system prompt of the first run."""
+    settings = PromptsConfig() if run is None else run.prompts
+    own = next((source for source in settings.mixture if source.chat), None)
+    if chat is False or (chat is None and own is None):
+        if system is not None:
+            raise UsageError("--system is for conversations: give --chat too, or leave it out")
+        return WHOLE
+    return PromptsConfig(
+        cut=False,
+        chat=True,
+        system=system or (own.system if own else None),
+        chat_template=settings.chat_template,
+        chat_template_kwargs=settings.chat_template_kwargs,
+    )
 
 
 def _check_names(models: Sequence[str], classifier: str | None) -> None:
@@ -187,8 +212,16 @@ def recorded_scores(model: str) -> str | None:
     )
 
 
-def read_prompts(prompts: Sequence[str], file: str | None, column: str = "text") -> list[str]:
+def read_prompts(
+    prompts: Sequence[str], file: str | None, column: str, settings: PromptsConfig
+) -> list[Row]:
     """Read prompts given one by one, then those of a file (`-`: standard input, one a line).
+
+    Args:
+        prompts: texts.
+        file: None for no file.
+        column: of the texts or conversations in the file.
+        settings: whether the prompts are conversations, and their system prompt.
 
     Raises:
         DataError: a prompt is empty, or the file is absent, empty or unreadable.
@@ -209,8 +242,19 @@ def read_prompts(prompts: Sequence[str], file: str | None, column: str = "text")
         if not found:
             raise DataError("standard input holds no prompts")
         texts += found
-    elif file is not None:
-        texts += read_texts(file, column=column)
-    if file is not None and not texts:
+    rows = [row_of(text, settings) for text in texts]
+    if file not in (None, "-"):
+        place = {"source": file, "text_column": column}
+        rows += read_rows(settings.model_copy(update=place))
+    if file is not None and not rows:
         raise DataError(f"{file} holds no prompts")
-    return texts
+    return rows
+
+
+def row_of(text: str, settings: PromptsConfig) -> Row:
+    """A prompt: a text, or with `chat` a user's message."""
+    if not settings.chat:
+        return Row(text)
+    row = conversation(text, "a prompt", system=settings.system)
+    assert row is not None  # it is not blank
+    return row

@@ -155,7 +155,7 @@ def train(
     if not quiet:
         note(
             f"policy {settings.policy.model}, {settings.reward.describe()}, "
-            f"prompts {settings.prompts.source} -> {settings.output}"
+            f"prompts {settings.prompts.name} -> {settings.output}"
         )
         note(*(line for line in reward_lines(settings.reward)))
     with kernels, _StopSignals(quiet) as stop:

@@ -17,7 +17,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 import ppo_cli
-from ppo_cli.config.reward import OF_ONE_CLASSIFIER, RewardTerm, parse_option, with_option
+from ppo_cli.config.reward import OF_ONE_CLASSIFIER, parse_option, with_option
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.config.secrets import HIDDEN, find_secret, is_secret, shown_assignment
 from ppo_cli.errors import ConfigError, did_you_mean
@@ -385,17 +385,24 @@ def _known_keys(keys: Iterable[str]) -> list[str]:
     """The keys that there are in the section at `keys`."""
     kind: Any = RunConfig
     for key in keys:
+        if key.isdigit():  # of a list
+            continue
         if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
             return []
         field = kind.model_fields.get(key)
-        kind = field.annotation if field else None
-        if inner := [k for k in get_args(kind) if isinstance(k, type) and issubclass(k, BaseModel)]:
-            kind = inner[0]  # of `Section | None`
-        if key == "terms":
-            return list(RewardTerm.model_fields)
+        kind = _section_in(field.annotation) if field else None
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return list(kind.model_fields)
     return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section in `Section | None` or a list of sections; else the annotation itself."""
+    for inner in get_args(annotation):
+        found = _section_in(inner)
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return found
+    return annotation
 
 
 def _shown(value: Any, keys: tuple[str, ...]) -> str:

@@ -10,12 +10,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from ppo_cli.config.policy import AdapterConfig, PolicyConfig, QuantizationConfig
 from ppo_cli.config.ppo import PPOSettings
+from ppo_cli.config.prompts import PromptsConfig
 from ppo_cli.config.reward import RewardConfig
-from ppo_cli.config.section import MAX_COUNT, Length, Name, Section, check_name
+from ppo_cli.config.section import MAX_COUNT, Length, Name, Section, check_name, check_order
 from ppo_cli.utils.yaml_io import dump_yaml
 
 __all__ = [
@@ -33,43 +34,6 @@ __all__ = [
 ]
 
 BestOf = Annotated[int, Field(ge=1, le=65_536)]
-
-
-def _check_order(section: BaseModel, low: str, high: str) -> None:
-    """Raise `ValueError` unless key `low` is less than key `high`."""
-    lowest, highest = getattr(section, low), getattr(section, high)
-    if lowest >= highest:
-        raise ValueError(f"{high} ({highest}) must exceed {low} ({lowest})")
-
-
-class PromptsConfig(Section):
-    """The texts; their first tokens are the queries."""
-
-    source: Name = "embedded"
-    """`embedded`; a .csv, .tsv, .json, .jsonl, .parquet, .arrow or .txt file, also as .gz or .zip;
-    the https address of one; a pattern such as data/*.jsonl; a folder; or the hub id of a
-    dataset."""
-    subset: Name | None = None
-    """Configuration of a hub dataset or a folder."""
-    split: Name = "train"
-    """Split of a hub dataset or a folder."""
-    text_column: Name = "text"
-    """Column of the texts. Rows without text are left out."""
-    min_characters: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
-    """Use only texts longer than this."""
-    limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Use at most this many texts."""
-    input_min_text_length: Length = 2
-    """Shortest query, tokens."""
-    input_max_text_length: Length = 8
-    """Queries are shorter than this (tokens), as with TRL's LengthSampler."""
-    held_out: Annotated[int, Field(ge=1, le=1_000_000)] = 64
-    """Number of texts kept for evaluation, not used for training."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> PromptsConfig:
-        _check_order(self, "input_min_text_length", "input_max_text_length")
-        return self
 
 
 class RolloutConfig(Section):
@@ -94,7 +58,7 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> RolloutConfig:
-        _check_order(self, "output_min_length", "output_max_length")
+        check_order(self, "output_min_length", "output_max_length")
         return self
 
 

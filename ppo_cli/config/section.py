@@ -25,6 +25,13 @@ Name = Annotated[str, AfterValidator(check_name)]
 Length = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
+def check_order(section: BaseModel, low: str, high: str) -> None:
+    """Raise `ValueError` unless key `low` is less than key `high`."""
+    lowest, highest = getattr(section, low), getattr(section, high)
+    if lowest >= highest:
+        raise ValueError(f"{high} ({highest}) must exceed {low} ({lowest})")
+
+
 class Section(BaseModel):
     """A part of the configuration. Unknown keys are refused; values cannot be changed."""
 

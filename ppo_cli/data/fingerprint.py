@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ppo_cli.config.prompts import PromptsConfig
 from ppo_cli.config.reward import RewardConfig, function_file, function_parts
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.embedded import TRAIN_SEED, classifier_folder, policy_folder
@@ -89,11 +90,10 @@ class Inputs:
             `config` with the places to load from as names; all changes; the inputs as they are now.
         """
         found = {key: self.find(key, *named) for key, named in _named(config).items()}
-        policy, prompts = found[POLICY], found[PROMPTS]
+        policy = found[POLICY]
         sections = {
             "policy": {"model": policy.name, "revision": policy.revision},
             "reward": _located_reward(config.reward, found),
-            "prompts": {"source": prompts.name},
         }
         located = config.model_copy(
             update={
@@ -101,6 +101,8 @@ class Inputs:
                 for name, update in sections.items()
             }
         )
+        places = {key: (one.name, one.revision) for key, one in found.items()}
+        located = located.model_copy(update={"prompts": located_prompts(config.prompts, places)})
         changes = [change for one in found.values() for change in one.changes]
         return located, changes, Inputs({key: one.record for key, one in found.items()})
 
@@ -168,7 +170,7 @@ def record_of(
     """Make the record of an input; None where nothing is known of it.
 
     Args:
-        key: `POLICY`, `PROMPTS`, that of a classifier or that of a reward function.
+        key: `POLICY`, one of `prompt_inputs`, that of a classifier or of a reward function.
         name, revision: from the settings.
         ask: ask the hub for the commit, not the cache, which knows the commit loaded last.
     """
@@ -185,7 +187,7 @@ def record_of(
     else:
         from huggingface_hub import try_to_load_from_cache
 
-        kind = "dataset" if key == PROMPTS else "model"
+        kind = "dataset" if _is_prompts(key) else "model"
         commit = _commit(name, kind, revision, ask or kind == "dataset")
         if commit is None:
             return None
@@ -193,7 +195,7 @@ def record_of(
         if kind == "dataset":
             return record
         adapter = Path(str(try_to_load_from_cache(name, ADAPTER_FILE, revision=commit)))
-    if key != PROMPTS and (base := _base(key, adapter)):
+    if not _is_prompts(key) and (base := _base(key, adapter)):
         record["base"] = base
     return record
 
@@ -202,7 +204,7 @@ def _named(config: RunConfig) -> dict[str, tuple[str, str | None]]:
     return {
         POLICY: (config.policy.model, config.policy.revision),
         **_reward_inputs(config.reward),
-        PROMPTS: (config.prompts.source, None),
+        **prompt_inputs(config.prompts),
     }
 
 
@@ -231,9 +233,44 @@ def _located_reward(reward: RewardConfig, found: Mapping[str, Found]) -> dict[st
     return {"terms": terms}
 
 
+def prompt_inputs(prompts: PromptsConfig) -> dict[str, tuple[str, str | None]]:
+    """Key of each source of prompts -> its name and revision."""
+    found: dict[str, tuple[str, str | None]] = {}
+    for number, one in enumerate(prompts.mixture):
+        section = "prompts" if prompts.sources is None else f"prompts.sources.{number}"
+        found[f"{section}.source"] = one.source, one.revision
+        if one.held_out_source is not None:
+            found[f"{section}.held_out_source"] = one.held_out_source, None
+    return found
+
+
+def located_prompts(
+    prompts: PromptsConfig, places: Mapping[str, tuple[str, str | None]]
+) -> PromptsConfig:
+    """`prompts` with the places of its sources, by the keys of `prompt_inputs`, as their names."""
+
+    def update(section: str) -> dict[str, Any]:
+        source, revision = places[f"{section}.source"]
+        held_out = f"{section}.held_out_source"
+        apart = {"held_out_source": places[held_out][0]} if held_out in places else {}
+        return {"source": source, "revision": revision, **apart}
+
+    if prompts.sources is None:
+        return prompts.model_copy(update=update("prompts"))
+    sources = [
+        source.model_copy(update=update(f"prompts.sources.{number}"))
+        for number, source in enumerate(prompts.sources)
+    ]
+    return prompts.model_copy(update={"sources": sources})
+
+
+def _is_prompts(key: str) -> bool:
+    return key.startswith("prompts.")
+
+
 def _files(key: str, name: str) -> list[Path]:
     """Local files of an input; none where it is not local."""
-    if key == PROMPTS:
+    if _is_prompts(key):
         return all_files(name)
     if key.endswith(FUNCTION):
         file = function_file(name)
@@ -252,7 +289,7 @@ def _files(key: str, name: str) -> list[Path]:
 
 
 def _embedded(key: str) -> dict[str, str]:
-    if key == PROMPTS:
+    if _is_prompts(key):
         from ppo_cli.data.embedded.grammar import reviews
 
         texts = "\n".join(review.text for review in reviews(100, TRAIN_SEED))
@@ -372,10 +409,11 @@ def _find_commit(key: str, was: Record) -> Found:
     """Locate a hub repository at the recorded commit, also if its branch has moved on."""
     name, commit = was["name"], str(was["commit"])
     what = f"{key} {name}"
-    if key == PROMPTS:
+    kind = "dataset" if _is_prompts(key) else "model"
+    if kind == "dataset" and not was.get("revision"):
         now = record_of(key, name, ask=True)
         return Found(name, None, _changes(what, was, now) if now else [], now or was)
-    if not _is_available(name, commit):
+    if not _is_available(name, commit, kind):
         now = record_of(key, name, was.get("revision"), ask=True)
         gone = f"{what}: the hub no longer has its commit {commit[:12]}"
         return Found(name, was.get("revision"), [gone], now)
@@ -385,15 +423,15 @@ def _find_commit(key: str, was: Record) -> Found:
     return Found(name, commit, _changes(what, was, pinned), was)
 
 
-def _is_available(name: str, commit: str) -> bool:
+def _is_available(name: str, commit: str, kind: str) -> bool:
     """Whether a commit can be loaded; True where the hub does not say."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
 
-    if (_cache(name, "model") / "snapshots" / commit).is_dir():
+    if (_cache(name, kind) / "snapshots" / commit).is_dir():
         return True
     try:
-        HfApi().repo_info(name, revision=commit, timeout=TIMEOUT)
+        HfApi().repo_info(name, repo_type=kind, revision=commit, timeout=TIMEOUT)
     except RevisionNotFoundError:
         return False
     except Exception:
@@ -429,7 +467,7 @@ def _cache(name: str, kind: str) -> Path:
 
 def inputs_of(config: RunConfig) -> dict[str, str]:
     """Inputs of a run: key of the configuration -> folder, file or name on the hub."""
-    found = {"prompts.source": config.prompts.source}
+    found = {key: name for key, (name, _) in prompt_inputs(config.prompts).items()}
     models = {"policy.model": config.policy.model}
     for key, (name, _) in _reward_inputs(config.reward).items():
         if not key.endswith(FUNCTION):

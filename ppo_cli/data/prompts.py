@@ -1,30 +1,23 @@
-"""Queries: texts of a source, cut to their first tokens."""
+"""Queries: texts cut to their first tokens or whole, and conversations in their template."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from ppo_cli.data.sources import EMBEDDED, read_texts
+from ppo_cli.config.prompts import PromptsConfig
+from ppo_cli.data.chat import ChatEncoder, Message, without_oldest
+from ppo_cli.data.encoder import TOKENIZER_BATCH, Encoder
+from ppo_cli.data.rows import Row, mixed, split_rows
 from ppo_cli.errors import DataError
 from ppo_cli.utils.random_state import numpy_state, set_numpy_state
 
-EMBEDDED_REVIEWS = 4000
-MAX_EMBEDDED_REVIEWS = 100_000
-TOKENIZER_BATCH = 1000  # texts
 PROGRESS_FROM = 20_000  # texts; progress of tokenizing fewer is not shown
-PROBE = "a"
-MAX_CHARACTERS = 5  # per token, more than prose has
-BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
-ACROSS_WORDS = re.compile(
-    r"[^\sĠĊĉč▁][ Ġ▁]"
-)  # a token with a gap between words, in the form of byte-level or SentencePiece
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # a cut character decodes to it
+Report = Callable[[str], None]
 
 
 class LengthSampler:
@@ -65,14 +58,24 @@ class LengthSampler:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A query: text without special tokens, and `input_ids`, (query_length,) int64.
+    """A query: its text and tokens.
 
-    `columns` holds the row's other columns, for rewards; a conversation is in `messages`.
+    Attributes:
+        query: text without special tokens; of a conversation what its last message says.
+        input_ids: (query_length,) int64.
+        columns: the row's other columns, for rewards; a conversation is in `messages` there, too.
+        messages: the conversation that the model answers; None for a text that it continues.
     """
 
     query: str
     input_ids: Any
     columns: Mapping[str, Any] = field(default_factory=dict)
+    messages: list[Message] | None = None
+
+    @property
+    def row(self) -> Row:
+        """What the query was made of, for a model with another tokenizer."""
+        return Row(self.query, dict(self.columns), self.messages)
 
 
 @dataclass(frozen=True)
@@ -88,189 +91,154 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-class Encoder:
-    """Encodes texts as queries.
-
-    Special tokens that the tokenizer puts before a text, such as <s>, are part of the query. Those
-    after it, such as </s> or [SEP], are not, because the model continues the text. Text that spells
-    a special token stays text, where the tokenizer can distinguish the two.
+class PromptEncoder:
+    """Makes queries of rows, for one tokenizer.
 
     Args:
-        tokenizer: of the model that reads the queries.
+        tokenizer: of the model that reads them.
+        settings: how they are cut, and variables of the chat template.
+        seed: of their lengths.
+        name: of the model, for messages about errors.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, settings: PromptsConfig, seed: int = 0, name: str = ""
+    ) -> None:
         self._tokenizer = tokenizer
-        whole = tokenizer(PROBE).input_ids
-        text = self._ids([PROBE])[0]
-        places = range(len(whole) - len(text) + 1)
-        before = next((i for i in places if whole[i : i + len(text)] == text), 0)
-        self._beginning = list(whole[:before])
+        self._settings = settings
+        self._name = name
+        self._encode = Encoder(tokenizer)
+        self._chat: ChatEncoder | None = None
+        self._lengths = LengthSampler(
+            settings.input_min_text_length, settings.input_max_text_length, seed=seed
+        )
 
-    def __call__(self, texts: Sequence[str], longest: int | None = None) -> list[list[int]]:
-        """Encode texts, without end tokens; a text without tokens gives an empty list.
+    def skip(self, rows: Sequence[Row]) -> None:
+        """Draw the lengths of `rows`, so that those of others are what they would be after them."""
+        for row in rows:
+            self._draw(row)
 
-        Args:
-            texts: the texts to continue.
-            longest: number of ids to return of each text; the rest of a long text is not encoded
-                where that cannot change them.
+    def prompts(self, rows: Sequence[Row], tell: Report = lambda _: None) -> Iterator[Prompt]:
+        """The queries of the rows; rows without tokens, and those that are too long, are left out.
+
+        Raises:
+            UsageError: there are conversations, and the tokenizer has no chat template.
+            DataError: the template refuses a conversation.
         """
-        starts = [self._start(text, longest) for text in texts]
-        rows = self._ids(starts)
-        if longest is not None:
-            wanted = longest - len(self._beginning)
-            short = [
-                i
-                for i, row in enumerate(rows)
-                if len(row) < wanted and len(starts[i]) < len(texts[i])
-            ]
-            for i, row in zip(short, self._ids([texts[i] for i in short]), strict=True):
-                rows[i] = row
-        return [(self._beginning + row)[:longest] if row else [] for row in rows]
+        shown = 0  # quarters
+        for start in range(0, len(rows), TOKENIZER_BATCH):
+            batch = rows[start : start + TOKENIZER_BATCH]
+            kept = [found for found in map(self._fitted, batch, self.ids(batch)) if found[1]]
+            yield from self._finished(kept)
+            quarter = 4 * (start + len(batch)) // len(rows)
+            if shown < quarter and len(rows) >= PROGRESS_FROM:
+                shown = quarter
+                tell(f"{start + len(batch)} of {len(rows)} texts tokenized")
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode the texts without special tokens."""
-        tokenizer, rows = self._tokenizer, []
-        is_fast = getattr(
-            tokenizer, "is_fast", None
-        )  # None: mistral-common's, which takes no text for special tokens
-        if is_fast:
-            for i in range(0, len(texts), TOKENIZER_BATCH):
-                batch = list(texts[i : i + TOKENIZER_BATCH])
-                rows += tokenizer(
-                    batch, add_special_tokens=False, split_special_tokens=True
-                ).input_ids
-            return rows
-        special = [] if is_fast is None else tokenizer.all_special_tokens
-        for text in texts:
-            # With this option, tokenizers in Python split all added tokens, not only special ones.
-            spelled = any(token in text for token in special)
-            options = {"split_special_tokens": True} if spelled else {}
-            rows.append(list(tokenizer(text, add_special_tokens=False, **options).input_ids))
-        return rows
+    def ids(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Token ids of each row, a text cut where the settings say so; [] without any."""
+        lengths = [self._draw(row) for row in rows]
+        texts = [row.text if row.messages is None else "" for row in rows]
+        longest = self._lengths.values[-1] if self._settings.cut else None
+        return [
+            self._of_messages(row.messages) if row.messages is not None else found[:length]
+            for row, found, length in zip(rows, self._encode(texts, longest), lengths, strict=True)
+        ]
 
-    def _start(self, text: str, longest: int | None) -> str:
-        """The start of a text, cut between words, that should hold `longest` tokens."""
-        if longest is None:
-            return text
-        size = MAX_CHARACTERS * longest + 64
-        if len(text) <= size or not self._reads_words_apart:
-            return text
-        gaps = [gap.start() for gap in BETWEEN_WORDS.finditer(text, size - 64, size)]
-        return (
-            text[: gaps[-3]] if len(gaps) > 2 else text
-        )  # the last token may depend on two more words
+    def _draw(self, row: Row) -> int | None:
+        return self._lengths() if self._settings.cut and row.messages is None else None
 
-    @cached_property
-    def _reads_words_apart(self) -> bool:
-        """Whether the tokens before a gap between words do not depend on the text after it.
+    def _of_messages(self, messages: Sequence[Message]) -> list[int]:
+        if self._chat is None:
+            variables = self._settings.chat_template_kwargs
+            self._chat = ChatEncoder(self._tokenizer, self._name, variables)
+        return self._chat(messages)
 
-        BPE merges two tokens of its vocabulary into a third, and Unigram chooses among sequences of
-        its tokens. If no token contains a gap, neither looks across one. Normalizers and
-        pre-tokenizers look no further than the next word.
-        """
-        if not getattr(self._tokenizer, "is_fast", False):
-            return False
-        model = self._tokenizer.backend_tokenizer.model
-        kind = type(model).__name__
-        if kind != "Unigram" and (kind != "BPE" or model.end_of_word_suffix):
-            return False
-        return not any(map(ACROSS_WORDS.search, self._tokenizer.get_vocab()))
+    def _fitted(self, row: Row, ids: list[int]) -> tuple[Row, list[int]]:
+        """A row and its ids, no more than `max_tokens`; no ids where it is left out."""
+        most = self._settings.max_tokens
+        if most is None or len(ids) <= most:
+            return row, ids
+        if self._settings.too_long == "drop":
+            return row, []
+        if row.messages is None:
+            first = self._encode.beginning
+            return row, [*first, *ids[len(ids) - most + len(first) :]] if most > len(first) else []
+        messages = row.messages
+        while len(ids) > most:
+            messages = without_oldest(messages)
+            if not messages:
+                return row, []
+            ids = self._of_messages(messages)
+        return Row(row.text, {**row.columns, "messages": messages}, messages), ids
+
+    def _finished(self, rows: Sequence[tuple[Row, list[int]]]) -> Iterator[Prompt]:
+        import torch
+
+        if not rows:  # `batch_decode` would give one text
+            return
+        shown = [ids if row.messages is None else [] for row, ids in rows]
+        texts = self._tokenizer.batch_decode(shown, skip_special_tokens=True)
+        for (row, ids), decoded in zip(rows, texts, strict=True):
+            # The cut may split a character.
+            text = (decoded.rstrip(BROKEN) or decoded) if row.messages is None else row.text
+            yield Prompt(text, torch.tensor(ids, dtype=torch.long), row.columns, row.messages)
 
 
 def load_prompts(
-    settings: Any, tokenizer: Any, seed: int, tell: Callable[[str], None] = lambda _: None
+    settings: PromptsConfig, tokenizer: Any, seed: int, tell: Report = lambda _: None
 ) -> PromptSet:
-    """Read the source, keep the long texts, hold some out, cut all to their first tokens.
+    """Read the sources, keep what passes the filters, hold some out, make queries of all.
 
     Args:
-        settings: a `PromptsConfig`.
+        settings: say what and how.
         tokenizer: the policy's.
-        seed: decides which texts are held out and how long each query is.
+        seed: decides which rows are held out, and how long each query is.
         tell: receives messages about progress where tokenizing takes a while.
 
     Raises:
-        DataError: the source is absent, unreadable, without its column, or yields no query.
+        DataError: a source is absent, unreadable, without its column, or yields no query.
+        UsageError: there are conversations, and the tokenizer has no chat template.
     """
-    train, held_out = _split_texts(settings, seed)
-    lengths = _lengths(settings, seed)
-    prompts = PromptSet(
-        train=list(_cut(train, tokenizer, lengths, tell)),
-        held_out=list(_cut(held_out, tokenizer, lengths, tell)),
-    )
-    if not prompts.train:
-        raise DataError(f"{settings.source}: no text yields a query")
-    return prompts
+    encoder = PromptEncoder(tokenizer, settings, seed)
+    train, held_out = [], []
+    for name, rows, kept in _splits(settings, seed):
+        train.append(list(encoder.prompts(rows, tell)))
+        held_out.append(list(encoder.prompts(kept, tell)))
+        if not train[-1]:
+            raise DataError(f"{name}: no text yields a query{_too_long(settings)}")
+    return PromptSet(mixed(train, _shares(settings), settings.limit), _shuffled(held_out, seed))
 
 
-def load_held_out(settings: Any, tokenizer: Any, seed: int) -> list[Prompt]:
+def load_held_out(settings: PromptsConfig, tokenizer: Any, seed: int) -> list[Prompt]:
     """The held-out prompts of `load_prompts`, without tokenizing the others."""
-    train, held_out = _split_texts(settings, seed)
-    lengths = _lengths(settings, seed)
-    for _ in train:  # `load_prompts` draws their lengths first
-        lengths()
-    return list(_cut(held_out, tokenizer, lengths))
+    encoder = PromptEncoder(tokenizer, settings, seed)
+    held_out = []
+    for _, rows, kept in _splits(settings, seed):
+        encoder.skip(rows)  # `load_prompts` draws their lengths first
+        held_out.append(list(encoder.prompts(kept)))
+    return _shuffled(held_out, seed)
 
 
-def _split_texts(settings: Any, seed: int) -> tuple[list[str], list[str]]:
-    """Texts to train on, and held-out texts."""
-    if settings.source == EMBEDDED:
-        return _embedded_texts(settings)
-    texts = read_texts(
-        settings.source,
-        column=settings.text_column,
-        subset=settings.subset,
-        split=settings.split,
-        keep=lambda text: len(text) > settings.min_characters,
-        limit=settings.limit and settings.limit + settings.held_out,
-        distinct=True,  # no text is both held out and trained on
-    )
-    if not texts:
-        raise DataError(
-            f"{settings.source}: no text is longer than {settings.min_characters} characters; "
-            "lower prompts.min_characters"
-        )
-    held_out_size = min(settings.held_out, len(texts) // 2)
-    order = np.random.RandomState(seed).permutation(len(texts))
-    held_out = [texts[i] for i in order[:held_out_size]]
-    return [texts[i] for i in order[held_out_size:]][: settings.limit], held_out
+def _splits(settings: PromptsConfig, seed: int) -> Iterator[tuple[str, list[Row], list[Row]]]:
+    """Name, rows to train on, and held-out rows of each source."""
+    for source, share in zip(settings.mixture, _shares(settings), strict=True):
+        yield source.source, *split_rows(settings, source, share, seed)
 
 
-def _embedded_texts(settings: Any) -> tuple[list[str], list[str]]:
-    from ppo_cli.data.embedded import HELD_OUT_SEED, TRAIN_SEED
-    from ppo_cli.data.embedded.grammar import reviews
-
-    count = min(settings.limit or EMBEDDED_REVIEWS, MAX_EMBEDDED_REVIEWS)
-    return (
-        [review.text for review in reviews(count, TRAIN_SEED)],
-        [review.text for review in reviews(settings.held_out, HELD_OUT_SEED)],
-    )
+def _shares(settings: PromptsConfig) -> list[float]:
+    weights = [source.weight for source in settings.mixture]
+    return [weight / sum(weights) for weight in weights]
 
 
-def _lengths(settings: Any, seed: int) -> LengthSampler:
-    return LengthSampler(settings.input_min_text_length, settings.input_max_text_length, seed=seed)
+def _shuffled(parts: list[list[Prompt]], seed: int) -> list[Prompt]:
+    """The prompts of several sources in random order: `compare` takes the first ones."""
+    if len(parts) == 1:
+        return parts[0]
+    together = [prompt for part in parts for prompt in part]
+    return [together[i] for i in np.random.RandomState(seed).permutation(len(together))]
 
 
-def _cut(
-    texts: Sequence[str],
-    tokenizer: Any,
-    lengths: LengthSampler,
-    tell: Callable[[str], None] = lambda _: None,
-) -> Iterator[Prompt]:
-    import torch
-
-    encode = Encoder(tokenizer)
-    shown = 0  # quarters
-    for start in range(0, len(texts), TOKENIZER_BATCH):
-        batch = texts[start : start + TOKENIZER_BATCH]
-        rows = [ids[: lengths()] for ids in encode(batch, longest=lengths.values[-1])]
-        for ids, text in zip(
-            rows, tokenizer.batch_decode(rows, skip_special_tokens=True), strict=True
-        ):
-            if ids:
-                # The cut may split a character.
-                yield Prompt(text.rstrip(BROKEN) or text, torch.tensor(ids, dtype=torch.long))
-        quarter = 4 * (start + len(batch)) // len(texts)
-        if shown < quarter and len(texts) >= PROGRESS_FROM:
-            shown = quarter
-            tell(f"{start + len(batch)} of {len(texts)} texts tokenized")
+def _too_long(settings: PromptsConfig) -> str:
+    most = settings.max_tokens
+    return "" if most is None else f" of at most {most} tokens: raise prompts.max_tokens"

@@ -1,4 +1,4 @@
-"""Reads the texts of one file, by its ending: lines, tables, JSON, Parquet, Arrow."""
+"""Reads the rows of one file, by its ending: lines, tables, JSON, Parquet, Arrow."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ppo_cli.errors import DataError, did_you_mean
+from ppo_cli.data.columns import Cell, Columns
+from ppo_cli.errors import DataError
 from ppo_cli.utils.hub import first_line
-from ppo_cli.utils.text import shortened
 
 FILE_ENDINGS = (".arrow", ".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".tsv", ".txt")
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz"}
@@ -59,14 +59,14 @@ class Reader:
 
     Args:
         cache: a folder for the files that `datasets` writes.
-        column: the column of the texts.
+        columns: those to read.
     """
 
-    def __init__(self, cache: str, column: str) -> None:
+    def __init__(self, cache: str, columns: Columns) -> None:
         self._cache = cache
-        self._column = column
-        self._readers: dict[str, Callable[[DataFile], Iterator[Any]]] = {
-            ".txt": self._lines,
+        self._columns = columns
+        self._readers: dict[str, Callable[[DataFile], Iterator[Cell]]] = {
+            ".txt": self._txt,
             ".csv": self._csv,
             ".tsv": self._csv,
             ".jsonl": self._jsonl,
@@ -76,8 +76,8 @@ class Reader:
             ".arrow": self._arrow,
         }
 
-    def __call__(self, file: DataFile) -> Iterator[Any]:
-        """Read the cells of the column, row by row.
+    def __call__(self, file: DataFile) -> Iterator[Cell]:
+        """Read the file row by row.
 
         Raises:
             DataError: the file cannot be read.
@@ -128,22 +128,27 @@ class Reader:
             **options,
         )
 
-    def _column_of(self, rows: Any, column: str) -> Iterator[Any]:
-        for batch in rows.select_columns([column]).iter(batch_size=BATCH):
-            yield from batch[column]
+    def _pairs(self, rows: Any, text: str, others: list[str]) -> Iterator[Cell]:
+        for batch in rows.select_columns([text, *others]).iter(batch_size=BATCH):
+            yield from self._columns.pairs(batch, text, others)
 
     def _lines(self, file: DataFile) -> Iterator[str]:
-        encoding = _encoding(_head(file))
-        yield from self._column_of(self._rows("text", file, encoding=encoding), "text")
+        rows = self._rows("text", file, encoding=_encoding(_head(file)))
+        for batch in rows.iter(batch_size=BATCH):
+            yield from batch["text"]
 
-    def _jsonl(self, file: DataFile) -> Iterator[Any]:
+    def _txt(self, file: DataFile) -> Iterator[Cell]:
+        for line in self._lines(file):
+            yield self._columns.bare(file.name, line)
+
+    def _jsonl(self, file: DataFile) -> Iterator[Cell]:
         # The reader of `datasets` takes blocks of 10 MB, guesses types, and does not name the line
         # of an error.
         for number, line in enumerate(self._lines(file), start=1):
             if line.strip():
-                yield _cell(f"{file.name}, line {number}", self._column, line)
+                yield _cell(f"{file.name}, line {number}", self._columns, line)
 
-    def _json(self, file: DataFile) -> Iterator[Any]:
+    def _json(self, file: DataFile) -> Iterator[Cell]:
         head = _head(file)
         if _encoding(head) != "utf-8-sig":
             raise DataError(f"{file.name} is UTF-16: convert it, with iconv -f utf-16 -t utf-8")
@@ -156,51 +161,58 @@ class Reader:
         rows = self._rows("json", file)
         try:
             for batch in rows.iter(batch_size=BATCH):
-                need_column(file.name, self._column, batch)
-                yield from batch[self._column]
+                yield from self._columns.pairs(batch, *self._columns.choose(file.name, batch))
         except TypeError as error:  # from datasets before 5.1, for a row that is no object
             raise DataError(_json_problem(file)) from error
 
-    def _csv(self, file: DataFile) -> Iterator[Any]:
+    def _csv(self, file: DataFile) -> Iterator[Cell]:
         from datasets import Features, Value
 
         head = _head(file)
         encoding = _encoding(head)
         text = head.decode(encoding, errors="replace" if len(head) == HEAD_BYTES else "strict")
-        delimiter = _delimiter(text, self._column)
+        delimiter = _delimiter(text, self._columns.candidates())
         rows = _table(text, delimiter)
         header, first = next(filter(None, rows), None), next(filter(any, rows), None)
         if header is None or (first is None and len(head) < HEAD_BYTES):
             return
-        need_column(file.name, self._column, header)
+        chosen = self._columns.choose(file.name, _distinct(header))
         if first is not None and any(cell.strip() for cell in first[len(header) :]):
             raise DataError(
                 f"{file.name}: its first row has {len(first)} cells, its header {len(header)}: put "
                 f"texts that hold '{delimiter}' in quotation marks"
             )
         # All cells are read as texts: no guessing of numbers, dates or null.
-        yield from self._column_of(
-            self._rows(
-                "csv",
-                file,
-                sep=delimiter,
-                encoding=encoding,
-                features=Features({name: Value("string") for name in _distinct(header)}),
-                index_col=False,
-                na_filter=False,
-            ),
-            self._column,
+        rows = self._rows(
+            "csv",
+            file,
+            sep=delimiter,
+            encoding=encoding,
+            features=Features({name: Value("string") for name in _distinct(header)}),
+            index_col=False,
+            na_filter=False,
         )
+        yield from self._pairs(rows, *chosen)
 
-    def _parquet(self, file: DataFile) -> Iterator[Any]:
-        need_column(file.name, self._column, self._rows("parquet", file).column_names)
-        rows = self._rows("parquet", file, columns=[self._column], batch_size=BATCH)
-        yield from self._column_of(rows, self._column)
+    def _parquet(self, file: DataFile) -> Iterator[Cell]:
+        names = plain_columns(self._rows("parquet", file))
+        text, others = self._columns.choose(file.name, names)
+        rows = self._rows("parquet", file, columns=[text, *others], batch_size=BATCH)
+        yield from self._pairs(rows, text, others)
 
-    def _arrow(self, file: DataFile) -> Iterator[Any]:
+    def _arrow(self, file: DataFile) -> Iterator[Cell]:
         rows = self._rows("arrow", file)
-        need_column(file.name, self._column, rows.column_names)
-        yield from self._column_of(rows, self._column)
+        yield from self._pairs(rows, *self._columns.choose(file.name, plain_columns(rows)))
+
+
+def plain_columns(rows: Any) -> list[str]:
+    """Columns of a dataset without those that would have to be decoded: pictures, sound."""
+    features = rows.features or {}
+    return [
+        name
+        for name in rows.column_names or ()
+        if not hasattr(features.get(name), "decode_example")
+    ]
 
 
 def _head(file: DataFile) -> bytes:
@@ -226,14 +238,15 @@ def _table(text: str, delimiter: str) -> Iterator[list[str]]:
     return csv.reader(io.StringIO(text.replace("\0", ""), newline=""), delimiter=delimiter)
 
 
-def _delimiter(text: str, column: str) -> str:
-    """The first delimiter that gives the column; else the one that gives the most columns."""
+def _delimiter(text: str, columns: Sequence[str]) -> str:
+    """The first delimiter that gives one of `columns`; else the one that gives most columns."""
     headers = {
         delimiter: next(filter(None, _table(text, delimiter)), []) for delimiter in DELIMITERS
     }
-    for delimiter, header in headers.items():
-        if column in header:
-            return delimiter
+    for column in columns:
+        for delimiter, header in headers.items():
+            if column in header:
+                return delimiter
     return max(DELIMITERS, key=lambda delimiter: len(headers[delimiter]))
 
 
@@ -250,21 +263,21 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def _cell(place: str, column: str, line: str) -> Any:
-    """The column in a line of JSON: a text or None."""
+def _cell(place: str, columns: Columns, line: str) -> Cell:
+    """The row in a line of JSON, which is an object or a text."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise DataError(f"{place}: not JSON ({problem})") from error
     if isinstance(row, str):
-        return row
+        return columns.bare(place, row)
     if not isinstance(row, dict):
         raise DataError(f"{place}: an object or a string is needed")
-    need_column(place, column, row)
-    if row[column] is not None and not isinstance(row[column], str):
-        raise DataError(f"{place}: '{column}' is not a text")
-    return row[column]
+    text, others = columns.choose(place, row)
+    if row[text] is not None and not isinstance(row[text], (str, list)):
+        raise DataError(f"{place}: '{text}' is not a text")
+    return row[text], {name: row[name] for name in others}
 
 
 def _is_json(text: str) -> bool:
@@ -295,14 +308,3 @@ def _parser_problem(problem: str) -> str:
     if problem.startswith("Expected"):
         return f"{problem}: put texts that hold the delimiter in quotation marks"
     return problem
-
-
-def need_column(place: str, column: str, names: Iterable[str]) -> None:
-    """Raise `DataError` where `names` lack the column."""
-    names = list(names)
-    if column not in names:
-        shown = [shortened(name, 40) for name in names[:20]] + ["..."] * (len(names) > 20)
-        raise DataError(
-            f"{place}: no column '{column}'; it has {', '.join(shown)}."
-            f"{did_you_mean(column, names)} (set prompts.text_column)"
-        )

@@ -1,4 +1,4 @@
-"""Finds the texts of a source: files, a folder, an address, or a dataset of the hub."""
+"""Finds the rows of a source: files, a folder, an address, or a dataset of the hub."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import glob
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlparse
 
+from ppo_cli.config.prompts import PromptSource
+from ppo_cli.data.columns import Cell, Columns, matches
 from ppo_cli.data.readers import (
     ARCHIVE,
     BATCH,
@@ -22,7 +23,7 @@ from ppo_cli.data.readers import (
     NEEDED,
     DataFile,
     Reader,
-    need_column,
+    plain_columns,
 )
 from ppo_cli.errors import DataError, did_you_mean
 from ppo_cli.utils.hub import first_line, loading_errors
@@ -31,34 +32,49 @@ from ppo_cli.utils.model_folder import is_path
 EMBEDDED = "embedded"
 
 
-def read_texts(
-    source: str,
-    *,
-    column: str = "text",
-    subset: str | None = None,
-    split: str = "train",
-    keep: Callable[[str], bool] = bool,
-    limit: int | None = None,
-    distinct: bool = False,
-) -> list[str]:
-    """Read the texts of a source that `keep` accepts, at most `limit`, without blank ones.
+def read_cells(
+    settings: PromptSource, columns: Columns, seed: int = 0
+) -> Iterator[tuple[str, Cell]]:
+    """Read the rows of a source that `where` accepts, each with its place for messages.
 
     Args:
-        source: a file, a pattern of files, a folder, an http address, or a dataset's hub id.
-        column: the column of the texts; `.txt` files have none.
-        subset: of a hub dataset, or of a folder whose README.md names several.
-        split: of a hub dataset or a folder.
-        distinct: leave repeats out; they count towards the limit nevertheless.
+        settings: of the source, which is not `embedded`.
+        columns: those to read.
+        seed: of the shuffling of a stream.
 
     Raises:
-        DataError: the source is absent, unreadable, empty, not UTF-8, or lacks `column`.
+        DataError: the source is absent, unreadable, not UTF-8, or lacks a column.
     """
-    texts = iter(_texts(source, column, subset, split))
-    first = next(texts, None)
-    if first is None:
-        raise DataError(f"{_shown(source)} holds no texts: it is empty")
-    found = (text for part in ([first], texts) for text in part if keep(text))
-    return list((dict.fromkeys if distinct else list)(islice(found, limit)))
+    source = settings.source
+    local = source_files(source, settings.subset, settings.split)
+    if (folder := Path(source).expanduser()).is_dir():
+        _tell_what_is_left_out(folder, local)
+    on_hub = not local and "://" not in source
+    for key in ("streaming", "revision"):
+        if getattr(settings, key) and not on_hub:
+            raise DataError(
+                f"prompts.{key} is for hub datasets, and {shown_source(source)} is none"
+            )
+    # Files are streamed. A copy in a cache would need as much disk again and could be stale or half
+    # written. The temporary folder holds the library's locks, and downloads.
+    with TemporaryDirectory(prefix="ppo-cli-") as cache, _quiet_library():
+        read = Reader(cache, columns)
+        if on_hub:
+            yield from _numbered(source, _hub_cells(settings, columns, seed))
+            return
+        if local:
+            files = [file for path in local for file in _members(str(path), str(path))]
+        else:
+            files = _members(shown_source(source), _download(source, cache))
+        for file in files:
+            for place, cell in _numbered(file.name, read(file)):
+                if matches(settings.where, cell[1]):
+                    yield place, cell
+
+
+def _numbered(name: str, cells: Iterator[Cell]) -> Iterator[tuple[str, Cell]]:
+    for number, cell in enumerate(cells, start=1):
+        yield f"{name}, text {number}", cell
 
 
 def source_files(source: str, subset: str | None = None, split: str = "train") -> list[Path]:
@@ -114,46 +130,13 @@ def check_encodable(text: str, place: str) -> None:
         ) from error
 
 
-def _shown(source: str) -> str:
+def shown_source(source: str) -> str:
     """A source for messages: an address without possible passwords and keys."""
     if "://" not in source:
         return source
     parts = urlparse(source)
     host = parts.netloc.rpartition("@")[2]
     return parts._replace(netloc=host, params="", query="", fragment="").geturl()
-
-
-def _texts(source: str, column: str, subset: str | None, split: str) -> Iterator[str]:
-    """Read the texts of a source one by one; check each, skip blank ones."""
-    local = source_files(source, subset, split)
-    if (folder := Path(source).expanduser()).is_dir():
-        _tell_what_is_left_out(folder, local)
-    # Files are streamed. A copy in a cache would need as much disk again and could be stale or half
-    # written. The temporary folder holds the library's locks, and downloads.
-    with TemporaryDirectory(prefix="ppo-cli-") as cache, _quiet_library():
-        read = Reader(cache, column)
-        if "://" in source:
-            files = _members(_shown(source), _download(source, cache))
-        elif local:
-            files = [file for path in local for file in _members(str(path), str(path))]
-        else:
-            yield from _only_texts(source, column, _hub_values(source, column, subset, split))
-            return
-        for file in files:
-            yield from _only_texts(file.name, column, read(file))
-
-
-def _only_texts(name: str, column: str, values: Iterable[Any]) -> Iterator[str]:
-    for number, value in enumerate(values, start=1):
-        if value is None:
-            continue
-        if not isinstance(value, str):
-            raise DataError(
-                f"{name}, text {number}: column '{column}' holds {type(value).__name__}, not text"
-            )
-        check_encodable(value, f"{name}, text {number}")
-        if value and not value.isspace():
-            yield value
 
 
 def _download(address: str, folder: str) -> str:
@@ -165,7 +148,7 @@ def _download(address: str, folder: str) -> str:
     from huggingface_hub import constants
     from huggingface_hub.file_download import http_get
 
-    parts, shown = urlparse(address), _shown(address)
+    parts, shown = urlparse(address), shown_source(address)
     if parts.scheme not in ("http", "https"):
         raise DataError(
             f"{shown}: an address begins with https:// or http://; give {NEEDED}, or the hub "
@@ -251,24 +234,59 @@ def _builder_files(folder: Path, subset: str | None) -> dict[str, list[Path]]:
     }
 
 
-def _hub_values(name: str, column: str, subset: str | None, split: str) -> Iterator[Any]:
-    """Read the column of a hub dataset, which stays in the library's cache."""
+def _hub_cells(settings: PromptSource, columns: Columns, seed: int) -> Iterator[Cell]:
+    """Read a hub dataset, which stays in the library's cache unless it is streamed."""
+    name = settings.source
+    with loading_errors(name, "dataset"):
+        data = _load_hub(settings)
+        if settings.streaming and settings.shuffle_buffer:
+            data = data.shuffle(seed=seed, buffer_size=settings.shuffle_buffer)
+        text, others = columns.choose(name, plain_columns(data))
+        where = {column: _indices(data, column, v) for column, v in settings.where.items()}
+        for batch in data.select_columns([text, *others]).iter(batch_size=BATCH):
+            for cell in columns.pairs(batch, text, others):
+                if matches(where, cell[1]):
+                    yield cell
+
+
+def _load_hub(settings: PromptSource) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
-    with loading_errors(name, "dataset"):
-        try:
-            data = load_dataset(name, subset, split=split)
-        except DatasetNotFoundError as error:
+    name = settings.source
+    try:
+        data = load_dataset(
+            name,
+            settings.subset,
+            split=settings.split,
+            revision=settings.revision,
+            streaming=settings.streaming,
+        )
+    except DatasetNotFoundError as error:
+        raise DataError(
+            f"{name}: neither a file here nor a dataset on the hub (a private one needs "
+            "HF_TOKEN); files end in " + ", ".join(FILE_ENDINGS)
+        ) from error
+    except ValueError as error:  # an unknown subset or split; the message lists the known ones
+        raise DataError(f"{name}: {str(error).splitlines()[0]}") from error
+    return data._resolve_features() if data.features is None else data
+
+
+def _indices(data: Any, column: str, wanted: Any) -> list[Any]:
+    """The values of `where` for a column; names of a hub dataset's labels become numbers.
+
+    Raises:
+        DataError: there is no such label.
+    """
+    values = wanted if isinstance(wanted, list) else [wanted]
+    names = getattr(data.features[column], "names", None)  # of a ClassLabel
+    for value in values:
+        if names and isinstance(value, str) and value not in names:
             raise DataError(
-                f"{name}: neither a file here nor a dataset on the hub (a private one needs "
-                "HF_TOKEN); files end in " + ", ".join(FILE_ENDINGS)
-            ) from error
-        except ValueError as error:  # an unknown subset or split; the message lists the known ones
-            raise DataError(f"{name}: {str(error).splitlines()[0]}") from error
-    need_column(name, column, data.column_names)
-    for batch in data.select_columns([column]).iter(batch_size=BATCH):
-        yield from batch[column]
+                f"prompts.where: column '{column}' has no label '{value}'; it "
+                f"has {', '.join(names)}.{did_you_mean(value, names)}"
+            )
+    return [names.index(v) if names and isinstance(v, str) else v for v in values]
 
 
 @contextmanager

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ppo_cli.data.fingerprint import POLICY, PROMPTS, trusted_too
+from ppo_cli.data.chat import Message
+from ppo_cli.data.fingerprint import POLICY, located_prompts, prompt_inputs, trusted_too
 from ppo_cli.data.prompts import Prompt, load_held_out
+from ppo_cli.data.rows import Row
 from ppo_cli.data.sources import EMBEDDED
 from ppo_cli.errors import PPOCliError, UsageError
 from ppo_cli.evaluation.best_of_n import best_of_n, share
@@ -27,6 +29,7 @@ from ppo_cli.evaluation.generate import (
     Loaded,
     Request,
     Source,
+    chat_of,
     check_room,
     encode,
     find_input,
@@ -46,23 +49,42 @@ Report = Callable[[str], None]
 class _Task:
     """Prompts and settings that all models share.
 
-    `ids` and `tokenizer` are those of held-out prompts, None for other texts.
+    `ids` and `tokenizer` are those of held-out prompts, None for others.
     """
 
     request: Request
-    texts: list[str]
+    rows: list[Row]
     ids: list[Tensor] | None
     tokenizer: Any
     max_new_tokens: int
     seed: int
     reward: RewardSum
     report: Report
-    columns: list[Mapping[str, Any]] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts as they are shown."""
+        return [row.text for row in self.rows]
+
+    @property
+    def columns(self) -> list[dict[str, Any]]:
+        """The data columns of each prompt, for rewards."""
+        return [row.columns for row in self.rows]
+
+    @property
+    def messages(self) -> list[list[Message] | None]:
+        """The conversations to answer; None for a text."""
+        return [row.messages for row in self.rows]
+
+    def load(self, source: Source) -> Loaded:
+        """Load a model."""
+        chat = chat_of(self.rows, self.request.prompts)
+        return load_model(source, self.request.device, self.request.trusted, chat)
 
 
 def compare(
     request: Request,
-    prompts: Sequence[str],
+    prompts: Sequence[Row],
     *,
     count: int,
     max_new_tokens: int | None,
@@ -70,7 +92,6 @@ def compare(
     examples: int = 3,
     best_of: Sequence[int] = (),
     progress: Report = lambda _: None,
-    columns: Sequence[Mapping[str, Any]] | None = None,
 ) -> Comparison:
     """Sample every model of `request` on the same prompts, and measure the samples.
 
@@ -79,14 +100,13 @@ def compare(
 
     Args:
         request: two models or more, the reference among them, and a classifier.
-        prompts: texts; empty for the held-out prompts of the first run.
-        count: number of prompts; with fewer texts each is used several times.
+        prompts: texts or conversations; empty for the held-out prompts of the first run.
+        count: number of prompts; with fewer of them each is used several times.
         max_new_tokens: limit on a response; None for the run's own.
         seed: of the random numbers that all models share.
         examples: number of prompts to list whose score rose most, and fell most.
         best_of: the n of best-of-n from the reference; empty leaves that out.
         progress: called with each step of the work, and with what is left out.
-        columns: the data columns of each of `prompts`, for rewards.
 
     Raises:
         UsageError: fewer than two models, no prompts and no run that has some, or `best_of` without
@@ -99,21 +119,18 @@ def compare(
             "--best-of-n draws from a run's reference, and none of the models is a run directory: "
             "give one that 'ppo-cli train' wrote, or leave --best-of-n out"
         )
-    texts, ids, tokenizer = list(prompts), None, None
-    rows = None if columns is None else list(columns)
-    if not texts:
+    rows, ids, tokenizer = list(prompts), None, None
+    if not rows:
         held_out, tokenizer = _held_out(request, count)
-        texts, ids = [p.query for p in held_out], [p.input_ids for p in held_out]
-        rows = [p.columns for p in held_out]
+        rows, ids = [p.row for p in held_out], [p.input_ids for p in held_out]
         ids = [ids[i % len(ids)] for i in range(count)]
-    rows = rows and [rows[i % len(rows)] for i in range(count)]
-    texts = [texts[i % len(texts)] for i in range(count)]
+    rows = [rows[i % len(rows)] for i in range(count)]
     if max_new_tokens is None:
         max_new_tokens = request.run.rollout.output_max_length - 1 if request.run else 30
     loaded = load_classifier(request)
     assert loaded is not None and request.reward is not None
     reward = RewardSum.of(loaded)
-    task = _Task(request, texts, ids, tokenizer, max_new_tokens, seed, reward, progress, rows)
+    task = _Task(request, rows, ids, tokenizer, max_new_tokens, seed, reward, progress)
     reference = _reference(task, needed=bool(best_of) or request.reference in request.sources)
     models = []
     for source in request.sources:
@@ -158,7 +175,7 @@ def _reference(task: _Task, *, needed: bool) -> Loaded | None:
         task.report("none of the models is a run directory, which names a reference: no KL from it")
         return None
     try:
-        return load_model(source, task.request.device, task.request.trusted)
+        return task.load(source)
     except PPOCliError as error:
         if needed:
             raise
@@ -172,7 +189,7 @@ def _scored_samples(task: _Task, source: Source, reference: Loaded | None) -> Sc
     if reference is not None and source == task.request.reference:
         loaded = reference
     else:
-        loaded = load_model(source, task.request.device, task.request.trusted)
+        loaded = task.load(source)
     queries = _queries(task, loaded)
     rollout = draw_rollout(
         loaded.model,
@@ -181,6 +198,7 @@ def _scored_samples(task: _Task, source: Source, reference: Loaded | None) -> Sc
         loaded.params(),
         max_new_tokens=task.max_new_tokens,
         seed=task.seed,
+        messages=task.messages,
     )
     longest = max(len(q) + len(r) for q, r in zip(queries, rollout.responses, strict=True))
     against, obstacle = loaded, None
@@ -201,7 +219,7 @@ def _queries(task: _Task, loaded: Loaded) -> list[Tensor]:
     where a query ends within a word or a character.
     """
     if task.ids is None or loaded.tokenizer.get_vocab() != task.tokenizer.get_vocab():
-        return encode(loaded, task.texts, task.max_new_tokens)
+        return encode(loaded, task.rows, task.max_new_tokens, task.request.prompts)
     check_room(loaded, task.texts, task.ids, task.max_new_tokens)
     return task.ids
 
@@ -244,6 +262,7 @@ def _best_of_n_scores(task: _Task, reference: Loaded, count: int) -> np.ndarray:
         reward=task.reward,
         texts=task.texts,
         columns=task.columns,
+        messages=task.messages,
         progress=progress,
     )
 
@@ -253,12 +272,17 @@ def _held_out(request: Request, count: int) -> tuple[list[Prompt], Any]:
     if request.run is None:
         raise UsageError("none of the models is a run directory with prompts: give --prompts FILE")
     settings = request.run.prompts
-    if settings.source == EMBEDDED:  # the grammar writes any number of them
+    if (
+        settings.sources is None and settings.source == EMBEDDED
+    ):  # the grammar writes any number of them
         settings = settings.model_copy(update={"held_out": count})
-    source, _ = find_input(request.inputs, PROMPTS, settings.source)
-    settings = settings.model_copy(update={"source": source})
+    named = prompt_inputs(settings)
+    places = {key: find_input(request.inputs, key, *one) for key, one in named.items()}
+    settings = located_prompts(settings, places)
     policy = request.run.policy
     name, revision = find_input(request.inputs, POLICY, policy.model, policy.revision)
     trusted = trusted_too(request.trusted, {policy.model: name})
     tokenizer = load_tokenizer(name, revision, trusted)
+    if settings.chat_template is not None:
+        tokenizer.chat_template = settings.chat_template
     return load_held_out(settings, tokenizer, request.run.run.seed), tokenizer

@@ -170,7 +170,8 @@ class Answer:
     response: str
     """What the model wrote."""
     score: float
-    """The score of prompt and response together."""
+    """The score of prompt and response together; of an answer in a conversation, of the response
+    alone."""
     probability: float | None
     """Probability of the label; null without a classifier."""
     rewards: dict[str, float | None]
@@ -187,9 +188,11 @@ class Row:
     """One prompt, and each model's response."""
 
     query: str
-    """The prompt."""
+    """The prompt; of a conversation what its last message says."""
     responses: list[Answer]
     """In the order of `models`."""
+    messages: list[dict[str, Any]] | None
+    """The conversation; null for a text."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +268,7 @@ def most_changed(first: ScoredSamples, second: ScoredSamples, count: int) -> Cha
 def rows_of(models: Sequence[ScoredSamples]) -> list[Row]:
     """Prompt by prompt, every model's response."""
     return [
-        Row(sample.query, [_answer(model, i) for model in models])
+        Row(sample.query, [_answer(model, i) for model in models], sample.messages)
         for i, sample in enumerate(models[0].samples)
     ]
 

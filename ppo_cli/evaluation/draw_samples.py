@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ppo_cli.data.chat import Message
 from ppo_cli.evaluation.samples import Sample
 from ppo_cli.models.sampling import Rollout, sample_responses, to_texts
 from ppo_cli.models.sampling_params import SamplingParams
@@ -28,6 +29,7 @@ def draw_rollout(
     max_new_tokens: int,
     seed: int,
     batch_size: int = BATCH_SIZE,
+    messages: Sequence[list[Message] | None] | None = None,
 ) -> Rollout:
     """Sample a response to each of N queries, with random numbers that `seed` alone decides.
 
@@ -39,11 +41,12 @@ def draw_rollout(
         max_new_tokens: limit on a response.
         seed: with equal seeds two models draw from the same random numbers.
         batch_size: sequences in a forward pass.
+        messages: the conversations that the queries are made of, None for texts.
     """
     limits = [max_new_tokens] * len(queries)
     with RandomStream(seed, model.device).active():
         responses = sample_responses(model, queries, limits, params, batch_size=batch_size)
-    return to_texts(tokenizer, queries, responses)
+    return to_texts(tokenizer, queries, responses, messages)
 
 
 def draw_scores(
@@ -58,6 +61,7 @@ def draw_scores(
     reward: Any,
     texts: Sequence[str] | None = None,
     columns: Sequence[Mapping[str, Any]] | None = None,
+    messages: Sequence[list[Message] | None] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> np.ndarray:
     """Scores of `count` responses to each of P queries, (P, count).
@@ -65,7 +69,7 @@ def draw_scores(
     Only one batch of responses is in memory at a time.
 
     Args:
-        model, tokenizer, queries, params, max_new_tokens, seed: as in `draw_rollout`.
+        model, tokenizer, queries, params, max_new_tokens, seed, messages: as in `draw_rollout`.
         count: responses to each query.
         reward: as in `score_rollout`.
         texts: P texts of the queries; None to decode them.
@@ -84,7 +88,9 @@ def draw_scores(
         with stream.active():
             responses = sample_responses(model, rows, [max_new_tokens] * len(batch), params)
         found = RewardBatch.of(
-            to_texts(tokenizer, rows, responses),
+            to_texts(
+                tokenizer, rows, responses, [messages[i] for i in batch] if messages else None
+            ),
             [texts[i] for i in batch],
             [columns[i] for i in batch] if columns else None,
             params.stop_token_ids,
@@ -112,7 +118,10 @@ def score_rollout(
     """
     if reward is None:
         pairs = zip(query_texts, rollout.response_texts, strict=True)
-        return [Sample(query, response, None, None) for query, response in pairs]
+        return [
+            Sample(*texts, None, None, messages)
+            for texts, messages in zip(pairs, rollout.messages, strict=True)
+        ]
     batch = RewardBatch.of(rollout, query_texts, columns, end_ids)
     scorer = RewardSum.of(reward)
     return samples_of(batch, scorer.score(batch), has_terms=scorer.is_composed)
@@ -127,5 +136,9 @@ def samples_of(batch: RewardBatch, scores: Scores, *, has_terms: bool) -> list[S
         there = zip(part.tolist(), scores.applies[name].tolist(), strict=True)
         for row, (value, applies) in zip(terms, there, strict=True):
             row[name] = value if applies else None
-    rows = zip(batch.queries, batch.responses, scores.total.tolist(), chances, terms, strict=True)
+    messages = batch.messages or [None] * count
+    rows = zip(
+        *(batch.queries, batch.responses, scores.total.tolist(), chances, messages, terms),
+        strict=True,
+    )
     return [Sample(*row) for row in rows]

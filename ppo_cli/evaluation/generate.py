@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ppo_cli.config.prompts import PromptsConfig
 from ppo_cli.config.reward import RewardConfig, function_file
 from ppo_cli.config.schema import PolicyConfig, RunConfig
 from ppo_cli.data.fingerprint import POLICY, Inputs, inputs_of, trusted_too
-from ppo_cli.data.prompts import Encoder
+from ppo_cli.data.prompts import PromptEncoder
+from ppo_cli.data.rows import Row
 from ppo_cli.errors import DataError, ModelError, NumericalError
 from ppo_cli.evaluation.draw_samples import draw_rollout, score_rollout
 from ppo_cli.evaluation.samples import Generated
@@ -29,6 +31,7 @@ REFERENCE = "reference"
 PURE = SamplingParams()
 LOADING = ("dtype", "attn_implementation", "quantization")
 """Settings of a run's policy that also hold when its models are loaded for sampling."""
+WHOLE = PromptsConfig(cut=False)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Request:
         reference: the reference of the first run directory, among `sources` or not.
         inputs: records of that run, by which its classifier and prompts are found.
         is_reward_of_run: whether `reward` is that of the run, apart from its label.
+        prompts: how rows become queries.
     """
 
     sources: list[Source]
@@ -75,6 +79,7 @@ class Request:
     reference: Source | None = None
     inputs: Inputs | None = None
     is_reward_of_run: bool = False
+    prompts: PromptsConfig = WHOLE
 
     @property
     def input_names(self) -> list[str]:
@@ -143,7 +148,7 @@ def _warn_of(changes: Sequence[str], inputs: Inputs) -> None:
 
 def generate(
     source: Source,
-    prompts: Sequence[str],
+    rows: Sequence[Row],
     *,
     samples_each: int,
     max_new_tokens: int,
@@ -152,13 +157,13 @@ def generate(
     reward: RewardSum | None,
     trusted: Collection[str] = (),
     params: SamplingParams = PURE,
-    columns: Sequence[Mapping[str, Any]] | None = None,
+    prompts: PromptsConfig = WHOLE,
 ) -> Generated:
     """Sample `samples_each` responses to each prompt from one model.
 
     Args:
         source: names the model.
-        prompts: texts.
+        rows: texts to continue, or conversations to answer.
         samples_each: responses to each prompt.
         max_new_tokens: limit on a response.
         seed: equal seeds give every model the same random numbers.
@@ -166,14 +171,16 @@ def generate(
         reward: scores the responses; None leaves scores out.
         trusted: models whose own code may run.
         params: settings of sampling; the model's own stop and pad tokens take the place of theirs.
-        columns: the data columns of each prompt, for rewards.
+        prompts: how the rows become queries.
 
     Raises:
         DataError: a prompt has no tokens, or exceeds the model's context.
         ModelError: the model cannot be loaded.
+        UsageError: there are conversations, and the model's tokenizer has no chat template.
     """
-    loaded = load_model(source, device, trusted)
-    ids = encode(loaded, prompts, max_new_tokens)
+    loaded = load_model(source, device, trusted, chat=chat_of(rows, prompts))
+    ids = encode(loaded, rows, max_new_tokens, prompts)
+    rows = [row for row in rows for _ in range(samples_each)]
     with sampling_errors(source.name):
         rollout = draw_rollout(
             loaded.model,
@@ -182,11 +189,17 @@ def generate(
             loaded.params(params),
             max_new_tokens=max_new_tokens,
             seed=seed,
+            messages=[row.messages for row in rows],
         )
-    texts = [text for text in prompts for _ in range(samples_each)]
-    rows = None if columns is None else [row for row in columns for _ in range(samples_each)]
-    samples = score_rollout(rollout, texts, reward, rows, loaded.stop_token_ids)
+    texts = [row.text for row in rows]
+    columns = [row.columns for row in rows]
+    samples = score_rollout(rollout, texts, reward, columns, loaded.stop_token_ids)
     return Generated(source.name, samples)
+
+
+def chat_of(rows: Sequence[Row], prompts: PromptsConfig) -> PromptsConfig | None:
+    """`prompts`, by which conversations are answered; None where all rows are texts."""
+    return prompts if any(row.messages is not None for row in rows) else None
 
 
 @contextmanager
@@ -205,32 +218,48 @@ def sampling_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def load_model(source: Source, device: torch.device, trusted: Collection[str] = ()) -> Loaded:
+def load_model(
+    source: Source,
+    device: torch.device,
+    trusted: Collection[str] = (),
+    chat: PromptsConfig | None = None,
+) -> Loaded:
     """Load the model that a source names.
+
+    Args:
+        source: names the model.
+        device: of the model.
+        trusted: models whose own code may run.
+        chat: where the model answers conversations, what their chat template is.
 
     Raises:
         ModelError: it cannot be loaded.
+        UsageError: its tokenizer has no chat template, which `chat` needs.
     """
     name, revision = find_input(source.inputs, POLICY, source.model, source.revision)
     trusted = trusted_too(trusted, {source.model: name})
     tokenizer = load_tokenizer(name, revision, trusted)
+    if chat is not None and chat.chat_template is not None:
+        tokenizer.chat_template = chat.chat_template
     settings = PolicyConfig(model=name, revision=revision)
     if (given := source.loading) is not None:
         settings = settings.model_copy(update={key: getattr(given, key) for key in LOADING})
     policy = load_policy(settings, tokenizer, trusted, device)
-    stop = tuple(end_tokens(tokenizer, source.stop, policy))
+    stop = tuple(end_tokens(tokenizer, source.stop, policy, chat=chat is not None))
     return Loaded(source.name, policy.to(device).eval(), tokenizer, stop)
 
 
-def encode(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> list[torch.Tensor]:
+def encode(
+    loaded: Loaded, rows: Sequence[Row], max_new_tokens: int, prompts: PromptsConfig = WHOLE
+) -> list[torch.Tensor]:
     """Prompts as token ids, 1-D; each leaves room for a response in the context.
 
     Raises:
         DataError: a prompt has no tokens, or exceeds the model's context.
     """
-    rows = Encoder(loaded.tokenizer)(prompts)
-    check_room(loaded, prompts, rows, max_new_tokens)
-    return [torch.tensor(row) for row in rows]
+    found = PromptEncoder(loaded.tokenizer, prompts, name=loaded.name).ids(rows)
+    check_room(loaded, [row.text for row in rows], found, max_new_tokens)
+    return [torch.tensor(row) for row in found]
 
 
 def check_room(

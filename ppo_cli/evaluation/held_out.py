@@ -62,6 +62,7 @@ class HeldOutEvaluation:
         self._queries = [prompt.input_ids for prompt in prompts]
         self._texts = [prompt.query for prompt in prompts]
         self._columns = [prompt.columns for prompt in prompts]
+        self._messages = [prompt.messages for prompt in prompts]
         self._seed = seed
         self._params = params
         self._max_new_tokens = max_new_tokens
@@ -121,6 +122,7 @@ class HeldOutEvaluation:
                 reward=self._reward,
                 texts=self._texts,
                 columns=self._columns,
+                messages=self._messages,
             )
         return best_of_n(scores, counts, label=self._reward.label, seed=self._seed)
 
@@ -139,6 +141,7 @@ class HeldOutEvaluation:
                 self._params,
                 max_new_tokens=self._max_new_tokens,
                 seed=seed,
+                messages=self._messages[:count],
             )
             samples = score_rollout(
                 rollout,

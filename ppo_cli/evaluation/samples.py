@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,26 +19,32 @@ class Sample:
         rewards: what each term of a composed reward contributes to the score, by name; None where
             the term does not apply.
         reward: in training what PPO learned from, None elsewhere: `rewards` add up to it.
+        messages: the conversation that the response answers; None for a text that it continues.
     """
 
     query: str
     response: str
     score: float | None
     probability: float | None
+    messages: list[dict[str, Any]] | None = None
     rewards: Mapping[str, float | None] = field(default_factory=dict)
     reward: float | None = None
 
+    @property
+    def gap(self) -> str:
+        """What stands between query and response where they are shown together."""
+        return "" if self.messages is None else "\n"
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; `rewards` and `reward` only where they are known."""
-        values: dict[str, Any] = {
-            "query": self.query,
-            "response": self.response,
-            "score": self.score,
-            "probability": self.probability,
-        }
-        if self.reward is not None:
-            values["reward"] = self.reward
-        return values | ({"rewards": dict(self.rewards)} if self.rewards else {})
+        """Plain values, for JSON; `messages`, `rewards` and `reward` only where there are any."""
+        values = asdict(self)
+        if self.messages is None:
+            del values["messages"]
+        if self.reward is None:
+            del values["reward"]
+        if not self.rewards:
+            del values["rewards"]
+        return values
 
 
 @dataclass(frozen=True)

@@ -30,17 +30,25 @@ class Rollout:
     Attributes:
         queries: B tensors of token ids, each 1-D and of its own length.
         responses: B tensors of token ids, 1-D, the end-of-text token included where it was drawn.
-        texts: B strings, query and response decoded together.
+        texts: B strings to be scored, query and response decoded together; of a conversation the
+            response alone.
         response_texts: B strings, the responses alone.
+        messages: B conversations that were answered; None for a text that was continued.
     """
 
     queries: list[Tensor]
     responses: list[Tensor]
     texts: list[str]
     response_texts: list[str]
+    messages: list[list[dict[str, Any]] | None]
 
 
-def to_texts(tokenizer: Any, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> Rollout:
+def to_texts(
+    tokenizer: Any,
+    queries: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    messages: Sequence[list[dict[str, Any]] | None] | None = None,
+) -> Rollout:
     """B queries and responses as texts, without special tokens.
 
     A response's text is what it adds to its query's: many tokenizers drop a space at the beginning
@@ -49,16 +57,23 @@ def to_texts(tokenizer: Any, queries: Sequence[Tensor], responses: Sequence[Tens
     whole = [torch.cat([q.to(r.device), r]) for q, r in zip(queries, responses, strict=True)]
     texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
     starts = tokenizer.batch_decode(list(queries), skip_special_tokens=True)
+    answered = [*(messages if messages is not None else [None] * len(queries))]
+    added = [
+        _added(start, text)
+        if text.startswith(start.rstrip(BROKEN))
+        else tokenizer.decode(response, skip_special_tokens=True)
+        for start, text, response in zip(starts, texts, responses, strict=True)
+    ]
     return Rollout(
         queries=list(queries),
         responses=list(responses),
-        texts=texts,
-        response_texts=[
-            _added(start, text)
-            if text.startswith(start.rstrip(BROKEN))
-            else tokenizer.decode(response, skip_special_tokens=True)
-            for start, text, response in zip(starts, texts, responses, strict=True)
+        # A template's text, such as the names of roles, is nobody's opinion; nor is the user's.
+        texts=[
+            text if conversation is None else response
+            for text, response, conversation in zip(texts, added, answered, strict=True)
         ],
+        response_texts=added,
+        messages=answered,
     )
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ppo_cli.data.chat import ChatEncoder
 from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.utils.text import shortened
 
 SPACE_MARK = "▁"  # SentencePiece's sign for a space, which decoding drops at the beginning
 
 
-def end_tokens(tokenizer: Any, stop: Sequence[str] = (), model: Any = None) -> list[int]:
+def end_tokens(
+    tokenizer: Any, stop: Sequence[str] = (), model: Any = None, *, chat: bool = False
+) -> list[int]:
     """Ids of the tokens that end a response, in ascending order; empty where there are none.
 
     They are the tokenizer's end-of-text token, all those in the model's configurations (chat models
-    have one for the end of a turn and one for the end of a text), and the tokens that contain a
-    text of `stop`. Ids outside the vocabulary, which small models keep from a large one, are left
-    out.
+    have one for the end of a turn and one for the end of a text), the tokens that contain a text of
+    `stop`, and for conversations the token with which the chat template ends a turn. Ids outside
+    the vocabulary, which small models keep from a large one, are left out.
 
     A stop text has to be in one token, alone or with other characters: "." is also in " ." and
     '."'. It may be the text of a special token, such as "<|im_end|>". A stop text that the model
@@ -28,14 +31,17 @@ def end_tokens(tokenizer: Any, stop: Sequence[str] = (), model: Any = None) -> l
         stop: texts that end a response.
         model: has `config` and `generation_config`, as `transformers` does; None for the
             tokenizer's tokens alone.
+        chat: whether responses are an assistant's turns.
 
     Raises:
-        UsageError: no token contains one of `stop`.
+        UsageError: no token contains one of `stop`, or there is no chat template.
         ModelError: an `eos_token_id` in a configuration is not an id.
     """
     vocabulary = _vocabulary(tokenizer, model)
     named = [tokenizer, *_configurations(model)]
     ids = [i for one in named for i in _listed(getattr(one, "eos_token_id", None))]
+    if chat and (end := ChatEncoder(tokenizer).end_of_turn()) is not None:
+        ids.append(end)
     ends = {i for i in ids if 0 <= i < vocabulary}
     if stop:
         texts = _texts(tokenizer)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ppo_cli.data.fingerprint import prompt_inputs
 from ppo_cli.data.sources import EMBEDDED
 from ppo_cli.evaluation import quality
 from ppo_cli.models.model_card import make_card, usage
@@ -93,7 +94,11 @@ def _names(config: Any, inputs: Records) -> tuple[str, str, str]:
     return (
         public_name(config.policy.model, inputs.get("policy.model")),
         ", ".join(public_name(model, by_name.get(model)) for model in config.reward.models),
-        public_name(config.prompts.source, inputs.get("prompts.source")),
+        ", ".join(
+            public_name(name, inputs.get(key))
+            for key, (name, _) in prompt_inputs(config.prompts).items()
+            if key.endswith(".source")
+        ),
     )
 
 
@@ -112,12 +117,15 @@ def _metadata(summary: Any, config: Any, inputs: Records) -> dict[str, Any]:
     policy = inputs.get("policy.model") or {}
     base_record = policy.get("base") or {}
     base = hub_id(config.policy.model, policy) or hub_id(base_record.get("name", ""), base_record)
-    dataset = hub_id(config.prompts.source, inputs.get("prompts.source"))
+    sources = prompt_inputs(config.prompts)
+    datasets = [hub_id(name, inputs.get(key)) for key, (name, _) in sources.items()]
+    known = list(dict.fromkeys(filter(None, datasets)))
+    dataset = known[0] if len(known) == len(datasets) == 1 else None
     is_embedded = config.policy.model == EMBEDDED
     folder = base_record.get("path") or policy.get("path")
     return {
         "base_model": base,
-        "datasets": [dataset] if dataset else None,
+        "datasets": known or None,
         "license": EMBEDDED_LICENSE if is_embedded else license_of(base, folder),
         "eval_results": _results(summary, config, inputs, dataset),
     }

@@ -42,7 +42,7 @@ def sample_line(sample: Sample) -> Text:
     """`+1.23  query│response`, the response in bold."""
     score = "" if sample.score is None else f"{sample.score:+6.2f}  "
     line = Text(score, style="cyan")
-    line.append(escape_controls(sample.query), style="default")
+    line.append(escape_controls(sample.query + sample.gap), style="default")
     line.append(escape_controls(sample.response), style="bold")
     return line
 

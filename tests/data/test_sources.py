@@ -23,8 +23,9 @@ from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
 from ppo_cli.data.readers import BATCH
-from ppo_cli.data.sources import read_texts, source_files
+from ppo_cli.data.sources import source_files
 from ppo_cli.errors import DataError
+from tests.data.reading import read_texts
 from tests.test_cli import environment
 
 TEXTS = [
@@ -264,8 +265,11 @@ def test_reading_leaves_nothing_behind_and_needs_no_home(tmp_path: Path) -> None
     home = tmp_path / "home"
     home.mkdir()
     code = (
-        "from ppo_cli.data.sources import read_texts, source_files\n"
-        f"assert read_texts({str(tmp_path / 'a.csv')!r}, limit=1) == ['one']\n"
+        "from ppo_cli.config.prompts import PromptSource\n"
+        "from ppo_cli.data.rows import read_rows\n"
+        "from ppo_cli.data.sources import source_files\n"
+        f"source = PromptSource(source={str(tmp_path / 'a.csv')!r})\n"
+        "assert [row.text for row in read_rows(source, limit=1)] == ['one']\n"
         f"assert source_files({str(tmp_path)!r})\n"
     )
     done = subprocess.run(

@@ -24,7 +24,9 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from ppo_cli.config.schema import PolicyConfig, PromptsConfig, RewardConfig, RunConfig
 from ppo_cli.data.embedded.grammar import reviews
-from ppo_cli.data.prompts import Encoder, load_held_out, load_prompts
+from ppo_cli.data.encoder import Encoder
+from ppo_cli.data.prompts import load_held_out, load_prompts
+from ppo_cli.data.rows import Row
 from ppo_cli.evaluation import compare, generate
 from ppo_cli.evaluation.generate import Request, Source
 from ppo_cli.models.loading import load_tokenizer
@@ -363,7 +365,7 @@ def test_generate_begins_with_what_the_tokenizer_puts_before_a_text_and_nothing_
     make_gpt2(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     loaded = generate.load_model(Source("m", str(tmp_path / "model")), torch.device("cpu"))
-    ids = generate.encode(loaded, ["This film </s>"], 4)[0].tolist()
+    ids = generate.encode(loaded, [Row("This film </s>")], 4)[0].tolist()
     assert ids[0] == 1 and 1 not in ids[1:] and 2 not in ids
     assert tokenizer.decode(ids[1:]) == "This film </s>"
 

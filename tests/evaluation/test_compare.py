@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ppo_cli.config.schema import PolicyConfig, RewardConfig, RunConfig
+from ppo_cli.data.rows import Row
 from ppo_cli.errors import PPOCliError, UsageError
 from ppo_cli.evaluation import compare as comparison
 from ppo_cli.evaluation import generate
@@ -88,7 +89,7 @@ def compare(folders: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             reference=reference,
         )
         defaults = {"count": 8, "max_new_tokens": 6, "seed": 1}
-        return comparison.compare(request, PROMPTS, **(defaults | settings))
+        return comparison.compare(request, [Row(t) for t in PROMPTS], **(defaults | settings))
 
     return run
 

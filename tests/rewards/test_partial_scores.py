@@ -35,6 +35,7 @@ def rollout(*pairs: tuple[list[int], list[int]]) -> Rollout:
         [torch.tensor(r, dtype=torch.long) for r in responses],
         count,
         count,
+        [None] * len(pairs),
     )
 
 

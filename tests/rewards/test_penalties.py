@@ -11,6 +11,7 @@ import torch
 from ppo_cli.cli.requests import resolve
 from ppo_cli.config.loading import load_config
 from ppo_cli.config.schema import RewardConfig
+from ppo_cli.data.rows import Row
 from ppo_cli.errors import UsageError
 from ppo_cli.evaluation.compare import compare
 from ppo_cli.evaluation.draw_samples import draw_rollout
@@ -203,7 +204,7 @@ def test_a_run_learns_from_the_shaped_score_and_ends_where_it_is_told(
     for source in request.sources:
         samples = generate(
             source,
-            ["This movie"],
+            [Row("This movie")],
             samples_each=20,
             max_new_tokens=30,
             seed=0,
@@ -262,7 +263,7 @@ def test_a_models_own_end_tokens_end_what_is_trained_evaluated_and_generated(
     request = asked("chat")
     samples = generate(
         request.sources[0],
-        ["This movie"],
+        [Row("This movie")],
         samples_each=32,
         max_new_tokens=30,
         seed=0,
