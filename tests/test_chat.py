@@ -73,9 +73,10 @@ def test_the_classifier_reads_answers_alone(home: Path, monkeypatch: pytest.Monk
     changes += [f"prompts.chat_template={json.dumps(CHATML)}", "policy.adapter=null"]
     training = build_training(load_config("chat-lora", assignments=changes))
     read: list[str] = []
-    scores = training.reward.scores
+    (classifier,) = training.reward.classifiers
+    of_labels = classifier.of_labels
     monkeypatch.setattr(
-        training.reward, "scores", lambda texts: read.extend(texts) or scores(texts)
+        classifier, "of_labels", lambda texts: read.extend(texts) or of_labels(texts)
     )
     samples = training.ppo_step.run(0).samples
     responses = [sample.response for sample in samples]

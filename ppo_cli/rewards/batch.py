@@ -20,7 +20,7 @@ class RewardBatch:
     """B responses to score.
 
     Attributes:
-        texts: B strings, query and response together.
+        texts: B strings, query and response together; of a conversation the response alone.
         queries, responses: B strings each, the parts.
         columns: name -> B values, the data's other columns; conversations are `messages`.
         messages: B conversations that were answered, None for texts; empty where there are none.
@@ -87,12 +87,13 @@ class RewardBatch:
     def take(self, owners: Sequence[int], texts: Sequence[str]) -> RewardBatch:
         """The beginnings `texts` of the rows `owners`, for scores of unfinished texts."""
         queries = [self.queries[i] for i in owners]
-        return RewardBatch(
-            texts,
-            queries,
-            [text.removeprefix(query) for text, query in zip(texts, queries, strict=True)],
-            {name: [values[i] for i in owners] for name, values in self.columns.items()},
-        )
+        messages = [self.messages[i] if self.messages else None for i in owners]
+        responses = [
+            text.removeprefix(query) if conversation is None else text
+            for text, query, conversation in zip(texts, queries, messages, strict=True)
+        ]
+        columns = {name: [values[i] for i in owners] for name, values in self.columns.items()}
+        return RewardBatch(texts, queries, responses, columns, messages=messages)
 
 
 def filled(template: str, batch: RewardBatch) -> Sequence[str]:

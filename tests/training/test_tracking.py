@@ -143,7 +143,8 @@ def test_trackio_has_the_metrics_once_and_more(run: Path) -> None:
     stored, rows = in_trackio(folder)
     assert_same(stored, recorded(run))
     assert rows[0]["env/reward_dist"]["_type"] == "trackio.histogram"
-    assert set(rows[0]["samples"]["_value"][0]) == {"query", "response", "score", "probability"}
+    columns = {"query", "response", "score", "probability", "reward"}
+    assert set(rows[0]["samples"]["_value"][0]) == columns
     with sqlite3.connect(folder / "trl.db") as store:
         ((config,),) = store.execute("select config from configs").fetchall()
     assert json.loads(config)["ppo"]["batch_size"] == 16
