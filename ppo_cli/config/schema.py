@@ -231,6 +231,10 @@ class RunSettings(Section):
     kl_limit: Annotated[float, Field(gt=0)] | None = 1000.0
     """KL per response (nats) from which a step counts as diverged, and above which an evaluation
     cannot be the best; null for no limit."""
+    kl_budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """KL per response (nats) that the run aims at (--kl): the KL coefficient follows the KL of the
+    steps, from ppo.init_kl_coef on, and the best weights are those with the highest score among
+    the evaluations within 10 % of the budget, or else those nearest to it. null for no budget."""
     collapse_limit: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     """Share of equal responses in a batch from which the text counts as collapsed; 1 for all of
     them, null for no limit. Batches of fewer than 8 are not checked."""

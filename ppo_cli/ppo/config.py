@@ -31,6 +31,9 @@ class PPOConfig(PPOSettings):
     temperature: Positive = 1.0
     """Temperature of the policy: the default of `generate`. Logits are divided by it wherever
     probabilities are computed, those of the reference too."""
+    kl_budget: Positive | None = None
+    """Keep KL per response at this many nats: `BudgetKLController` moves the KL coefficient,
+    whatever `adap_kl_ctrl` says. None for no budget."""
     exp_name: str = os.path.basename(sys.argv[0]).removesuffix(".py")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     task_name: str | None = None

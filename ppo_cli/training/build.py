@@ -171,6 +171,7 @@ def make_trainer(
             query_dataset=config.prompts.source,
             reward_model=config.reward.model,
             steps=config.run.steps * config.ppo.batch_size,
+            kl_budget=config.run.kl_budget,
         ),
         load_policy(config.policy, tokenizer, trusted),
         None,
