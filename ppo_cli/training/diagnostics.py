@@ -28,7 +28,8 @@ SURPRISE_RANGE = (0.85, 1.2)  # mean of minus log-probability over mean entropy
 MIN_SURPRISE_TOKENS = 2000  # fewer tokens do not show whether SURPRISE_RANGE is kept
 MIN_SURPRISE_ENTROPY = 0.1  # nats per token, likewise
 MIN_ENTROPY_SHARE = 0.3  # of the entropy in the first steps
-MIN_LENGTH_SHARE = 0.4  # of the length in the first steps
+MIN_LENGTH_SHARE = 0.7  # of the length in the first steps
+MIN_LENGTH_SHARE_ASKED = 0.4  # likewise, of a run whose reward has a term for the length
 MIN_SPREAD_SHARE = 0.01  # of the scores' standard deviation, or returns' variance, likewise
 MIN_GAIN = 0.25  # in the scores' standard deviations of the first steps, over the whole run
 MIN_LATE_GAIN = 0.1  # likewise, over the last steps
@@ -272,7 +273,9 @@ def _equal_scores(history: History, config: RunConfig) -> str | None:
 
 def _short_responses(history: History, config: RunConfig) -> str | None:
     """Responses at a fraction of their length in the first steps."""
-    fall = history.fall_below("tokens/responses_len_mean", MIN_LENGTH_SHARE)
+    asked = config.reward.length_cost or config.reward.missing_eos_penalty
+    share = MIN_LENGTH_SHARE_ASKED if asked else MIN_LENGTH_SHARE
+    fall = history.fall_below("tokens/responses_len_mean", share)
     if fall is None:
         return None
     start, now = fall

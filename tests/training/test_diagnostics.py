@@ -148,9 +148,15 @@ FAULTS: dict[str, tuple[list[str], Change, Change, list[str]]] = {
     ),
     "short": (
         [],
+        lambda step: shrunk(11.0) if step > 40 else {},
+        lambda step: shrunk(12.5) if step > 40 else {},
+        ["step 43:", "from 16.9 to 11.0 tokens", "reward.target_length=17"],
+    ),
+    "short on purpose": (
+        ["reward.missing_eos_penalty=0.5"],
         lambda step: shrunk(4.0) if step > 40 else {},
         lambda step: shrunk(9.0) if step > 40 else {},
-        ["step 43:", "from 16.9 to 4.0 tokens", "reward.target_length=17"],
+        ["step 43:", "from 16.9 to 4.0 tokens"],
     ),
     "no end": (
         ["reward.missing_eos_penalty=1.5"],
