@@ -1,24 +1,26 @@
-"""The KL coefficient: constant, or adapted towards a target KL.
+"""The KL coefficient: constant, adapted towards a target KL, or kept at a budget of KL.
 
-Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences"
-(https://arxiv.org/abs/1909.08593), section 2.2.
+Source of the adaptive one: Ziegler et al. 2019, "Fine-Tuning Language Models from Human
+Preferences" (https://arxiv.org/abs/1909.08593), section 2.2.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from ppo_cli.ppo.config import PPOConfig
 
 PROPORTIONAL = 2.0  # a KL of twice the budget multiplies the coefficient by e squared
-INTEGRAL = 0.1  # and by another 10 % a step for as long as it lasts
+INTEGRAL = 0.1  # and an error of 0.1 by another 1 % a step for as long as it lasts
+SUMMED = (-0.25, 1.0)  # the long way up to the budget is no error that has to be made good
+RECENT = 0.8  # weight of a KL one step later
+SCALES = (0.5, 2.0)
 LEAST, MOST = 1e-4, 1e2
 
 
 class FixedKLController:
     """A constant coefficient."""
-
-    error = 0.0  # that of `BudgetKLController`, for a checkpoint
 
     def __init__(self, kl_coef: float) -> None:
         self.value = kl_coef
@@ -26,8 +28,15 @@ class FixedKLController:
     def update(self, current: float, n_steps: int) -> None:
         """Change nothing; arguments as in `AdaptiveKLController.update`."""
 
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint needs besides the coefficient."""
+        return {}
 
-class AdaptiveKLController:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue from a `state_dict`."""
+
+
+class AdaptiveKLController(FixedKLController):
     """A coefficient that grows while KL is above `target` and shrinks while it is below.
 
     Args:
@@ -36,10 +45,8 @@ class AdaptiveKLController:
         horizon: samples over which a 20 % error changes the coefficient by 20 %.
     """
 
-    error = 0.0
-
     def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
-        self.value = init_kl_coef
+        super().__init__(init_kl_coef)
         self.target = target
         self.horizon = horizon
 
@@ -54,7 +61,7 @@ class AdaptiveKLController:
         self.value *= 1 + error * n_steps / self.horizon
 
 
-class BudgetKLController:
+class BudgetKLController(FixedKLController):
     """A coefficient that brings KL to a budget and holds it there.
 
     Its logarithm is the sum of a part that follows the error at once and one that adds the errors
@@ -70,29 +77,51 @@ class BudgetKLController:
     """
 
     def __init__(self, init_kl_coef: float, budget: float) -> None:
-        self.value = init_kl_coef
+        super().__init__(init_kl_coef)
         self.budget = budget
-        self.error = 0.0
+        self._error = 0.0
+        self._recent = 0.0
+        self._scale = 1.0
 
     def update(self, current: float, n_steps: int) -> None:
-        """Move the coefficient.
+        """Move the coefficient; arguments as in `AdaptiveKLController.update`.
+
+        Every step counts alike, whatever `n_steps` is.
+        """
+        self._recent = RECENT * self._recent + (1 - RECENT) * current if self._recent else current
+        error = _clip(self._scale * current / self.budget - 1, (-1.0, 1.0))
+        change = PROPORTIONAL * (error - self._error) + INTEGRAL * _clip(error, SUMMED)
+        self._error = error
+        self.value = _clip(self.value * math.exp(change), (LEAST, MOST))
+
+    def calibrate(self, kl: float) -> None:
+        """Learn how the KL that the budget is of compares with `objective/kl`.
 
         Args:
-            current: `objective/kl` of the step.
-            n_steps: not used; every step counts alike.
+            kl: of an evaluation just after a step. Its responses may be longer than the steps'.
         """
-        error = min(max(current / self.budget - 1, -1.0), 1.0)
-        change = PROPORTIONAL * (error - self.error) + INTEGRAL * error
-        self.error = error
-        self.value = min(max(self.value * math.exp(change), LEAST), MOST)
+        if self._recent > 0:
+            self._scale = _clip(kl / self._recent, SCALES)
+
+    def state_dict(self) -> dict[str, float]:
+        """Error, recent KL and scale, for a checkpoint."""
+        return {"error": self._error, "recent": self._recent, "scale": self._scale}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue from a `state_dict`; an empty one, of an earlier release, changes nothing."""
+        self._error = state.get("error", self._error)
+        self._recent = state.get("recent", self._recent)
+        self._scale = state.get("scale", self._scale)
 
 
-def make_kl_controller(
-    config: PPOConfig,
-) -> AdaptiveKLController | BudgetKLController | FixedKLController:
+def make_kl_controller(config: PPOConfig) -> FixedKLController:
     """The controller that `kl_budget` or `adap_kl_ctrl` asks for."""
     if config.kl_budget is not None:
         return BudgetKLController(config.init_kl_coef, config.kl_budget)
-    if not config.adap_kl_ctrl:
-        return FixedKLController(config.init_kl_coef)
-    return AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
+    if config.adap_kl_ctrl:
+        return AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
+    return FixedKLController(config.init_kl_coef)
+
+
+def _clip(value: float, limits: tuple[float, float]) -> float:
+    return min(max(value, limits[0]), limits[1])

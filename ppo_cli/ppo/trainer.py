@@ -432,7 +432,7 @@ class PPOTrainer:
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler and self.lr_scheduler.state_dict(),
             "kl_coef": self.kl_ctl.value,
-            "kl_error": self.kl_ctl.error,
+            "kl_controller": self.kl_ctl.state_dict(),
             "running": self.running.state_dict(),
             "calibration": self._calibration.state_dict(),
             "shuffle": numpy_state(self._shuffle),
@@ -450,7 +450,7 @@ class PPOTrainer:
         if self._schedule is not None:
             follow(self._schedule)
         self.kl_ctl.value = state["kl_coef"]
-        self.kl_ctl.error = state.get("kl_error", 0.0)  # earlier releases had none
+        self.kl_ctl.load_state_dict(state.get("kl_controller", {}))  # earlier releases had none
         self.running.load_state_dict(state["running"])
         self._calibration.load_state_dict(state["calibration"])
         set_numpy_state(self._shuffle, state["shuffle"])

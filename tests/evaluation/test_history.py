@@ -41,6 +41,20 @@ def made_up(seed: int, count: int = 9) -> list[Evaluation]:
     return [Evaluation(10 * (i + 1), float(s), float(kl)) for i, (s, kl) in enumerate(pairs)]
 
 
+def test_with_a_budget_the_best_is_the_highest_score_near_it_or_else_the_nearest() -> None:
+    settings = RunSettings(kl_budget=4)
+
+    def best(*pairs: tuple[float, float]) -> int | None:
+        found = [Evaluation(i, score, kl) for i, (score, kl) in enumerate(pairs)]
+        newest = history_after(found, settings).best
+        return newest and newest.step
+
+    assert best((1.0, 3.7), (2.0, 4.3), (1.5, 4.0), (9.0, 4.5), (9.0, 3.5)) == 1
+    assert best((1.0, 1.0), (0.5, 2.0), (3.0, 8.0)) == 1  # none within 10 %
+    assert best((1.0, 1.0)) == 0
+    assert best((9.0, 2000.0)) is None  # beyond kl_limit
+
+
 LIMITS: list[tuple[float | None, float | None]] = [
     (None, None),
     (3, None),

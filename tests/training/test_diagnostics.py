@@ -152,12 +152,6 @@ FAULTS: dict[str, tuple[list[str], Change, Change, list[str]]] = {
         lambda step: shrunk(12.5) if step > 40 else {},
         ["step 43:", "from 16.9 to 11.0 tokens", "reward.target_length=17"],
     ),
-    "short on purpose": (
-        ["reward.missing_eos_penalty=0.5"],
-        lambda step: shrunk(4.0) if step > 40 else {},
-        lambda step: shrunk(9.0) if step > 40 else {},
-        ["step 43:", "from 16.9 to 4.0 tokens"],
-    ),
     "no end": (
         ["reward.missing_eos_penalty=1.5"],
         only_in("env/missing_eos_penalty", ALWAYS, 1.5),
@@ -175,6 +169,14 @@ def test_each_fault_is_reported_once(name: str) -> None:
     for part in wanted:
         assert part in said[0]
     assert advice(configuration(*settings), no_fault)[0] == []
+
+
+@pytest.mark.parametrize("asked", ["missing_eos_penalty", "length_cost"])
+def test_a_reward_for_short_responses_may_shorten_them(asked: str) -> None:
+    config = configuration(f"reward.{asked}=0.5")
+    assert advice(config, lambda step: shrunk(9.0) if step > 40 else {})[0] == []
+    said, _ = advice(config, lambda step: shrunk(6.0) if step > 40 else {})
+    assert len(said) == 1 and "16.9 to 6.0 tokens" in said[0]
 
 
 def end(kl: Callable[[int], float], score: Callable[[int], float]) -> Change:
