@@ -253,6 +253,14 @@ class RunSettings(Section):
                 f"{asked[0]} ({getattr(self, asked[0]):g}) is checked after each evaluation, and "
                 f"eval_every is 0: set run.eval_every to 1 or more, or run.{asked[0]} to null"
             )
+        if (budget := self.kl_budget) is not None:
+            for key in ("kl_limit", "stop_kl"):
+                limit = getattr(self, key)
+                if limit is not None and budget >= limit:
+                    raise ValueError(
+                        f"a KL budget of {budget:g} (run.kl_budget, --kl) is not below run.{key} "
+                        f"({limit:g}): lower the budget, or raise run.{key}"
+                    )
         return self
 
 

@@ -20,6 +20,7 @@ MIN_STEPS_AT_END = 2 * RECENT_STEPS  # a shorter run is not judged by its end
 MIN_KL = -1.0  # nats per response
 MAX_KL_PER_TOKEN = 2.0  # nats
 MAX_KL_WITHOUT_GAIN = 10.0  # nats per response, of a run whose score did not rise
+MOST_OFF_BUDGET = 0.15  # of KL, relative to the budget
 MIN_KL_MOVED = 0.1  # nats per response; below it the policy has not moved
 MIN_KL_GROWTH = 1.2  # ratio of the mean KL of the last steps to that of the steps before
 MAX_APPROX_KL = 0.2  # half the mean squared log-ratio, per token
@@ -133,6 +134,28 @@ def sampling_warning(config: RunConfig) -> str | None:
         f"with {_settings(changed)} responses are not samples of the policy itself: KL is biased "
         f"and may become negative. Train with {_pure(changed)}; `generate` samples as you like "
         "afterwards"
+    )
+
+
+def budget_warning(kl: float, config: RunConfig) -> str | None:
+    """Warning, at the end, that a run with a budget of KL ended elsewhere.
+
+    Args:
+        kl: of the weights that are kept, exact, nats per response.
+        config: the run's.
+    """
+    budget = config.run.kl_budget
+    if budget is None or abs(kl / budget - 1) <= MOST_OFF_BUDGET:
+        return None
+    seen = f"KL is {kl:.2f}, not within {MOST_OFF_BUDGET:.0%} of the budget of {budget:g}"
+    if kl < budget:
+        return (
+            f"{seen}: the run was too short to use it up, or no more score is to be had. Give more "
+            f"run.steps ({config.run.steps}), or raise {config.step_size}"
+        )
+    return (
+        f"{seen}: steps move the policy further than the KL penalty takes it back. Lower "
+        f"{config.step_size}, or give more run.steps ({config.run.steps})"
     )
 
 

@@ -17,7 +17,7 @@ from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.reporting.frontier import write_curve
 from ppo_cli.reporting.summary import Pace, StepReport, TrainingSummary
 from ppo_cli.rewards.sentiment import SentimentReward
-from ppo_cli.training.diagnostics import Diagnostics
+from ppo_cli.training.diagnostics import Diagnostics, budget_warning
 from ppo_cli.training.divergence import classifier_faults
 from ppo_cli.training.records import METRICS_FILE, SAMPLES_FILE
 from ppo_cli.training.results import save_model, write_card
@@ -166,6 +166,7 @@ class Training:
             write_curve(self.directory.path, self.held_out.best_of_n(counts))
         if self.step == self.config.run.steps:
             _warn(self._diagnostics.check_end())
+            _warn(filter(None, [budget_warning(after.quality["kl"], self.config)]))
         return summary
 
     def _one_step(self) -> StepReport:

@@ -110,6 +110,7 @@ class PPOStep:
             "env/reward_std": scores.std().item() if len(scores) > 1 else 0.0,
             "env/probability_mean": mean_probability(samples),
             **penalty_statistics(scores, penalties),
+            **self._scale(),
             "time/sampling": sampled - started,
             "time/scoring": scored - sampled,
             "time/optimising": stats["time/ppo/total"],
@@ -119,6 +120,12 @@ class PPOStep:
         check_weights(trainer.accelerator.unwrap_model(trainer.model), config)
         check_numbers(statistics, config)
         return StepResult(statistics, samples)
+
+    def _scale(self) -> dict[str, float]:
+        """The scale of the scores, where they have one."""
+        if not self._config.ppo.use_score_scaling:
+            return {}
+        return {"env/score_scale": self._trainer.running.std}
 
     def batch(self, step: int) -> dict[str, list[Any]]:
         """The prompts of a step. Seed and epoch decide the order within each epoch."""

@@ -197,12 +197,18 @@ def test_the_best_weights_are_left_and_the_run_goes_on_from_the_newest(
 
 
 def test_a_run_that_went_on_equals_one_that_never_paused(scripted: Any, tmp_path: Path) -> None:
-    scripted({**UP_AND_DOWN, 5: 9.9})  # the evaluation at the first end does not count later
-    train(tmp_path / "a", "run.steps=8", "run.checkpoint_every=2")
-    first = train(tmp_path / "b", "run.steps=5", "run.checkpoint_every=2")
+    # The evaluation at the first end does not count later, for the KL coefficient neither.
+    scripted({**UP_AND_DOWN, 5: 9.9}, kl=dict.fromkeys((2, 4, 5, 6, 8), 0.1))
+    settings = ["run.checkpoint_every=2", "run.kl_budget=0.1", "ppo.use_score_scaling=true"]
+    settings += ["ppo.score_scaling_samples=12"]
+    train(tmp_path / "a", "run.steps=8", *settings)
+    first = train(tmp_path / "b", "run.steps=5", *settings)
     assert first.weights.step == 5
     assert "eval/score" in rows(tmp_path / "b")[-1]
-    train(tmp_path / "b", "run.steps=8", "run.checkpoint_every=2", resume=True)
+    train(tmp_path / "b", "run.steps=8", *settings, resume=True)
+    steps = rows(tmp_path / "a")
+    assert len({row["objective/kl_coef"] for row in steps}) == 8
+    assert len({row["env/score_scale"] for row in steps[1:]}) == 1 != steps[0]["env/score_scale"]
     a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert set(differences(a, b)) <= {"run.yaml", "README.md"}  # which name the folder
 
