@@ -235,6 +235,10 @@ class RunSettings(Section):
     """KL per response (nats) that the run aims at (--kl): the KL coefficient follows the KL of the
     steps, from ppo.init_kl_coef on, and the best weights are those with the highest score among
     the evaluations within 10 % of the budget, or else those nearest to it. null for no budget."""
+    kl_ceiling: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """KL per response (nats) that the run keeps below, without a kl_budget: the KL coefficient is
+    ppo.init_kl_coef, and more while KL is over this. Evaluations more than 10 % over it are only
+    the best if none is below. null for no ceiling."""
     collapse_limit: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     """Share of equal responses in a batch from which the text counts as collapsed; 1 for all of
     them, null for no limit. Batches of fewer than 8 are not checked."""

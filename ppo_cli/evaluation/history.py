@@ -76,10 +76,13 @@ class EvaluationHistory:
 
 
 def _rank(evaluation: Evaluation, settings: RunSettings) -> tuple[float, float]:
-    """What the best evaluation has most of: nearness to the budget of KL, if any, then score."""
-    if settings.kl_budget is None:
-        return 0.0, evaluation.score
-    away = abs(evaluation.kl / settings.kl_budget - 1)
+    """What the best evaluation has most of: nearness to budget or ceiling of KL, then score."""
+    if settings.kl_budget is not None:
+        away = abs(evaluation.kl / settings.kl_budget - 1)
+    elif settings.kl_ceiling is not None:
+        away = evaluation.kl / settings.kl_ceiling - 1
+    else:
+        away = 0.0
     return -max(away, TOLERANCE), evaluation.score
 
 

@@ -34,6 +34,9 @@ class PPOConfig(PPOSettings):
     kl_budget: Positive | None = None
     """Keep KL per response at this many nats: `BudgetKLController` moves the KL coefficient,
     whatever `adap_kl_ctrl` says. None for no budget."""
+    kl_ceiling: Positive | None = None
+    """Without a budget: keep KL per response below this many nats with a coefficient of
+    `init_kl_coef` or more. None for no ceiling."""
     exp_name: str = os.path.basename(sys.argv[0]).removesuffix(".py")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     task_name: str | None = None

@@ -62,7 +62,7 @@ class AdaptiveKLController(FixedKLController):
 
 
 class BudgetKLController(FixedKLController):
-    """A coefficient that brings KL to a budget and holds it there.
+    """A coefficient that brings KL to a budget and holds it there, or keeps it below.
 
     Its logarithm is the sum of a part that follows the error at once and one that adds the errors
     up. The first is needed: KL adds up over the steps, too, and a coefficient that only adds up
@@ -71,15 +71,17 @@ class BudgetKLController(FixedKLController):
     Args:
         init_kl_coef: coefficient at the budget, at the start.
         budget: KL per sequence, nats.
+        is_ceiling: never go below `init_kl_coef`: KL may stay under the budget.
 
     Source: Stooke et al. 2020, "Responsive Safety in Reinforcement Learning by PID Lagrangian
     Methods" (https://arxiv.org/abs/2007.03964).
     """
 
-    def __init__(self, init_kl_coef: float, budget: float) -> None:
+    def __init__(self, init_kl_coef: float, budget: float, is_ceiling: bool = False) -> None:
         super().__init__(init_kl_coef)
         self.budget = budget
-        self._error = 0.0
+        self._least = max(init_kl_coef if is_ceiling else 0.0, LEAST)
+        self._base = max(init_kl_coef, LEAST)  # the part that adds errors up
         self._recent = 0.0
         self._scale = 1.0
 
@@ -90,9 +92,9 @@ class BudgetKLController(FixedKLController):
         """
         self._recent = RECENT * self._recent + (1 - RECENT) * current if self._recent else current
         error = _clip(self._scale * current / self.budget - 1, (-1.0, 1.0))
-        change = PROPORTIONAL * (error - self._error) + INTEGRAL * _clip(error, SUMMED)
-        self._error = error
-        self.value = _clip(self.value * math.exp(change), (LEAST, MOST))
+        limits = (self._least, MOST)
+        self._base = _clip(self._base * math.exp(INTEGRAL * _clip(error, SUMMED)), limits)
+        self.value = _clip(self._base * math.exp(PROPORTIONAL * error), limits)
 
     def calibrate(self, kl: float) -> None:
         """Learn how the KL that the budget is of compares with `objective/kl`.
@@ -104,20 +106,22 @@ class BudgetKLController(FixedKLController):
             self._scale = _clip(kl / self._recent, SCALES)
 
     def state_dict(self) -> dict[str, float]:
-        """Error, recent KL and scale, for a checkpoint."""
-        return {"error": self._error, "recent": self._recent, "scale": self._scale}
+        """Base, recent KL and scale, for a checkpoint."""
+        return {"base": self._base, "recent": self._recent, "scale": self._scale}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Continue from a `state_dict`; an empty one, of an earlier release, changes nothing."""
-        self._error = state.get("error", self._error)
+        self._base = state.get("base", self._base)
         self._recent = state.get("recent", self._recent)
         self._scale = state.get("scale", self._scale)
 
 
 def make_kl_controller(config: PPOConfig) -> FixedKLController:
-    """The controller that `kl_budget` or `adap_kl_ctrl` asks for."""
+    """The controller that `kl_budget`, `kl_ceiling` or `adap_kl_ctrl` asks for."""
     if config.kl_budget is not None:
         return BudgetKLController(config.init_kl_coef, config.kl_budget)
+    if config.kl_ceiling is not None:
+        return BudgetKLController(config.init_kl_coef, config.kl_ceiling, is_ceiling=True)
     if config.adap_kl_ctrl:
         return AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
     return FixedKLController(config.init_kl_coef)

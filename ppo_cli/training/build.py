@@ -172,6 +172,7 @@ def make_trainer(
             reward_model=config.reward.model,
             steps=config.run.steps * config.ppo.batch_size,
             kl_budget=config.run.kl_budget,
+            kl_ceiling=config.run.kl_ceiling,
         ),
         load_policy(config.policy, tokenizer, trusted),
         None,

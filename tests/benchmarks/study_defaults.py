@@ -22,18 +22,21 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
-COMMON = ["ppo.use_score_scaling=true", "ppo.score_scaling_samples=256", "run.eval_every=16"]
+COMMON = ["ppo.use_score_scaling=true", "ppo.score_scaling_samples=256", "run.eval_every=32"]
 COMMON += ["run.checkpoint_every=0", "run.samples_per_step=1", "run.kl_limit=60"]
 EMAS = (0.95, 0.98)
 
 # name -> changes; `c` is the KL coefficient relative to the scores' spread
 CANDIDATES: dict[str, list[str]] = {
     "default": ["ppo.use_score_scaling=false", "ppo.init_kl_coef=0.05"],
-    **{f"c{c}": [f"ppo.init_kl_coef={c}"] for c in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)},
-    **{f"kl{n}": [f"run.kl_budget={n}", "ppo.init_kl_coef=0.1"] for n in (2, 2.5, 3, 4, 5)},
+    **{f"c{c}": [f"ppo.init_kl_coef={c}"] for c in (0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4)},
+    "top5.5": ["ppo.init_kl_coef=0.1", "run.kl_ceiling=5.5"],
+    **{f"kl{n}": [f"run.kl_budget={n}", "ppo.init_kl_coef=0.1"] for n in (2, 2.3, 2.5, 3, 4, 5)},
 }
 VARIANTS: dict[str, list[str]] = {
+    "d.008": ["ppo.desired_kl=0.008"],
     "d.005": ["ppo.desired_kl=0.005"],
+    "d.003": ["ppo.desired_kl=0.003"],
     "d.002": ["ppo.desired_kl=0.002"],
     "d.0007": ["ppo.desired_kl=0.0007"],
     "epochs1": ["ppo.ppo_epochs=1"],
@@ -41,10 +44,12 @@ VARIANTS: dict[str, list[str]] = {
     "batch256": ["ppo.batch_size=256", "run.steps=64"],
     "mini128": ["ppo.mini_batch_size=128"],
     "lam.7": ["ppo.lam=0.7"],
+    "lam.8": ["ppo.lam=0.8"],
     "lam.97": ["ppo.lam=0.97"],
     "every1": ["reward.score_every=1"],
     "four": ["ppo.responses_per_query=4"],
     "no-norm": ["ppo.advantage_norm=none"],
+    "steps192": ["run.steps=192"],
     "steps256": ["run.steps=256"],
     "running": ["ppo.score_scaling_samples=null"],
     "wide": ["ppo.batch_size=256", "ppo.ppo_epochs=1", "run.steps=96"],
@@ -54,19 +59,16 @@ VARIANTS: dict[str, list[str]] = {
     "vf.1": ["ppo.vf_coef=0.1"],
 }
 CPU = [
-    "em kl2.5", "em c0.2", "em c0.3", "em c0.1", "em kl3", "em kl2.5+d.002", "em c0.2+d.002",
-    "em kl2.5+d.005", "em kl2.5+anneal", "em kl2.5+grow", "em kl2.5+wide", "em kl2.5+batch256",
-    "em kl2.5+epochs1", "em kl2.5+steps256", "em kl2.5+lam.7", "em kl2.5+every1", "em kl2.5+four",
-    "em kl2.5+no-norm", "em kl2.5+mini128", "em c0.3+d.002", "emp kl3", "emn kl3", "emp c0.2",
-    "em kl2.5+d.0007", "em kl2.5+lam.97", "em kl2+d.002", "emn c0.2", "em c0.4", "em kl2",
-    "em kl2.5+warmup", "em c0.2+running", "em kl2.5+vf.1", "em kl4", "em c0.15", "em default",
+    "em c0.1+no-norm", "em c0.1", "em c0.08+no-norm", "em kl2.3+no-norm", "emp c0.1+no-norm",
+    "emn c0.1+no-norm", "em c0.1+no-norm+d.008", "em c0.1+no-norm+epochs1+d.003+steps192",
+    "em c0.1+no-norm", "em c0.08", "em kl2.3", "em c0.1+no-norm+lam.8", "em c0.1",
 ]  # fmt: skip
 GPU = [
-    "rv kl4", "rv c0.2", "rv3 kl4", "rv3 c0.2", "rvp kl4", "sh kl3", "sh kl5", "rv bon",
-    "rv kl4+d.005", "rv kl4+anneal", "rv kl4+warmup", "rvp c0.2", "rv c0.3", "rv3 c0.3", "rvp bon",
-    "rv kl4+d.002", "rv kl3", "rv3 kl3", "rvp kl3", "rv kl4+wide", "sh kl3", "sh kl5",
-    "rv kl4+grow", "rv kl4+lam.7", "rv kl4+every1", "rv kl4+steps256", "rvp c0.3", "sh kl3",
-    "sh kl5", "rv c0.4", "rv3 c0.3+d.002", "rv3 default", "rv default", "rv c0.1",
+    "rv top5.5+no-norm", "rv top5.5", "rvp top5.5+no-norm", "rv3 top5.5+no-norm",
+    "rv top5.5+no-norm+d.005", "rv top5.5+no-norm+lam.7+every1", "sh kl3+no-norm",
+    "rv top5.5+no-norm+d.005+steps256", "sh kl5+no-norm", "rv top5.5+no-norm+warmup",
+    "rv top5.5+no-norm+epochs1+d.003+steps192", "rv3 top5.5", "rvp top5.5",
+    "rv top5.5+no-norm+lam.8", "rv top5.5+no-norm", "rv top5.5",
 ]  # fmt: skip
 
 
@@ -140,8 +142,7 @@ def run(task: str, seed: int, inputs: Path, out: Path, device: str) -> dict[str,
     result |= {"train_seconds": training.state.seconds, "step": training.step}
     result["score_scale"] = training.trainer.running.std
     last = {key: value.detach().clone() for key, value in weights.items()}
-    others = {"last": last, **{f"ema{decay}": average for decay, average in averages.items()}}
-    others["back0.8"] = {k: start[k] + 0.8 * (v - start[k]) for k, v in last.items()}
+    others = {"last": last, "ema0.95": averages[0.95]}
     seed_of_variants = 12345
     before = training.held_out.of_reference(seed_of_variants).quality.values
     for other, values in others.items():
