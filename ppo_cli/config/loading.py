@@ -24,6 +24,7 @@ from ppo_cli.utils.text import shortened
 from ppo_cli.utils.yaml_io import Places, load_yaml, read_yaml
 
 DEFAULT_CONFIG = "tiny"
+OPTIONS = {"kl_budget": "kl"}  # keys whose options have other names
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -108,7 +109,8 @@ def _changed(
             target = data.setdefault(section, {})
             if isinstance(target, dict):  # validation refuses anything else
                 target[key] = value
-            origin.set((section, key), f"option --{key.replace('_', '-')}")
+            option = OPTIONS.get(key, key.replace("_", "-"))
+            origin.set((section, key), f"option --{option}")
     config = _validated(data, origin)
     keys = find_secret(config.model_dump(mode="json"))
     if keys not in ((), known_secret):

@@ -55,6 +55,22 @@ def test_with_a_budget_the_best_is_the_highest_score_near_it_or_else_the_nearest
     assert best((9.0, 2000.0)) is None  # beyond kl_limit
 
 
+def test_an_evaluation_over_the_ceiling_is_best_only_where_none_is_below() -> None:
+    settings = RunSettings(kl_ceiling=4)
+    low, near, high = Evaluation(1, 1.0, 0.5), Evaluation(2, 2.0, 4.3), Evaluation(3, 9.0, 4.5)
+    assert history_after([high, low], settings).best == low
+    assert history_after([low, near, high], settings).best == near
+    assert history_after([Evaluation(4, 9.9, 6.0), high], settings).best == high
+
+
+def test_a_run_takes_its_ceiling_from_the_configuration(tmp_path: Path) -> None:
+    controller = make(tmp_path / "run", "run.kl_ceiling=3", "ppo.init_kl_coef=0.2").trainer.kl_ctl
+    controller.update(1.0, 8)
+    assert controller.value == 0.2
+    controller.update(6.0, 8)
+    assert controller.value > 1
+
+
 LIMITS: list[tuple[float | None, float | None]] = [
     (None, None),
     (3, None),

@@ -30,6 +30,15 @@ def test_kl_settles_at_the_budget_whatever_pulls(budget: float, pull: float) -> 
     assert max(course) < 2 * budget
 
 
+def test_below_a_ceiling_the_coefficient_stays_and_above_it_grows() -> None:
+    below = BudgetKLController(0.5, 4.0, is_ceiling=True)
+    assert max(follow(below, 128, 0.3)) < 1
+    assert below.value == 0.5
+    above = BudgetKLController(0.05, 4.0, is_ceiling=True)
+    assert follow(above, 128, 1.0)[-10:] == pytest.approx([4.0] * 10, rel=0.1)
+    assert above.value > 0.2
+
+
 def test_an_evaluation_says_what_the_steps_measure_too_low() -> None:
     controller = BudgetKLController(0.1, 4.0)
     for _ in range(3):
