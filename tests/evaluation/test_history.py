@@ -224,6 +224,8 @@ def test_a_run_that_went_on_equals_one_that_never_paused(scripted: Any, tmp_path
     train(tmp_path / "b", "run.steps=8", *settings, resume=True)
     steps = rows(tmp_path / "a")
     assert len({row["objective/kl_coef"] for row in steps}) == 8
+    state = json.loads((tmp_path / "a/checkpoints/step-000008/state.json").read_text())
+    assert state["trainer"]["kl_controller"]["scale"] != 1  # the evaluations were heard
     assert len({row["env/score_scale"] for row in steps[1:]}) == 1 != steps[0]["env/score_scale"]
     a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert set(differences(a, b)) <= {"run.yaml", "README.md"}  # which name the folder
