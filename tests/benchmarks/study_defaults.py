@@ -30,8 +30,11 @@ EMAS = (0.95, 0.98)
 CANDIDATES: dict[str, list[str]] = {
     "default": ["ppo.use_score_scaling=false", "ppo.init_kl_coef=0.05"],
     **{f"c{c}": [f"ppo.init_kl_coef={c}"] for c in (0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4)},
-    "top5.5": ["ppo.init_kl_coef=0.1", "run.kl_ceiling=5.5"],
-    **{f"kl{n}": [f"run.kl_budget={n}", "ppo.init_kl_coef=0.1"] for n in (2, 2.3, 2.5, 3, 4, 5)},
+    "top": ["ppo.init_kl_coef=0.08", "run.kl_ceiling=5.5"],
+    **{
+        f"kl{n}": [f"run.kl_budget={n}", "ppo.init_kl_coef=0.1"]
+        for n in (1.5, 2, 2.3, 2.5, 3, 4, 5)
+    },
 }
 VARIANTS: dict[str, list[str]] = {
     "d.008": ["ppo.desired_kl=0.008"],
@@ -59,16 +62,13 @@ VARIANTS: dict[str, list[str]] = {
     "vf.1": ["ppo.vf_coef=0.1"],
 }
 CPU = [
-    "em c0.1+no-norm", "em c0.1", "em c0.08+no-norm", "em kl2.3+no-norm", "emp c0.1+no-norm",
-    "emn c0.1+no-norm", "em c0.1+no-norm+d.008", "em c0.1+no-norm+epochs1+d.003+steps192",
-    "em c0.1+no-norm", "em c0.08", "em kl2.3", "em c0.1+no-norm+lam.8", "em c0.1",
+    "em top", "em top", "emn top", "emp top", "em top+d.008", "em top+d.008", "em top+every1",
+    "em top+steps192", "em kl1.5", "em kl5", "em top", "em top+warmup", "em top+d.008",
 ]  # fmt: skip
 GPU = [
-    "rv top5.5+no-norm", "rv top5.5", "rvp top5.5+no-norm", "rv3 top5.5+no-norm",
-    "rv top5.5+no-norm+d.005", "rv top5.5+no-norm+lam.7+every1", "sh kl3+no-norm",
-    "rv top5.5+no-norm+d.005+steps256", "sh kl5+no-norm", "rv top5.5+no-norm+warmup",
-    "rv top5.5+no-norm+epochs1+d.003+steps192", "rv3 top5.5", "rvp top5.5",
-    "rv top5.5+no-norm+lam.8", "rv top5.5+no-norm", "rv top5.5",
+    "rv top", "rv top+d.005", "rv top+d.008", "rv top+d.005+steps256", "sh kl3", "rvp top",
+    "rv3 top", "rv top+every1", "sh kl5", "rv top+warmup", "rv3 top+d.005", "rvp top+d.005",
+    "rv top+lam.8", "rv kl3", "rv top", "rv top+d.005", "rv3 top", "rvp top",
 ]  # fmt: skip
 
 
