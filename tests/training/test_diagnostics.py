@@ -20,6 +20,7 @@ from ppo_cli.training.diagnostics import (
     REQUIRED,
     RULES,
     Diagnostics,
+    budget_warning,
     sampling_warning,
 )
 from ppo_cli.training.divergence import check_numbers, check_texts, check_weights
@@ -202,6 +203,15 @@ def test_the_end_is_judged_in_runs_of_some_length() -> None:
     for change in (BOTH, ALONE, STILL, LOST):
         assert len(advice(config, change)[1]) == 1
         assert advice(config, change, steps=30)[1] == []
+
+
+def test_with_a_budget_of_kl_the_remedy_is_another_one_and_its_end_is_judged() -> None:
+    config = configuration("run.kl_budget=4")
+    assert "Remedy: lower run.kl_budget (4) or ppo.learning_rate" in advice(config, ALONE)[1][0]
+    assert budget_warning(4.5, config) is None and budget_warning(99.0, configuration()) is None
+    assert "KL is 3.30" in str(budget_warning(3.3, config))
+    assert "more run.steps (" in str(budget_warning(3.3, config))
+    assert "Lower ppo.learning_rate (0.001)" in str(budget_warning(4.7, config))
 
 
 ADAPTIVE = ("ppo.lr_scheduler_type=adaptive", "ppo.desired_kl=0.05")
