@@ -30,13 +30,14 @@ EMAS = (0.95, 0.98)
 CANDIDATES: dict[str, list[str]] = {
     "default": ["ppo.use_score_scaling=false", "ppo.init_kl_coef=0.05"],
     **{f"c{c}": [f"ppo.init_kl_coef={c}"] for c in (0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4)},
-    "top": ["ppo.init_kl_coef=0.08", "run.kl_ceiling=5.5"],
+    "top": [],  # the configuration as it is
     **{
         f"kl{n}": [f"run.kl_budget={n}", "ppo.init_kl_coef=0.1"]
         for n in (1.5, 2, 2.3, 2.5, 3, 4, 5)
     },
 }
 VARIANTS: dict[str, list[str]] = {
+    "d.015": ["ppo.desired_kl=0.015"],
     "d.008": ["ppo.desired_kl=0.008"],
     "d.005": ["ppo.desired_kl=0.005"],
     "d.003": ["ppo.desired_kl=0.003"],
@@ -62,13 +63,12 @@ VARIANTS: dict[str, list[str]] = {
     "vf.1": ["ppo.vf_coef=0.1"],
 }
 CPU = [
-    "em top", "em top", "emn top", "emp top", "em top+d.008", "em top+d.008", "em top+every1",
-    "em top+steps192", "em kl1.5", "em kl5", "em top", "em top+warmup", "em top+d.008",
+    "em top", "em top", "emn top", "emp top", "em top", "emn top", "em kl1.5", "em kl5", "emp top",
+    "em top+d.015", "emn top", "em top+steps192", "em top+every1",
 ]  # fmt: skip
 GPU = [
-    "rv top", "rv top+d.005", "rv top+d.008", "rv top+d.005+steps256", "sh kl3", "rvp top",
-    "rv3 top", "rv top+every1", "sh kl5", "rv top+warmup", "rv3 top+d.005", "rvp top+d.005",
-    "rv top+lam.8", "rv kl3", "rv top", "rv top+d.005", "rv3 top", "rvp top",
+    "rv top", "rvp top", "rv3 top", "rv top+steps256", "rv top", "sh kl3", "sh kl5", "rv kl3",
+    "rvp top", "rv3 top", "rv top", "rv top+d.005", "rv top+every1", "rv top+lam.8",
 ]  # fmt: skip
 
 
