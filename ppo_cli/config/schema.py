@@ -232,9 +232,10 @@ class RunSettings(Section):
     """KL per response (nats) from which a step counts as diverged, and above which an evaluation
     cannot be the best; null for no limit."""
     kl_budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """KL per response (nats) that the run aims at (--kl): the KL coefficient follows the KL of the
-    steps, from ppo.init_kl_coef on, and the best weights are those with the highest score among
-    the evaluations within 10 % of the budget, or else those nearest to it. null for no budget."""
+    """KL per response (nats) that the run aims at (--kl): the KL coefficient follows the KL of
+    steps and evaluations, from ppo.init_kl_coef on. The best weights are those with the highest
+    score among the evaluations within 10 % of the budget, or else those nearest to it. null for no
+    budget."""
     kl_ceiling: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """KL per response (nats) that the run keeps below, without a kl_budget: the KL coefficient is
     ppo.init_kl_coef, and more while KL is over this. Evaluations more than 10 % over it are only

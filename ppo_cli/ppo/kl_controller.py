@@ -28,6 +28,9 @@ class FixedKLController:
     def update(self, current: float, n_steps: int) -> None:
         """Change nothing; arguments as in `AdaptiveKLController.update`."""
 
+    def calibrate(self, kl: float) -> None:
+        """Change nothing; argument as in `BudgetKLController.calibrate`."""
+
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint needs besides the coefficient."""
         return {}
@@ -80,6 +83,7 @@ class BudgetKLController(FixedKLController):
     def __init__(self, init_kl_coef: float, budget: float, is_ceiling: bool = False) -> None:
         super().__init__(init_kl_coef)
         self.budget = budget
+        self._is_ceiling = is_ceiling
         self._least = max(init_kl_coef if is_ceiling else 0.0, LEAST)
         self._base = max(init_kl_coef, LEAST)  # the part that adds errors up
         self._recent = 0.0
@@ -99,10 +103,12 @@ class BudgetKLController(FixedKLController):
     def calibrate(self, kl: float) -> None:
         """Learn how the KL that the budget is of compares with `objective/kl`.
 
+        A ceiling is of `objective/kl` itself: then learning does not depend on evaluations.
+
         Args:
             kl: of an evaluation just after a step. Its responses may be longer than the steps'.
         """
-        if self._recent > 0:
+        if self._recent > 0 and not self._is_ceiling:
             self._scale = _clip(kl / self._recent, SCALES)
 
     def state_dict(self) -> dict[str, float]:

@@ -12,7 +12,6 @@ from ppo_cli.errors import DivergenceError
 from ppo_cli.evaluation.held_out import HeldOutEvaluation
 from ppo_cli.evaluation.history import EvaluationHistory
 from ppo_cli.evaluation.samples import Sample
-from ppo_cli.ppo.kl_controller import BudgetKLController
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.reporting.frontier import write_curve
 from ppo_cli.reporting.summary import Pace, StepReport, TrainingSummary
@@ -193,8 +192,7 @@ class Training:
         with classifier_faults(self.reward.name):
             evaluation, statistics = self.held_out.evaluate(self.step)
         self.state.add_evaluation(evaluation)
-        if isinstance(self.trainer.kl_ctl, BudgetKLController):
-            self.trainer.kl_ctl.calibrate(evaluation.kl)
+        self.trainer.kl_ctl.calibrate(evaluation.kl)
         self.trainer.accelerator.log(statistics, step=self.step)
         return statistics
 

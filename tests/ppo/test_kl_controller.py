@@ -37,6 +37,9 @@ def test_below_a_ceiling_the_coefficient_stays_and_above_it_grows() -> None:
     above = BudgetKLController(0.05, 4.0, is_ceiling=True)
     assert follow(above, 128, 1.0)[-10:] == pytest.approx([4.0] * 10, rel=0.1)
     assert above.value > 0.2
+    before = above.state_dict()
+    above.calibrate(6.0)  # learning depends on evaluations only where there is a budget
+    assert above.state_dict() == before
 
 
 def test_an_evaluation_says_what_the_steps_measure_too_low() -> None:
