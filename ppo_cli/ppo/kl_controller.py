@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from ppo_cli.ppo.config import PPOConfig
 
 PROPORTIONAL = 2.0  # a KL of twice the budget multiplies the coefficient by e squared
-INTEGRAL = 0.1  # and an error of 0.1 by another 1 % a step for as long as it lasts
+INTEGRAL = 0.2  # and an error of 0.1 by another 2 % a step for as long as it lasts
 SUMMED = (-0.25, 1.0)  # the long way up to the budget is no error that has to be made good
 RECENT = 0.8  # weight of a KL one step later
 SCALES = (0.5, 2.0)
