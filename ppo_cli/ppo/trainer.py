@@ -239,7 +239,7 @@ class PPOTrainer:
                     loss.backward()
                     after gradient_accumulation_steps of them:  OptimizerStep
                         move the weights
-            move kl_coef, if kl is off target                   AdaptiveKLController
+            move kl_coef, if kl is off target                   make_kl_controller
 
         KL from the reference is taken once, before the update, for each sampled token (for `full`:
         over the whole vocabulary). It lowers the rewards; with `kl_in_loss` it does not, and is a
