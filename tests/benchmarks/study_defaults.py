@@ -28,8 +28,11 @@ EMAS = (0.95, 0.98)
 
 # name -> changes; `c` is the KL coefficient relative to the scores' spread
 CANDIDATES: dict[str, list[str]] = {
-    "default": ["ppo.use_score_scaling=false", "ppo.init_kl_coef=0.05"],
-    **{f"c{c}": [f"ppo.init_kl_coef={c}"] for c in (0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4)},
+    "raw": ["ppo.use_score_scaling=false", "ppo.init_kl_coef=0.05", "run.kl_ceiling=null"],
+    **{
+        f"c{c}": [f"ppo.init_kl_coef={c}", "run.kl_ceiling=null"]
+        for c in (0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4)
+    },
     "top": [],  # the configuration as it is
     **{
         f"kl{n}": [f"run.kl_budget={n}", "ppo.init_kl_coef=0.1"]
