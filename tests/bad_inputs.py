@@ -45,6 +45,11 @@ COMMAND_LINE: list[Case] = [
     ([T, "--steps", "many"], 2, ["--steps", "valid integer"]),
     ([T, "--steps", "1e3"], 2, ["--steps", "valid integer"]),
     ([T, "--steps"], 2, ["--steps", "argument"]),
+    ([T, "--kl", "0"], 2, ["option --kl: run.kl_budget", "greater than 0"]),
+    ([T, "--kl", "nan"], 2, ["run.kl_budget", "finite"]),
+    setting("run.kl_ceiling=0", "run.kl_ceiling", "greater than 0"),
+    ([T, "--kl", "much"], 2, ["--kl", "valid number"]),
+    ([T, "--kl", "1000"], 2, ["--kl", "1000", "not below run.kl_limit (1000)", "raise run.kl_limit"]),
     ([T, "--seed", "-1"], 2, ["--seed", "0"]),
     ([T, "--seed", "4294967296"], 2, ["--seed", "4294967295"]),
     ([T, "--resume", "--overwrite"], 2, ["--resume", "--overwrite"]),
@@ -159,6 +164,7 @@ CONFIGURATIONS: list[Case] = [
         ([T, "--set", "run.eval_every=0", "--set", f"run.{stop}"], 2, ["run.eval_every to 1", stop[:6]])
         for stop in ("target_score=1", "stop_kl=5", "patience=3")
     ),
+    setting("ppo.score_scaling_samples=0", "score_scaling_samples", "greater than or equal to 1"),
     setting("run.patience=0", "run.patience", "greater than or equal to 1"),
     setting("run.stop_kl=0", "run.stop_kl", "greater than 0"),
     setting("run.weights=newest", "run.weights", "'best' or 'last'"),

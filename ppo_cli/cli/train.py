@@ -64,6 +64,12 @@ def train(
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of all random numbers.")
     ] = None,
+    kl: Annotated[
+        float | None,
+        typer.Option(
+            "--kl", metavar="NATS", help="KL per response to end at, with the best score there."
+        ),
+    ] = None,
     device: Annotated[
         str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")
     ] = None,
@@ -127,6 +133,7 @@ def train(
         ("run", "output"): output,
         ("run", "steps"): steps,
         ("run", "seed"): seed,
+        ("run", "kl_budget"): kl,
         ("run", "device"): device,
         ("ppo", "log_with"): _trackers(track),
     }

@@ -26,7 +26,8 @@ from ppo_cli.utils.text import shortened
 from ppo_cli.utils.yaml_io import Places, load_yaml, read_yaml
 
 DEFAULT_CONFIG = "tiny"
-OPTIONS = {("ppo", "log_with"): "--track"}  # of keys that have another name on the command line
+# Keys that have another name on the command line.
+OPTIONS = {("ppo", "log_with"): "--track", ("run", "kl_budget"): "--kl"}
 # Names of transformers' TrainingArguments -> what they are here.
 SYNONYMS = {
     "report_to": "ppo.log_with (option --track)",

@@ -78,6 +78,10 @@ class PPOSettings:
     """Divide scores by their running standard deviation."""
     use_score_norm: bool = False
     """With `use_score_scaling`: subtract their running mean first."""
+    score_scaling_samples: Count | None = None
+    """With `use_score_scaling`: take the standard deviation of this many first scores, rounded up
+    to whole steps, and keep it, so that the KL coefficient goes on meaning the same; null for that
+    of all scores so far."""
     score_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Clip scores to plus or minus this; null for no clipping."""
     calibrate_potentials: bool = True

@@ -100,6 +100,15 @@ class RunSettings(Section):
     kl_limit: Annotated[float, Field(gt=0)] | None = 1000.0
     """KL per response (nats) from which a step counts as diverged, and above which an evaluation
     cannot be the best; null for no limit."""
+    kl_budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """KL per response (nats) that the run aims at (--kl): the KL coefficient follows the KL of
+    steps and evaluations, from ppo.init_kl_coef on. The best weights are those with the highest
+    score among the evaluations within 10 % of the budget, or else those nearest to it. null for no
+    budget."""
+    kl_ceiling: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """KL per response (nats) that the run keeps below, without a kl_budget: the KL coefficient is
+    ppo.init_kl_coef, and more while KL is over this. Evaluations more than 10 % over it are only
+    the best if none is below. null for no ceiling."""
     collapse_limit: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     """Share of equal responses in a batch from which the text counts as collapsed; 1 for all of
     them, null for no limit. Batches of fewer than 8 are not checked."""
@@ -118,6 +127,14 @@ class RunSettings(Section):
                 f"{asked[0]} ({getattr(self, asked[0]):g}) is checked after each evaluation, and "
                 f"eval_every is 0: set run.eval_every to 1 or more, or run.{asked[0]} to null"
             )
+        if (budget := self.kl_budget) is not None:
+            for key in ("kl_limit", "stop_kl"):
+                limit = getattr(self, key)
+                if limit is not None and budget >= limit:
+                    raise ValueError(
+                        f"a KL budget of {budget:g} (run.kl_budget, --kl) is not below run.{key} "
+                        f"({limit:g}): lower the budget, or raise run.{key}"
+                    )
         return self
 
 

@@ -99,6 +99,15 @@ class Share:
     """Beyond the largest n: the share of what the largest n reaches, a bound from above."""
     needed_n: int | None
     """Beyond the largest n: the n that would reach this KL; null for a billion and more."""
+    best_of_n_kl: float | None
+    """KL at which best-of-n has this score; null where the score is not over the reference's, or
+    over that of the largest n."""
+    kl_ratio: float | None
+    """Its KL as a multiple of `best_of_n_kl`; 1: as frugal as best-of-n."""
+    kl_ratio_interval: Interval | None
+    """Bootstrap interval over the prompts; null where a resample has no ratio."""
+    kl_ratio_at_most: float | None
+    """With a score over that of the largest n: KL as a multiple of the largest n's, a bound."""
 
 
 def parse_counts(text: str) -> list[int]:
@@ -157,6 +166,19 @@ def needed_n(kl: float) -> int | None:
     return high
 
 
+def win_rate(kl: float) -> float:
+    """How often best-of-n at this KL beats one response of the reference: n/(n+1).
+
+    With continuous scores: of n + 1 draws each is the best equally often. The n is a real number,
+    the one whose `kl_bound` is `kl`.
+    """
+    low, high = 1.0, math.exp(min(kl, 300.0) + 1)  # the bound is over log n - 1
+    for _ in range(64):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if math.log(middle) - 1 + 1 / middle >= kl else (middle, high)
+    return high / (high + 1)
+
+
 def best_of_n(scores: np.ndarray, counts: Sequence[int], *, label: str, seed: int) -> BestOfN:
     """The curve from M scores of the reference to each of P prompts.
 
@@ -202,24 +224,53 @@ def share(
     """
     score = float(scores.mean())
     if kl is None:
-        return Share(model, None, score, None, None, None, None, None)
+        return Share(model, None, score, *[None] * 9)
     counts = wanted(counts)
     bounds = np.asarray([kl_bound(n) for n in counts])
     rows = np.column_stack([scores, kl, *(expected_best(drawn, n) for n in counts)])
     means = rows.mean(axis=0, keepdims=True)
     at = float(means[0, 1])
-    estimated = _shares(means, bounds)[0]
-    estimate = None if np.isnan(estimated) else float(estimated)
-    if at > bounds[-1]:
-        return Share(model, at, score, None, None, None, estimate, needed_n(at))
-    best = float(np.interp(at, bounds, means[0, 2:]))
-    interval = None
-    if estimate is not None:
-        resampled = _shares(resampled_means(rows), bounds)
-        if not np.isnan(resampled).any():
-            low, high = np.percentile(resampled, INTERVAL)
-            interval = Interval(estimate, float(low), float(high))
-    return Share(model, at, score, best, estimate, interval, None, None)
+    resampled = resampled_means(rows)
+    estimate, interval = _interval(_shares(means, bounds), _shares(resampled, bounds))
+    ratio, ratio_interval = _interval(_ratios(means, bounds), _ratios(resampled, bounds))
+    within, reached = at <= bounds[-1], score <= means[0, -1]
+    curve = means[0, 2:]
+    return Share(
+        model=model,
+        kl=at,
+        score=score,
+        best_of_n_score=float(np.interp(at, bounds, curve)) if within else None,
+        share=estimate if within else None,
+        share_interval=interval if within else None,
+        share_at_most=None if within else estimate,
+        needed_n=None if within else needed_n(at),
+        best_of_n_kl=float(np.interp(score, curve, bounds)) if ratio and reached else None,
+        kl_ratio=ratio if reached else None,
+        kl_ratio_interval=ratio_interval if reached else None,
+        kl_ratio_at_most=None if reached else ratio,
+    )
+
+
+def _interval(estimate: np.ndarray, resampled: np.ndarray) -> tuple[float | None, Interval | None]:
+    """An estimate (1,), and its interval; None for one that is NaN, or has a resample that is."""
+    if np.isnan(estimate[0]):
+        return None, None
+    value = float(estimate[0])
+    if np.isnan(resampled).any():
+        return value, None
+    low, high = np.percentile(resampled, INTERVAL)
+    return value, Interval(value, float(low), float(high))
+
+
+def _ratios(means: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Rows as in `_shares` -> KL over best-of-n's with the same score; NaN without a gain.
+
+    A score over that of the largest n counts as the largest n's.
+    """
+    needed = np.asarray([np.interp(row[0], row[2:], bounds) for row in means])
+    ratios = np.full(len(means), np.nan)
+    np.divide(means[:, 1], needed, out=ratios, where=needed > 0)
+    return ratios
 
 
 def _shares(means: np.ndarray, bounds: np.ndarray) -> np.ndarray:

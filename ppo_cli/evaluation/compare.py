@@ -155,7 +155,10 @@ def compare(
         reference=request.reference.model if reference and request.reference else None,
         max_new_tokens=max_new_tokens,
         models=[ModelResult.of(model) for model in models],
-        differences=[paired_difference(models[0], other) for other in models[1:]],
+        differences=[
+            paired_difference(models[0], other, is_reference=source == request.reference)
+            for source, other in zip(request.sources[1:], models[1:], strict=True)
+        ],
         changes=most_changed(models[0], models[-1], examples),
         best_of_n=curve,
         shares=shares,

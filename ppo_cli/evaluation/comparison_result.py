@@ -18,7 +18,7 @@ from pydantic_core import CoreSchema
 from pydantic_core.core_schema import DataclassSchema
 
 from ppo_cli.evaluation import quality
-from ppo_cli.evaluation.best_of_n import BestOfN, Share
+from ppo_cli.evaluation.best_of_n import BestOfN, Share, win_rate
 from ppo_cli.evaluation.bootstrap import Interval, bootstrap_interval
 from ppo_cli.evaluation.quality import Likelihoods, Quality
 from ppo_cli.evaluation.samples import Sample
@@ -133,6 +133,9 @@ class PairedDifference:
     """Share of prompts on which the first model scores higher; ties count half."""
     win_rate_interval: Interval
     """Bootstrap interval of it."""
+    best_of_n_win_rate: float | None
+    """n/(n+1): the win rate of best-of-n at the first model's KL, against one response of the
+    reference. null where the other model is not the reference, or the KL is not known."""
 
 
 @dataclass(frozen=True)
@@ -245,13 +248,24 @@ class Comparison:
         return asdict(self) | {"models": [model.as_dict() for model in self.models]}
 
 
-def paired_difference(first: ScoredSamples, second: ScoredSamples) -> PairedDifference:
-    """Differences in score and wins, from samples to the same prompts."""
+def paired_difference(
+    first: ScoredSamples, second: ScoredSamples, *, is_reference: bool
+) -> PairedDifference:
+    """Differences in score and wins, from samples to the same prompts.
+
+    Args:
+        first: one model's samples.
+        second: the other's.
+        is_reference: whether the second model is the reference.
+    """
     gaps = first.scores - second.scores
     wins = (gaps > 0) + 0.5 * (gaps == 0)
     rate = bootstrap_interval(wins.tolist())
+    best = None
+    if is_reference and first.kl is not None:
+        best = win_rate(float(first.kl.mean()))
     return PairedDifference(
-        first.model, second.model, bootstrap_interval(gaps.tolist()), rate.mean, rate
+        first.model, second.model, bootstrap_interval(gaps.tolist()), rate.mean, rate, best
     )
 
 

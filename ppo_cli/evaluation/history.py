@@ -8,6 +8,8 @@ from typing import Any
 
 from ppo_cli.config.schema import RunSettings
 
+TOLERANCE = 0.1  # an evaluation this near to the budget of KL, relative to it, is within it
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -24,7 +26,8 @@ class EvaluationHistory:
 
     Attributes:
         newest: the last of them.
-        best: the one with the highest score within the limits of KL; the first of equals.
+        best: the one with the highest score within the limits of KL; the first of equals. With a
+            budget of KL, of those within `TOLERANCE` of it, or else the nearest to it.
         stale: how many followed the best; all where none is best.
     """
 
@@ -36,7 +39,7 @@ class EvaluationHistory:
         """The history with one more evaluation."""
         best = self.within(settings).best
         counts = over_limit(evaluation, settings) is None
-        if counts and (best is None or evaluation.score > best.score):
+        if counts and (best is None or _rank(evaluation, settings) > _rank(best, settings)):
             return EvaluationHistory(evaluation, evaluation)
         return EvaluationHistory(evaluation, best, self.stale + 1)
 
@@ -70,6 +73,17 @@ class EvaluationHistory:
         """The history that `as_dict` gave."""
         newest, best = (Evaluation(**v) if (v := values[k]) else None for k in ("newest", "best"))
         return cls(newest, best, values["stale"])
+
+
+def _rank(evaluation: Evaluation, settings: RunSettings) -> tuple[float, float]:
+    """What the best evaluation has most of: nearness to budget or ceiling of KL, then score."""
+    if settings.kl_budget is not None:
+        away = abs(evaluation.kl / settings.kl_budget - 1)
+    elif settings.kl_ceiling is not None:
+        away = evaluation.kl / settings.kl_ceiling - 1
+    else:
+        away = 0.0
+    return -max(away, TOLERANCE), evaluation.score
 
 
 def over_limit(evaluation: Evaluation, settings: RunSettings) -> str | None:

@@ -31,6 +31,12 @@ class PPOConfig(PPOSettings):
     temperature: Positive = 1.0
     """Temperature of the policy: the default of `generate`. Logits are divided by it wherever
     probabilities are computed, those of the reference too."""
+    kl_budget: Positive | None = None
+    """Keep KL per response at this many nats: `BudgetKLController` moves the KL coefficient,
+    whatever `adap_kl_ctrl` says. None for no budget."""
+    kl_ceiling: Positive | None = None
+    """Without a budget: keep KL per response below this many nats with a coefficient of
+    `init_kl_coef` or more. None for no ceiling."""
     exp_name: str = os.path.basename(sys.argv[0]).removesuffix(".py")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     task_name: str | None = None

@@ -12,6 +12,8 @@ from ppo_cli.config.ppo import PPOSettings
 
 DECAY = 0.9
 """Weight of an observation one step later: the policy changes, and its texts with it."""
+SMALLEST_STD = torch.finfo(torch.float32).eps
+"""Scores with a standard deviation of no more than this count as equal."""
 PRIOR = 30.0
 """Observations that the line of the next position counts as."""
 
@@ -43,6 +45,11 @@ class RunningMoments:
         self.std = (squares / max(total - 1, 1)) ** 0.5
         self.count = total
         return mean, (var * count / max(count - 1, 1)) ** 0.5
+
+    def is_settled(self, config: PPOSettings) -> bool:
+        """Whether there are as many scores as `score_scaling_samples` asks for, and they differ."""
+        wanted = config.score_scaling_samples
+        return wanted is not None and self.count >= wanted and self.std > SMALLEST_STD
 
     def state_dict(self) -> dict[str, float]:
         """The four moments, for a checkpoint."""

@@ -74,6 +74,7 @@ RUN_STATISTICS: dict[str, Statistic] = {
     "env/reward_mean": Statistic("mean score: of the classifier, or the sum of the terms"),
     "env/reward_std": Statistic("its standard deviation"),
     "env/probability_mean": Statistic("mean probability of the wanted label"),
+    "env/score_scale": Statistic("what scores are divided by: their standard deviation"),
     "env/missing_eos_penalty": Statistic("mean penalty for no end before the limit"),
     "env/length_cost": Statistic("mean penalty for the length"),
     "env/repetition_cost": Statistic("mean penalty for repeated word pairs"),

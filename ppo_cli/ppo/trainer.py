@@ -239,7 +239,7 @@ class PPOTrainer:
                     loss.backward()
                     after gradient_accumulation_steps of them:  OptimizerStep
                         move the weights
-            move kl_coef, if kl is off target                   AdaptiveKLController
+            move kl_coef, if kl is off target                   make_kl_controller
 
         KL from the reference is taken once, before the update, for each sampled token (for `full`:
         over the whole vocabulary). It lowers the rewards; with `kl_in_loss` it does not, and is a
@@ -325,7 +325,7 @@ class PPOTrainer:
     def _scaled(self, batch: StepInputs) -> StepInputs:
         """The batch with its scores and potentials scaled, clipped and calibrated as configured."""
         tokens, scores, potentials = batch
-        if self.config.use_score_scaling:
+        if self.config.use_score_scaling and not self.running.is_settled(self.config):
             self.running.update(self.accelerator.gather(scores))
         scores = scale_scores(scores, self.running, self.config)
         if potentials is not None:
@@ -431,6 +431,7 @@ class PPOTrainer:
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler and self.lr_scheduler.state_dict(),
             "kl_coef": self.kl_ctl.value,
+            "kl_controller": self.kl_ctl.state_dict(),
             "running": self.running.state_dict(),
             "calibration": self._calibration.state_dict(),
             "shuffle": numpy_state(self._shuffle),
@@ -448,6 +449,7 @@ class PPOTrainer:
         if self._schedule is not None:
             follow(self._schedule)
         self.kl_ctl.value = state["kl_coef"]
+        self.kl_ctl.load_state_dict(state.get("kl_controller", {}))  # earlier releases had none
         self.running.load_state_dict(state["running"])
         self._calibration.load_state_dict(state["calibration"])
         set_numpy_state(self._shuffle, state["shuffle"])

@@ -9,7 +9,6 @@ from ppo_cli.evaluation.comparison_result import Answer, Comparison
 from ppo_cli.reporting.comparison_tables import (
     BEST_HEADS,
     PAIRED_HEADS,
-    SHARE_HEADS,
     SHARE_TITLE,
     best_of_lines,
     best_of_title,
@@ -17,7 +16,8 @@ from ppo_cli.reporting.comparison_tables import (
     changed_parts,
     measures,
     paired_line,
-    share_line,
+    share_heads,
+    share_lines,
     share_notes,
 )
 from ppo_cli.utils.text import escape_controls
@@ -71,7 +71,7 @@ def _best_of(comparison: Comparison) -> str:
     curve = comparison.best_of_n
     if curve is None:
         return ""
-    shares = _table(SHARE_HEADS, [share_line(item) for item in comparison.shares])
+    shares = _table(share_heads(comparison.shares), share_lines(comparison.shares))
     notes = "".join(f"<p>{_text(note)}</p>" for note in share_notes(comparison))
     title = _text(_sentence(best_of_title(curve)))
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -24,12 +24,11 @@ from ppo_cli.reporting.tables import below, cell, titled_table
 from ppo_cli.utils.text import markdown_text, spreadsheet_text
 
 MODELS_ABREAST = 4  # columns of models that fit into 80 characters
-SHARE_TITLE = (
-    "what PPO reached at its KL, as a share of what best-of-n from the reference reaches there"
-)
+SHARE_TITLE = "each model beside best-of-n from the reference"
 BEST_HEADS = ("n", "KL at most", "score", "95 % interval")
-SHARE_HEADS = ("model", "KL", "score", "best-of-n there", "share", "95 % interval")
-PAIRED_HEADS = ("", "mean", "95 % interval", "wins", "95 % interval")
+ANSWER_COLUMNS = ("query", "model", "response", "score", "probability", "kl", "tokens")
+SHARE_COLUMNS = ("best_of_n_score", "share", "best_of_n_kl", "kl_ratio")
+PAIRED_HEADS = ("", "mean", "95 % interval", "wins", "95 % interval", "best-of-n")
 
 Line = tuple[str, ...]
 
@@ -57,10 +56,11 @@ def comparison_tables(comparison: Comparison, rows: int) -> list[RenderableType]
     if comparison.best_of_n is not None:
         curve = comparison.best_of_n
         tables.append(_table(best_of_title(curve), BEST_HEADS, best_of_lines(curve)))
-        shares = [share_line(item) for item in comparison.shares]
-        table = _table(SHARE_TITLE, SHARE_HEADS, shares)
-        notes = [cell(note) for note in share_notes(comparison)]
-        tables.append(Group(table, *notes) if notes else table)
+        for start in range(0, len(comparison.shares), MODELS_ABREAST):
+            shares = comparison.shares[start : start + MODELS_ABREAST]
+            tables.append(_table(SHARE_TITLE, share_heads(shares), share_lines(shares)))
+        if notes := [cell(note) for note in share_notes(comparison)]:
+            tables[-1] = Group(tables[-1], *notes)
     return tables
 
 
@@ -83,13 +83,14 @@ def measures(label: str, models: Sequence[ModelResult]) -> list[Line]:
 
 
 def paired_line(item: PairedDifference) -> Line:
-    """Pair of models, mean difference, its interval, win rate, its interval."""
+    """Pair of models, mean difference, its interval, win rate, its interval, best-of-n's rate."""
     return (
         f"{item.first} - {item.second}",
         f"{item.difference.mean:+.3f}",
         _interval(item.difference, "+.3f"),
         f"{item.win_rate:.0%}",
         _interval(item.win_rate_interval, ".0%"),
+        _number(item.best_of_n_win_rate, ".0%"),
     )
 
 
@@ -111,19 +112,27 @@ def best_of_lines(curve: BestOfN) -> list[Line]:
     ]
 
 
-def share_line(item: Share) -> Line:
-    """A model's KL and score, the score of best-of-n at that KL, and the share."""
-    share = _number(item.share, ".2f")
-    if item.share_at_most is not None:
-        share = f"under {item.share_at_most:.2f}"
-    return (
-        item.model,
-        _number(item.kl, ".2f"),
-        f"{item.score:.3f}",
-        _number(item.best_of_n_score, ".3f"),
-        share,
-        _interval(item.share_interval, ".2f"),
-    )
+def share_lines(shares: Sequence[Share]) -> list[Line]:
+    """One line per number of the verdict: its name, then each model's value."""
+
+    def line(name: str, value: Callable[[Share], str]) -> Line:
+        return (name, *(value(item) for item in shares))
+
+    return [
+        line("KL", lambda item: _number(item.kl, ".2f")),
+        line("score", lambda item: f"{item.score:.3f}"),
+        line("best-of-n's score at this KL", lambda item: _number(item.best_of_n_score, ".3f")),
+        line("share of its gain", lambda item: _bounded(item.share, item.share_at_most)),
+        line("  95 % interval", lambda item: _interval(item.share_interval, ".2f")),
+        line("best-of-n's KL at this score", lambda item: _number(item.best_of_n_kl, ".2f")),
+        line("ratio of the KLs", lambda item: _bounded(item.kl_ratio, item.kl_ratio_at_most)),
+        line("  95 % interval", lambda item: _interval(item.kl_ratio_interval, ".2f")),
+    ]
+
+
+def share_heads(shares: Sequence[Share]) -> Line:
+    """The heads of the columns of `share_lines`."""
+    return ("", *(item.model for item in shares))
 
 
 def share_notes(comparison: Comparison) -> list[str]:
@@ -184,13 +193,15 @@ def comparison_markdown(comparison: Comparison) -> str:
             f"- {markdown_text(item.first)} minus {markdown_text(item.second)}: {gap.mean:+.3f} "
             f"(95 % interval {gap.low:+.3f} to {gap.high:+.3f}), wins {item.win_rate:.0%} "
             f"({_interval(wins, '.0%')})"
+            + ("" if (best := item.best_of_n_win_rate) is None else f", best-of-n {best:.0%}")
         )
     if comparison.best_of_n is not None:
         curve = comparison.best_of_n
         lines += ["", markdown_text(best_of_title(curve)), ""]
         lines += _markdown_table(BEST_HEADS, best_of_lines(curve))
         lines += ["", markdown_text(SHARE_TITLE), ""]
-        lines += _markdown_table(SHARE_HEADS, [share_line(item) for item in comparison.shares])
+        shares = comparison.shares
+        lines += _markdown_table(share_heads(shares), share_lines(shares))
         lines += ["", *(f"- {markdown_text(note)}" for note in share_notes(comparison))]
     return "\n".join(lines).rstrip("\n")
 
@@ -200,18 +211,21 @@ def comparison_csv(comparison: Comparison) -> str:
 
     A reward of several terms has a column for each, `reward NAME`.
     A text that a spreadsheet would evaluate as a formula begins with an apostrophe. An unknown KL
-    is empty.
+    is empty. With best-of-n, each line also has the verdict on its model.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    heads = ["query", "model", "response", "score", "probability", "kl", "tokens"]
-    writer.writerow([*heads, *(f"reward {name}" for name in comparison.terms)])
+    verdicts = SHARE_COLUMNS if comparison.best_of_n is not None else ()
+    heads = [f"reward {name}" for name in comparison.terms]
+    writer.writerow([*ANSWER_COLUMNS, *heads, *verdicts])
+    of_models = {item.model: item for item in comparison.shares}
     for row in comparison.rows:
         for answer in row.responses:
             texts = [spreadsheet_text(t) for t in (row.query, answer.model, answer.response)]
             numbers = [answer.score, answer.probability, answer.kl, answer.tokens]
             terms = [answer.rewards.get(name) for name in comparison.terms]
-            writer.writerow([*texts, *numbers, *terms])
+            verdict = [getattr(of_models.get(answer.model), key, None) for key in verdicts]
+            writer.writerow([*texts, *numbers, *terms, *verdict])
     return out.getvalue().rstrip("\n")
 
 
@@ -264,6 +278,10 @@ def _markdown_table(heads: Sequence[str], lines: Sequence[Line], right: bool = T
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _bounded(value: float | None, at_most: float | None) -> str:
+    return _number(value, ".2f") if at_most is None else f"under {at_most:.2f}"
 
 
 def _interval(interval: Interval | None, form: str) -> str:

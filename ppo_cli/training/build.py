@@ -191,6 +191,8 @@ def make_trainer(
             query_dataset=config.prompts.name,
             reward_model=" + ".join(config.reward.models) or None,
             steps=config.run.steps * config.ppo.batch_size,
+            kl_budget=config.run.kl_budget,
+            kl_ceiling=config.run.kl_ceiling,
         ),
         policy,
         None,

@@ -20,6 +20,7 @@ MIN_STEPS_AT_END = 2 * RECENT_STEPS  # a shorter run is not judged by its end
 MIN_KL = -1.0  # nats per response
 MAX_KL_PER_TOKEN = 2.0  # nats
 MAX_KL_WITHOUT_GAIN = 10.0  # nats per response, of a run whose score did not rise
+MOST_OFF_BUDGET = 0.15  # of KL, relative to the budget
 MIN_KL_MOVED = 0.1  # nats per response; below it the policy has not moved
 MIN_KL_GROWTH = 1.2  # ratio of the mean KL of the last steps to that of the steps before
 MAX_APPROX_KL = 0.2  # half the mean squared log-ratio, per token
@@ -28,7 +29,8 @@ SURPRISE_RANGE = (0.85, 1.2)  # mean of minus log-probability over mean entropy
 MIN_SURPRISE_TOKENS = 2000  # fewer tokens do not show whether SURPRISE_RANGE is kept
 MIN_SURPRISE_ENTROPY = 0.1  # nats per token, likewise
 MIN_ENTROPY_SHARE = 0.3  # of the entropy in the first steps
-MIN_LENGTH_SHARE = 0.4  # of the length in the first steps
+MIN_LENGTH_SHARE = 0.7  # of the length in the first steps
+MIN_LENGTH_SHARE_ASKED = 0.4  # likewise, of a run whose reward has a term for the length
 MIN_SPREAD_SHARE = 0.01  # of the scores' standard deviation, or returns' variance, likewise
 MIN_GAIN = 0.25  # in the scores' standard deviations of the first steps, over the whole run
 MIN_LATE_GAIN = 0.1  # likewise, over the last steps
@@ -132,6 +134,28 @@ def sampling_warning(config: RunConfig) -> str | None:
         f"with {_settings(changed)} responses are not samples of the policy itself: KL is biased "
         f"and may become negative. Train with {_pure(changed)}; `generate` samples as you like "
         "afterwards"
+    )
+
+
+def budget_warning(kl: float, config: RunConfig) -> str | None:
+    """Warning, at the end, that a run with a budget of KL ended elsewhere.
+
+    Args:
+        kl: of the weights that are kept, exact, nats per response.
+        config: the run's.
+    """
+    budget = config.run.kl_budget
+    if budget is None or abs(kl / budget - 1) <= MOST_OFF_BUDGET:
+        return None
+    seen = f"KL is {kl:.2f}, not within {MOST_OFF_BUDGET:.0%} of the budget of {budget:g}"
+    if kl < budget:
+        return (
+            f"{seen}: the run was too short to use it up, or no more score is to be had. Give more "
+            f"run.steps ({config.run.steps}), or raise {config.step_size}"
+        )
+    return (
+        f"{seen}: steps move the policy further than the KL penalty takes it back. Lower "
+        f"{config.step_size}, or give more run.steps ({config.run.steps})"
     )
 
 
@@ -272,7 +296,11 @@ def _equal_scores(history: History, config: RunConfig) -> str | None:
 
 def _short_responses(history: History, config: RunConfig) -> str | None:
     """Responses at a fraction of their length in the first steps."""
-    fall = history.fall_below("tokens/responses_len_mean", MIN_LENGTH_SHARE)
+    reward = config.reward
+    asked = reward.length_cost or reward.missing_eos_penalty
+    asked = asked or any(term.cost in ("length", "missing_eos") for term in reward.terms or ())
+    share = MIN_LENGTH_SHARE_ASKED if asked else MIN_LENGTH_SHARE
+    fall = history.fall_below("tokens/responses_len_mean", share)
     if fall is None:
         return None
     start, now = fall

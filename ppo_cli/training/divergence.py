@@ -72,6 +72,8 @@ def _smaller_steps(config: RunConfig) -> str:
 
 def stronger_kl_penalty(config: RunConfig) -> str:
     """The remedy for a policy that moves too far from its reference."""
+    if (budget := config.run.kl_budget) is not None:
+        return f"lower run.kl_budget ({budget:g}) or {config.step_size}"
     return f"raise ppo.init_kl_coef ({config.ppo.init_kl_coef:g}) or lower {config.step_size}"
 
 

@@ -18,7 +18,7 @@ from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.reporting.frontier import write_curve
 from ppo_cli.reporting.summary import Pace, StepReport, TrainingSummary
 from ppo_cli.rewards.reward_sum import RewardSum
-from ppo_cli.training.diagnostics import Diagnostics
+from ppo_cli.training.diagnostics import Diagnostics, budget_warning
 from ppo_cli.training.divergence import classifier_faults
 from ppo_cli.training.records import METRICS_FILE, SAMPLES_FILE
 from ppo_cli.training.results import save_model, write_card
@@ -179,6 +179,7 @@ class Training:
         is_whole = self.step == self.config.run.steps
         if is_whole:
             _warn(self._diagnostics.check_end())
+            _warn(filter(None, [budget_warning(after.quality["kl"], self.config)]))
         self.trackers.finish()
         how = "finished" if is_whole else "ended early" if stopped_early else "interrupted"
         self._record_end(how, stopped_early)
@@ -208,6 +209,7 @@ class Training:
         with classifier_faults(self.reward.name):
             evaluation, statistics = self.held_out.evaluate(self.step)
         self.state.add_evaluation(evaluation)
+        self.trainer.kl_ctl.calibrate(evaluation.kl)
         return statistics
 
     def _closing_evaluation(self) -> EvaluationHistory:

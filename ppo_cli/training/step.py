@@ -126,6 +126,7 @@ class PPOStep:
             **_probability(found),
             **(found.statistics() if self._reward.is_composed else {}),
             **penalty_statistics(scores, penalties),
+            **self._scale(),
             "time/sampling": sampled - started,
             "time/scoring": scored - sampled,
             "time/optimising": stats["time/ppo/total"],
@@ -146,6 +147,12 @@ class PPOStep:
         # Arrays of two dimensions are padded.
         arrays = {k: v for k, v in stats.items() if isinstance(v, np.ndarray) and v.ndim == 1}
         return StepResult(statistics, samples, {**arrays, "env/reward_dist": scores.numpy()})
+
+    def _scale(self) -> dict[str, float]:
+        """The scale of the scores, where they have one."""
+        if not self._config.ppo.use_score_scaling:
+            return {}
+        return {"env/score_scale": self._trainer.running.std}
 
     def batch(self, step: int) -> dict[str, list[Any]]:
         """The prompts of a step. Seed and epoch decide the order within each epoch."""

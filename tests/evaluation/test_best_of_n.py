@@ -16,6 +16,7 @@ from ppo_cli.evaluation.best_of_n import (
     needed_n,
     parse_counts,
     share,
+    win_rate,
 )
 from ppo_cli.evaluation.bootstrap import bootstrap_interval
 
@@ -95,6 +96,29 @@ def test_beyond_the_largest_n_there_is_a_bound_and_what_would_do() -> None:
     assert found.share_at_most == pytest.approx(0.5)
     assert found.needed_n is not None and kl_bound(found.needed_n) >= 2.0 > kl_bound(4)
     assert share("m", *model(4.5, 500.0), DRAWN, [4]).needed_n is None
+
+
+def test_the_ratio_is_to_the_divergence_of_best_of_n_with_the_same_score() -> None:
+    low, high = kl_bound(2), kl_bound(4)
+    found = share("m", *model(16 / 3, 1.5), DRAWN, [2, 4])  # halfway from best of 2 to best of 4
+    assert found.best_of_n_kl == pytest.approx((low + high) / 2)
+    assert found.kl_ratio == pytest.approx(1.5 / found.best_of_n_kl)
+    assert found.kl_ratio_interval is not None and found.kl_ratio_at_most is None
+    # Prompts whose KL differs: the interval is that of the mean KL.
+    spread = share("m", np.full(2, 16 / 3), np.array([1.0, 2.0]), DRAWN, [2, 4])
+    assert spread.kl_ratio == pytest.approx(found.kl_ratio)
+    assert spread.kl_ratio_interval.low == pytest.approx(1.0 / found.best_of_n_kl)
+    beyond = share("m", *model(6.5, 1.5), DRAWN, [2, 4])
+    assert beyond.kl_ratio is None and beyond.best_of_n_kl is None
+    assert beyond.kl_ratio_at_most == pytest.approx(1.5 / high)
+    no_gain = share("m", *model(2.9, 1.5), DRAWN, [2, 4])
+    assert no_gain.kl_ratio is None and no_gain.kl_ratio_at_most is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 1000])
+def test_best_of_n_beats_one_response_in_n_of_n_plus_one(n: int) -> None:
+    assert win_rate(kl_bound(n)) == pytest.approx(n / (n + 1), abs=1e-6)
+    assert win_rate(1e6) == 1
 
 
 def test_without_a_divergence_there_is_no_share() -> None:

@@ -23,6 +23,7 @@ from ppo_cli.data.rows import Row
 from ppo_cli.errors import PPOCliError, UsageError
 from ppo_cli.evaluation import compare as comparison
 from ppo_cli.evaluation import generate
+from ppo_cli.evaluation.best_of_n import win_rate
 from ppo_cli.evaluation.comparison_result import Comparison, json_schema
 from ppo_cli.evaluation.generate import Request, Source
 from ppo_cli.reporting.comparison_page import comparison_html
@@ -41,7 +42,9 @@ PARTS = (
     "lost most",
     "95 % interval",
     "best of n responses",
-    "as a share of what best-of-n",
+    "share of its gain",
+    "ratio of the kls",
+    "each model beside best-of-n",
     "would be needed",
 )
 PROMPTS = ["t1 t2", "t3", "t4 t5 t6", "t7"]
@@ -106,6 +109,8 @@ def test_the_first_model_against_each_other_prompt_by_prompt(compare: Any) -> No
     assert 0 <= interval.low <= against_b.win_rate == interval.mean <= interval.high <= 1
     # Paired: the same model with the same random numbers writes the same, and ties count half.
     assert against_itself.difference.mean == 0 and against_itself.win_rate == 0.5
+    rates = [item.best_of_n_win_rate for item in found.differences]
+    assert rates == [None, None, win_rate(found.models[0].quality["kl"])]
 
 
 def test_divergence_and_perplexity_are_those_of_the_reference(compare: Any, folders: Path) -> None:
@@ -250,3 +255,8 @@ def test_every_format_shows_every_part_and_tables_fit(compare: Any, names: list[
     assert len(table) == len(found.rows) * len(found.models)
     assert {"kl", "tokens", "score", "probability"} < set(table[0])
     assert float(table[0]["kl"]) == found.rows[0].responses[0].kl
+    verdicts = {item.model: item for item in found.shares}
+    for line in table:  # the reference has no verdict
+        ratio = verdicts[line["model"]].kl_ratio if line["model"] in verdicts else None
+        assert line["kl_ratio"] == ("" if ratio is None else str(ratio))
+    assert "kl_ratio" not in comparison_csv(compare(*names))

@@ -41,6 +41,36 @@ def made_up(seed: int, count: int = 9) -> list[Evaluation]:
     return [Evaluation(10 * (i + 1), float(s), float(kl)) for i, (s, kl) in enumerate(pairs)]
 
 
+def test_with_a_budget_the_best_is_the_highest_score_near_it_or_else_the_nearest() -> None:
+    settings = RunSettings(kl_budget=4)
+
+    def best(*pairs: tuple[float, float]) -> int | None:
+        found = [Evaluation(i, score, kl) for i, (score, kl) in enumerate(pairs)]
+        newest = history_after(found, settings).best
+        return newest and newest.step
+
+    assert best((1.0, 3.7), (2.0, 4.3), (1.5, 4.0), (9.0, 4.5), (9.0, 3.5)) == 1
+    assert best((1.0, 1.0), (0.5, 2.0), (3.0, 8.0)) == 1  # none within 10 %
+    assert best((1.0, 1.0)) == 0
+    assert best((9.0, 2000.0)) is None  # beyond kl_limit
+
+
+def test_an_evaluation_over_the_ceiling_is_best_only_where_none_is_below() -> None:
+    settings = RunSettings(kl_ceiling=4)
+    low, near, high = Evaluation(1, 1.0, 0.5), Evaluation(2, 2.0, 4.3), Evaluation(3, 9.0, 4.5)
+    assert history_after([high, low], settings).best == low
+    assert history_after([low, near, high], settings).best == near
+    assert history_after([Evaluation(4, 9.9, 6.0), high], settings).best == high
+
+
+def test_a_run_takes_its_ceiling_from_the_configuration(tmp_path: Path) -> None:
+    controller = make(tmp_path / "run", "run.kl_ceiling=3", "ppo.init_kl_coef=0.2").trainer.kl_ctl
+    controller.update(1.0, 8)
+    assert controller.value == 0.2
+    controller.update(6.0, 8)
+    assert controller.value > 1
+
+
 LIMITS: list[tuple[float | None, float | None]] = [
     (None, None),
     (3, None),
@@ -183,12 +213,20 @@ def test_the_best_weights_are_left_and_the_run_goes_on_from_the_newest(
 
 
 def test_a_run_that_went_on_equals_one_that_never_paused(scripted: Any, tmp_path: Path) -> None:
-    scripted({**UP_AND_DOWN, 5: 9.9})  # the evaluation at the first end does not count later
-    train(tmp_path / "a", "run.steps=8", "run.checkpoint_every=2")
-    first = train(tmp_path / "b", "run.steps=5", "run.checkpoint_every=2")
+    # The evaluation at the first end does not count later, for the KL coefficient neither.
+    scripted({**UP_AND_DOWN, 5: 9.9}, kl=dict.fromkeys((2, 4, 5, 6, 8), 0.1))
+    settings = ["run.checkpoint_every=2", "run.kl_budget=0.1", "ppo.use_score_scaling=true"]
+    settings += ["ppo.score_scaling_samples=12"]
+    train(tmp_path / "a", "run.steps=8", *settings)
+    first = train(tmp_path / "b", "run.steps=5", *settings)
     assert first.weights.step == 5
     assert "eval/score" in rows(tmp_path / "b")[-1]
-    train(tmp_path / "b", "run.steps=8", "run.checkpoint_every=2", resume=True)
+    train(tmp_path / "b", "run.steps=8", *settings, resume=True)
+    steps = rows(tmp_path / "a")
+    assert len({row["objective/kl_coef"] for row in steps}) == 8
+    state = json.loads((tmp_path / "a/checkpoints/step-000008/state.json").read_text())
+    assert state["trainer"]["kl_controller"]["scale"] != 1  # the evaluations were heard
+    assert len({row["env/score_scale"] for row in steps[1:]}) == 1 != steps[0]["env/score_scale"]
     a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert set(differences(a, b)) <= {"run.yaml", "README.md"}  # which name the folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,6 +63,34 @@ def test_potentials_are_scaled_and_clipped_as_the_scores_are() -> None:
     stats = trainer.step(queries, responses, scores, potentials=constant)
     # The potentials equal the scores: no token changed anything.
     np.testing.assert_allclose(stats["ppo/policy/advantages"], 0, atol=1e-5)
+
+
+def test_scores_times_ten_make_the_same_run_where_they_are_scaled() -> None:
+    def trained(factor: float, **settings: Any) -> Tensor:
+        trainer = make_trainer(make_policy(0), init_kl_coef=0.3, **settings)
+        for seed in range(2):
+            queries, responses, scores = make_batch(seed=seed)
+            trainer.step(queries, responses, [factor * score for score in scores])
+        return trainer.model.pretrained_model.transformer.wte.weight.detach()
+
+    scaled: dict[str, Any] = {"use_score_scaling": True, "score_scaling_samples": 8}
+    torch.testing.assert_close(trained(10, **scaled), trained(1, **scaled), atol=1e-6, rtol=0)
+    assert not torch.allclose(trained(10), trained(1), atol=1e-4)
+
+
+def test_the_scale_stays_once_it_has_its_samples_and_they_differ() -> None:
+    trainer = make_trainer(use_score_scaling=True, score_scaling_samples=9)
+    queries, responses, _ = make_batch()
+
+    def scale_after(scores: Tensor) -> float:
+        trainer.step(queries, responses, list(scores))
+        return trainer.running.std
+
+    equal, spread = torch.full((8,), 2.0), torch.arange(8.0)
+    assert [scale_after(equal) for _ in range(2)] == pytest.approx([0, 0])  # without a spread
+    found = scale_after(spread)
+    assert found == pytest.approx(float(torch.cat([equal, equal, spread]).std()))
+    assert scale_after(10 * spread) == found
 
 
 # ---------------------------------------------------------------- calibration

@@ -20,6 +20,7 @@ from ppo_cli.training.diagnostics import (
     REQUIRED,
     RULES,
     Diagnostics,
+    budget_warning,
     sampling_warning,
 )
 from ppo_cli.training.divergence import check_numbers, check_texts, check_weights
@@ -148,9 +149,9 @@ FAULTS: dict[str, tuple[list[str], Change, Change, list[str]]] = {
     ),
     "short": (
         [],
-        lambda step: shrunk(4.0) if step > 40 else {},
-        lambda step: shrunk(9.0) if step > 40 else {},
-        ["step 43:", "from 16.9 to 4.0 tokens", "reward.target_length=17"],
+        lambda step: shrunk(11.0) if step > 40 else {},
+        lambda step: shrunk(12.5) if step > 40 else {},
+        ["step 43:", "from 16.9 to 11.0 tokens", "reward.target_length=17"],
     ),
     "no end": (
         ["reward.missing_eos_penalty=1.5"],
@@ -169,6 +170,14 @@ def test_each_fault_is_reported_once(name: str) -> None:
     for part in wanted:
         assert part in said[0]
     assert advice(configuration(*settings), no_fault)[0] == []
+
+
+@pytest.mark.parametrize("asked", ["missing_eos_penalty", "length_cost"])
+def test_a_reward_for_short_responses_may_shorten_them(asked: str) -> None:
+    config = configuration(f"reward.{asked}=0.5")
+    assert advice(config, lambda step: shrunk(9.0) if step > 40 else {})[0] == []
+    said, _ = advice(config, lambda step: shrunk(6.0) if step > 40 else {})
+    assert len(said) == 1 and "16.9 to 6.0 tokens" in said[0]
 
 
 def end(kl: Callable[[int], float], score: Callable[[int], float]) -> Change:
@@ -194,6 +203,15 @@ def test_the_end_is_judged_in_runs_of_some_length() -> None:
     for change in (BOTH, ALONE, STILL, LOST):
         assert len(advice(config, change)[1]) == 1
         assert advice(config, change, steps=30)[1] == []
+
+
+def test_with_a_budget_of_kl_the_remedy_is_another_one_and_its_end_is_judged() -> None:
+    config = configuration("run.kl_budget=4")
+    assert "Remedy: lower run.kl_budget (4) or ppo.learning_rate" in advice(config, ALONE)[1][0]
+    assert budget_warning(4.5, config) is None and budget_warning(99.0, configuration()) is None
+    assert "KL is 3.30" in str(budget_warning(3.3, config))
+    assert "more run.steps (" in str(budget_warning(3.3, config))
+    assert "Lower ppo.learning_rate (0.001)" in str(budget_warning(4.7, config))
 
 
 ADAPTIVE = ("ppo.lr_scheduler_type=adaptive", "ppo.desired_kl=0.05")
