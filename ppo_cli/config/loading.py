@@ -16,7 +16,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 import ppo_cli
-from ppo_cli.config.reward import OF_ONE_CLASSIFIER, RewardTerm, parse_option, with_option
+from ppo_cli.config.reward import OF_ONE_CLASSIFIER, RewardTerm
+from ppo_cli.config.reward_options import parse_option, with_option
 from ppo_cli.config.schema import AdapterConfig, RunConfig
 from ppo_cli.config.secrets import HIDDEN, find_secret, is_secret, shown_assignment
 from ppo_cli.errors import ConfigError, did_you_mean
