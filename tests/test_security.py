@@ -335,6 +335,7 @@ def evil_comparison() -> Comparison:
         best_of_n=best_of_n(drawn, [2], label=EVIL, seed=0),
         shares=[share(EVIL, models[0].scores, models[0].kl, drawn, [2])],
         rows=rows_of(models),
+        terms=[],
     )
 
 

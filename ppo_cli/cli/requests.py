@@ -9,13 +9,8 @@ from collections.abc import Collection, Sequence
 from pydantic import ValidationError
 
 from ppo_cli.config.prompts import PromptsConfig
-from ppo_cli.config.reward import (
-    RewardConfig,
-    names_some,
-    parse_option,
-    with_consent,
-    with_option,
-)
+from ppo_cli.config.reward import RewardConfig
+from ppo_cli.config.reward_options import names_some, parse_option, with_consent, with_option
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.config.section import check_name
 from ppo_cli.data.consent import check_consent

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def reward_lines(reward: RewardConfig | None) -> Iterator[str]:
     """A line for each file whose code runs, and for each server that texts are sent to."""
-    from ppo_cli.config.reward import function_file
+    from ppo_cli.config.functions import function_file
 
     functions: dict[str, list[str]] = {}
     for spec in () if reward is None else reward.foreign:

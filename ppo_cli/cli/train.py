@@ -270,7 +270,7 @@ def _settings_to_resume(
         UsageError: there is no such run, or a setting differs that may not change within a run.
     """
     from ppo_cli.config.loading import DEFAULT_CONFIG, change_config, load_config, recorded_run
-    from ppo_cli.config.reward import with_consent
+    from ppo_cli.config.reward_options import with_consent
     from ppo_cli.data.consent import check_consent
     from ppo_cli.data.fingerprint import Inputs
     from ppo_cli.training.resume import resumed_config

@@ -17,7 +17,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 import ppo_cli
-from ppo_cli.config.reward import OF_ONE_CLASSIFIER, parse_option, with_option
+from ppo_cli.config.reward import OF_ONE_CLASSIFIER
+from ppo_cli.config.reward_options import parse_option, with_option
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.config.secrets import HIDDEN, find_secret, is_secret, shown_assignment
 from ppo_cli.errors import ConfigError, did_you_mean

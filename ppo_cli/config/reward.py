@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
-from collections.abc import Sequence
-from importlib.machinery import PathFinder
-from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -21,9 +16,9 @@ from pydantic import (
     model_validator,
 )
 
+from ppo_cli.config.functions import function_parts
 from ppo_cli.config.section import MAX_COUNT, Name, Section
 
-FUNCTION = re.compile(r"(?P<file>.+\.py|(?:[^\W\d]\w*\.)*[^\W\d]\w*):(?P<name>[^\W\d]\w*)")
 TEMPLATE_FIELD = re.compile(r"\{(\w*)\}")
 TEMPLATE_FIELDS = ("text", "query", "response")
 CHAT = "chat"
@@ -47,47 +42,13 @@ KINDS: dict[str, tuple[str, ...]] = {
 OF_ONE_CLASSIFIER = ("model", "revision", "output")
 
 
-def function_parts(spec: str) -> tuple[str, str]:
-    """`FILE.py:FUNCTION` or `package.module:FUNCTION` -> file or module, function.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if found := FUNCTION.fullmatch(spec):
-        return found["file"], found["name"]
-    raise ValueError(
-        f"'{spec}' names no function: give FILE.py:FUNCTION or package.module:FUNCTION, such as "
-        "rewards.py:score"
-    )
-
-
-def is_file(spec: str) -> bool:
-    """Whether a function's spec names a file, not a module."""
-    return function_parts(spec)[0].endswith(".py")
-
-
-def function_file(spec: str) -> Path | None:
-    """The file of a function's code, found without running any; None where there is none."""
-    place, _ = function_parts(spec)
-    if is_file(spec):
-        path = Path(os.path.expanduser(place))
-        return path if path.is_file() else None
-    folders: Sequence[str] | None = [os.getcwd(), *sys.path]
-    parts, found = place.split("."), None
-    for number in range(1, len(parts) + 1):
-        found = PathFinder.find_spec(".".join(parts[:number]), folders) if folders else None
-        if found is None:
-            return None
-        folders = found.submodule_search_locations
-    return Path(found.origin) if found and found.origin else None
-
-
 def _check_function(spec: str) -> str:
     function_parts(spec)
     return spec
 
 
-def _check_url(url: str) -> str:
+def check_url(url: str) -> str:
+    """`url`, if it is an http address; else raises `ValueError`."""
     if not url.startswith(("http://", "https://")) or not urlsplit(url).hostname:
         raise ValueError(f"'{url}' is no address: give one that starts with http:// or https://")
     return url
@@ -151,7 +112,7 @@ class RewardTerm(Section):
     function: Annotated[Name, AfterValidator(_check_function)] | None = None
     """A Python function, FILE.py:FUNCTION (relative to the configuration file) or
     package.module:FUNCTION."""
-    url: Annotated[Name, AfterValidator(_check_url)] | None = None
+    url: Annotated[Name, AfterValidator(check_url)] | None = None
     """An HTTP endpoint that takes and returns JSON."""
     lexicon: Literal["vader"] | None = None
     """`vader`: a text's compound score by VADER, -1 to 1 (needs the `lexicon` extra)."""
@@ -349,87 +310,3 @@ class RewardConfig(Section):
         if self.terms is None:
             return f"classifier {self.model}"
         return f"reward {' + '.join(self.names)}"
-
-
-def parse_option(text: str) -> dict[str, Any]:
-    """The term of `--reward FILE.py:FUNCTION[=WEIGHT]`, or of an address instead of the function.
-
-    Raises:
-        ValueError: it names neither, or the weight is no number.
-    """
-    is_url = text.startswith(("http://", "https://"))
-    spec, equals, weight = text.rpartition("=")
-    if FUNCTION.fullmatch(text) or not equals or (is_url and "?" in text):
-        spec, weight = text, ""
-    term: dict[str, Any] = {"url": _check_url(spec)} if is_url else {"function": spec}
-    if not is_url:
-        function_parts(spec)
-    if weight or spec != text:
-        try:
-            term["weight"] = float(weight)
-        except ValueError:
-            raise ValueError(f"its weight '{weight}' is no number: give one, such as 0.5") from None
-    return term
-
-
-def with_option(section: dict[str, Any], terms: Sequence[dict[str, Any]], *, add: bool) -> None:
-    """Make `terms` the terms of the section `reward`, or add them to what it has.
-
-    Args:
-        section: the section as nested plain values, changed in place.
-        terms: of `parse_option`.
-        add: keep what the section has, its one classifier as a term.
-    """
-    old = section.get("terms")
-    one = {key: section.pop(key) for key in OF_ONE_CLASSIFIER if key in section}
-    if old is None:
-        old = [{"model": "embedded", **one}]
-    section["terms"] = [*(old if add else ()), *terms]
-    if not add:
-        section.pop("score_every", None)  # functions score finished texts
-
-
-def with_consent(reward: RewardConfig, options: Sequence[str]) -> tuple[RewardConfig, list[str]]:
-    """Take `--reward` as consent to what a run's reward names: its functions and endpoints.
-
-    A function is named by its file's name too, so that it is found where the file is now.
-
-    Returns:
-        `reward` with the functions as the options name them, and the names that the options allow.
-
-    Raises:
-        ValueError: an option names nothing of the reward, or gives a term another weight.
-    """
-    terms, allowed = list(reward.terms or ()), []
-    for text in options:
-        option = parse_option(text)
-        spec = option.get("function") or option["url"]
-        found = [i for i, term in enumerate(terms) if _is_same(term.foreign, spec)]
-        if not found:
-            has = ", ".join(reward.foreign) or "none"
-            raise ValueError(f"--reward {spec}: the run has no such term; it has {has}")
-        for i in found:
-            if option.get("weight", terms[i].weight) != terms[i].weight:
-                raise ValueError(f"--reward {text}: the run has another weight: leave it out")
-            if terms[i].function is not None:
-                terms[i] = terms[i].model_copy(update={"function": spec})
-        allowed.append(spec)
-    if not allowed:
-        return reward, []
-    return reward.model_copy(update={"terms": terms}), allowed
-
-
-def names_some(reward: RewardConfig, options: Sequence[str]) -> bool:
-    """Whether one of the values of `--reward` names a function or an endpoint of `reward`."""
-    specs = [option.get("function") or option["url"] for option in map(parse_option, options)]
-    return any(_is_same(foreign, spec) for foreign in reward.foreign for spec in specs)
-
-
-def _is_same(foreign: str | None, spec: str) -> bool:
-    if foreign is None or foreign == spec:
-        return foreign == spec
-    parts = [FUNCTION.fullmatch(one) for one in (foreign, spec)]
-    return (
-        all(one and one["file"].endswith(".py") for one in parts)
-        and len({(os.path.basename(one["file"]), one["name"]) for one in parts if one}) == 1
-    )

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ppo_cli.config.functions import function_file, function_parts
 from ppo_cli.config.prompts import PromptsConfig
-from ppo_cli.config.reward import RewardConfig, function_file, function_parts
+from ppo_cli.config.reward import RewardConfig
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.embedded import TRAIN_SEED, classifier_folder, policy_folder
 from ppo_cli.data.sources import EMBEDDED, all_files

@@ -212,8 +212,6 @@ class Comparison:
     """What the score is: the label's logit or its probability; or the sum of the terms."""
     classifier: str | None
     """The classifier, the first of several; null without one."""
-    terms: list[str]
-    """Names of the terms whose sum is the score; empty for one classifier."""
     seed: int
     """Seed of the sampling."""
     reference: str | None
@@ -232,6 +230,8 @@ class Comparison:
     """Each model beside best-of-n at its own KL; empty unless --best-of-n asked for it."""
     rows: list[Row]
     """Every prompt with every response."""
+    terms: list[str]
+    """Names of the terms whose sum is the score; empty for one classifier."""
 
     @property
     def title(self) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from ppo_cli.config.functions import function_file
 from ppo_cli.config.prompts import PromptsConfig
-from ppo_cli.config.reward import RewardConfig, function_file
+from ppo_cli.config.reward import RewardConfig
 from ppo_cli.config.schema import PolicyConfig, RunConfig
 from ppo_cli.data.fingerprint import POLICY, Inputs, inputs_of, trusted_too
 from ppo_cli.data.prompts import PromptEncoder

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ppo_cli.config.reward import function_file, function_parts, is_file
+from ppo_cli.config.functions import function_file, function_parts, is_file
 from ppo_cli.errors import ModelError, UsageError, did_you_mean, is_out_of_memory
 from ppo_cli.rewards.batch import MESSAGES, RewardBatch
 from ppo_cli.utils.text import shortened

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from ppo_cli.config.loading import load_config, validate
-from ppo_cli.config.reward import RewardConfig, WeightSchedule, parse_option, with_consent
+from ppo_cli.config.reward import RewardConfig, WeightSchedule
+from ppo_cli.config.reward_options import parse_option, with_consent
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.errors import ConfigError
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppo_cli.config.reward import function_file
+from ppo_cli.config.functions import function_file
 from ppo_cli.errors import ModelError, UsageError
 from ppo_cli.rewards.batch import RewardBatch
 from ppo_cli.rewards.functions import FunctionReward, load_function

@@ -273,7 +273,8 @@ def test_an_adapter_of_a_classifier_on_the_hub_is_loaded(server: Hub, tmp_path: 
     model = get_peft_model(base, config).eval()
     server.folder = tmp_path / "hub"
     model.save_pretrained(server.folder)
-    reward = load_reward(RewardConfig(model=NAME, revision="branch"), torch.device("cpu"))
+    found = load_reward(RewardConfig(model=NAME, revision="branch"), torch.device("cpu"))
+    reward = found.classifiers[0]
     tokens = reward.tokenizer("This movie was wonderful", return_tensors="pt")
     expected = model(input_ids=tokens.input_ids).logits[0, reward.index]
     assert reward(["This movie was wonderful"]).item() == pytest.approx(expected.item(), abs=1e-4)
