@@ -330,7 +330,7 @@ def evil_comparison() -> Comparison:
         reference=EVIL,
         max_new_tokens=2,
         models=[ModelResult.of(model) for model in models],
-        differences=[paired_difference(*models)],
+        differences=[paired_difference(*models, is_reference=True)],
         changes=most_changed(*models, 2),
         best_of_n=best_of_n(drawn, [2], label=EVIL, seed=0),
         shares=[share(EVIL, models[0].scores, models[0].kl, drawn, [2])],
