@@ -123,7 +123,7 @@ def broken_classifier(step: int) -> None:
         for weights in reward.classifier.parameters():
             weights.data.fill_(float("nan"))
 
-    before_call(SentimentReward, "scores", step + 3, spoil)
+    before_call(SentimentReward, "of_labels", step + 3, spoil)
 
 
 def failing_classifier(step: int) -> None:
@@ -133,14 +133,14 @@ def failing_classifier(step: int) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise IndexError("index out of range in self")
 
-    before_call(SentimentReward, "scores", step + 3, fail)
+    before_call(SentimentReward, "of_labels", step + 3, fail)
 
 
 def collapsed_text(step: int) -> None:
     """Every response to `step` is the same."""
     from ppo_cli.training import step as training_step
 
-    def make_alike(_: Any, __: Any, responses: list[Any]) -> None:
+    def make_alike(_: Any, __: Any, responses: list[Any], ___: Any) -> None:
         responses[:] = [responses[0]] * len(responses)
 
     before_call(training_step, "to_texts", step, make_alike)

@@ -17,7 +17,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 import ppo_cli
-from ppo_cli.config.reward import OF_ONE_CLASSIFIER
+from ppo_cli.config.reward import ALTERNATIVES, OF_ONE_CLASSIFIER
 from ppo_cli.config.reward_options import parse_option, with_option
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.config.secrets import HIDDEN, find_secret, is_secret, shown_assignment
@@ -363,8 +363,7 @@ def _describe(error: ValidationError, origin: _Origin) -> str:
     """A line for each fault: where it is, which key, what is wrong."""
     lines = []
     for item in error.errors():
-        # Tags of a union's alternatives stand in brackets.
-        keys = tuple(str(part) for part in item["loc"] if not str(part).startswith("("))
+        keys = tuple(str(part) for part in item["loc"] if part not in ALTERNATIVES)
         name = ".".join(keys)
         problem = item["msg"].removeprefix("Value error, ")
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

@@ -22,6 +22,8 @@ from ppo_cli.config.section import MAX_COUNT, Name, Section
 TEMPLATE_FIELD = re.compile(r"\{(\w*)\}")
 TEMPLATE_FIELDS = ("text", "query", "response")
 CHAT = "chat"
+# Alternatives of a union, which pydantic names in the place of a fault.
+ALTERNATIVES = ONE, LIST, MAPPING = "(one value)", "(a list)", "(a mapping)"
 SCALING = "scaling"
 """Part of a sample's reward: what ppo.use_score_scaling and ppo.score_clip change."""
 COST_NAMES = {
@@ -85,21 +87,21 @@ class WeightSchedule(Section):
 
 def _form(value: Any) -> str:
     """Which alternative of a union a value is meant as: of it alone the faults are reported."""
-    return (
-        "(mapping)" if isinstance(value, dict) else "(list)" if isinstance(value, list) else "(one)"
-    )
+    if isinstance(value, dict | Section):
+        return MAPPING
+    return LIST if isinstance(value, list) else ONE
 
 
 Weight = Annotated[
-    Annotated[float, Tag("(one)")]
-    | Annotated[float, Tag("(list)")]
-    | Annotated[WeightSchedule, Tag("(mapping)")],
-    Discriminator(lambda value: "(mapping)" if isinstance(value, Section) else _form(value)),
+    Annotated[float, Tag(ONE)]
+    | Annotated[float, Tag(LIST)]
+    | Annotated[WeightSchedule, Tag(MAPPING)],
+    Discriminator(_form),
 ]
 Labels = Annotated[
-    Annotated[Name, Tag("(one)")]
-    | Annotated[list[Name], Field(min_length=1), Tag("(list)")]
-    | Annotated[dict[Name, float], Field(min_length=1), Tag("(mapping)")],
+    Annotated[Name, Tag(ONE)]
+    | Annotated[list[Name], Field(min_length=1), Tag(LIST)]
+    | Annotated[dict[Name, float], Field(min_length=1), Tag(MAPPING)],
     Discriminator(_form),
 ]
 

@@ -19,10 +19,11 @@ from ppo_cli.kernels.switch import VARIABLE
 HEAVY = ("torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp")
 
 DRAW = """
+from ppo_cli.data.rows import Row
 request = requests.resolve([model], reference=False, score=True, sentiment=None,
                              classifier="embedded", device="cpu", trusted=())
 result = generate.generate(
-    request.sources[0], ["This movie"], samples_each=3, max_new_tokens=12, seed=1,
+    request.sources[0], [Row("This movie")], samples_each=3, max_new_tokens=12, seed=1,
     device=request.device, reward=generate.load_classifier(request), trusted=(),
 )
 """
