@@ -179,6 +179,12 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _accelerate_of_this_module() -> None:
+    """The precision of another module's tests does not hold for the fixtures of this one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(params=["auto", "off"])
 def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
     """With all fast paths, and with plain torch and transformers."""

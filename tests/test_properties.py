@@ -18,7 +18,7 @@ from ppo_cli.utils.yaml_io import dump_yaml, load_yaml
 from tests.test_structure import config_keys
 
 QUICK = settings(
-    max_examples=150,
+    max_examples=80,
     derandomize=True,
     database=None,
     deadline=None,
