@@ -264,8 +264,8 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     assert "ppo.gamma" in other.err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_a_usable_run_directory(tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_leaves_a_usable_run_directory(tmp_path: Path) -> None:
+    number, code = signal.SIGTERM, 143
     process = subprocess.Popen(
         [sys.executable, "-m", "ppo_cli", "train", "--steps", "5000", *QUICK],
         cwd=tmp_path,

@@ -101,7 +101,8 @@ class RunTrackers:
         table = None
         if samples:
             records = [sample.as_dict() for sample in samples]
-            table = Table("samples", [*records[0]], [list(record.values()) for record in records])
+            columns = [*dict.fromkeys(key for record in records for key in record)]
+            table = Table("samples", columns, [[r.get(key) for key in columns] for r in records])
         for name in self._open:
             sent = self._sent[name].get(int(row["step"]), ())
             if new := {key: value for key, value in row.items() if key not in sent}:

@@ -56,17 +56,6 @@ found |= {
 }
 """
 
-ALREADY_THERE = """
-import json, sys
-import transformers.modeling_utils
-from ppo_cli.cli.fast_imports import light_imports
-
-compiler = sys.modules["torch._dynamo"]
-with light_imports():
-    asked = transformers.utils.is_torch_distributed_available()
-found = {"same": sys.modules["torch._dynamo"] is compiler, "asked": asked}
-"""
-
 
 def found(program: str, *arguments: str) -> Any:
     """The value `found` of a program that runs in a new interpreter."""
@@ -92,6 +81,7 @@ def samples_here(model: str) -> Any:
     return [sample.as_dict() for sample in names["result"].samples]
 
 
+@pytest.mark.usefixtures("fast_paths")
 def test_samples_are_the_same_and_compiler_and_shards_come_when_asked_for() -> None:
     light = found(SAMPLE + COMPILE_AFTERWARDS, "embedded")
     assert light["samples"] == samples_here("embedded")
@@ -105,6 +95,7 @@ def test_samples_are_the_same_and_compiler_and_shards_come_when_asked_for() -> N
     assert light["tensor"] == "DTensor"
 
 
+@pytest.mark.usefixtures("fast_paths")
 def test_an_adapter_which_asks_for_sharded_tensors_has_them(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(policy_folder())
     adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, fan_in_fan_out=True))
@@ -113,10 +104,6 @@ def test_an_adapter_which_asks_for_sharded_tensors_has_them(tmp_path: Path) -> N
     light = found(SAMPLE, str(tmp_path))
     assert light["samples"] == samples_here(str(tmp_path))
     assert "torch._inductor" not in light["modules"]
-
-
-def test_where_transformers_has_its_compiler_nothing_is_changed() -> None:
-    assert found(ALREADY_THERE) == {"same": True, "asked": True}
 
 
 def test_afterwards_torch_has_what_it_has_and_the_compiler_is_real() -> None:
@@ -136,19 +123,12 @@ found = {"same": mine is sys.modules["torch._dynamo"].eval_frame,
     assert found(program) == {"same": True, "real": "module", **there}
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        "fast_imports._unchanged = None",  # a decorator that is used in another way
-        "fast_imports.Path = lambda file: pathlib.Path('elsewhere')",  # no part is found
-    ],
-)
-def test_where_a_release_has_other_internals_all_is_imported_plainly(other: str) -> None:
+def test_where_a_release_has_other_internals_all_is_imported_plainly() -> None:
     program = f"""
 import json, pathlib, sys
 from ppo_cli.cli import fast_imports
 
-{other}
+fast_imports._unchanged = None  # a decorator that is used in another way
 with fast_imports.light_imports():
     from transformers import AutoModelForCausalLM, utils
     from ppo_cli.data.embedded import policy_folder
@@ -170,7 +150,7 @@ found = {{
     }
 
 
-def test_switched_off_nothing_stands_in() -> None:
+def test_switched_off_or_with_the_compiler_there_nothing_stands_in() -> None:
     program = """
 import json, sys
 from ppo_cli.cli.fast_imports import light_imports
@@ -178,6 +158,10 @@ from ppo_cli.kernels.switch import using
 
 with using("-imports"), light_imports():
     import transformers.generation.utils
-found = [type(sys.modules["torch._dynamo"]).__name__, "torch.distributed.tensor" in sys.modules]
+compiler = sys.modules["torch._dynamo"]
+found = {"compiler": type(compiler).__name__, "there": "torch.distributed.tensor" in sys.modules}
+with light_imports():
+    asked = transformers.utils.is_torch_distributed_available()
+found |= {"same": sys.modules["torch._dynamo"] is compiler, "asked": asked}
 """
-    assert found(program) == ["module", True]
+    assert found(program) == {"compiler": "module", "there": True, "same": True, "asked": True}
