@@ -150,7 +150,7 @@ def _results(summary: Any, config: Any, inputs: Records, dataset: str | None) ->
             metric_args=by_classifier if m.key in BY_CLASSIFIER else None,
         )
         for m in quality.MEASURES
-        if math.isfinite(summary.after[m.key])
+        if math.isfinite(summary.after.values.get(m.key, math.nan))
     ]
 
 

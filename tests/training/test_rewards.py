@@ -262,8 +262,12 @@ def test_a_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     settings = load_config(name, assignments=small)
     training = build_training(settings, consented=settings.reward.foreign)
     (report,) = training.steps()
+    training.finish()
     training.directory.unlock()
+    card = (Path(settings.output) / "README.md").read_text()
     for term in settings.reward.names:
         assert f"env/rewards/{term}/mean" in report.stats
+        assert f"| reward {term} | " in card.replace("\\", "")
+    assert ("mean P" in card) == bool(settings.reward.models)
     assert report.stats["env/rewards/keywords/mean"] >= 0
     assert not list(tmp_path.glob("**/__pycache__"))
