@@ -22,7 +22,7 @@ demo: $(READY)
 	$(BIN)/ppo-cli train --sentiment negative --output demo/ppo-bad --overwrite
 	$(BIN)/ppo-cli compare demo/ppo-good demo/ppo-bad
 	$(BIN)/ppo-cli plot demo/ppo-good demo/ppo-bad --output demo/training.png
-	$(BIN)/ppo-cli plot demo/ppo-good demo/ppo-bad --terminal --metric ppo/mean_scores
+	$(BIN)/ppo-cli plot demo/ppo-good demo/ppo-bad --terminal --metric env/reward_mean
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS)

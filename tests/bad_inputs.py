@@ -555,7 +555,7 @@ def _make_parquet(folder: Path) -> None:
 def _make_runs(folder: Path) -> None:
     values = load_config("tiny").model_dump(mode="json")
     record = yaml.safe_dump({"config": values})
-    rows = [json.dumps({"step": i, "ppo/loss/total": 0.1, "ppo/mean_scores": 1.0}) for i in (1, 2)]
+    rows = [json.dumps({"step": i, "ppo/loss/total": 0.1, "env/reward_mean": 1.0}) for i in (1, 2)]
     whole = "\n".join(rows) + "\n"
     metrics: dict[str, bytes | None] = {
         "run": whole.encode(),

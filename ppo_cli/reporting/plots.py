@@ -22,17 +22,18 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 """Name of a run -> steps and values of one metric."""
 
-DEFAULT_METRICS = ("ppo/loss/total", "ppo/mean_scores")
+DEFAULT_METRICS = ("ppo/loss/total", "env/reward_mean")
 TITLES = {
     "ppo/loss/total": ("PPO training loss over time", "total loss"),
-    "ppo/mean_scores": ("PPO mean reward over time", "mean score"),
+    "env/reward_mean": ("PPO mean reward over time", "mean score"),
+    "ppo/mean_scores": ("Mean score that PPO learns from", "mean score, scaled"),
     "eval/score": ("Mean score on held-out prompts", "mean score"),
     "eval/kl": ("KL from the reference on held-out prompts", "KL per sequence (nats)"),
     "objective/kl": ("KL from the reference over time", "KL per sequence (nats)"),
     "objective/kl_coef": ("KL coefficient over time", "coefficient"),
 }
 # Metric of a panel -> another metric that is drawn in it if a run has it, and its label.
-COMPANIONS = {"ppo/mean_scores": ("eval/score", "held-out")}
+COMPANIONS = {"env/reward_mean": ("eval/score", "held-out")}
 SPARSE = "eval/"  # prefix of metrics that only some steps have: drawn as points and lines
 ENDINGS = (".png", ".svg", ".pdf")
 # The palette of Okabe and Ito, which colour-blind readers can distinguish.

@@ -18,7 +18,7 @@ from ppo_cli.reporting.plots import (
     terminal_chart,
 )
 
-LOSS, SCORE = "ppo/loss/total", "ppo/mean_scores"
+LOSS, SCORE = "ppo/loss/total", "env/reward_mean"
 
 
 def run(steps: int = 40, **changes: Any) -> list[dict[str, Any]]:
@@ -116,8 +116,8 @@ def test_another_ending_is_refused_and_nothing_written(tmp_path: Path) -> None:
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"good has no metric 'ppo/mean_score'.*ppo/mean_scores"):
-        plot_training({"good": run()}, tmp_path / "p.png", ["ppo/mean_score"])
+    with pytest.raises(UsageError, match=r"good has no metric 'env/reward_men'.*env/reward_mean"):
+        plot_training({"good": run()}, tmp_path / "p.png", ["env/reward_men"])
     with pytest.raises(UsageError, match=r"no metric 'zzz'.*It has .*objective/kl"):
         terminal_chart({"good": run()}, "zzz")
     assert list(tmp_path.iterdir()) == []
