@@ -177,7 +177,7 @@ def _send_to_trackio(
     if table is not None:
         rows = table.escaped(markdown_text)  # trackio renders Markdown
         values[table.name] = trackio.Table(columns=table.columns, data=rows)
-    tracker.log(values, step=step)
+    tracker.tracker.log(values, step=step)  # accelerate's own method drops the step in 1.10
 
 
 def _send_to_mlflow(
