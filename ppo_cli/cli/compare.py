@@ -145,8 +145,7 @@ def compare(
         for recorded in filter(None, map(requests.recorded_scores, models)):
             error.add_note(recorded)
         raise
-    for line in reward_lines(request.reward):
-        note(line)
+    note(*reward_lines(request.reward))
     check_outputs(outputs, request.input_names)
     texts = requests.read_prompts([], prompts, column, request.prompts)
     result = compare_models(

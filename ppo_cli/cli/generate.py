@@ -159,8 +159,7 @@ def generate(
             raise
         note(f"no scores: {error}")
         request = resolve(score=False)
-    for line in reward_lines(request.reward):
-        note(line)
+    note(*reward_lines(request.reward))
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
     if interactive:
         return _interact(request, params, max_new_tokens, seed)

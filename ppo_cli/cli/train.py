@@ -164,7 +164,7 @@ def train(
             f"policy {settings.policy.model}, {settings.reward.describe()}, "
             f"prompts {settings.prompts.name} -> {settings.output}"
         )
-        note(*(line for line in reward_lines(settings.reward)))
+        note(*reward_lines(settings.reward))
     with kernels, _StopSignals(quiet) as stop:
         training = build_training(
             settings,
