@@ -107,7 +107,7 @@ class RunSettings(Section):
     budget."""
     kl_ceiling: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """KL per response (nats) that the run keeps below, without a kl_budget: the KL coefficient is
-    ppo.init_kl_coef, and more while KL is over this. Evaluations more than 10 % over it are only
+    ppo.init_kl_coef, and more while KL is over this. Evaluations more than 20 % over it are only
     the best if none is below. null for no ceiling."""
     collapse_limit: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     """Share of equal responses in a batch from which the text counts as collapsed; 1 for all of
