@@ -116,6 +116,8 @@ class RunSettings(Section):
     """At the end, score the best of n responses of the reference to each held-out prompt, for each
     n in this list, and write frontier.json, the curve of `plot --frontier`. This samples as many
     responses per prompt as the largest n. null for no such curve."""
+    timeout: Annotated[float, Field(gt=0, le=10**6)] = 600.0
+    """Seconds that the processes of a run wait for each other before they give up."""
     samples_per_step: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 4
     """Number of samples of each step that are written to samples.jsonl."""
 

@@ -15,7 +15,7 @@ from ppo_cli.config.trackers import as_names
 from ppo_cli.errors import UsageError, did_you_mean, is_out_of_memory
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.trackers import check_logging_dir, check_trackers, start_trackers
-from ppo_cli.utils import processes
+from ppo_cli.utils import launcher
 from ppo_cli.utils.device import mixed_precision, resolve_device
 from ppo_cli.utils.hub import first_line
 
@@ -58,14 +58,14 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
 def _for_processes(given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of `Accelerator` for the processes that a launcher may have started."""
     settings = dict(given)
-    if processes.launched() > 1 and not (torch.cuda.is_available() or torch.xpu.is_available()):
+    if launcher.count() > 1 and not (torch.cuda.is_available() or torch.xpu.is_available()):
         settings.setdefault("cpu", True)  # without it accelerate sees one process
     return settings
 
 
 def _check_processes(accelerator: Accelerator) -> None:
     """Raise `UsageError` where accelerate does not have the processes that were started."""
-    if (launched := processes.launched()) != accelerator.num_processes:
+    if (launched := launcher.count()) != accelerator.num_processes:
         raise UsageError(
             f"a launcher started {launched} processes, but accelerate uses "
             f"{accelerator.num_processes}: each would train by itself. Pass "

@@ -17,7 +17,6 @@ from ppo_cli.ppo.losses import MinibatchLoss, kl_penalty
 from ppo_cli.ppo.statistics import STATISTICS
 from ppo_cli.utils.device import fetch, send
 
-
 MEAN_RATIO, MEAN_K3 = "mean ratio", "mean k3"
 """Means of a mini-batch that decide whether it counts, and are no statistics."""
 

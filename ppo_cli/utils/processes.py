@@ -6,25 +6,51 @@ processes call them wait for the others: each has to come to them in the same or
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from os import environ
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
-from ppo_cli.errors import PPOCliError
+from ppo_cli.errors import PPOCliError, UsageError
+from ppo_cli.utils import launcher
 
 T = TypeVar("T")
 
 
-def launched() -> int:
-    """Number of processes that a launcher such as torchrun says it has started; 1 without one."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    return int(text) if text.isdigit() and int(text) else 1
+def start(timeout: float) -> None:
+    """Start the process group of the processes that a launcher started; do nothing for one.
+
+    Args:
+        timeout: seconds after which a process that waits for another gives up.
+
+    Raises:
+        UsageError: the launcher left out what they need to find each other.
+        PPOCliError: they do not find each other.
+    """
+    if launcher.count() == 1 or _has_group():
+        return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]:
+        raise UsageError(
+            f"WORLD_SIZE is {launcher.count()}, but {' and '.join(missing)} are not set: start the "
+            "processes with torchrun, accelerate launch or --num-processes, or unset WORLD_SIZE"
+        )
+    limit = timedelta(seconds=timeout)
+    distributed_c10d.default_pg_timeout = limit  # of groups that are made later
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        raise PPOCliError(
+            f"the {launcher.count()} processes of this run do not find each other at "
+            f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def count() -> int:
@@ -40,11 +66,6 @@ def index() -> int:
 def is_main() -> bool:
     """Whether this is the process that displays and writes."""
     return index() == 0
-
-
-def local_index() -> int:
-    """Number of this process among those of its machine, which decides its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def rows(total: int) -> slice:
@@ -74,6 +95,13 @@ def gather(value: T) -> list[T]:
 def gather_list(values: Sequence[T]) -> list[T]:
     """The processes' lists, joined. All processes call it."""
     return [value for part in gather(list(values)) for value in part]
+
+
+def gather_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The processes' lists of tensors, joined; on the CPU where there are several processes."""
+    if count() == 1:
+        return list(tensors)
+    return gather_list([tensor.detach().cpu() for tensor in tensors])
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
@@ -133,11 +161,11 @@ def agreed() -> Iterator[None]:
         if count() == 1:
             raise
     errors = gather(None if own is None else _as_bytes(own))
-    for process, error_bytes in enumerate(errors):
-        if error_bytes is not None:
-            if process == index() and own is not None:
-                raise own
-            raise pickle.loads(error_bytes)  # of a process of this very run
+    for process, data in enumerate(errors):
+        if data is not None:
+            first: Any = own if process == index() else pickle.loads(data)
+            first.is_agreed = True  # the main process tells it
+            raise first
 
 
 def _as_bytes(error: Exception) -> bytes:

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from ppo_cli import AutoModelForCausalLMWithValueHead
-from ppo_cli.utils import processes
+from ppo_cli.utils import launcher, processes
 from tests.conftest import EOS, make_batch, make_gpt2, make_policy, make_trainer, weights
 from tests.world import in_world
 
@@ -95,7 +95,7 @@ def learnt(name: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         model = get_peft_model(make_gpt2(), adapter)
         torch.manual_seed(0)
         policy = AutoModelForCausalLMWithValueHead(model, summary_dropout_prob=0.0)
-    count = processes.launched()
+    count = launcher.count()
     settings = {"mini_batch_size": SIZE, "batch_size": SIZE, "learning_rate": 0.05, **case}
     for key in ("batch_size", "mini_batch_size", "steps"):
         if key in settings:
