@@ -63,6 +63,17 @@ def gathered(*models: Any) -> Iterator[None]:
             _gathered.remove(root)
 
 
+def free(model: Any) -> None:
+    """Give up what a sharded model has gathered, unless it is `gathered`; do nothing to others.
+
+    The weights of a model are other tensors while it is gathered. Where `requires_grad` of some is
+    set and then set back, it has to be in the same state.
+    """
+    if is_sharded(model) and model not in _gathered:
+        for module in _sharded_modules(model):
+            module.reshard()
+
+
 def without_weights(model: nn.Module) -> nn.Module:
     """A copy of a whole model whose weights take no memory, for `whole_copy`."""
     memo: dict[int, Any] = {

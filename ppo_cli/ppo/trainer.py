@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_cli.kernels.patches import fast_layers
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling import check_sampling, sample_responses
-from ppo_cli.models.sharding import gathered, whole_copy, without_weights
+from ppo_cli.models.sharding import free, gathered, whole_copy, without_weights
 from ppo_cli.models.transformers_generate import new_token_limits
 from ppo_cli.ppo.accelerator import make_accelerator, record_surroundings, require
 from ppo_cli.ppo.config import PPOConfig
@@ -226,11 +226,18 @@ class PPOTrainer:
         """
         return gathered(self.model, self.ref_model)
 
-    def adapter_off(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
         """Switch the adapter off inside the block, if the reference is the policy without it."""
         if self.ref_model is not None:
-            return nullcontext()
-        return self.accelerator.unwrap_model(self.model).pretrained_model.disable_adapter()
+            yield
+            return
+        free(self.model)
+        with self.accelerator.unwrap_model(self.model).pretrained_model.disable_adapter():
+            try:
+                yield
+            finally:
+                free(self.model)
 
     @contextmanager
     def _reference(self) -> Iterator[Any]:
@@ -360,10 +367,14 @@ class PPOTrainer:
         checkpointing = self.config.gradient_checkpointing
         dropout = dropout_off(self.model, keep_training_mode=checkpointing)
         warm_up = head_alone(self.model) if self._is_warming_up else nullcontext()
+        free(self.model)
         with dropout, warm_up, fast_layers():
             if checkpointing:
                 check_noise(self.model)
-            yield
+            try:
+                yield
+            finally:
+                free(self.model)
 
     @property
     def _is_warming_up(self) -> bool:
