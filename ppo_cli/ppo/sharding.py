@@ -27,6 +27,7 @@ from ppo_cli.models.quantization import is_quantized
 from ppo_cli.models.sharding import set_freeing
 from ppo_cli.utils import launcher
 
+RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 RECIPE = "use FSDP2 (configs/accelerate/fsdp2.yaml)"
 # Other ways of accelerate to divide a model: keywords, variable that its launcher sets, name.
 OTHERS = (
@@ -36,10 +37,50 @@ OTHERS = (
 )
 
 
+def load_whole_models() -> str | None:
+    """Have transformers load whole models in each process, also where `accelerate launch` says no.
+
+    Returns:
+        A warning where it said so, which is its default.
+    """
+    if not all(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", RAM_EFFICIENT))):
+        return None
+    environ[RAM_EFFICIENT] = "false"
+    return (
+        "fsdp_cpu_ram_efficient_loading is switched off: each process checks the model before it "
+        "is sharded, so all of them load it"
+    )
+
+
 def with_sharding(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `Accelerator`, with those that sharding needs if it is asked for.
 
-    It is asked for by an `fsdp_plugin` in them, or by `accelerate launch`.
+    Raises:
+        UsageError: as `check_sharding`.
+    """
+    plugin, mesh, precision = check_sharding(settings)
+    if plugin is None:
+        return dict(settings)
+    if plugin.auto_wrap_policy is None:  # one group would gather the whole model in each forward
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+    if precision == "bf16" and plugin.mixed_precision_policy is None:
+        # accelerate's own would also round the sums of gradients, and log-probabilities.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    settings = {**settings, "fsdp_plugin": plugin}
+    if settings.get("cpu") or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        if mesh is None and torch.accelerator.is_available():  # the default mesh is of GPUs then
+            settings["parallelism_config"] = ParallelismConfig(dp_shard_size=launcher.count())
+        _shard_on_processors(plugin)
+    return settings
+
+
+def check_sharding(
+    settings: Mapping[str, Any],
+) -> tuple[FullyShardedDataParallelPlugin | None, ParallelismConfig | None, str]:
+    """What keyword arguments of `Accelerator`, or `accelerate launch`, say about sharding.
+
+    Returns:
+        The plugin (None without sharding), the mesh of processes if there is one, the precision.
 
     Raises:
         UsageError: what is asked for would not be done, or not rightly.
@@ -57,21 +98,11 @@ def with_sharding(settings: Mapping[str, Any]) -> dict[str, Any]:
     if mesh is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
         mesh = ParallelismConfig()
     _check_mesh(mesh, plugin)
-    if not isinstance(plugin, FullyShardedDataParallelPlugin):
-        return dict(settings)  # accelerate refuses other types
     precision = settings.get("mixed_precision") or environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if not isinstance(plugin, FullyShardedDataParallelPlugin):
+        return None, mesh, precision  # accelerate refuses other types
     _check_plugin(plugin, precision)
-    if plugin.auto_wrap_policy is None:  # one group would gather the whole model in each forward
-        plugin.auto_wrap_policy = transformer_auto_wrap_policy
-    if precision == "bf16" and plugin.mixed_precision_policy is None:
-        # accelerate's own would also round the sums of gradients, and log-probabilities.
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    settings = {**settings, "fsdp_plugin": plugin}
-    if settings.get("cpu") or parse_flag_from_env("ACCELERATE_USE_CPU"):
-        if mesh is None and torch.accelerator.is_available():  # the default mesh is of GPUs then
-            settings["parallelism_config"] = ParallelismConfig(dp_shard_size=launcher.count())
-        _shard_on_processors(plugin)
-    return settings
+    return plugin, mesh, precision
 
 
 def _shard_on_processors(plugin: FullyShardedDataParallelPlugin) -> None:
