@@ -1,4 +1,4 @@
-"""Two processes that share the weights of a model (FSDP2, gloo) do what one does with all of them."""
+"""Two processes with parts of the weights (FSDP2, gloo) do what one with all of them does."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from accelerate.commands.launch import (
     launch_command_parser,
     prepare_multi_gpu_env,
 )
+from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -20,12 +21,18 @@ from safetensors.torch import load_file
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOTrainer
 from ppo_cli.config.loading import load_config
 from ppo_cli.errors import UsageError
-from ppo_cli.models.loading import load_policy
+from ppo_cli.models.capabilities import PADDED_READING
 from ppo_cli.models.sharding import is_sharded, local_part
 from ppo_cli.ppo import trainer as trainer_module
 from ppo_cli.ppo.forward import token_forward
 from ppo_cli.ppo.packing import TokenBatch
-from ppo_cli.ppo.sharding import RAM_EFFICIENT, check_sharding, load_whole_models
+from ppo_cli.ppo.sharding import (
+    RAM_EFFICIENT,
+    check_sharded,
+    check_sharding,
+    load_whole_models,
+    refuse_unshardable,
+)
 from ppo_cli.training.build import build_training
 from ppo_cli.training.checkpoint import (
     checkpoint_of,
@@ -137,10 +144,13 @@ def in_shards(home: Path) -> dict[str, Any]:
     layers = [m for m in plain.model.modules() if is_sharded(m)]
     parts = [[local_part(p).numel(), p.numel()] for p in plain.model.parameters()]
     reference = [[local_part(p).numel(), p.numel()] for p in plain.ref_model.parameters()]
-    found["groups"], found["shares"] = len(layers), [
-        sum(part for part, _ in model) / sum(whole for _, whole in model)
-        for model in (parts, reference)
-    ]
+    found["groups"], found["shares"] = (
+        len(layers),
+        [
+            sum(part for part, _ in model) / sum(whole for _, whole in model)
+            for model in (parts, reference)
+        ],
+    )
     found["fast paths"] = fast_paths(plain)
     # Processes draw different numbers of samples, by transformers' generate as well.
     queries = batch_of({}, 0)[0][0][: 1 + 2 * processes.index()]
@@ -149,7 +159,10 @@ def in_shards(home: Path) -> dict[str, Any]:
             for _ in range(1 + processes.index()):
                 plain.generate(queries, max_new_tokens=3, **settings)
 
-    for name, freed in (("new adapter", True), ("new adapter, layers kept for the backward pass", False)):
+    for name, freed in (
+        ("new adapter", True),
+        ("new adapter, layers kept for the backward pass", False),
+    ):
         plugin = fsdp2(reshard_after_forward=freed)
         trainer, whole = trained(adapted(), 3, accelerator_kwargs=plugin)
         found[name] = None if whole is None else weights(whole)
@@ -158,9 +171,23 @@ def in_shards(home: Path) -> dict[str, Any]:
         patch.setattr(trainer_module, "check_sampling", lambda *_: "loop")
         for name in NAMES:
             found[name] = learnt(name, **fsdp2())
+    found["bf16"] = logprobs_in_bfloat16()
+    AcceleratorState._reset_state(reset_partial_state=True)
     run(str(home / "run"), 2, **fsdp2())
     found["files"] = sorted(path.name for path in (home / "run").iterdir())
     return found
+
+
+def logprobs_in_bfloat16() -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities of a sharded policy in bfloat16, and of the whole in float32."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first precision
+    settings = {**fsdp2(), "mixed_precision": "bf16"}
+    trainer, policy = trained(make_policy(), 2, accelerator_kwargs=settings)
+    (queries, responses, _), _ = batch_of({}, 0)
+    tokens = TokenBatch.from_lists(queries, responses, None, 0, torch.device("cpu"))
+    with torch.no_grad():
+        found = token_forward(trainer.model, tokens).logprobs
+        return found, None if policy is None else token_forward(policy, tokens).logprobs
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +273,87 @@ def test_shards_that_are_missing_changed_or_strange_are_damage(
     assert find_damage(path) == f"{strange.name} is not on its list"
     strange.unlink()
     assert find_damage(path) is None
+
+
+def test_bfloat16_is_for_products_alone(shards: list[dict[str, Any]]) -> None:
+    found, exact = shards[0]["bf16"]
+    assert 1e-4 < (found - exact).abs().max() < 0.5
+    assert not torch.equal(found, found.bfloat16().float())
+
+
+@pytest.mark.parametrize(("name", "count"), [("ddp", 2), ("fsdp2", 2), ("fsdp2-hsdp", 16)])
+def test_the_configurations_of_accelerate_ask_for_what_they_say(
+    name: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--config_file", str(CONFIGS / f"{name}.yaml"), "-m", "ppo_cli", "train"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
+    assert arguments.num_processes == count
+    for key, value in prepare_multi_gpu_env(arguments).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    assert load_whole_models() is None
+    plugin, mesh, _ = check_sharding({})
+    assert (plugin is None) == (name == "ddp")
+    assert (mesh is not None) == (name == "fsdp2-hsdp")
+    if mesh is not None:
+        assert (mesh.dp_replicate_size, mesh.dp_shard_size) == (2, 8)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UsageError, match="16 processes, and 2 were started"):
+            check_sharding({})
+
+
+@pytest.mark.parametrize(
+    ("settings", "variables", "message"),
+    [
+        ({"deepspeed_plugin": object()}, {}, "DeepSpeed is not supported.*FSDP2"),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported.*FSDP2"),
+        ({}, {"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP1 is not supported.*fsdp_version to 2"),
+        ({"plugin": {}}, {"WORLD_SIZE": "1"}, "there is one process"),
+        ({"plugin": {"cpu_offload": True}}, {}, "fsdp_offload_params"),
+        ({"plugin": {"activation_checkpointing": True}}, {}, "ppo.gradient_checkpointing"),
+        ({"plugin": {"ignored_modules": "v_head"}}, {}, "fsdp_ignored_modules"),
+        ({"plugin": {"cpu_ram_efficient_loading": True}}, {}, "fsdp_cpu_ram_efficient_loading"),
+        ({"plugin": {}, "mixed_precision": "fp16"}, {}, "fp16.*use bf16"),
+        ({"parallelism_config": ParallelismConfig(tp_size=2)}, {}, "tensor, context and sequence"),
+        ({"parallelism_config": ParallelismConfig(dp_shard_size=2)}, {}, "would be sharded"),
+    ],
+)  # fmt: skip
+def test_what_would_not_be_done_rightly_is_refused(
+    settings: dict[str, Any],
+    variables: dict[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for key, value in {"WORLD_SIZE": "2", RAM_EFFICIENT: "false", **variables}.items():
+        monkeypatch.setenv(key, value)
+    if "plugin" in settings:  # made here, because it sets variables
+        settings = {**settings, **fsdp2(**settings["plugin"])}
+    with pytest.raises(UsageError, match=message):
+        check_sharding(settings)
+
+
+def test_loading_on_the_main_process_alone_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv(RAM_EFFICIENT, "true")
+    assert "is switched off" in str(load_whole_models())
+    assert load_whole_models() is None
+
+
+def test_models_that_need_different_numbers_of_forward_passes_are_refused() -> None:
+    policy = make_policy()
+    refuse_unshardable(policy)
+    policy.read_as(PADDED_READING._replace(rows="equal"))
+    with pytest.raises(UsageError, match=r"cannot be sharded.*lengths apart.*DDP"):
+        refuse_unshardable(policy)
+
+
+def test_sharding_that_accelerate_does_not_do_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    accelerator = make_trainer().accelerator  # of one process
+    with pytest.raises(UsageError, match="was asked for, but accelerate runs without"):
+        check_sharded(accelerator, fsdp2())
 
 
 def test_what_is_saved_is_whole(home: Path, shards: list[dict[str, Any]]) -> None:

@@ -28,7 +28,7 @@ def is_sharded(model: Any) -> bool:
 
 def local_part(weight: Tensor) -> Tensor:
     """This process's part of a weight; the weight itself where it is whole."""
-    part: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight  # type: ignore[operator]
+    part: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
     return part
 
 
@@ -95,7 +95,7 @@ def whole_copy(model: nn.Module, skeleton: nn.Module) -> Any:
     memo: dict[int, Any] = {}
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # type: ignore[operator]
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
             if processes.is_main():
                 parameter = nn.Parameter(whole.cpu(), requires_grad=weight.requires_grad)
                 memo[id(skeleton.get_parameter(name))] = parameter

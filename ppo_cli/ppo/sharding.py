@@ -93,6 +93,7 @@ def check_sharding(
             )
     plugin = settings.get("fsdp_plugin")
     if plugin is None and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        _check_version(int(environ.get("FSDP_VERSION", "1")))
         plugin = FullyShardedDataParallelPlugin()
     mesh = settings.get("parallelism_config")
     if mesh is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
@@ -148,12 +149,16 @@ def _check_mesh(mesh: ParallelismConfig | None, plugin: Any) -> None:
         )
 
 
-def _check_plugin(plugin: FullyShardedDataParallelPlugin, precision: str) -> None:
-    if plugin.fsdp_version != 2:
+def _check_version(version: int) -> None:
+    if version != 2:
         raise UsageError(
             "FSDP1 is not supported: it clips, accumulates and saves in ways of its own, and "
             f"shards nothing that FSDP2 does not: set fsdp_version to 2, or {RECIPE}"
         )
+
+
+def _check_plugin(plugin: FullyShardedDataParallelPlugin, precision: str) -> None:
+    _check_version(plugin.fsdp_version)
     if launcher.count() == 1:
         raise UsageError(
             "sharding (FSDP2) was asked for, and there is one process: start several with "

@@ -32,22 +32,24 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         Exception: what writing raised on one of the processes, on all of them.
     """
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     own = {k: t.detach() for k, t in tensors.items() if is_part(t) or processes.is_main()}
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(own, storage_writer=writer, no_dist=False)
-    except dcp.CheckpointException as error:  # type: ignore[attr-defined]
+        save(own, storage_writer=writer, no_dist=False)
+    except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise cause from error
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors that the files in a folder hold, as empty ones: names, shapes, types."""
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    found: Any = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    found: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         for name, entry in found.items()
@@ -59,10 +61,11 @@ def read_shards(folder: Path, targets: Mapping[str, Tensor]) -> None:
 
     The files may be shards, or hold whole tensors.
     """
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     places: dict[str, Any] = {name: target.detach() for name, target in targets.items()}
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     with warnings.catch_warnings():  # that this process reads for itself
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.load(places, storage_reader=reader, no_dist=True)
+        load(places, storage_reader=reader, no_dist=True)
