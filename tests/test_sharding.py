@@ -28,10 +28,10 @@ from ppo_cli.ppo.forward import token_forward
 from ppo_cli.ppo.packing import TokenBatch
 from ppo_cli.ppo.sharding import (
     RAM_EFFICIENT,
-    check_sharded,
     check_sharding,
     load_whole_models,
     refuse_unshardable,
+    settle_sharding,
 )
 from ppo_cli.training.build import build_training
 from ppo_cli.training.checkpoint import (
@@ -166,11 +166,17 @@ def in_shards(home: Path) -> dict[str, Any]:
         plugin = fsdp2(reshard_after_forward=freed)
         trainer, whole = trained(adapted(), 3, accelerator_kwargs=plugin)
         found[name] = None if whole is None else weights(whole)
+        assert trainer.accelerator.state.fsdp_plugin.reshard_after_forward == freed
         trainer.save_pretrained(home / "adapter")
     with pytest.MonkeyPatch.context() as patch:  # it is tried above
         patch.setattr(trainer_module, "check_sampling", lambda *_: "loop")
         for name in NAMES:
             found[name] = learnt(name, **fsdp2())
+    plugin = fsdp2(
+        auto_wrap_policy="TRANSFORMER_BASED_WRAP", transformer_cls_names_to_wrap=["Nope"]
+    )
+    with pytest.raises(UsageError, match=r"cannot be sharded.*Nope"):
+        trained(make_policy(), 0, accelerator_kwargs=plugin)
     found["bf16"] = logprobs_in_bfloat16()
     AcceleratorState._reset_state(reset_partial_state=True)
     run(str(home / "run"), 2, **fsdp2())
@@ -285,8 +291,9 @@ def test_bfloat16_is_for_products_alone(shards: list[dict[str, Any]]) -> None:
 def test_the_configurations_of_accelerate_ask_for_what_they_say(
     name: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["--config_file", str(CONFIGS / f"{name}.yaml"), "-m", "ppo_cli", "train"]
-    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
+    command = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--main_process_port", "0"]
+    parsed = launch_command_parser().parse_args([*command, "-m", "ppo_cli", "train"])
+    arguments, *_ = _validate_launch_command(parsed)
     assert arguments.num_processes == count
     for key, value in prepare_multi_gpu_env(arguments).items():
         monkeypatch.setenv(key, value)
@@ -353,7 +360,7 @@ def test_sharding_that_accelerate_does_not_do_is_refused(
 ) -> None:
     accelerator = make_trainer().accelerator  # of one process
     with pytest.raises(UsageError, match="was asked for, but accelerate runs without"):
-        check_sharded(accelerator, fsdp2())
+        settle_sharding(accelerator, fsdp2())
 
 
 def test_what_is_saved_is_whole(home: Path, shards: list[dict[str, Any]]) -> None:

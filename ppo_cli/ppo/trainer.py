@@ -36,7 +36,7 @@ from ppo_cli.ppo.modes import dropout_off, head_alone
 from ppo_cli.ppo.optimizer_step import make_optimizer
 from ppo_cli.ppo.reference import make_reference, prepare_reference
 from ppo_cli.ppo.scores import PotentialCalibration, RunningMoments, scale_scores
-from ppo_cli.ppo.sharding import begin_sharded, refuse_unshardable
+from ppo_cli.ppo.sharding import begin_sharded, refuse_unshardable, sharding_errors
 from ppo_cli.ppo.step_inputs import StepInputs, step_inputs
 from ppo_cli.ppo.step_statistics import (
     Stopwatch,
@@ -128,9 +128,9 @@ class PPOTrainer:
         dataloader = None
         if dataset is not None:
             dataloader = self.prepare_dataloader(dataset, data_collator, model)
-        self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
-            model, optimizer, dataloader, lr_scheduler
-        )
+        with sharding_errors(model):
+            prepared = self.accelerator.prepare(model, optimizer, dataloader, lr_scheduler)
+        self.model, self.optimizer, self.dataloader, self.lr_scheduler = prepared
         if isinstance(self.model, DistributedDataParallel):
             # A broadcast in each forward; processes may need different numbers of forwards.
             self.model.broadcast_buffers = False
@@ -219,12 +219,15 @@ class PPOTrainer:
         with self._reference() as reference:
             return response, sample(reference)
 
-    def gathered(self) -> AbstractContextManager[None]:
+    def gathered(self, *, reference: bool = True) -> AbstractContextManager[None]:
         """Hold the whole weights of sharded models inside the block, to sample and to evaluate.
 
         All processes come to it. Inside they may make different forward passes, without gradients.
+
+        Args:
+            reference: whether those of the reference, too.
         """
-        return gathered(self.model, self.ref_model)
+        return gathered(self.model, self.ref_model if reference else None)
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
