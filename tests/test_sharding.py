@@ -44,6 +44,7 @@ from ppo_cli.training.checkpoint import (
 from ppo_cli.training.export import export_model
 from ppo_cli.training.fast_paths import fast_paths
 from ppo_cli.training.run_directory import RunDirectory
+from ppo_cli.training.shards import is_part
 from ppo_cli.utils import processes
 from tests.conftest import SMALL_RUN, make_gpt2, make_policy, make_trainer, weights
 from tests.ppo.test_processes import CASES, SIZE, batch_of, learnt, learnt_alone
@@ -102,6 +103,8 @@ def restored(folder: Path, trainer: PPOTrainer) -> dict[str, torch.Tensor]:
     group = trainer.optimizer.param_groups[0]["params"]
     found = load_checkpoint(whole_checkpoint(folder), trainer.model, group)
     trainer.load_state_dict(found["trainer"])
+    moments = trainer.optimizer.state_dict()["state"][0]["exp_avg"]
+    assert is_part(moments) == is_sharded(trainer.model)  # not whole in each process
     return state(trainer)
 
 
@@ -231,6 +234,7 @@ def test_each_process_holds_its_part_of_each_layer(shards: list[dict[str, Any]])
         assert process["groups"] == 3  # two layers, and the rest
         assert all(0.4 < share < 0.6 for share in process["shares"])  # of policy and reference
         assert process["fast paths"]["optimizer_in_backward"] != "used"
+        assert process["fast paths"]["cuda_graph"] == "not for sharded weights"
         assert process["fast paths"]["packing"] == "used"
 
 

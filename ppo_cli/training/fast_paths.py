@@ -57,9 +57,9 @@ def fast_paths(trainer: PPOTrainer) -> dict[str, str]:
         "decode_loop": _unless(is_loop, "the model's own generate is needed"),
         "kv_cache": in_loop
         or _unless(_has_plain_layers(policy), "all layers have windows, or no keys and values"),
-        "cuda_graph": _unless(on_cuda, "needs a CUDA GPU")
+        "cuda_graph": _unless(not is_sharded(policy), "not for sharded weights")
+        or _unless(on_cuda, "needs a CUDA GPU")
         or in_loop
-        or _unless(not is_sharded(policy), "not for sharded weights")
         or _unless(
             is_enabled("kv_cache") and policy.allows(reads_static_cache),
             "the model reads no cache of a fixed size",
