@@ -31,6 +31,7 @@ from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.forward import check_reading
+from ppo_cli.ppo.sharding import check_sharding, load_whole_models
 from ppo_cli.ppo.trackers import check_trackers
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.rewards.loading import load_reward, try_reward
@@ -81,6 +82,9 @@ def build_training(
     located, inputs = config, None  # `located` names the places where the inputs are
     with processes.agreed():
         check_trackers(config.ppo)
+        precision = {"mixed_precision": config.policy.precision}
+        ram_warning = load_whole_models()
+        check_sharding({**precision, **config.ppo.accelerator_kwargs})
         check_trusted(trusted, (config.policy.model, *config.reward.models))
         recorded = Inputs(directory.recorded().get("inputs")) if resume else None
         check_consent(config.reward, consented, str(config.output), recorded)
@@ -96,6 +100,7 @@ def build_training(
         processes.on_main(directory.lock.acquire)
         _warn([take_threads(_recorded_threads(directory))])
 
+    _warn([ram_warning])
     limit_kernel_caches()
     set_seed(config.run.seed)
     device = resolve_device(config.run.device)

@@ -17,6 +17,8 @@ from ppo_cli.errors import (
     UsageError,
     is_out_of_memory,
 )
+from ppo_cli.models.sharding import local_part
+from ppo_cli.utils import processes
 
 MIN_RESPONSES = 8  # fewer responses may be alike by chance
 UNWATCHED = "ppo/val/var_explained"  # divides by a variance that may be tiny
@@ -54,7 +56,8 @@ def check_numbers(numbers: Mapping[str, float], config: RunConfig) -> None:
 def check_weights(model: torch.nn.Module, config: RunConfig) -> None:
     """Raise `NumericalError` where a trainable weight is not finite."""
     weights = [p.detach() for p in model.parameters() if p.requires_grad]
-    norm = torch.nn.utils.get_total_norm(weights).item()
+    # Of a sharded model the norm is a part of the whole on each process.
+    norm = float(processes.total(torch.nn.utils.get_total_norm(list(map(local_part, weights)))))
     if not math.isfinite(norm):
         raise NumericalError(
             f"the norm of the weights is {norm}: a gradient was not finite. Likely remedy: "

@@ -306,16 +306,13 @@ class Training:
         self._diagnostics.replay(self.directory.records.rows())
 
     def _save_model(self) -> None:
-        processes.on_main(save_model, self.directory, self._policy, self.tokenizer, self.config)
+        policy = self.trainer.whole_policy()
+        processes.on_main(save_model, self.directory, policy, self.tokenizer, self.config)
 
     def _record_end(self, how: str, why: str | None) -> None:
         """Record in `run.yaml` how the run ended; a resumed run removes that again."""
         end = {"step": self.step, "as": how, "why": why}
         self.directory.record(self.config, {**self._facts, "ended": end})
-
-    @property
-    def _policy(self) -> Any:
-        return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
 
 def _warn(messages: Iterable[str]) -> None:

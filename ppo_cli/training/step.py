@@ -97,7 +97,7 @@ class PPOStep:
         started = time.perf_counter()
         batch = self.batch(step)
         queries = batch["input_ids"]
-        with processes.agreed():
+        with trainer.gathered(), processes.agreed():
             responses = self._responses(queries)
         sampled = time.perf_counter()
         rollout = to_texts(self._tokenizer, queries, responses, batch["messages"])
