@@ -98,8 +98,8 @@ def build_training(
 
     limit_kernel_caches()
     set_seed(config.run.seed)
-    device = resolve_device(config.run.device)
     with processes.agreed():
+        device = resolve_device(config.run.device)
         tokenizer = load_tokenizer(located.policy.model, located.policy.revision, trusted)
         if config.prompts.chat_template is not None:  # it is saved with the model, too
             tokenizer.chat_template = config.prompts.chat_template

@@ -15,8 +15,10 @@ from ppo_cli.errors import (
     ModelError,
     NumericalError,
     UsageError,
+    is_lost_process,
     is_out_of_memory,
 )
+from ppo_cli.utils import processes
 
 MIN_RESPONSES = 8  # fewer responses may be alike by chance
 UNWATCHED = "ppo/val/var_explained"  # divides by a variance that may be tiny
@@ -79,7 +81,7 @@ def stronger_kl_penalty(config: RunConfig) -> str:
 
 @contextmanager
 def classifier_faults(name: str) -> Iterator[None]:
-    """Turn errors of the reward into `DivergenceError`, lack of memory excepted.
+    """Turn errors of the reward into `DivergenceError`, lack of memory and of processes excepted.
 
     Args:
         name: of the classifier; functions and endpoints raise errors that name them.
@@ -89,7 +91,7 @@ def classifier_faults(name: str) -> Iterator[None]:
     except (ModelError, UsageError) as error:
         raise DivergenceError(str(error)) from error
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or (processes.count() > 1 and is_lost_process(error)):
             raise
         message = " ".join(str(error).split())[:200] or "no message"
         raise DivergenceError(

@@ -166,8 +166,7 @@ class Training:
 
     def _stops(self) -> bool:
         """Whether a stop was requested of any process."""
-        if not self.stop_requested:  # the signal of one is everyone's
-            self.stop_requested = processes.any_of(self.stop_requested)
+        self.stop_requested = processes.any_of(self.stop_requested)  # the signal of one is all's
         return self.stop_requested
 
     def finish(self) -> TrainingSummary:

@@ -7,8 +7,9 @@ processes call them wait for the others: each has to come to them in the same or
 from __future__ import annotations
 
 import pickle
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from os import environ
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from ppo_cli.errors import PPOCliError, UsageError
+from ppo_cli.errors import PPOCliError
 from ppo_cli.utils import launcher
 
 T = TypeVar("T")
@@ -31,16 +32,10 @@ def start(timeout: float) -> None:
         timeout: seconds after which a process that waits for another gives up.
 
     Raises:
-        UsageError: the launcher left out what they need to find each other.
         PPOCliError: they do not find each other.
     """
     if launcher.count() == 1 or _has_group():
         return
-    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]:
-        raise UsageError(
-            f"WORLD_SIZE is {launcher.count()}, but {' and '.join(missing)} are not set: start the "
-            "processes with torchrun, accelerate launch or --num-processes, or unset WORLD_SIZE"
-        )
     limit = timedelta(seconds=timeout)
     distributed_c10d.default_pg_timeout = limit  # of groups that are made later
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -166,6 +161,18 @@ def agreed() -> Iterator[None]:
             first: Any = own if process == index() else pickle.loads(data)
             first.is_agreed = True  # the main process tells it
             raise first
+
+
+def leave() -> None:
+    """Wait until all processes are at their end, as far as they answer. All processes call it.
+
+    A launcher such as torchrun sends SIGTERM to the others when one ends in an error: before that
+    the main process has to have said what it says.
+    """
+    if count() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with suppress(Exception):
+            gather(None)
 
 
 def _as_bytes(error: Exception) -> bytes:
