@@ -131,6 +131,10 @@ def main() -> NoReturn:
     streams.settle()
     if _is_secondary():
         streams.silence()
+    if launcher.is_ours():
+        from ppo_cli.cli.launch import stop_with_launcher
+
+        stop_with_launcher()
     _quieten()
     # Importing torch and transformers makes millions of lasting objects. Garbage collections that
     # visit them again and again took a fifth of `generate`'s time.
@@ -212,6 +216,7 @@ def _fail(message: str, code: int, error: BaseException | None = None) -> int:
             return code
         sys.stderr = sys.__stderr__
         message = f"process {launcher.index()}: {message}"
+        error = None  # the main process has its notes, too
     if os.environ.get("PPO_CLI_DEBUG") == "1":
         traceback.print_exc()
     _say("error: ", [*message.splitlines(), *getattr(error, "__notes__", ())])

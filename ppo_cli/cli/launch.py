@@ -6,14 +6,15 @@ code 1 for every failure, and gives a run that is to stop 30 seconds to save its
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from subprocess import Popen
 from types import FrameType
 
 import psutil
@@ -26,7 +27,7 @@ PAUSE = 0.05  # seconds between two looks at the processes
 PASSED_ON = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
-Member = subprocess.Popen[bytes]
+Member = Popen[bytes]
 
 
 def launch(count: int) -> int:
@@ -60,6 +61,12 @@ def launch(count: int) -> int:
     return 128 - code if code < 0 else code
 
 
+def stop_with_launcher() -> None:
+    """Have this process get SIGTERM when the one that started it dies, even by SIGKILL (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def _start(index: int, count: int, port: int) -> Member:
     variables = {
         "RANK": index,
@@ -72,7 +79,7 @@ def _start(index: int, count: int, port: int) -> Member:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or max(_cores() // count, 1),
     }
     surroundings = os.environ | {name: str(value) for name, value in variables.items()}
-    return subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=surroundings)
+    return Popen([sys.executable, *sys.orig_argv[1:]], env=surroundings)
 
 
 def _cores() -> int:

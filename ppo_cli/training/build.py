@@ -315,8 +315,11 @@ def _check_prompt_count(config: RunConfig, prompts: PromptSet) -> None:
 
 
 def _recorded_threads(directory: RunDirectory) -> Any:
+    """Threads of each process of the run; None where there were more or fewer processes."""
     recorded = directory.recorded().get("machine")
-    return recorded.get("threads") if isinstance(recorded, dict) else None
+    if not isinstance(recorded, dict) or recorded.get("processes", 1) != processes.count():
+        return None
+    return recorded.get("threads")
 
 
 def _warn(messages: Iterable[str | None]) -> None:
