@@ -9,7 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tests.faults import free_port
 
 Fault = Callable[[], None]
 IMPORTED = [
@@ -91,9 +92,7 @@ def start_together(
     *arguments: Any, cwd: Path, fault: Fault | None = None, of: int = 1, processes: int = 2
 ) -> list[Running]:
     """Start it in several processes, as torchrun does; `fault` is called in number `of` alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [
         start(*arguments, cwd=cwd, fault=partial(_member, i, processes, port, fault, of))
         for i in range(processes)

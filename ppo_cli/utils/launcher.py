@@ -55,7 +55,9 @@ def check(wanted: int | None = None) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         text = os.environ.get(name) or "1"
         if not text.isdecimal() or (name == "WORLD_SIZE" and not int(text)):
-            raise UsageError(f"{name} in the environment is {text!r}, no number: correct or unset it")
+            raise UsageError(
+                f"{name} in the environment is {text!r}, no number: correct or unset it"
+            )
     if count() > 1:
         _check_world(wanted)
     elif not os.environ.get("WORLD_SIZE"):
@@ -89,8 +91,8 @@ def _check_world(wanted: int | None) -> None:
     """`check` of several processes."""
     if missing := [name for name in NEEDED if not os.environ.get(name)]:
         raise UsageError(
-            f"WORLD_SIZE is {count()}, but {' and '.join(missing)} are not set: {HOW}, or unset "
-            "WORLD_SIZE for one process"
+            f"WORLD_SIZE is {count()}, without {', '.join(missing)}: {HOW}, or unset WORLD_SIZE "
+            "for one process"
         )
     if index() >= count():
         raise UsageError(f"RANK is {index()}, but WORLD_SIZE {count()}: ranks are counted from 0")
