@@ -103,8 +103,8 @@ def build_training(
     _warn([ram_warning])
     limit_kernel_caches()
     set_seed(config.run.seed)
-    device = resolve_device(config.run.device)
     with processes.agreed():
+        device = resolve_device(config.run.device)
         tokenizer = load_tokenizer(located.policy.model, located.policy.revision, trusted)
         if config.prompts.chat_template is not None:  # it is saved with the model, too
             tokenizer.chat_template = config.prompts.chat_template
@@ -320,8 +320,11 @@ def _check_prompt_count(config: RunConfig, prompts: PromptSet) -> None:
 
 
 def _recorded_threads(directory: RunDirectory) -> Any:
+    """Threads of each process of the run; None where there were more or fewer processes."""
     recorded = directory.recorded().get("machine")
-    return recorded.get("threads") if isinstance(recorded, dict) else None
+    if not isinstance(recorded, dict) or recorded.get("processes", 1) != processes.count():
+        return None
+    return recorded.get("threads")
 
 
 def _warn(messages: Iterable[str | None]) -> None:

@@ -135,8 +135,9 @@ class PPOStep:
             "time/step": seconds,
             "perf/tokens_per_second": float(tokens) / seconds,
         }
-        check_weights(trainer.accelerator.unwrap_model(trainer.model), config)
-        check_numbers(statistics, config)
+        with processes.agreed():  # the weights of one may have been damaged
+            check_weights(trainer.accelerator.unwrap_model(trainer.model), config)
+            check_numbers(statistics, config)
         learned = scale_scores(shaped, trainer.running, trainer.config)
         others = {name: -value for name, value in penalties.items()}
         if processes.any_of(not torch.equal(learned, shaped)):
