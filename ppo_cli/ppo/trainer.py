@@ -185,8 +185,7 @@ class PPOTrainer:
         )
 
         def sample(model: Any) -> Any:
-            unwrapped = unwrapped_for_generation(model, self.accelerator)
-            with unwrapped as inner, self._sampling.active(), self.accelerator.autocast():
+            with self.sampling_from(model) as inner:
                 responses = sample_responses(
                     inner, queries, limits, settings, batch_size=batch_size
                 )
@@ -202,6 +201,17 @@ class PPOTrainer:
             return response
         with self._reference() as reference:
             return response, sample(reference)
+
+    @contextmanager
+    def sampling_from(self, model: Any = None) -> Iterator[Any]:
+        """The model to sample from inside the block, where random numbers are the trainer's.
+
+        Args:
+            model: policy or reference; None for the policy.
+        """
+        unwrapped = unwrapped_for_generation(model or self.model, self.accelerator)
+        with unwrapped as inner, self._sampling.active(), self.accelerator.autocast():
+            yield inner
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """Switch the adapter off inside the block, if the reference is the policy without it."""

@@ -17,8 +17,10 @@ from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.prompts import LengthSampler, Prompt, collate
 from ppo_cli.evaluation.draw_samples import samples_of
 from ppo_cli.evaluation.samples import Sample
+from ppo_cli.models.engine import SamplingEngine
 from ppo_cli.models.sampling import to_texts
 from ppo_cli.models.sampling_params import SamplingParams
+from ppo_cli.ppo.engines import sampling_statistics
 from ppo_cli.ppo.scores import scale_scores
 from ppo_cli.ppo.statistics import scalars
 from ppo_cli.ppo.trainer import PPOTrainer
@@ -54,6 +56,7 @@ class PPOStep:
         reward: scores the responses.
         end_token_ids: tokens that end a response.
         sampling: how responses are drawn.
+        engine: draws them.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class PPOStep:
         reward: RewardSum,
         end_token_ids: list[int],
         sampling: SamplingParams,
+        engine: SamplingEngine,
     ) -> None:
         self.end_token_ids = end_token_ids
         self._config = config
@@ -76,6 +80,7 @@ class PPOStep:
         self._length_sampler: Callable[[], int] = length_sampler
         self._reward = reward
         self._sampling = sampling
+        self._engine = engine
 
     def resized(self, config: RunConfig, length_sampler: Callable[[], int]) -> PPOStep:
         """The same step with other sizes of batches, to measure it."""
@@ -93,13 +98,10 @@ class PPOStep:
         started = time.perf_counter()
         batch = self.batch(step)
         queries = batch["input_ids"]
-        responses = trainer.generate(
-            queries,
-            length_sampler=self._length_sampler,
-            batch_size=config.rollout.batch_size or len(queries),
-            return_prompt=False,
-            **self._sampling.generation_kwargs(),
-        )
+        limits = [self._length_sampler() for _ in queries]
+        self._engine.refresh()
+        drawn = self._engine.sample(queries, limits, self._sampling)
+        responses = drawn.responses
         sampled = time.perf_counter()
         rollout = to_texts(self._tokenizer, queries, responses, batch["messages"])
         check_texts(rollout.response_texts, config)
@@ -120,6 +122,7 @@ class PPOStep:
         stats = trainer.step(queries, responses, list(shaped), potentials=potentials)
         seconds = time.perf_counter() - started
         tokens = sum(len(q) + len(r) for q, r in zip(queries, responses, strict=True))
+        of_policy = torch.as_tensor(stats["objective/logprobs"])
         statistics = scalars(stats) | {
             "env/reward_mean": scores.mean().item(),
             "env/reward_std": scores.std().item() if len(scores) > 1 else 0.0,
@@ -127,6 +130,7 @@ class PPOStep:
             **(found.statistics() if self._reward.is_composed else {}),
             **penalty_statistics(scores, penalties),
             **self._scale(),
+            **sampling_statistics(drawn, queries, of_policy),
             "time/sampling": sampled - started,
             "time/scoring": scored - sampled,
             "time/optimising": stats["time/ppo/total"],
