@@ -24,9 +24,9 @@ from tests import vllm_standin
 from tests.conftest import EOS, SMALL, make_batch, make_gpt2, make_trainer, weights
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], init_lora_weights=False)
-QUERIES = [torch.tensor(ids) for ids in ([1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 2, 3])]
-LIMITS = [7, 3, 9, 5]
-PARAMS = SamplingParams(temperature=0.7, stop_token_ids=(EOS, 3, 4, 5))
+QUERIES = [torch.tensor(ids) for ids in [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 2, 3]] * 3]
+LIMITS = [7, 3, 9, 5] * 3
+PARAMS = SamplingParams(temperature=0.7, stop_token_ids=(EOS, *range(3, 13)))
 
 
 @pytest.fixture
@@ -85,17 +85,16 @@ def test_an_engine_follows_limits_end_tokens_and_temperature(
     engine = engine_of(kind, trainer)
     engine.refresh()
     ends = {*PARAMS.stop_token_ids}
-    ended = at_limit = 0
-    for _ in range(8):
-        drawn = engine.sample(QUERIES, LIMITS, PARAMS)
-        assert gap(trainer, drawn) < 1e-5 and gap(trainer, drawn, 1.0) > 0.05
-        for response, limit in zip(drawn.responses, LIMITS, strict=True):
-            assert 0 < len(response) <= limit and response.dtype == torch.int64
-            assert not ends & {*response[:-1].tolist()}
-            is_ended = response[-1].item() in ends
-            ended, at_limit = ended + is_ended, at_limit + (len(response) == limit)
-            assert is_ended or len(response) == limit
-    assert ended > 2 and at_limit > 2
+    drawn = engine.sample(QUERIES, LIMITS, PARAMS)
+    assert gap(trainer, drawn) < 1e-5 and gap(trainer, drawn, 1.0) > 0.05
+    ended = 0
+    for response, limit in zip(drawn.responses, LIMITS, strict=True):
+        assert 0 < len(response) <= limit and response.dtype == torch.int64
+        assert not ends & {*response[:-1].tolist()}
+        is_ended = response[-1].item() in ends
+        assert is_ended or len(response) == limit
+        ended += is_ended
+    assert 0 < ended < len(LIMITS)
     whole = engine.sample(QUERIES, LIMITS, SamplingParams(temperature=9.0))  # end of text, too
     assert [len(response) for response in whole.responses] == LIMITS
 
@@ -161,7 +160,7 @@ def test_sizes_and_settings_reach_the_engine(
         QUERIES, LIMITS, PARAMS
     )
     assert seen["max_requests_per_batch"] == 2 and seen["page_size"] == 4
-    assert seen["num_blocks"] == 4 + 3  # of 14 and 10 tokens, in pages of 4
+    assert seen["num_blocks"] == 4 + 4  # two rows of 14 tokens, in pages of 4
 
 
 @pytest.mark.parametrize(
