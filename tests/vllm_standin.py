@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -38,7 +38,7 @@ class SamplingParams:
 class LLM:
     """An engine; `settings` are what it was made with, `loaded` the names that it was given."""
 
-    made: list[LLM] = []
+    made: ClassVar[list[LLM]] = []
 
     def __init__(self, model: str, **settings: Any) -> None:
         if settings["gpu_memory_utilization"] > 1:

@@ -31,6 +31,7 @@ OURS = ("return_logprobs", "seed", "max_requests_per_batch", "auto_switch_to_fla
         "drop_unsupported_processors", "per_request_processors", "max_queue_size",
         "use_default_compile_configs", "max_cached_graphs", "block_size")  # fmt: skip
 """Settings of `ContinuousBatchingConfig` that are set here, or that it no longer reads."""
+FIELDS = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
 LOGGER = "ContinuousBatchingLogger"
 
 
@@ -58,8 +59,7 @@ class PagedEngine:
         self._policy = policy
         self._rows = rows
         self._options = dict(options or {})
-        names = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)} - {*OURS}
-        check_options(self._options, names, "ContinuousBatchingConfig")
+        check_options(self._options, FIELDS - {*OURS}, "ContinuousBatchingConfig")
         self._page = self._options.get("page_size", PAGE)
         if type(self._page) is not int or self._page < MIN_PAGE:
             raise UsageError(
@@ -107,6 +107,8 @@ class PagedEngine:
             "max_batch_tokens": max(rows, min(sum(map(len, queries)), READ_AT_ONCE)),
             "safety_margin": 0.0,  # there are pages for all rows
         }
+        if "auto_switch_to_flash" in FIELDS:  # not in transformers 5.18, which does what it can
+            settings["auto_switch_to_flash"] = False  # it may fetch kernels, which are code
         drawing = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p")}
         return model.init_continuous_batching(
             generation_config=GenerationConfig(
@@ -117,8 +119,6 @@ class PagedEngine:
                 max_requests_per_batch=rows,
                 return_logprobs=True,
                 seed=int(torch.randint(2**31, ())),
-                # It would fetch kernels, which are code, from the hub.
-                auto_switch_to_flash=False,
                 drop_unsupported_processors=False,
             ),
         )

@@ -22,8 +22,6 @@ OURS = ("self", "model", "accelerator", "processing_class", "max_num_seqs", "tru
         "repetition_penalty", "temperature", "top_p", "top_k", "min_p", "max_completion_length",
         "logprobs", "generation_kwargs", "structured_outputs_regex")  # fmt: skip
 """Parameters of `VLLMGeneration` that are set here."""
-MERGED = ("LORA",)
-"""Kinds of adapters whose merged weights `VLLMGeneration` names as vLLM does."""
 
 
 class VLLMEngine:
@@ -39,7 +37,7 @@ class VLLMEngine:
         options: further arguments of `VLLMGeneration`.
 
     Raises:
-        UsageError: there is no such argument, or the policy has weights that cannot be handed over.
+        UsageError: there is no such argument, or the policy is quantised.
         ModelError: vLLM does not start.
     """
 
@@ -58,7 +56,12 @@ class VLLMEngine:
 
         known = set(inspect.signature(VLLMGeneration.__init__).parameters) - {*OURS}
         check_options(options or {}, known, "VLLMGeneration")
-        _check_policy(policy)
+        if is_quantized(policy):
+            raise UsageError(
+                "rollout.engine=vllm needs whole weights: an adapter cannot be merged into a "
+                "quantised base and taken out again. Leave policy.quantization out, or set "
+                "rollout.engine=paged"
+            )
         self._policy = policy
         self._frozen = _below_adapters(policy)
         settings = {"gpu_memory_utilization": MEMORY, "max_model_length": longest}
@@ -117,25 +120,6 @@ class VLLMEngine:
         if any(value is None for row in kept for value in row):  # trl's sign for NaN
             raise not_finite()
         return EngineSamples(responses, [torch.tensor(row, dtype=torch.float32) for row in kept])
-
-
-def _check_policy(policy: Any) -> None:
-    """Raise `UsageError` where the weights that vLLM would get are not the policy's."""
-    model = policy.pretrained_model
-    if is_quantized(model):
-        raise UsageError(
-            "rollout.engine=vllm needs whole weights: an adapter cannot be merged into a quantised "
-            "base and taken out again. Leave policy.quantization out, or set rollout.engine=paged"
-        )
-    if not policy.is_peft_model:
-        return
-    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}
-    if others := sorted(kinds - {*MERGED}):
-        raise UsageError(
-            f"rollout.engine=vllm takes adapters of kind {', '.join(MERGED)}, not "
-            f"{', '.join(others)}, whose merged weights it would not know: set "
-            "rollout.engine=paged, or policy.adapter.peft_type=LORA"
-        )
 
 
 def _below_adapters(policy: Any) -> list[tuple[Tensor, Tensor]]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig
+from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOTrainer
 from ppo_cli.config.schema import RolloutConfig
@@ -21,7 +21,7 @@ from ppo_cli.models.engine import EngineSamples, SamplingEngine
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.ppo.engines import check_engine, logprob_gap, make_engine, try_engine
 from tests import vllm_standin
-from tests.conftest import EOS, SMALL, make_batch, make_gpt2, make_trainer, weights
+from tests.conftest import EOS, make_batch, make_gpt2, make_trainer, weights
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], init_lora_weights=False)
 QUERIES = [torch.tensor(ids) for ids in [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 2, 3]] * 3]
@@ -180,11 +180,14 @@ def test_settings_that_an_engine_does_not_take_are_refused(
         engine_of(kind, trainer_of(folder), engine_kwargs=options)
 
 
-def test_what_an_engine_cannot_do_is_one_message(folder: Path, vllm: list[Any]) -> None:
-    with pytest.raises(UsageError, match="not IA3, whose merged weights"):
-        engine_of("vllm", trainer_of(folder, IA3Config(feedforward_modules=[])))
+def test_what_an_engine_cannot_do_is_one_message(
+    folder: Path, vllm: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = trainer_of(folder)
     engines = [engine_of(kind, trainer) for kind in ("paged", "vllm")]
+    monkeypatch.setattr("ppo_cli.models.vllm_engine.is_quantized", lambda _: True)
+    with pytest.raises(UsageError, match="needs whole weights"):
+        engine_of("vllm", trainer)
     trainer.model.pretrained_model.transformer.ln_f.weight.data.fill_(torch.nan)
     for engine in engines:
         engine.refresh()
@@ -192,14 +195,25 @@ def test_what_an_engine_cannot_do_is_one_message(folder: Path, vllm: list[Any]) 
             engine.sample(QUERIES, LIMITS, PARAMS)
 
 
-def test_a_model_that_continuous_batching_reads_wrongly_is_refused_before_the_run() -> None:
-    torch.manual_seed(0)
-    bloom = BloomForCausalLM(BloomConfig(**SMALL, n_layer=2, n_head=2))
-    trainer = make_trainer(AutoModelForCausalLMWithValueHead(bloom))
+class Foreign:
+    """An engine whose samples are another model's."""
+
+    def refresh(self) -> None: ...
+
+    def sample(self, queries: Any, limits: Any, params: SamplingParams) -> EngineSamples:
+        drawn = [torch.arange(limit) for limit in limits]
+        return EngineSamples(drawn, [torch.full((limit,), -1.0) for limit in limits])
+
+
+def test_an_engine_that_samples_from_something_else_is_refused_before_the_run(
+    folder: Path,
+) -> None:
+    trainer = trainer_of(folder)
+    try_engine(engine_of("paged", trainer), trainer, QUERIES, PARAMS, 8)
     with pytest.raises(ModelError, match="nats per token from the policy's"):
-        try_engine(engine_of("paged", trainer), trainer, QUERIES, PARAMS, 8)
-    bloom.config._attn_implementation = "flex_attention"
-    with pytest.raises(ModelError, match="BloomForCausalLM.*set rollout.engine=transformers"):
+        try_engine(Foreign(), trainer, QUERIES, PARAMS, 8)
+    trainer.model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel.*set rollout.engine=transformers"):
         engine_of("paged", trainer).sample(QUERIES, LIMITS, PARAMS)
 
 
