@@ -106,7 +106,7 @@ def installed() -> Iterator[list[LLM]]:
     for name, content in MODULES.items():
         module = ModuleType(name)
         module.__dict__.update(content)
-        module.__spec__ = ModuleSpec(name, None, is_package=True)
+        module.__spec__ = ModuleSpec(name, None, origin=__file__, is_package=True)
         sys.modules[name] = module
     LLM.made.clear()
     try:

@@ -53,7 +53,10 @@ class OwnLoop:
 
 def check_engine(config: RolloutConfig) -> None:
     """Raise `MissingPackageError` where the engine's package is not installed."""
-    if config.engine == "vllm" and find_spec("vllm") is None:
+    if config.engine != "vllm":
+        return
+    found = find_spec("vllm")
+    if found is None or found.origin is None:  # a folder of that name is no package
         raise MissingPackageError(
             "rollout.engine=vllm needs a package that is not installed: pip install "
             "'ppo-cli[vllm]', or set rollout.engine to transformers or paged"

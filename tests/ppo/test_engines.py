@@ -217,7 +217,11 @@ def test_an_engine_that_samples_from_something_else_is_refused_before_the_run(
         engine_of("paged", trainer).sample(QUERIES, LIMITS, PARAMS)
 
 
-def test_without_its_package_vllm_is_refused() -> None:
+def test_without_its_package_vllm_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vllm").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(MissingPackageError, match=r"pip install 'ppo-cli\[vllm\]'") as caught:
         check_engine(RolloutConfig(engine="vllm"))
     assert caught.value.exit_code == 2
