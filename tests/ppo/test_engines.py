@@ -181,7 +181,10 @@ def test_settings_that_an_engine_does_not_take_are_refused(
 
 
 def test_what_an_engine_cannot_do_is_one_message(
-    folder: Path, vllm: list[Any], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    vllm: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     trainer = trainer_of(folder)
     engines = [engine_of(kind, trainer) for kind in ("paged", "vllm")]
@@ -193,6 +196,7 @@ def test_what_an_engine_cannot_do_is_one_message(
         engine.refresh()
         with pytest.raises(NumericalError, match="not finite"):
             engine.sample(QUERIES, LIMITS, PARAMS)
+    assert "Traceback" not in capfd.readouterr().err  # of the thread
 
 
 class Foreign:
