@@ -83,7 +83,7 @@ class PagedEngine:
             except REFUSALS as error:
                 if is_out_of_memory(error):
                     raise
-                raise _failed(model, error) from error
+                raise _failed(model, error, self._options) from error
             device = policy.device
         return EngineSamples(
             [torch.tensor(output.generated_tokens, device=device) for output in outputs],
@@ -160,7 +160,7 @@ def _ends(params: SamplingParams) -> list[int]:
     return list(params.stop_token_ids) or [-1]  # which is no token
 
 
-def _failed(model: Any, error: Exception) -> Exception:
+def _failed(model: Any, error: Exception, options: Mapping[str, Any]) -> Exception:
     """The error for what continuous batching raised."""
     if "probability tensor" in str(error):
         return not_finite()
@@ -168,6 +168,7 @@ def _failed(model: Any, error: Exception) -> Exception:
     return ModelError(
         f"transformers' continuous batching cannot sample from a {type(model).__name__} as it is "
         f"set up ({said}): set rollout.engine=transformers"
+        + (", or change rollout.engine_kwargs" if options else "")
     )
 
 
