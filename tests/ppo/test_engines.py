@@ -131,9 +131,10 @@ def test_paged_draws_from_the_trainers_random_numbers_alone(folder: Path) -> Non
     for seed in (0, 0, 1):
         trainer = trainer_of(folder, seed=seed)
         engine = engine_of("paged", trainer, batch_size=3)
-        state, mode = torch.get_rng_state(), trainer.model.training
+        state = torch.get_rng_state()
+        trainer.model.train()
         drawn.append([engine.sample(QUERIES, LIMITS, PARAMS) for _ in range(2)])
-        assert torch.equal(torch.get_rng_state(), state) and trainer.model.training is mode
+        assert torch.equal(torch.get_rng_state(), state) and trainer.model.pretrained_model.training
     texts = [[[r.tolist() for r in one.responses] for one in two] for two in drawn]
     assert texts[0] == texts[1] and texts[0] != texts[2] and texts[0][0] != texts[0][1]
 
