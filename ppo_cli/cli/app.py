@@ -28,6 +28,7 @@ from ppo_cli.cli.runs import runs
 from ppo_cli.cli.stats import stats
 from ppo_cli.cli.train import train
 from ppo_cli.errors import Interrupted, PPOCliError, did_you_mean, is_out_of_memory, without_secrets
+from ppo_cli.utils import launcher
 from ppo_cli.utils.text import escape_controls
 
 
@@ -114,6 +115,8 @@ def _main(
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
     streams.settle()
+    if launcher.index():
+        streams.silence()
     _quieten()
     # Importing torch and transformers makes millions of lasting objects. Garbage collections that
     # visit them again and again took a fifth of `generate`'s time.
@@ -176,6 +179,11 @@ def _explain(error: Exception) -> str:
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> int:
     """Print the message, and below it the notes of `error` (PEP 678); return the exit code."""
+    if number := launcher.index():  # the main process tells what all processes raised
+        if error is None or getattr(error, "is_agreed", False):
+            return code
+        sys.stderr = sys.__stderr__
+        message = f"process {number}: {message}"
     if os.environ.get("PPO_CLI_DEBUG") == "1":
         traceback.print_exc()
     _say("error: ", [*message.splitlines(), *getattr(error, "__notes__", ())])

@@ -35,6 +35,11 @@ def settle() -> None:
         _settle_size(size)
 
 
+def silence() -> None:
+    """Drop what this process prints: another process of the run tells the same."""
+    sys.stdout, sys.stderr = (open(os.devnull, "w", encoding="utf-8") for _ in range(2))  # noqa: SIM115
+
+
 def say_at_once(message: str) -> None:
     """Write a line on standard error from a signal handler, past Python's buffers."""
     with contextlib.suppress(OSError):

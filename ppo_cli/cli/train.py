@@ -13,6 +13,7 @@ from ppo_cli.cli import options
 from ppo_cli.cli.reward_options import consent, reward_lines
 from ppo_cli.cli.streams import say_at_once
 from ppo_cli.errors import DivergenceError, Interrupted, PPOCliError, UsageError
+from ppo_cli.utils import launcher
 
 if TYPE_CHECKING:
     from ppo_cli.config.schema import RunConfig
@@ -138,23 +139,27 @@ def train(
         ("ppo", "log_with"): _trackers(track),
     }
     rewards = reward or []
-    if resume:
-        settings, changes, consented = _settings_to_resume(
-            config, assignments or [], overrides, rewards
-        )
-        if changes:
-            note(f"resuming with changed settings: {', '.join(changes)}")
-    else:
-        settings = _settings_to_start(config, assignments or [], overrides, overwrite, rewards)
-        consented = settings.reward.foreign
-
-    check_installed(as_names(settings.ppo.log_with))
+    with _started_together() as together:
+        if resume:
+            settings, changes, consented = _settings_to_resume(
+                config, assignments or [], overrides, rewards
+            )
+            if changes:
+                note(f"resuming with changed settings: {', '.join(changes)}")
+        else:
+            settings = _settings_to_start(config, assignments or [], overrides, overwrite, rewards)
+            consented = settings.reward.foreign
+        together.timeout = settings.run.timeout
+        check_installed(as_names(settings.ppo.log_with))
+        if dry_run and measure and launcher.count() > 1:
+            raise UsageError("--dry-run measures one process: start one, or add --no-measure")
     kernels = configured(settings.policy.kernels)
     # The request is known to be sound; only now come the imports that take seconds.
     from ppo_cli.cli.display import make_display
     from ppo_cli.reporting.tables import summary_table
     from ppo_cli.training.build import build_training
     from ppo_cli.training.fast_paths import report as fast_path_lines
+    from ppo_cli.utils import processes
     from ppo_cli.utils.device import resolve_device
 
     hush()
@@ -165,7 +170,7 @@ def train(
             f"prompts {settings.prompts.name} -> {settings.output}"
         )
         note(*reward_lines(settings.reward))
-    with kernels, _StopSignals(quiet) as stop:
+    with kernels, _StopSignals(quiet or launcher.index() > 0) as stop:
         training = build_training(
             settings,
             resume=resume,
@@ -199,18 +204,48 @@ def train(
                 display.show(report)
             display.status("evaluating the tuned model, saving")
             summary = training.finish()
+    number = next(filter(None, processes.gather(stop.signal)), None)
     if as_json:
-        write_json({**summary.as_dict(), "interrupted": stop.signal is not None})
+        write_json({**summary.as_dict(), "interrupted": number is not None})
     else:
         print_tables([summary_table(summary)])
-    if stop.signal is not None:
+    if number is not None:
         command = _resume_command(summary.run, settings)
         note(f"stopped after step {summary.steps}; go on with:", f"  {command}")
-        return 128 + stop.signal
+        return 128 + number
     if not quiet:
         _closing_notes(summary, settings)
         note(*(f"  {command}" for command in training.trackers.viewers()))
     return 0
+
+
+class _Together:
+    """How long the processes of a run wait for each other, in seconds."""
+
+    timeout = 600.0
+
+
+@contextmanager
+def _started_together() -> Iterator[_Together]:
+    """Around what can be checked at once: then the processes of a launcher find each other.
+
+    Raises:
+        PPOCliError: the block raised it on one of the processes.
+    """
+    together, fault = _Together(), None
+    try:
+        yield together
+    except PPOCliError as error:
+        if launcher.count() == 1:
+            raise
+        fault = error
+    if launcher.count() > 1:
+        from ppo_cli.utils import processes
+
+        processes.start(together.timeout)
+        with processes.agreed():
+            if fault is not None:
+                raise fault
 
 
 def _trackers(given: Sequence[str] | None) -> list[str] | None:

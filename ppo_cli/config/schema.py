@@ -132,7 +132,7 @@ class RunSettings(Section):
     budget."""
     kl_ceiling: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """KL per response (nats) that the run keeps below, without a kl_budget: the KL coefficient is
-    ppo.init_kl_coef, and more while KL is over this. Evaluations more than 10 % over it are only
+    ppo.init_kl_coef, and more while KL is over this. Evaluations more than 20 % over it are only
     the best if none is below. null for no ceiling."""
     collapse_limit: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     """Share of equal responses in a batch from which the text counts as collapsed; 1 for all of
@@ -141,6 +141,8 @@ class RunSettings(Section):
     """At the end, score the best of n responses of the reference to each held-out prompt, for each
     n in this list, and write frontier.json, the curve of `plot --frontier`. This samples as many
     responses per prompt as the largest n. null for no such curve."""
+    timeout: Annotated[float, Field(gt=0, le=10**6)] = 600.0
+    """Seconds that the processes of a run wait for each other before they give up."""
     samples_per_step: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 4
     """Number of samples of each step that are written to samples.jsonl."""
 

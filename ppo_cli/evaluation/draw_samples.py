@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ppo_cli.data.chat import Message
 from ppo_cli.evaluation.samples import Sample
+from ppo_cli.models.decode_loop import draw_uniforms
 from ppo_cli.models.sampling import Rollout, sample_responses, to_texts
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.rewards.batch import RewardBatch
 from ppo_cli.rewards.reward_sum import RewardSum, Scores
+from ppo_cli.utils import processes
 from ppo_cli.utils.random_state import RandomStream
 
 BATCH_SIZE = 64
@@ -33,6 +35,8 @@ def draw_rollout(
 ) -> Rollout:
     """Sample a response to each of N queries, with random numbers that `seed` alone decides.
 
+    Each process samples its rows, which are the same whatever the number of processes.
+
     Args:
         model: the policy or a plain causal model.
         tokenizer: the model's.
@@ -43,10 +47,24 @@ def draw_rollout(
         batch_size: sequences in a forward pass.
         messages: the conversations that the queries are made of, None for texts.
     """
+    own = processes.rows(len(queries))
     limits = [max_new_tokens] * len(queries)
     with RandomStream(seed, model.device).active():
-        responses = sample_responses(model, queries, limits, params, batch_size=batch_size)
-    return to_texts(tokenizer, queries, responses, messages)
+        uniforms = _uniforms(limits, model.device, batch_size)
+        responses = sample_responses(
+            model,
+            queries[own],
+            limits[own],
+            params,
+            batch_size=batch_size,
+            uniforms=None if uniforms is None else uniforms[own],
+        )
+    return to_texts(tokenizer, queries[own], responses, messages[own] if messages else None)
+
+
+def _uniforms(limits: list[int], device: Any, batch_size: int | None = None) -> Tensor | None:
+    """Random numbers for rows of which each process samples a part; None for one process."""
+    return draw_uniforms(limits, device, batch_size) if processes.count() > 1 and limits else None
 
 
 def draw_scores(
@@ -66,7 +84,7 @@ def draw_scores(
 ) -> np.ndarray:
     """Scores of `count` responses to each of P queries, (P, count).
 
-    Only one batch of responses is in memory at a time.
+    Only one batch of responses is in memory at a time. Several processes take turns.
 
     Args:
         model, tokenizer, queries, params, max_new_tokens, seed, messages: as in `draw_rollout`.
@@ -79,25 +97,29 @@ def draw_scores(
     if texts is None:
         texts = tokenizer.batch_decode(list(queries), skip_special_tokens=True)
     owners = [i for i in range(len(queries)) for _ in range(count)]
-    scores = np.empty(len(owners))
+    scores = np.zeros(len(owners))
     stream = RandomStream(seed, model.device)
     scorer = RewardSum.of(reward)
-    for start in range(0, len(owners), BATCH_SIZE):
-        batch = owners[start : start + BATCH_SIZE]
-        rows = [queries[i] for i in batch]
-        with stream.active():
-            responses = sample_responses(model, rows, [max_new_tokens] * len(batch), params)
-        found = RewardBatch.of(
-            to_texts(
-                tokenizer, rows, responses, [messages[i] for i in batch] if messages else None
-            ),
-            [texts[i] for i in batch],
-            [columns[i] for i in batch] if columns else None,
-            params.stop_token_ids,
-        )
-        scores[start : start + len(batch)] = scorer.score(found).total.numpy()
-        progress(start + len(batch))
-    return scores.reshape(len(queries), count)
+    with processes.agreed():
+        for turn, start in enumerate(range(0, len(owners), BATCH_SIZE)):
+            batch = owners[start : start + BATCH_SIZE]
+            rows, limits = [queries[i] for i in batch], [max_new_tokens] * len(batch)
+            with stream.active():
+                uniforms = _uniforms(limits, model.device)
+                if turn % processes.count() != processes.index():
+                    continue
+                responses = sample_responses(model, rows, limits, params, uniforms=uniforms)
+            chats = [messages[i] for i in batch] if messages else None
+            found = RewardBatch.of(
+                to_texts(tokenizer, rows, responses, chats),
+                [texts[i] for i in batch],
+                [columns[i] for i in batch] if columns else None,
+                params.stop_token_ids,
+            )
+            scores[start : start + len(batch)] = scorer.score(found).total.numpy()
+            progress(start + len(batch))
+    of_all: np.ndarray = np.sum(processes.gather(scores), axis=0)
+    return of_all.reshape(len(queries), count)
 
 
 def score_rollout(

@@ -15,11 +15,12 @@ from ppo_cli.evaluation.best_of_n import BestOfN, best_of_n
 from ppo_cli.evaluation.draw_samples import draw_rollout, draw_scores, score_rollout
 from ppo_cli.evaluation.history import Evaluation
 from ppo_cli.evaluation.likelihoods import likelihoods
-from ppo_cli.evaluation.quality import Quality, evaluation_statistics
+from ppo_cli.evaluation.quality import Likelihoods, Quality, evaluation_statistics
 from ppo_cli.evaluation.samples import Sample
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.rewards.reward_sum import RewardSum
+from ppo_cli.utils import processes
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class MeasuredSamples:
 class HeldOutEvaluation:
     """Samples from the reference and from the present policy, on the same prompts.
 
-    All evaluations of a run draw from the same random numbers. The random numbers of training and
-    the models' modes stay as they are.
+    Each process samples and scores its share of the prompts. All evaluations of a run draw from
+    the same random numbers. The random numbers of training and the models' modes stay as they are.
 
     Args:
         trainer: has both models.
@@ -133,7 +134,8 @@ class HeldOutEvaluation:
         as_reference: Callable[[], AbstractContextManager[None]],
         count: int | None = None,
     ) -> MeasuredSamples:
-        with self._trainer.accelerator.autocast():
+        own = processes.rows(len(self._queries[:count]))
+        with processes.agreed(), self._trainer.accelerator.autocast():
             rollout = draw_rollout(
                 model,
                 self._tokenizer,
@@ -145,9 +147,9 @@ class HeldOutEvaluation:
             )
             samples = score_rollout(
                 rollout,
-                self._texts[:count],
+                self._texts[own],
                 self._reward,
-                self._columns[:count],
+                self._columns[own],
                 self._params.stop_token_ids,
             )
             found = likelihoods(
@@ -158,6 +160,8 @@ class HeldOutEvaluation:
                 as_reference=as_reference,
                 temperature=self._trainer.config.temperature,
             )
+        samples = processes.gather_list(samples)
+        found = Likelihoods.joined(processes.gather(found))
         return MeasuredSamples(samples, Quality.of(samples, found))
 
     @property

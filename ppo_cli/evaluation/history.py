@@ -9,6 +9,9 @@ from typing import Any
 from ppo_cli.config.schema import RunSettings
 
 TOLERANCE = 0.1  # an evaluation this near to the budget of KL, relative to it, is within it
+# A ceiling is of the steps' KL, and the evaluations' responses are longer: theirs may be so far
+# above it.
+CEILING_TOLERANCE = 0.2
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,12 @@ class EvaluationHistory:
 
 def _rank(evaluation: Evaluation, settings: RunSettings) -> tuple[float, float]:
     """What the best evaluation has most of: nearness to budget or ceiling of KL, then score."""
+    away, tolerance = 0.0, TOLERANCE
     if settings.kl_budget is not None:
         away = abs(evaluation.kl / settings.kl_budget - 1)
     elif settings.kl_ceiling is not None:
-        away = evaluation.kl / settings.kl_ceiling - 1
-    else:
-        away = 0.0
-    return -max(away, TOLERANCE), evaluation.score
+        away, tolerance = evaluation.kl / settings.kl_ceiling - 1, CEILING_TOLERANCE
+    return -max(away, tolerance), evaluation.score
 
 
 def over_limit(evaluation: Evaluation, settings: RunSettings) -> str | None:

@@ -43,6 +43,7 @@ def decode_cached(
     limits: Sequence[int],
     params: SamplingParams,
     on_logits: LogitsCallback | None = None,
+    uniforms: Tensor | None = None,
 ) -> list[Tensor]:
     """Sample a response to each query, with a cache. The policy must allow `reads_packed`.
 
@@ -56,6 +57,7 @@ def decode_cached(
         limits: B limits on the new tokens.
         params: settings of sampling.
         on_logits: called with each token's logits; no step is recorded then.
+        uniforms: (B, R) random numbers in [0, 1), one for each token; None draws them.
 
     Returns:
         B tensors of token ids, 1-D, each with its end token if one was drawn.
@@ -63,10 +65,10 @@ def decode_cached(
     Raises:
         NumericalError: a probability is not finite.
     """
-    uniforms = _uniforms(limits, input_ids.device)
+    given = draw_uniforms(limits, input_ids.device) if uniforms is None else uniforms
 
     def start() -> tuple[_Drawn, _GrowingStep]:
-        drawn = _Drawn(uniforms, limits, params)
+        drawn = _Drawn(given, limits, params)
         return drawn, _GrowingStep(policy, input_ids, attention_mask, drawn, on_logits)
 
     if on_logits is None and _is_worth_recording(policy, max(limits)):
@@ -84,15 +86,17 @@ def decode_uncached(
     limits: Sequence[int],
     params: SamplingParams,
     on_logits: LogitsCallback | None = None,
+    uniforms: Tensor | None = None,
 ) -> list[Tensor]:
     """As `decode_cached`, by a plain forward pass of the whole rows for each token.
 
     Args:
         policy: in eval mode; any causal model will do.
         input_ids: (B, T) queries of equal length, without padding.
-        limits, params, on_logits: as there.
+        limits, params, on_logits, uniforms: as there.
     """
-    drawn = _Drawn(_uniforms(limits, input_ids.device), limits, params)
+    given = draw_uniforms(limits, input_ids.device) if uniforms is None else uniforms
+    drawn = _Drawn(given, limits, params)
     rows = torch.arange(len(limits), device=input_ids.device)
     ids = input_ids
     while True:
@@ -105,9 +109,20 @@ def decode_uncached(
         ids = torch.cat([ids, tokens.unsqueeze(1)], 1)
 
 
-def _uniforms(limits: Sequence[int], device: torch.device) -> Tensor:
-    """(B, R) random numbers in [0, 1), one for each token; R is the largest limit."""
-    return torch.rand(len(limits), max(limits), device=device)
+def draw_uniforms(
+    limits: Sequence[int], device: torch.device, batch_size: int | None = None
+) -> Tensor:
+    """(B, R) random numbers in [0, 1), one for each token; R is the largest limit.
+
+    Args:
+        limits: B limits on the tokens.
+        device: draws them.
+        batch_size: they are drawn for so many sequences after each other; None for all at once.
+    """
+    size, longest = batch_size or len(limits), max(limits)
+    parts = [limits[start : start + size] for start in range(0, len(limits), size)]
+    drawn = [torch.rand(len(part), max(part), device=device) for part in parts]
+    return torch.cat([torch.nn.functional.pad(d, (0, longest - d.shape[1])) for d in drawn])
 
 
 def _step_by_step(drawn: _Drawn, step: _GrowingStep) -> list[Tensor]:
@@ -163,7 +178,8 @@ class _Drawn:
     """
 
     def __init__(self, uniforms: Tensor, limits: Sequence[int], params: SamplingParams) -> None:
-        device, self.longest = uniforms.device, uniforms.shape[1]
+        device, self.longest = uniforms.device, max(limits)
+        uniforms = uniforms[:, : self.longest]
         self.going = torch.ones(len(limits), dtype=torch.bool, device=device)
         self._uniforms, self._warp = uniforms, _warpers(params)
         self._limits = torch.tensor(limits, device=device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,7 @@ def sample_responses(
     settings: SamplingParams | GenerateSettings,
     *,
     batch_size: int | None = None,
+    uniforms: Tensor | None = None,
 ) -> list[Tensor]:
     """Sample one response to each query, with dropout off.
 
@@ -102,6 +104,8 @@ def sample_responses(
         max_new_tokens: B limits; a response ends there or after its first stop token.
         settings: how tokens are drawn. The model's own `generation_config` has no effect.
         batch_size: sequences in a forward pass; None for all at once.
+        uniforms: (B, R) random numbers in [0, 1) that decide the tokens, R the largest limit; None
+            draws them. transformers' `generate` draws by itself, seeded by the first of them.
 
     Returns:
         B tensors of token ids, 1-D, on the model's device.
@@ -125,7 +129,10 @@ def sample_responses(
         model.eval()
         for batch in _batches(queries, max_new_tokens, batch_size or len(queries), context):
             limits = list(max_new_tokens[batch])
-            responses += _sample_batch(model, queries[batch], limits, settings, method)
+            own = None if uniforms is None else uniforms[batch]
+            responses += _sample_batch(
+                model, queries[batch], limits, settings, method, uniforms=own
+            )
     return responses
 
 
@@ -177,6 +184,7 @@ def _sample_batch(
     settings: SamplingParams | GenerateSettings,
     method: SamplingMethod,
     on_logits: LogitsCallback | None = None,
+    uniforms: Tensor | None = None,
 ) -> list[Tensor]:
     """A response to each of a batch's queries.
 
@@ -200,6 +208,7 @@ def _sample_batch(
             settings,
             row_method,
             None if on_logits is None else _of_rows(on_logits, rows),
+            None if uniforms is None else uniforms[rows],
         )
         for i, response in zip(rows, found, strict=True):
             responses[i] = response
@@ -213,22 +222,36 @@ def _sample_group(
     settings: SamplingParams | GenerateSettings,
     method: SamplingMethod,
     on_logits: LogitsCallback | None,
+    uniforms: Tensor | None,
 ) -> list[Tensor]:
     """A response to each of the queries, which one method samples together."""
     ids, mask = _pad_left(queries, settings.pad_token_id or 0)
     if isinstance(settings, SamplingParams) and method == "loop":
-        return decode_cached(model, ids, mask, limits, settings, on_logits)
+        return decode_cached(model, ids, mask, limits, settings, on_logits, uniforms)
     if isinstance(settings, SamplingParams) and method == "whole":
-        return decode_uncached(model, ids, limits, settings, on_logits)
-    return generate_responses(
-        model,
-        ids,
-        mask,
-        limits,
-        _for_generate(settings),
-        use_cache=method != "uncached",
-        on_logits=on_logits,
-    )
+        return decode_uncached(model, ids, limits, settings, on_logits, uniforms)
+    with _seeded_by(uniforms):
+        return generate_responses(
+            model,
+            ids,
+            mask,
+            limits,
+            _for_generate(settings),
+            use_cache=method != "uncached",
+            on_logits=on_logits,
+        )
+
+
+@contextmanager
+def _seeded_by(uniforms: Tensor | None) -> Iterator[None]:
+    """Seed torch inside the block by the first of some random numbers, if there are any."""
+    if uniforms is None:
+        yield
+        return
+    devices = [uniforms.device] if uniforms.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int(uniforms.flatten()[0].item() * 2**24))  # float32 has 24 bits
+        yield
 
 
 def _of_rows(on_logits: LogitsCallback, rows: list[int]) -> LogitsCallback:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -15,6 +15,7 @@ from ppo_cli.config.trackers import as_names
 from ppo_cli.errors import UsageError, did_you_mean, is_out_of_memory
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.trackers import check_logging_dir, check_trackers, start_trackers
+from ppo_cli.utils import launcher
 from ppo_cli.utils.device import mixed_precision, resolve_device
 from ppo_cli.utils.hub import first_line
 
@@ -31,8 +32,8 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
 
     Raises:
         MissingPackageError: a tracker's package is missing.
-        UsageError: accelerate or the tracker refuses a keyword argument, or the device does not
-            have the precision.
+        UsageError: accelerate or the tracker refuses a keyword argument, the device does not have
+            the precision, or a launcher started processes that accelerate does not see.
         PPOCliError: a tracker does not start.
     """
     _check_keywords("accelerator_kwargs", config.accelerator_kwargs, Accelerator)
@@ -40,7 +41,7 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     names = as_names(config.log_with)
     check_trackers(config)
     check_logging_dir(config)
-    settings = dict(config.accelerator_kwargs)
+    settings = _for_processes(config.accelerator_kwargs)
     if settings.get("mixed_precision") is not None:
         device = torch.device("cpu") if settings.get("cpu") else resolve_device("auto")
         settings["mixed_precision"] = mixed_precision(settings["mixed_precision"], device)
@@ -48,9 +49,29 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
         project = ProjectConfiguration(**config.project_kwargs)
     with _refusals("accelerator_kwargs", config.accelerator_kwargs):
         accelerator = Accelerator(log_with=names or None, project_config=project, **settings)
+    _check_processes(accelerator)
     if names:
         start_trackers(accelerator, config)
     return accelerator
+
+
+def _for_processes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `Accelerator` for the processes that a launcher may have started."""
+    settings = dict(given)
+    if launcher.count() > 1 and not (torch.cuda.is_available() or torch.xpu.is_available()):
+        settings.setdefault("cpu", True)  # without it accelerate sees one process
+    return settings
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    """Raise `UsageError` where accelerate does not have the processes that were started."""
+    if (launched := launcher.count()) != accelerator.num_processes:
+        raise UsageError(
+            f"a launcher started {launched} processes, but accelerate uses "
+            f"{accelerator.num_processes}: each would train by itself. Pass "
+            "accelerator_kwargs={'cpu': True} for processors, or make the accelerator after the "
+            "launcher's variables (WORLD_SIZE, RANK, LOCAL_RANK) are set"
+        )
 
 
 def _check_keywords(key: str, given: dict[str, Any], function: Any) -> None:

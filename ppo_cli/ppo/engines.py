@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ppo_cli.config.schema import RolloutConfig
 from ppo_cli.errors import MissingPackageError, ModelError
+from ppo_cli.models.decode_loop import draw_uniforms
 from ppo_cli.models.engine import EngineSamples, SamplingEngine
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.ppo.forward import token_forward
 from ppo_cli.ppo.packing import TokenBatch
 from ppo_cli.ppo.trainer import PPOTrainer
+from ppo_cli.utils import processes
 from ppo_cli.utils.device import modes_kept
 
 TRIED_QUERIES = 4
@@ -40,12 +42,22 @@ class OwnLoop:
     def sample(
         self, queries: Sequence[Tensor], limits: Sequence[int], params: SamplingParams
     ) -> EngineSamples:
-        """Draw a response to each query, see `SamplingEngine`; without log-probabilities."""
-        responses = self._trainer.generate(
+        """Draw a response to each query, see `SamplingEngine`; without log-probabilities.
+
+        Of several processes, each draws what one process would draw to its queries.
+        """
+        uniforms, trainer = None, self._trainer
+        if processes.count() > 1:
+            of_all = processes.gather_list(limits)
+            with trainer.sampling.active():
+                drawn = draw_uniforms(of_all, trainer.accelerator.device, self._rows)
+            uniforms = drawn[processes.rows(len(of_all))]
+        responses = trainer.generate(
             list(queries),
             length_sampler=iter(limits).__next__,
             batch_size=self._rows or len(queries),
             return_prompt=False,
+            uniforms=uniforms,
             **params.generation_kwargs(),
         )
         return EngineSamples(responses, None)
@@ -160,7 +172,8 @@ def sampling_statistics(
         row[len(query) - 1 :][: len(logprobs)]
         for row, query, logprobs in zip(rows, queries, drawn.logprobs, strict=True)
     ]
-    return logprob_gap(torch.cat(drawn.logprobs), torch.cat(of_policy))
+    both = torch.stack([torch.cat(drawn.logprobs), torch.cat(of_policy)])
+    return logprob_gap(*torch.cat(processes.gather_tensors([both]), dim=1))
 
 
 def logprob_gap(engine: Tensor, policy: Tensor) -> dict[str, float]:

@@ -18,6 +18,7 @@ from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.forward import TokenOutputs, logits_and_values, token_forward, token_logits
 from ppo_cli.ppo.packing import TokenBatch
 from ppo_cli.ppo.step_inputs import StepInputs
+from ppo_cli.utils import processes
 from ppo_cli.utils.device import send
 
 MINI_BATCHES_AT_ONCE = 4
@@ -92,8 +93,10 @@ def read_probabilities(
 ) -> Probabilities:
     """Policy and reference over the batch, several mini-batches at a time.
 
+    Each process reads its share of the sequences; all get the outputs of all.
+
     Args:
-        tokens: the sequences.
+        tokens: the sequences of all processes.
         policy: the model with a value head, as accelerate prepared it.
         reference: gives the model from which KL is measured.
         forward: the policy's outputs, where whole distributions are not needed.
@@ -102,9 +105,10 @@ def read_probabilities(
     full = config.kl_penalty == "full"
     # Without gradients, and with the logits in pieces, far more fit into the memory.
     size = config.mini_batch_size * (1 if full else MINI_BATCHES_AT_ONCE)
+    own = torch.arange(len(tokens))[processes.rows(len(tokens))]
     chunks = [tokens]
-    if size < len(tokens):
-        chunks = [tokens.select(indices) for indices in torch.arange(len(tokens)).split(size)]
+    if size < len(own) or len(own) < len(tokens):
+        chunks = [tokens.select(indices) for indices in own.split(size)]
     parts = [
         _with_full_kl(chunk, policy, reference, config)
         if full
@@ -112,6 +116,8 @@ def read_probabilities(
         for chunk in chunks
     ]
     flat = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    if processes.count() > 1:
+        flat = list(processes.gather_rows(torch.stack(flat, dim=1)).unbind(1))
     return Probabilities(*(tokens.to_grid(tensor) for tensor in flat))
 
 

@@ -14,17 +14,15 @@ from ppo_cli.ppo.config import PPOConfig
 ADAPTATION = 1.5  # factor by which the rate is raised or lowered
 
 
-def make_scheduler(
-    config: PPOConfig, optimizer: torch.optim.Optimizer, processes: int
-) -> LambdaLR | None:
+def make_scheduler(config: PPOConfig, optimizer: torch.optim.Optimizer) -> LambdaLR | None:
     """The schedule of `lr_scheduler_type` and `warmup_steps`; None where none is needed.
 
-    It ends after `steps` samples. accelerate steps it once per process.
+    It ends after `steps` samples.
     """
     kind = config.lr_scheduler_type
     if kind == "adaptive" or (kind == "constant" and not config.warmup_steps):
         return None
-    return LambdaLR(optimizer, lambda calls: learning_rate_factor(config, calls // processes))
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
 
 
 def learning_rate_factor(config: PPOConfig, step: int) -> float:

@@ -18,6 +18,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW
 from ppo_cli.kernels.switch import is_enabled
 from ppo_cli.kernels.tied_embeddings import GradientPieces, gradient_in_pieces
 from ppo_cli.ppo.config import PPOConfig
+from ppo_cli.utils import processes
 
 LARGE_GRADIENTS = 2**27  # bytes, from which weights move within the backward pass
 BYTES_AT_ONCE = 2**22  # of gradients, collected for one partial step, as each costs some time
@@ -40,12 +41,14 @@ class OptimizerStep:
         optimizer: the optimizer, as `accelerator` prepared it.
         accelerator: scales, synchronises and clips gradients.
         config: `max_grad_norm` and `gradient_accumulation_steps` are read.
+        averages_itself: whether the gradients are still those of this process alone.
     """
 
     policy: Any
     optimizer: Any
     accelerator: Accelerator
     config: PPOConfig
+    averages_itself: bool = False
 
     @property
     def is_within_backward(self) -> bool:
@@ -98,6 +101,10 @@ class OptimizerStep:
         Args:
             unless: scalar bool on the device: whether the step is cancelled.
         """
+        if self.averages_itself:
+            for parameter in self.policy.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = processes.total(parameter.grad) / processes.count()
         if self.config.max_grad_norm is not None:
             parameters = self.policy.parameters()
             self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)

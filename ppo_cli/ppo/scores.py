@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,28 +94,20 @@ class PotentialCalibration:
     def __init__(self) -> None:
         self._sums = torch.zeros(0, 5, dtype=torch.float64)  # n, x, y, x * x, x * y by position
 
-    def update(
-        self,
-        potentials: Tensor,
-        scores: Tensor,
-        mask: Tensor,
-        total: Callable[[Tensor], Tensor] = lambda sums: sums,
-    ) -> None:
+    def update(self, potentials: Tensor, scores: Tensor, mask: Tensor) -> None:
         """Add a batch to the observations.
 
         Args:
             potentials: (B, R), 0 outside the mask.
             scores: (B,).
             mask: (B, R).
-            total: adds up (R, 5), on the CPU, over the processes of a distributed run, each with
-                its own R.
         """
         # On the CPU, as not every device has float64.
         counts = mask.cpu().double()
         x = potentials.cpu().double() * counts
         y = scores.cpu().double().unsqueeze(1) * counts
         terms = torch.stack([counts, x, y, x * x, x * y], dim=-1)
-        batch = total(terms.sum(0)).cpu()
+        batch = terms.sum(0)
         sums = DECAY * self._sums
         rows = max(len(sums), len(batch))
         self._sums = _longer(sums, rows) + _longer(batch, rows)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppo_cli.ppo.packing import TokenBatch
+from ppo_cli.utils import processes
 
 
 class StepInputs(NamedTuple):
@@ -32,15 +33,38 @@ def step_inputs(
 ) -> StepInputs:
     """Check and lay out the arguments of `PPOTrainer.step`, which describes them.
 
+    Args:
+        batch_size: of this process.
+        pad_token_id: fills up shorter rows.
+        device: of the grids.
+
+    Returns:
+        The batch of all processes, in their order.
+
     Raises:
-        ValueError: as there.
+        ValueError: as in `PPOTrainer.step`, on all processes where it is raised on one.
     """
-    score_tensor = checked_batch(queries, responses, scores, response_masks, batch_size)
+    with processes.agreed():
+        score_tensor = checked_batch(queries, responses, scores, response_masks, batch_size)
+    if processes.count() > 1:
+        queries, responses = map(_from_all, (queries, responses))
+        response_masks, potentials = map(_from_all, (response_masks, potentials))
+        score_tensor = torch.cat(processes.gather(score_tensor))
     tokens = TokenBatch.from_lists(queries, responses, response_masks, pad_token_id or 0, device)
     if not tokens.counts.any():
         raise ValueError("no response token counts: responses are empty or masked throughout")
     grid = potentials_grid(tokens, potentials, responses, response_masks)
     return StepInputs(tokens, score_tensor.to(device), grid)
+
+
+def _from_all(tensors: list[Tensor] | None) -> Any:
+    """The processes' lists of tensors, joined; None where one of them has none."""
+    own = None if tensors is None else [tensor.detach().cpu() for tensor in tensors]
+    parts = processes.gather(own)
+    lists = [part for part in parts if part is not None]
+    if lists and len(lists) < len(parts):
+        raise ValueError("response_masks and potentials are given by all processes, or by none")
+    return [tensor for part in lists for tensor in part] if lists else None
 
 
 def checked_batch(

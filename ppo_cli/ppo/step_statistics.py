@@ -8,68 +8,100 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ppo_cli.ppo.advantages import masked_mean, masked_var
 from ppo_cli.ppo.experience import Experience
 from ppo_cli.ppo.forward import TokenOutputs
-from ppo_cli.ppo.losses import MinibatchLoss
+from ppo_cli.ppo.losses import MinibatchLoss, kl_penalty
 from ppo_cli.ppo.statistics import STATISTICS
 from ppo_cli.utils.device import fetch, send
+
+MEAN_RATIO, MEAN_K3 = "mean ratio", "mean k3"
+"""Means of a mini-batch that decide whether it counts, and are no statistics."""
+
+
+@torch.no_grad()
+def output_means(
+    share: Experience, outputs: TokenOutputs, loss: MinibatchLoss
+) -> dict[str, Tensor]:
+    """Means over the tokens of (a share of) a mini-batch that the policy's outputs decide.
+
+    Args:
+        share: b samples.
+        outputs: the policy's outputs now, (b, R) each.
+        loss: the loss of these samples.
+
+    Returns:
+        Scalars: statistics under their keys without `ppo/`, `MEAN_RATIO` and `MEAN_K3`, the KL from
+        the old policy.
+    """
+    mask = share.tokens.mask
+    log_ratio = outputs.logprobs - share.logprobs
+    return {
+        "loss/policy": loss.policy.loss,
+        "loss/value": loss.value.loss,
+        "loss/total": loss.total,
+        "policy/clipfrac": loss.policy.clipfrac,
+        "val/clipfrac": loss.value.clipfrac,
+        "policy/entropy": masked_mean(outputs.entropies, mask),
+        "policy/approxkl": 0.5 * masked_mean(log_ratio.square(), mask),
+        "policy/policykl": masked_mean(-log_ratio, mask),
+        "val/vpred": masked_mean(outputs.values, mask),
+        "val/error": masked_mean((outputs.values - share.returns).square(), mask),
+        MEAN_RATIO: masked_mean(log_ratio.exp(), mask),
+        MEAN_K3: masked_mean(kl_penalty(share.logprobs, outputs.logprobs, "k3"), mask),
+    }
 
 
 @torch.no_grad()
 def minibatch_statistics(
-    batch: Experience,
-    outputs: TokenOutputs,
-    loss: MinibatchLoss,
-    is_skipped: Tensor,
-    order: Tensor | None = None,
+    batch: Experience, means: Mapping[str, Tensor], is_skipped: Tensor
 ) -> dict[str, Tensor]:
-    """Statistics of one mini-batch, under their keys without `ppo/`.
+    """Scalar statistics of one mini-batch, under their keys without `ppo/`.
 
     Args:
-        batch: its b samples.
-        outputs: the policy's outputs now, (b, R) each.
-        loss: the loss; 0 is reported where the mini-batch is skipped.
+        batch: its samples.
+        means: its `output_means`; losses of 0 are reported where it is skipped.
         is_skipped: scalar bool: whether the mini-batch exceeds `ratio_threshold`.
-        order: (b,) order of the samples in the arrays; None for the order that they have.
-
-    Returns:
-        Scalars, and arrays with a number for each token that counts.
     """
     mask = batch.tokens.mask
-    log_ratio = outputs.logprobs - batch.logprobs
-    tokens, arrays = batch.tokens, [batch.advantages, log_ratio.exp()]
-    if order is not None:
-        tokens, rows = tokens.select(order), send(order, tokens.device)
-        arrays = [grid[rows] for grid in arrays]
-    advantages, ratio = map(tokens.flat, arrays)
+    known = {key: mean for key, mean in means.items() if key not in (MEAN_RATIO, MEAN_K3)}
+    losses = {k: torch.where(is_skipped, 0.0, v) for k, v in known.items() if k.startswith("loss/")}
     return {
-        "loss/policy": torch.where(is_skipped, 0.0, loss.policy.loss),
-        "loss/value": torch.where(is_skipped, 0.0, loss.value.loss),
-        "loss/total": torch.where(is_skipped, 0.0, loss.total),
-        "policy/clipfrac": loss.policy.clipfrac,
-        "val/clipfrac": loss.value.clipfrac,
-        "policy/advantages": advantages,
-        "policy/ratio": ratio,
-        "policy/entropy": masked_mean(outputs.entropies, mask),
-        "policy/approxkl": 0.5 * masked_mean(log_ratio.square(), mask),
-        "policy/policykl": masked_mean(-log_ratio, mask),
+        **known,
+        **losses,
         "policy/advantages_mean": masked_mean(batch.advantages, mask),
         "returns/mean": masked_mean(batch.returns, mask),
         "returns/var": masked_var(batch.returns, mask),
-        "val/vpred": masked_mean(outputs.values, mask),
-        "val/error": masked_mean((outputs.values - batch.returns).square(), mask),
         "val/mean": masked_mean(batch.values, mask),
         "val/var": masked_var(batch.values, mask),
         "policy/skipped": is_skipped.float(),
     }
 
 
+@torch.no_grad()
+def minibatch_arrays(
+    share: Experience, outputs: TokenOutputs, order: Tensor | None = None
+) -> dict[str, Tensor]:
+    """A number for each token that counts, (N,) each, under the keys without `ppo/`.
+
+    Args:
+        share: b samples.
+        outputs: the policy's outputs now, (b, R) each.
+        order: (b,) order of the samples in the arrays; None for the order that they have.
+    """
+    tokens = share.tokens
+    arrays = [share.advantages, (outputs.logprobs - share.logprobs).exp()]
+    if order is not None:
+        tokens, rows = tokens.select(order), send(order, tokens.device)
+        arrays = [grid[rows] for grid in arrays]
+    advantages, ratio = map(tokens.flat, arrays)
+    return {"policy/advantages": advantages, "policy/ratio": ratio}
+
+
 def join_minibatches(minibatches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """`minibatch_statistics` of several mini-batches: scalars stacked, arrays joined."""
+    """Statistics of several mini-batches: scalars stacked, arrays joined."""
     return {
         key: (torch.cat if STATISTICS[f"ppo/{key}"].is_array else torch.stack)(
             [stats[key] for stats in minibatches]
@@ -124,18 +156,6 @@ def length_statistics(name: str, lengths: list[int]) -> dict[str, Any]:
         f"tokens/{name}_len_mean": float(dist.mean()),
         f"tokens/{name}_len_std": float(dist.std(ddof=1)) if len(dist) > 1 else 0.0,
         f"tokens/{name}_dist": dist,
-    }
-
-
-def mean_over_processes(stats: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
-    """Statistics whose scalar tensors are the mean over a distributed run's processes."""
-    if accelerator.num_processes == 1:
-        return dict(stats)
-    return {
-        key: accelerator.reduce(value.to(accelerator.device), "mean")
-        if isinstance(value, Tensor) and value.dim() == 0
-        else value
-        for key, value in stats.items()
     }
 
 

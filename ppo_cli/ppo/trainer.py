@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_cli.kernels.patches import fast_layers
@@ -38,13 +39,13 @@ from ppo_cli.ppo.step_inputs import StepInputs, step_inputs
 from ppo_cli.ppo.step_statistics import (
     Stopwatch,
     length_statistics,
-    mean_over_processes,
     step_statistics,
     to_numbers,
 )
 from ppo_cli.ppo.step_warnings import step_warnings
 from ppo_cli.ppo.trackers import send_statistics
 from ppo_cli.ppo.update import Update
+from ppo_cli.utils import processes
 from ppo_cli.utils.random_state import RandomStream, numpy_state, set_numpy_state
 
 
@@ -71,6 +72,7 @@ class PPOTrainer:
         kl_ctl: the KL controller; `kl_ctl.value` is the coefficient.
         running: the moments of all scores so far, for `use_score_scaling`.
         current_step: number of `step()` calls so far.
+        sampling: the random numbers of `generate`; each process has its own.
         advises: whether `step()` warns, once each, of negative KL and of skipped mini-batches.
 
     Raises:
@@ -113,8 +115,7 @@ class PPOTrainer:
             optimizer = make_optimizer(model, config)
         self._schedule = self._adaptation = None  # of the learning rate, as `config` says
         if lr_scheduler is None:
-            self._schedule = make_scheduler(config, optimizer, self.accelerator.num_processes)
-            lr_scheduler = self._schedule
+            self._schedule = make_scheduler(config, optimizer)
             if config.lr_scheduler_type == "adaptive":
                 self._adaptation = AdaptiveLearningRate(optimizer, config)
         self.dataset = dataset
@@ -124,6 +125,11 @@ class PPOTrainer:
         self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, dataloader, lr_scheduler
         )
+        if isinstance(self.model, DistributedDataParallel):
+            # A broadcast in each forward; processes may need different numbers of forwards.
+            self.model.broadcast_buffers = False
+        if lr_scheduler is None:
+            self.lr_scheduler = self._schedule  # accelerate would step it once per process
         self.ref_model = prepare_reference(reference, self.accelerator)
 
         self.kl_ctl = make_kl_controller(config)
@@ -135,7 +141,7 @@ class PPOTrainer:
         self._warned: set[str] = set()
         # Separate generators, so that the caller's random state stays as it is.
         self._shuffle = np.random.RandomState(config.seed)
-        self._sampling = RandomStream(
+        self.sampling = RandomStream(
             config.seed + self.accelerator.process_index, self.accelerator.device
         )
 
@@ -148,6 +154,7 @@ class PPOTrainer:
         batch_size: int = 4,
         return_prompt: bool = True,
         generate_ref_response: bool = False,
+        uniforms: Tensor | None = None,
         **generation_kwargs: Any,
     ) -> Any:
         """Sample a response to each query, with dropout off.
@@ -158,6 +165,8 @@ class PPOTrainer:
             batch_size: queries per forward pass, for a list.
             return_prompt: whether the returned tensors begin with the query.
             generate_ref_response: also sample from the reference.
+            uniforms: (B, R) random numbers in [0, 1) that decide the tokens, R the largest number
+                of new tokens; None for those of `sampling`.
             generation_kwargs: settings of `transformers`' `generate`. By default sampling is pure:
                 the configuration's `temperature`, no top-k, no top-p, whatever the model's own
                 `generation_config` says; pass a `generation_config` to use one. Without an
@@ -187,7 +196,7 @@ class PPOTrainer:
         def sample(model: Any) -> Any:
             with self.sampling_from(model) as inner:
                 responses = sample_responses(
-                    inner, queries, limits, settings, batch_size=batch_size
+                    inner, queries, limits, settings, batch_size=batch_size, uniforms=uniforms
                 )
             if return_prompt:
                 responses = [
@@ -210,7 +219,7 @@ class PPOTrainer:
             model: policy or reference; None for the policy.
         """
         unwrapped = unwrapped_for_generation(model or self.model, self.accelerator)
-        with unwrapped as inner, self._sampling.active(), self.accelerator.autocast():
+        with unwrapped as inner, self.sampling.active(), self.accelerator.autocast():
             yield inner
 
     def adapter_off(self) -> AbstractContextManager[None]:
@@ -289,7 +298,13 @@ class PPOTrainer:
         batch = self._scaled(batch)
         self._push_if_best(batch.scores)
         update = Update(
-            self.model, self.optimizer, self.accelerator, self._shuffle, config, kl_coef
+            policy=self.model,
+            optimizer=self.optimizer,
+            accelerator=self.accelerator,
+            shuffle=self._shuffle,
+            config=config,
+            kl_coef=kl_coef,
+            head_alone=self._is_warming_up,
         )
         with self._modes_of_a_step():
             update.optimizer_step.make_state()
@@ -314,8 +329,10 @@ class PPOTrainer:
             )
         )
         self._warn(stats)
-        stats |= length_statistics("queries", [len(query) for query in queries])
-        stats |= length_statistics("responses", [len(response) for response in responses])
+        pairs = zip(queries, responses, strict=True)
+        lengths = processes.gather_list([(len(query), len(response)) for query, response in pairs])
+        for name, those in zip(("queries", "responses"), zip(*lengths, strict=True), strict=True):
+            stats |= length_statistics(name, list(those))
         clock.lap("calc_stats")
         self._after_step(stats)
         return {**stats, **clock.times, "time/ppo/total": clock.total}
@@ -325,37 +342,33 @@ class PPOTrainer:
         """No dropout, in the warm-up only the value head learns, fast products of matrices."""
         check_reading(self.model)  # before the warm-up freezes parameters
         checkpointing = self.config.gradient_checkpointing
-        warming_up = self.current_step < self.config.value_warmup_steps
         dropout = dropout_off(self.model, keep_training_mode=checkpointing)
-        with dropout, head_alone(self.model) if warming_up else nullcontext(), fast_layers():
+        warm_up = head_alone(self.model) if self._is_warming_up else nullcontext()
+        with dropout, warm_up, fast_layers():
             if checkpointing:
                 check_noise(self.model)
             yield
+
+    @property
+    def _is_warming_up(self) -> bool:
+        return self.current_step < self.config.value_warmup_steps
 
     def _scaled(self, batch: StepInputs) -> StepInputs:
         """The batch with its scores and potentials scaled, clipped and calibrated as configured."""
         tokens, scores, potentials = batch
         if self.config.use_score_scaling and not self.running.is_settled(self.config):
-            self.running.update(self.accelerator.gather(scores))
+            self.running.update(scores)
         scores = scale_scores(scores, self.running, self.config)
         if potentials is not None:
             potentials = scale_scores(potentials, self.running, self.config)
             if self.config.calibrate_potentials:
-                self._calibration.update(potentials, scores, tokens.mask, self._process_sum)
+                self._calibration.update(potentials, scores, tokens.mask)
                 potentials = self._calibration(potentials, tokens.mask)
         return StepInputs(tokens, scores, potentials)
 
-    def _process_sum(self, rows: Tensor) -> Tensor:
-        """Sum of (R, ...) over the processes, each with its own R."""
-        if not self.is_distributed:
-            return rows
-        padded = self.accelerator.pad_across_processes(rows.to(self.accelerator.device))
-        total: Tensor = self.accelerator.reduce(padded, "sum")
-        return total
-
     def _numbers(self, stats: Mapping[str, Any]) -> dict[str, Any]:
         """Statistics as floats and arrays, with the learning rate."""
-        numbers = to_numbers(mean_over_processes(stats, self.accelerator))
+        numbers = to_numbers(stats)
         return numbers | {"ppo/learning_rate": self.optimizer.param_groups[0]["lr"]}
 
     def _warn(self, stats: Mapping[str, Any]) -> None:
@@ -395,9 +408,11 @@ class PPOTrainer:
         Raises:
             ValueError: with wandb, a column is not in the batch.
         """
-        scores = torch.as_tensor([float(reward) for reward in rewards])
-        scores = self.accelerator.gather(scores.to(self.accelerator.device)).cpu()
+        scores = torch.tensor(processes.gather_list([float(reward) for reward in rewards]))
         columns = tuple(columns_to_log)
+        if self.is_distributed:
+            shown = {key: list(batch[key]) for key in columns if key in batch}
+            batch = {key: processes.gather_list(values) for key, values in shown.items()}
         trackers = self.accelerator.trackers if self.accelerator.is_main_process else []
         send_statistics(trackers, self.current_step, stats, batch, scores, columns)
 
@@ -445,7 +460,7 @@ class PPOTrainer:
             "running": self.running.state_dict(),
             "calibration": self._calibration.state_dict(),
             "shuffle": numpy_state(self._shuffle),
-            "sampling": self._sampling.state_dict(),
+            "sampling": self.sampling.state_dict(),
             "current_step": self.current_step,
             "adaptation": self._adaptation and self._adaptation.state_dict(),
             "best_mean_score": self._best_mean_score,
@@ -463,7 +478,7 @@ class PPOTrainer:
         self.running.load_state_dict(state["running"])
         self._calibration.load_state_dict(state["calibration"])
         set_numpy_state(self._shuffle, state["shuffle"])
-        self._sampling.load_state_dict(state["sampling"])
+        self.sampling.load_state_dict(state["sampling"])
         self.current_step = state["current_step"]
         if self._adaptation is not None:
             self._adaptation.load_state_dict(state["adaptation"], state["current_step"])
@@ -477,4 +492,4 @@ class PPOTrainer:
         mean_score = scores.mean().item()
         if mean_score > self._best_mean_score:
             self._best_mean_score = mean_score
-            self.push_to_hub(**target)
+            processes.on_main(self.push_to_hub, **target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,15 +12,24 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from ppo_cli.ppo.advantages import masked_mean
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import Experience
 from ppo_cli.ppo.forward import TokenOutputs, token_forward
-from ppo_cli.ppo.losses import kl_penalty, minibatch_loss
+from ppo_cli.ppo.losses import minibatch_loss
 from ppo_cli.ppo.optimizer_step import OptimizerStep
 from ppo_cli.ppo.packing import TokenBatch
-from ppo_cli.ppo.step_statistics import join_minibatches, minibatch_statistics
+from ppo_cli.ppo.statistics import STATISTICS
+from ppo_cli.ppo.step_statistics import (
+    MEAN_K3,
+    MEAN_RATIO,
+    join_minibatches,
+    minibatch_arrays,
+    minibatch_statistics,
+    output_means,
+)
+from ppo_cli.utils import processes
 
 Statistics = dict[str, Tensor]
 
@@ -29,6 +38,10 @@ Statistics = dict[str, Tensor]
 class Update:
     """The optimisation phase of one step.
 
+    Mini-batches are drawn from the samples of all processes. Each process computes the loss of its
+    share of a mini-batch, weighted so that the mean of the processes' gradients is the gradient
+    of the mean over all tokens of the mini-batch.
+
     Attributes:
         policy: the model with a value head, as `accelerator` prepared it.
         optimizer: the optimizer, as `accelerator` prepared it.
@@ -36,6 +49,7 @@ class Update:
         shuffle: draws the order of samples in each epoch.
         config: the settings.
         kl_coef: KL coefficient, for `kl_in_loss`.
+        head_alone: whether only the value head learns.
     """
 
     policy: Any
@@ -44,12 +58,23 @@ class Update:
     shuffle: np.random.RandomState
     config: PPOConfig
     kl_coef: float = 0.0
+    head_alone: bool = False
     _first_outputs: TokenOutputs | None = field(default=None, init=False, repr=False)
 
     @cached_property
     def optimizer_step(self) -> OptimizerStep:
         """Moves the weights."""
-        return OptimizerStep(self.policy, self.optimizer, self.accelerator, self.config)
+        return OptimizerStep(
+            self.policy, self.optimizer, self.accelerator, self.config, self._averages_itself
+        )
+
+    @property
+    def _averages_itself(self) -> bool:
+        """Whether gradients are averaged over the processes here.
+
+        DistributedDataParallel waits for gradients of all weights that trained when it was made.
+        """
+        return self.head_alone and isinstance(self.policy, DistributedDataParallel)
 
     @property
     def is_one_pass(self) -> bool:
@@ -62,7 +87,7 @@ class Update:
         Where one mini-batch is the whole batch, its first epoch would repeat this forward. So it is
         made with gradients, and `run` begins with it.
         """
-        with torch.set_grad_enabled(self.is_one_pass):
+        with torch.set_grad_enabled(self.is_one_pass), self._synchronising(True):
             outputs = token_forward(self.policy, tokens, self.config.temperature)
         if self.is_one_pass:
             self._first_outputs = outputs
@@ -80,13 +105,16 @@ class Update:
             collected += stats
             if is_last:
                 break
-        return join_minibatches(collected)
+        joined = join_minibatches(collected)
+        arrays = {key: value for key, value in joined.items() if STATISTICS[f"ppo/{key}"].is_array}
+        everyone = processes.gather_rows(torch.stack(list(arrays.values()), dim=1))
+        return joined | dict(zip(arrays, everyone.unbind(1), strict=True))
 
     def _epoch(self, experience: Experience) -> tuple[list[Statistics], bool]:
         """A pass over the batch: its mini-batches' statistics, and whether it is the last."""
         collected: list[Statistics] = []
         order = torch.from_numpy(self.shuffle.permutation(len(experience.tokens)))
-        for indices in order.split(self.config.backward_batch_size):
+        for indices in order.split(self.config.backward_batch_size * processes.count()):
             stats, is_past_limit = self._optimizer_step(experience, indices)
             collected += stats
             if self.config.max_approx_kl is not None and is_past_limit:
@@ -108,11 +136,10 @@ class Update:
         step = self.optimizer_step
         collected: list[Statistics] = []
         is_cancelled = is_past_limit = experience.tokens.mask.new_zeros(())
-        parts = indices.split(self.config.mini_batch_size)
+        parts = indices.split(self.config.mini_batch_size * processes.count())
         for i, part in enumerate(parts):
             is_last = i == len(parts) - 1
-            # accelerate's own accumulation would step early at the end of the dataloader.
-            with nullcontext() if is_last else self.accelerator.no_sync(self.policy):
+            with self._synchronising(is_last):
                 loss, stats, is_skipped, is_past = self._minibatch(experience, part)
                 collected.append(stats)
                 is_past_limit = is_past_limit | is_past
@@ -128,8 +155,12 @@ class Update:
     def _minibatch(
         self, experience: Experience, indices: Tensor
     ) -> tuple[Tensor, Statistics, Tensor, Tensor]:
-        """Loss and statistics of the samples at `indices`, and the two flags of `_limits`."""
-        batch, order = self._samples(experience, indices)
+        """Loss and statistics of the samples at `indices`, and the two flags of `_limits`.
+
+        The loss is that of this process's share, the statistics and flags are of all.
+        """
+        whole, order = self._samples(experience, indices)
+        batch, weight = _share(whole)
         outputs = TokenOutputs(*map(batch.tokens.to_grid, self._forward(batch.tokens)))
         loss = minibatch_loss(
             logprobs=outputs.logprobs,
@@ -144,9 +175,12 @@ class Update:
             config=self.config,
             kl_coef=self.kl_coef,
         )
-        is_skipped, is_past_limit = self._limits(outputs.logprobs, batch)
-        stats = minibatch_statistics(batch, outputs, loss, is_skipped, order)
-        return loss.total, stats, is_skipped, is_past_limit
+        means = _pooled(output_means(batch, outputs, loss), weight)
+        is_skipped, is_past_limit = self._limits(means)
+        stats = minibatch_statistics(whole, means, is_skipped)
+        stats |= minibatch_arrays(batch, outputs, order if batch is whole else None)
+        total = loss.total if batch is whole else loss.total * (weight * processes.count())
+        return total, stats, is_skipped, is_past_limit
 
     def _samples(self, experience: Experience, indices: Tensor) -> tuple[Experience, Tensor | None]:
         """The samples of a mini-batch, and their order in training where they stand in another.
@@ -167,25 +201,38 @@ class Update:
             outputs = token_forward(self.policy, tokens, self.config.temperature)
         return outputs
 
-    @torch.no_grad()
-    def _limits(self, logprobs: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
-        """Whether a mini-batch exceeds `ratio_threshold`, and `max_approx_kl`: two bool scalars.
-
-        Both are decided by the mean over the processes, so that all do the same.
-        """
-        mask = batch.tokens.mask
-        mean_ratio = masked_mean((logprobs - batch.logprobs).exp(), mask)
+    def _limits(self, means: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Whether a mini-batch exceeds `ratio_threshold`, and `max_approx_kl`: two bool scalars."""
         # Written so that a mean that is not a number counts as too large.
-        is_skipped = ~(self._process_mean(mean_ratio) <= self.config.ratio_threshold)
+        is_skipped = ~(means[MEAN_RATIO] <= self.config.ratio_threshold)
         if self.config.max_approx_kl is None:
             return is_skipped, torch.zeros_like(is_skipped)
-        approx_kl = masked_mean(kl_penalty(batch.logprobs, logprobs, "k3"), mask)
-        return is_skipped, self._process_mean(approx_kl) > self.config.max_approx_kl
+        return is_skipped, means[MEAN_K3] > self.config.max_approx_kl
 
     def _exceeds_target_kl(self, stats: Mapping[str, Tensor]) -> bool:
-        policy_kl = self._process_mean(stats["policy/policykl"])
-        return bool(policy_kl > 1.5 * self.config.target_kl)
+        return bool(stats["policy/policykl"] > 1.5 * self.config.target_kl)
 
-    def _process_mean(self, value: Tensor) -> Tensor:
-        mean: Tensor = self.accelerator.reduce(value, "mean")
-        return mean
+    def _synchronising(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward: the last backward of a step averages the gradients."""
+        if is_last and not self._averages_itself:
+            return nullcontext()
+        # accelerate's own accumulation would step early at the end of the dataloader.
+        manager: AbstractContextManager[Any] = self.accelerator.no_sync(self.policy)
+        return manager
+
+
+def _share(batch: Experience) -> tuple[Experience, float]:
+    """This process's share of a mini-batch, and the part of the tokens that count in it."""
+    if processes.count() == 1:
+        return batch, 1.0
+    rows = processes.rows(len(batch.tokens))
+    own = batch.select(torch.arange(len(batch.tokens))[rows])
+    return own, int(own.tokens.counts.sum()) / max(int(batch.tokens.counts.sum()), 1)
+
+
+def _pooled(means: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
+    """Means over the tokens of all processes from those over this one's, a `weight` of all."""
+    if processes.count() == 1:
+        return dict(means)
+    pooled = processes.total(torch.stack([mean.detach() for mean in means.values()]) * weight)
+    return dict(zip(means, pooled.unbind(), strict=True))

@@ -110,6 +110,24 @@ class Scores:
     applies: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """The scores of several batches of the same reward, as of one."""
+        if len(parts) == 1:
+            return parts[0]
+        chances = [part.probability for part in parts if part.probability is not None]
+
+        def each(mappings: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+            return {name: torch.cat([m[name] for m in mappings]) for name in mappings[0]}
+
+        return cls(
+            torch.cat([part.total for part in parts]),
+            torch.cat(chances) if chances else None,
+            each([part.parts for part in parts]),
+            each([part.applies for part in parts]),
+            parts[0].weights,
+        )
+
     def statistics(self) -> dict[str, float]:
         """Mean and standard deviation of the parts, share of None and weight, for metrics."""
         found: dict[str, float] = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ppo_cli.config.ppo import PPOSettings
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.consent import check_consent
 from ppo_cli.data.fingerprint import Inputs, inputs_of, trusted_too
@@ -45,8 +46,9 @@ from ppo_cli.training.run_directory import RunDirectory
 from ppo_cli.training.state import TrainingState
 from ppo_cli.training.step import PPOStep
 from ppo_cli.training.tracking import RunTrackers
+from ppo_cli.utils import processes
 from ppo_cli.utils.device import accelerator_settings, machine, resolve_device, take_threads
-from ppo_cli.utils.random_state import set_seed
+from ppo_cli.utils.random_state import RandomStream, set_seed
 
 
 def build_training(
@@ -76,35 +78,38 @@ def build_training(
     Raises:
         PPOCliError: the request cannot be met.
     """
-    check_trackers(config.ppo)
-    check_engine(config.rollout)
-    check_trusted(trusted, (config.policy.model, *config.reward.models))
     directory = RunDirectory(config.output)
-    recorded = Inputs(directory.recorded().get("inputs")) if resume else None
-    check_consent(config.reward, consented, str(config.output), recorded)
     located, inputs = config, None  # `located` names the places where the inputs are
+    with processes.agreed():
+        check_trackers(config.ppo)
+        check_engine(config.rollout)
+        check_trusted(trusted, (config.policy.model, *config.reward.models))
+        recorded = Inputs(directory.recorded().get("inputs")) if resume else None
+        check_consent(config.reward, consented, str(config.output), recorded)
+        if resume:
+            directory.check_resumable()
+            located, inputs = locate_inputs(directory, config, allow_changed_inputs)
+            models = zip(config.reward.models, located.reward.models, strict=True)
+            names = {config.policy.model: located.policy.model, **dict(models)}
+            trusted = trusted_too(trusted, names)
+        else:
+            directory.check_writable(overwrite, inputs_of(config))
     if resume:
-        directory.check_resumable()
-        located, inputs = locate_inputs(directory, config, allow_changed_inputs)
-        models = zip(config.reward.models, located.reward.models, strict=True)
-        names = {config.policy.model: located.policy.model, **dict(models)}
-        trusted = trusted_too(trusted, names)
-        directory.lock.acquire()
+        processes.on_main(directory.lock.acquire)
         _warn([take_threads(_recorded_threads(directory))])
-    else:
-        directory.check_writable(overwrite, inputs_of(config))
 
     limit_kernel_caches()
     set_seed(config.run.seed)
     device = resolve_device(config.run.device)
-    tokenizer = load_tokenizer(located.policy.model, located.policy.revision, trusted)
-    if config.prompts.chat_template is not None:
-        tokenizer.chat_template = config.prompts.chat_template  # it is saved with the model, too
-    prompts = load_prompts(located.prompts, tokenizer, config.run.seed, tell)
-    _check_prompt_count(config, prompts)
-    reward = load_reward(located.reward, device, trusted=trusted)
-    if config.reward.probe:
-        reward.probe()
+    with processes.agreed():
+        tokenizer = load_tokenizer(located.policy.model, located.policy.revision, trusted)
+        if config.prompts.chat_template is not None:  # it is saved with the model, too
+            tokenizer.chat_template = config.prompts.chat_template
+        prompts = load_prompts(located.prompts, tokenizer, config.run.seed, tell)
+        _check_prompt_count(config, prompts)
+        reward = load_reward(located.reward, device, trusted=trusted)
+        if config.reward.probe:
+            reward.probe()
     length_sampler = LengthSampler(
         config.rollout.output_min_length,
         config.rollout.output_max_length,
@@ -112,11 +117,14 @@ def build_training(
     )
     trainer = make_trainer(located, device, tokenizer, trusted)
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    end_token_ids = end_tokens(tokenizer, config.rollout.stop, policy, chat=config.prompts.has_chat)
-    check_penalties(config.reward, end_token_ids)
-    try_reward(reward, prompts.train, end_token_ids)
-    check_context(config, policy, prompts.train)
-    try_models(trainer)
+    with processes.agreed():
+        end_token_ids = end_tokens(
+            tokenizer, config.rollout.stop, policy, chat=config.prompts.has_chat
+        )
+        check_penalties(config.reward, end_token_ids)
+        try_reward(reward, prompts.train, end_token_ids)
+        check_context(config, policy, prompts.train)
+        try_models(trainer)
     _warn([sampling_warning(config)])
 
     sampling = SamplingParams(
@@ -128,8 +136,9 @@ def build_training(
     )
     queries = [prompt.input_ids for prompt in prompts.train]
     is_trusted = located.policy.model in trusted
-    engine = make_engine(config.rollout, trainer, queries, is_trusted=is_trusted)
-    try_engine(engine, trainer, queries, sampling, config.rollout.output_max_length - 1)
+    with processes.agreed():
+        engine = make_engine(config.rollout, trainer, queries, is_trusted=is_trusted)
+        try_engine(engine, trainer, queries, sampling, config.rollout.output_max_length - 1)
     facts: dict[str, Any] = {
         "machine": machine(device, trainer.accelerator.mixed_precision),
         "kernels": fast_paths(trainer),
@@ -179,10 +188,12 @@ def make_trainer(
     config: RunConfig, device: torch.device, tokenizer: Any, trusted: Collection[str]
 ) -> PPOTrainer:
     """Load the policy and make its trainer."""
-    refuse_quantized_weights(config.policy, trusted)
-    policy = load_policy(config.policy, tokenizer, trusted, device)
-    refuse_untrainable(policy)
-    settings = dataclasses.asdict(config.ppo)
+    with processes.agreed():
+        refuse_quantized_weights(config.policy, trusted)
+        policy = load_policy(config.policy, tokenizer, trusted, device)
+        refuse_untrainable(policy)
+    with processes.agreed():
+        settings = dataclasses.asdict(own_sizes(config.ppo))
     settings["log_with"] = None  # `RunTrackers` starts them, once there is a run directory
     settings["accelerator_kwargs"] = {
         **accelerator_settings(device),
@@ -197,7 +208,7 @@ def make_trainer(
             model_name=config.policy.model,
             query_dataset=config.prompts.name,
             reward_model=" + ".join(config.reward.models) or None,
-            steps=config.run.steps * config.ppo.batch_size,
+            steps=config.run.steps * settings["batch_size"],
             kl_budget=config.run.kl_budget,
             kl_ceiling=config.run.kl_ceiling,
         ),
@@ -206,8 +217,29 @@ def make_trainer(
         tokenizer,
         num_shared_layers=config.policy.num_shared_layers,
     )
+    # A run draws the random numbers of all rows everywhere: its samples are those of one process.
+    trainer.sampling = RandomStream(config.run.seed, trainer.accelerator.device)
     trainer.advises = False  # `Diagnostics` warns of the same faults, and of more
     return trainer
+
+
+def own_sizes(settings: PPOSettings) -> PPOSettings:
+    """The settings with one process's part of the batches.
+
+    Raises:
+        UsageError: a batch cannot be divided by the number of processes.
+    """
+    count = processes.count()
+    sizes = {}
+    for key in ("batch_size", "mini_batch_size"):
+        sizes[key], left = divmod(getattr(settings, key), count)
+        if left or sizes[key] % (settings.responses_per_query if key == "batch_size" else 1):
+            each = "" if not left else f": {count} processes cannot share it"
+            raise UsageError(
+                f"ppo.{key} is {getattr(settings, key)}{each or ', too few for its groups'}; make "
+                f"it a multiple of {count * settings.responses_per_query}"
+            )
+    return settings if count == 1 else dataclasses.replace(settings, **sizes)
 
 
 def try_models(trainer: PPOTrainer) -> None:
@@ -263,21 +295,30 @@ def _restore(
     """Restore the newest checkpoint; raise `UsageError` where it is past the last step."""
     with state_faults(directory.checkpoints):
         state.restore()
-    if trainer.current_step > config.run.steps:
-        raise UsageError(
-            f"{config.output} has made {trainer.current_step} steps already, more than "
-            f"run.steps ({config.run.steps}): give a larger number with --steps"
-        )
+    with processes.agreed():
+        if trainer.current_step > config.run.steps:
+            raise UsageError(
+                f"{config.output} has made {trainer.current_step} steps already, more than "
+                f"run.steps ({config.run.steps}): give a larger number with --steps"
+            )
 
 
 def _check_prompt_count(config: RunConfig, prompts: PromptSet) -> None:
-    """Raise `DataError` where there are fewer prompts than a batch has queries."""
+    """Raise `DataError` where there are fewer prompts than a batch has queries.
+
+    And where there are fewer held-out prompts than processes, which share them.
+    """
     queries = config.ppo.batch_size // config.ppo.responses_per_query
     if len(prompts.train) < queries:
         raise DataError(
             f"{config.prompts.name} yields {len(prompts.train)} prompts to train on, "
             f"fewer than a batch has queries ({queries}): lower ppo.batch_size and "
             "ppo.mini_batch_size, or give more texts"
+        )
+    if len(prompts.held_out) < processes.count():
+        raise DataError(
+            f"{config.prompts.name} yields {len(prompts.held_out)} held-out prompts for "
+            f"{processes.count()} processes: raise prompts.held_out"
         )
 
 

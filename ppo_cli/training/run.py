@@ -26,6 +26,7 @@ from ppo_cli.training.run_directory import RunDirectory
 from ppo_cli.training.state import TrainingState
 from ppo_cli.training.step import PPOStep
 from ppo_cli.training.tracking import RunTrackers
+from ppo_cli.utils import processes
 
 MAX_ROLLBACKS = 3
 
@@ -120,21 +121,13 @@ class Training:
                 says to stop; the run directory holds the last good checkpoint and its model.
         """
         if self.state.checkpoint is None:
-            self.directory.create(self.config, self._overwrite, self._facts)
-            try:
-                self.trackers.start()
-            except PPOCliError:
-                self.directory.clear()
-                raise
+            processes.on_main(self._begin)
+            self._check_shared()
             self.state.save()  # a rollback always finds a checkpoint
         else:
-            sent = self._rows_so_far()
-            self.state.discard_later()
-            self.directory.record(self.config, self._facts)
-            self.trackers.start(sent or self.directory.records.rows(), self.step)
-            self._diagnostics.replay(self.directory.records.rows())
+            processes.on_main(self._go_on)
         self.held_out.begin()
-        while self.step < self.config.run.steps and not (self.stop_requested or self.stopped_early):
+        while self.step < self.config.run.steps and not (self._stops() or self.stopped_early):
             number = self.step + 1
             try:
                 report = self._one_step()
@@ -145,6 +138,38 @@ class Training:
                 self.state.save()
             yield report
 
+    def _begin(self) -> None:
+        """Create the run directory, and start the trackers."""
+        self.directory.create(self.config, self._overwrite, self._facts)
+        try:
+            self.trackers.start()
+        except PPOCliError:
+            self.directory.clear()
+            raise
+
+    def _go_on(self) -> None:
+        """Make the run directory one of the run up to its checkpoint; let the trackers continue."""
+        sent = self._rows_so_far()
+        self.state.discard_later()
+        self.directory.record(self.config, self._facts)
+        self.trackers.start(sent or self.directory.records.rows(), self.step)
+        self._diagnostics.replay(self.directory.records.rows())
+
+    def _check_shared(self) -> None:
+        """Raise `UsageError` where a process does not see the run directory."""
+        with processes.agreed():
+            if not self.directory.is_run():
+                raise UsageError(
+                    f"process {processes.index()} does not see {self.directory.path}: choose a "
+                    "folder that all machines share with --output"
+                )
+
+    def _stops(self) -> bool:
+        """Whether a stop was requested of any process."""
+        if not self.stop_requested:  # the signal of one is everyone's
+            self.stop_requested = processes.any_of(self.stop_requested)
+        return self.stop_requested
+
     def finish(self) -> TrainingSummary:
         """Choose the weights, measure them, write model, picture and card.
 
@@ -152,6 +177,7 @@ class Training:
         of an earlier step. The summary measures them with random numbers that no evaluation used,
         so that the choice does not bias it.
         """
+        is_interrupted = processes.any_of(self.stop_requested)
         self.state.save()
         stopped_early = self.stopped_early
         weights = self.state.load_chosen_weights(self._closing_evaluation())
@@ -171,18 +197,18 @@ class Training:
             before_samples=before.samples,
             after_samples=after.samples,
         )
-        save_model(self.directory, self._policy, self.tokenizer, self.config)
-        write_card(self.directory, summary, self.config)
+        self._save_model()
+        processes.on_main(write_card, self.directory, summary, self.config)
         counts = self.config.run.best_of_n
-        if counts and not self.stop_requested:  # it takes a while, and the user wants to stop
-            write_curve(self.directory.path, self.held_out.best_of_n(counts))
+        if counts and not is_interrupted:  # it takes a while, and the user wants to stop
+            processes.on_main(write_curve, self.directory.path, self.held_out.best_of_n(counts))
         is_whole = self.step == self.config.run.steps
         if is_whole:
             _warn(self._diagnostics.check_end())
             _warn(filter(None, [budget_warning(after.quality["kl"], self.config)]))
         self.trackers.finish()
         how = "finished" if is_whole else "ended early" if stopped_early else "interrupted"
-        self._record_end(how, stopped_early)
+        processes.on_main(self._record_end, how, stopped_early)
         return summary
 
     def _one_step(self) -> StepReport:
@@ -192,7 +218,8 @@ class Training:
         statistics = made.statistics | {"run/rollbacks": self.state.rollbacks}
         if settings.eval_every and self.step % settings.eval_every == 0:
             statistics |= self._evaluate()
-        self._record(statistics, made.samples[: settings.samples_per_step], made.arrays)
+        shown = made.samples[: settings.samples_per_step]
+        processes.on_main(self._record, statistics, shown, made.arrays)
         _warn(self._diagnostics.check_step({"step": self.step, **statistics}))
         best = self.state.evaluations.best
         return StepReport(
@@ -222,7 +249,7 @@ class Training:
             return self.state.evaluations
         evaluation, statistics = self.held_out.evaluate(self.step)
         self.trackers.log({"step": self.step, **statistics}, {}, [])
-        self.directory.records.put_evaluation(self.step, statistics)
+        processes.on_main(self.directory.records.put_evaluation, self.step, statistics)
         return self.state.evaluations.after(evaluation, self.config.run)
 
     def _record(
@@ -253,9 +280,7 @@ class Training:
         rollbacks = self.state.rollbacks + 1
         if self.config.run.on_divergence == "rollback" and rollbacks <= MAX_ROLLBACKS:
             self.state.restore(rollbacks)
-            self.state.discard_later()
-            self.trackers.roll_back(self.step)
-            self._diagnostics.replay(self.directory.records.rows())
+            processes.on_main(self._discard_later)
             rate = self.trainer.optimizer.param_groups[0]["lr"]
             warnings.warn(
                 f"{fault}. Back to step {self.step}, with a learning rate of {rate:g} and other "
@@ -265,13 +290,23 @@ class Training:
             return
         self.state.restore()
         weights = self.state.load_chosen_weights(self.state.evaluations)
-        save_model(self.directory, self._policy, self.tokenizer, self.config)
-        self._record_end("diverged", fault)
+        self._save_model()
+        processes.on_main(self._record_end, "diverged", fault)
         tried = f" after {rollbacks - 1} rollbacks" if rollbacks > 1 else ""
         held = f"the checkpoint and the model of step {self.step}"
         if weights.step != self.step:
             held = f"the checkpoint of step {self.step} and the model of {weights}"
-        raise DivergenceError(f"{fault}. Stopped{tried}; {self.directory.path} holds {held}")
+        with processes.agreed():
+            raise DivergenceError(f"{fault}. Stopped{tried}; {self.directory.path} holds {held}")
+
+    def _discard_later(self) -> None:
+        """Forget what followed the checkpoint that was restored."""
+        self.state.discard_later()
+        self.trackers.roll_back(self.step)
+        self._diagnostics.replay(self.directory.records.rows())
+
+    def _save_model(self) -> None:
+        processes.on_main(save_model, self.directory, self._policy, self.tokenizer, self.config)
 
     def _record_end(self, how: str, why: str | None) -> None:
         """Record in `run.yaml` how the run ended; a resumed run removes that again."""

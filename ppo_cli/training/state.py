@@ -24,6 +24,7 @@ from ppo_cli.training.checkpoint import (
     whole_checkpoint,
 )
 from ppo_cli.training.run_directory import RunDirectory
+from ppo_cli.utils import processes
 from ppo_cli.utils.random_state import RandomStream, random_state, set_random_state
 
 
@@ -79,8 +80,11 @@ class TrainingState:
     def save(self) -> None:
         """Write a checkpoint, unless the newest is of this step."""
         step = self._trainer.current_step
-        if step == self.saved_step:
-            return
+        if step != self.saved_step:
+            self.checkpoint = processes.on_main(self._write, step)
+            self.saved_step = step
+
+    def _write(self, step: int) -> Path:
         state = {
             "trainer": self._trainer.state_dict(),
             "lengths": self._length_sampler.state_dict(),
@@ -93,8 +97,7 @@ class TrainingState:
             "settings": self._config.model_dump(mode="json"),
         }
         folder, keep = self._directory.checkpoints, self._settings.keep
-        self.checkpoint = save_checkpoint(folder, step, self._policy, state, keep, self._best_step)
-        self.saved_step = step
+        return save_checkpoint(folder, step, self._policy, state, keep, self._best_step)
 
     def restore(self, rollbacks: int | None = None) -> None:
         """Restore the state of the newest whole checkpoint; change nothing on the disk.
@@ -107,7 +110,7 @@ class TrainingState:
         Raises:
             PPOCliError: there is no whole checkpoint.
         """
-        checkpoint = whole_checkpoint(self._directory.checkpoints)
+        checkpoint = processes.on_main(whole_checkpoint, self._directory.checkpoints)
         state = load_checkpoint(checkpoint, self._policy)
         self._directory.records.check_names(state["records"])
         if rollbacks is not None:
@@ -156,7 +159,8 @@ class TrainingState:
             return Weights(last, f"the last: no evaluation was within {limit}")
         if best.step != last:
             try:
-                load_weights(checkpoint_of(self._directory.checkpoints, best.step), self._policy)
+                folder = self._directory.checkpoints
+                load_weights(processes.on_main(checkpoint_of, folder, best.step), self._policy)
             except PPOCliError as error:
                 warnings.warn(
                     f"step {best.step} scored best in the evaluations, but {error}: taking the "

@@ -17,7 +17,7 @@ from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.prompts import LengthSampler, Prompt, collate
 from ppo_cli.evaluation.draw_samples import samples_of
 from ppo_cli.evaluation.samples import Sample
-from ppo_cli.models.engine import SamplingEngine
+from ppo_cli.models.engine import EngineSamples, SamplingEngine
 from ppo_cli.models.sampling import to_texts
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.ppo.engines import sampling_statistics
@@ -29,6 +29,7 @@ from ppo_cli.rewards.partial_scores import potentials as partial_potentials
 from ppo_cli.rewards.penalties import penalised, penalty_statistics, score_penalties
 from ppo_cli.rewards.reward_sum import RewardSum, Scores
 from ppo_cli.training.divergence import check_numbers, check_texts, check_weights, classifier_faults
+from ppo_cli.utils import processes
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class PPOStep:
     def run(self, step: int) -> StepResult:
         """Sample, score and update once, with the prompts of `step`, counted from 0.
 
+        Each process samples and scores its rows of the batch; statistics and samples are of all.
+
         Raises:
             DivergenceError: the responses, their scores or the update make no sense.
         """
@@ -98,50 +101,53 @@ class PPOStep:
         started = time.perf_counter()
         batch = self.batch(step)
         queries = batch["input_ids"]
-        limits = [self._length_sampler() for _ in queries]
-        self._engine.refresh()
-        drawn = self._engine.sample(queries, limits, self._sampling)
+        with processes.agreed():
+            drawn = self._drawn(queries)
         responses = drawn.responses
         sampled = time.perf_counter()
         rollout = to_texts(self._tokenizer, queries, responses, batch["messages"])
-        check_texts(rollout.response_texts, config)
+        check_texts(processes.gather_list(rollout.response_texts), config)
         every = config.reward.score_every
         answered = RewardBatch.of(rollout, batch["query"], batch["columns"], self.end_token_ids)
-        with classifier_faults(self._reward.name):
+        with processes.agreed(), classifier_faults(self._reward.name):
             found = self._reward.score(answered, step)
             potentials = None
             if every is not None:
                 unfinished = self._reward.unfinished(answered, every, step)
                 potentials = partial_potentials(rollout, self._tokenizer, unfinished, every)
-        scores = found.total
         penalties = score_penalties(
             responses, rollout.response_texts, self.end_token_ids, config.reward
         )
         scored = time.perf_counter()
-        shaped = penalised(scores, penalties)
+        shaped = penalised(found.total, penalties)
         stats = trainer.step(queries, responses, list(shaped), potentials=potentials)
         seconds = time.perf_counter() - started
-        tokens = sum(len(q) + len(r) for q, r in zip(queries, responses, strict=True))
-        of_policy = torch.as_tensor(stats["objective/logprobs"])
+        own = processes.rows(config.ppo.batch_size)
+        of_policy = torch.as_tensor(stats["objective/logprobs"][own])
+        tokens = stats["tokens/queries_dist"].sum() + stats["tokens/responses_dist"].sum()
+        everyone = processes.gather((found, penalties))
+        of_all = Scores.joined([scores for scores, _ in everyone])
+        costs = {name: torch.cat([theirs[name] for _, theirs in everyone]) for name in penalties}
+        scores = of_all.total
         statistics = scalars(stats) | {
             "env/reward_mean": scores.mean().item(),
             "env/reward_std": scores.std().item() if len(scores) > 1 else 0.0,
-            **_probability(found),
-            **(found.statistics() if self._reward.is_composed else {}),
-            **penalty_statistics(scores, penalties),
+            **_probability(of_all),
+            **(of_all.statistics() if self._reward.is_composed else {}),
+            **penalty_statistics(scores, costs),
             **self._scale(),
             **sampling_statistics(drawn, queries, of_policy),
             "time/sampling": sampled - started,
             "time/scoring": scored - sampled,
             "time/optimising": stats["time/ppo/total"],
             "time/step": seconds,
-            "perf/tokens_per_second": tokens / seconds,
+            "perf/tokens_per_second": float(tokens) / seconds,
         }
         check_weights(trainer.accelerator.unwrap_model(trainer.model), config)
         check_numbers(statistics, config)
         learned = scale_scores(shaped, trainer.running, trainer.config)
         others = {name: -value for name, value in penalties.items()}
-        if not torch.equal(learned, shaped):
+        if processes.any_of(not torch.equal(learned, shaped)):
             others[SCALING] = learned - shaped
         samples = samples_of(answered, found, has_terms=self._reward.is_composed or bool(others))
         if self._reward.is_composed or others:
@@ -150,7 +156,15 @@ class PPOStep:
         samples = [replace(one, reward=reward) for one, reward in rewards]
         # Arrays of two dimensions are padded.
         arrays = {k: v for k, v in stats.items() if isinstance(v, np.ndarray) and v.ndim == 1}
-        return StepResult(statistics, samples, {**arrays, "env/reward_dist": scores.numpy()})
+        arrays["env/reward_dist"] = scores.numpy()
+        return StepResult(statistics, processes.gather_list(samples), arrays)
+
+    def _drawn(self, queries: Sequence[Tensor]) -> EngineSamples:
+        """A response to each of this process's queries, with the limits of one process alone."""
+        size = self._config.ppo.batch_size
+        limits = [self._length_sampler() for _ in range(size)][processes.rows(size)]
+        self._engine.refresh()
+        return self._engine.sample(queries, limits, self._sampling)
 
     def _scale(self) -> dict[str, float]:
         """The scale of the scores, where they have one."""
@@ -159,14 +173,15 @@ class PPOStep:
         return {"env/score_scale": self._trainer.running.std}
 
     def batch(self, step: int) -> dict[str, list[Any]]:
-        """The prompts of a step. Seed and epoch decide the order within each epoch."""
+        """This process's prompts of a step. Seed and epoch decide the order within each epoch."""
         per_query = self._config.ppo.responses_per_query
         size = self._config.ppo.batch_size // per_query
         epoch, position = divmod(step, len(self._prompts) // size)
         generator = np.random.RandomState([self._config.run.seed, epoch])
         order = generator.permutation(len(self._prompts))
         chosen = order[position * size : (position + 1) * size]
-        return collate([vars(self._prompts[i]) for i in chosen for _ in range(per_query)])
+        rows = [i for i in chosen for _ in range(per_query)]
+        return collate([vars(self._prompts[i]) for i in rows[processes.rows(len(rows))]])
 
 
 def _probability(scores: Scores) -> dict[str, float]:

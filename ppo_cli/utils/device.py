@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppo_cli.errors import UsageError
+from ppo_cli.utils import launcher
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -38,9 +39,13 @@ def modes_kept(model: torch.nn.Module) -> Iterator[None]:
 def resolve_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` -> a device of this machine.
 
+    Of several processes on a machine each has a GPU of its own.
+
     Raises:
         UsageError: the device is not on this machine, or `name` is none of these.
     """
+    if launcher.count() > 1 and name != "cpu":
+        return _device_of_process(name)
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
@@ -61,6 +66,24 @@ def resolve_device(name: str) -> torch.device:
         )
         raise UsageError(f"device {name!r} is not on this machine; there is {there} (or use auto)")
     return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device(kind)
+
+
+def _device_of_process(name: str) -> torch.device:
+    """`auto` or `cuda` for one of several processes: the GPU of its number, or the processor."""
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise UsageError(
+            f"device {name!r} is for one process, and there are {launcher.count()}: use auto, cuda "
+            "or cpu"
+        )
+    index, there = launcher.local_index(), torch.cuda.device_count()
+    if index >= there:
+        raise UsageError(
+            f"{index + 1} processes or more on a machine with {there} GPUs: start one for each "
+            "GPU, or set --device cpu"
+        )
+    return torch.device("cuda", index)
 
 
 def machine(device: torch.device, precision: str) -> dict[str, Any]:

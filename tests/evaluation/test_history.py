@@ -57,7 +57,7 @@ def test_with_a_budget_the_best_is_the_highest_score_near_it_or_else_the_nearest
 
 def test_an_evaluation_over_the_ceiling_is_best_only_where_none_is_below() -> None:
     settings = RunSettings(kl_ceiling=4)
-    low, near, high = Evaluation(1, 1.0, 0.5), Evaluation(2, 2.0, 4.3), Evaluation(3, 9.0, 4.5)
+    low, near, high = Evaluation(1, 1.0, 0.5), Evaluation(2, 2.0, 4.7), Evaluation(3, 9.0, 4.9)
     assert history_after([high, low], settings).best == low
     assert history_after([low, near, high], settings).best == near
     assert history_after([Evaluation(4, 9.9, 6.0), high], settings).best == high

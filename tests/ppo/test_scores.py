@@ -145,19 +145,6 @@ def test_positions_that_nothing_is_known_of_are_as_those_after_them() -> None:
     assert calibration(phi, mask)[1, 2] == 0
 
 
-def test_what_others_saw_counts_too() -> None:
-    """Two processes, one with shorter texts, calibrate like one process with all texts."""
-    phi, scores, mask = (part[:40] for part in potentials_and_scores(2))
-    mask[20:, 2] = False
-    phi = phi * mask
-    alone, joint, second = (PotentialCalibration() for _ in range(3))
-    alone.update(phi, scores, mask)
-    second.update(phi[20:, :2], scores[20:], mask[20:, :2])
-    theirs = torch.tensor([*second.state_dict()["sums"], [0.0] * 5], dtype=torch.float64)
-    joint.update(phi[:20], scores[:20], mask[:20], lambda sums: sums + theirs)
-    np.testing.assert_allclose(alone.lines(), joint.lines())
-
-
 def test_calibration_goes_on_where_a_checkpoint_left_it() -> None:
     queries, responses, scores = make_batch()
     phi = [
