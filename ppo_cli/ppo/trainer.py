@@ -201,8 +201,7 @@ class PPOTrainer:
         )
 
         def sample(model: Any) -> Any:
-            inner = self.accelerator.unwrap_model(model)
-            with gathered(inner), self.sampling.active(), self.accelerator.autocast():
+            with self.sampling_from(model) as inner:
                 responses = sample_responses(
                     inner, queries, limits, settings, batch_size=batch_size, uniforms=uniforms
                 )
@@ -228,6 +227,17 @@ class PPOTrainer:
             reference: whether those of the reference, too.
         """
         return gathered(self.model, self.ref_model if reference else None)
+
+    @contextmanager
+    def sampling_from(self, model: Any = None) -> Iterator[Any]:
+        """The model to sample from inside the block, where random numbers are the trainer's.
+
+        Args:
+            model: policy or reference; None for the policy.
+        """
+        inner = self.accelerator.unwrap_model(model or self.model)
+        with gathered(inner), self.sampling.active(), self.accelerator.autocast():
+            yield inner
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from ppo_cli.errors import (
     ModelError,
     NumericalError,
     UsageError,
+    is_lost_process,
     is_out_of_memory,
 )
 from ppo_cli.models.sharding import local_part
@@ -82,7 +83,7 @@ def stronger_kl_penalty(config: RunConfig) -> str:
 
 @contextmanager
 def classifier_faults(name: str) -> Iterator[None]:
-    """Turn errors of the reward into `DivergenceError`, lack of memory excepted.
+    """Turn errors of the reward into `DivergenceError`, lack of memory and of processes excepted.
 
     Args:
         name: of the classifier; functions and endpoints raise errors that name them.
@@ -92,7 +93,7 @@ def classifier_faults(name: str) -> Iterator[None]:
     except (ModelError, UsageError) as error:
         raise DivergenceError(str(error)) from error
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or (processes.count() > 1 and is_lost_process(error)):
             raise
         message = " ".join(str(error).split())[:200] or "no message"
         raise DivergenceError(

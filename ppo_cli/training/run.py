@@ -165,10 +165,11 @@ class Training:
                 )
 
     def _stops(self) -> bool:
-        """Whether a stop was requested of any process."""
-        if not self.stop_requested:  # the signal of one is everyone's
-            self.stop_requested = processes.any_of(self.stop_requested)
-        return self.stop_requested
+        """Whether a stop was requested of any process, which all agree on."""
+        stops = processes.any_of(self.stop_requested)
+        if stops:  # a signal may have come meanwhile: then all learn of it after the next step
+            self.stop_requested = True
+        return stops
 
     def finish(self) -> TrainingSummary:
         """Choose the weights, measure them, write model, picture and card.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from ppo_cli import AutoModelForCausalLMWithValueHead
+from ppo_cli.ppo import trainer as trainer_module
 from ppo_cli.utils import launcher, processes
 from tests.conftest import EOS, make_batch, make_gpt2, make_policy, make_trainer, weights
 from tests.world import in_world
@@ -148,3 +150,27 @@ def test_two_halves_of_a_batch_make_the_update_of_the_whole(
                 if not key.startswith("time/"):
                     same = np.sort(np.ravel(found[key])), np.sort(np.ravel(value))
                     np.testing.assert_allclose(*same, rtol=2e-4, atol=2e-5, err_msg=key)
+
+
+def logged(folder: str) -> tuple[int, list[str], list[float]]:
+    """What `log_stats` sends in this process: number of trackers, queries, scores."""
+    settings = {"log_with": "tensorboard", "project_kwargs": {"logging_dir": folder}}
+    half = SIZE // launcher.count()
+    trainer = make_trainer(make_policy(), batch_size=half, mini_batch_size=half, **settings)
+    sent: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "send_statistics", lambda *given: sent.append(given))
+        own = list(range(SIZE))[processes.rows(SIZE)]
+        rewards = [torch.tensor(float(i)) for i in own]
+        trainer.log_stats({}, {"query": [f"q{i}" for i in own], "response": own}, rewards)
+    [(trackers, _, _, batch, scores, _)] = sent
+    return len(trackers), batch["query"], scores.tolist()
+
+
+def test_trackers_get_the_rows_of_all_processes_once(tmp_path: Path) -> None:
+    main, other = in_world(logged, str(tmp_path))
+    everything = [f"q{i}" for i in range(SIZE)], [float(i) for i in range(SIZE)]
+    assert main == (1, *everything)
+    assert other[0] == 0
+    writers = {path.name.split(".")[-2] for path in tmp_path.rglob("events.out*")}
+    assert len(writers) == 1  # the number of a process
