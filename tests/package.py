@@ -98,7 +98,7 @@ def check_sdist(sdist: Path) -> None:
         held = {one.name.removeprefix(f"{NAME}/") for one in archive.getmembers() if one.isfile()}
     expected = {"pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"}
     expected |= {"SECURITY.md", "CONTRIBUTING.md", "Makefile", "constraints.txt", "PKG-INFO"}
-    for folder in (PACKAGE, "configs", "docs", "tests"):
+    for folder in (PACKAGE, "configs", "docs", "examples", "tests"):
         expected |= {f"{folder}/{name}" for name in files(ROOT / folder)}
     refuse("missing in the sdist", expected - held)
 
