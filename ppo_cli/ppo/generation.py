@@ -1,13 +1,9 @@
-"""Settings and model for `PPOTrainer.generate`."""
+"""Settings for `PPOTrainer.generate`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
-
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
@@ -34,15 +30,3 @@ def generation_settings(
     elif ends is None:
         ends = end_tokens(tokenizer, model=policy) or None
     return from_generation_kwargs(**settings | {"eos_token_id": ends})
-
-
-@contextmanager
-def unwrapped_for_generation(model: Any, accelerator: Accelerator) -> Iterator[Any]:
-    """The model without accelerate's wrapper, its weights gathered if they are sharded."""
-    if accelerator.distributed_type == DistributedType.NO:
-        yield accelerator.unwrap_model(model)
-        return
-    from trl.models import unwrap_model_for_generation
-
-    with unwrap_model_for_generation(model, accelerator) as unwrapped:
-        yield unwrapped

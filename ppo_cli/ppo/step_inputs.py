@@ -44,12 +44,12 @@ def step_inputs(
     Raises:
         ValueError: as in `PPOTrainer.step`, on all processes where it is raised on one.
     """
-    with processes.agreed():
-        score_tensor = checked_batch(queries, responses, scores, response_masks, batch_size)
-    if processes.count() > 1:
-        queries, responses = map(_from_all, (queries, responses))
-        response_masks, potentials = map(_from_all, (response_masks, potentials))
-        score_tensor = torch.cat(processes.gather(score_tensor))
+    lists = (queries, responses, response_masks, potentials)
+    parts = processes.gather_from(_own_part, lists, scores, batch_size)
+    queries, responses, response_masks, potentials = (
+        _joined([part[i] for part, _ in parts]) for i in range(len(lists))
+    )
+    score_tensor = torch.cat([part for _, part in parts])
     tokens = TokenBatch.from_lists(queries, responses, response_masks, pad_token_id or 0, device)
     if not tokens.counts.any():
         raise ValueError("no response token counts: responses are empty or masked throughout")
@@ -57,10 +57,20 @@ def step_inputs(
     return StepInputs(tokens, score_tensor.to(device), grid)
 
 
-def _from_all(tensors: list[Tensor] | None) -> Any:
-    """The processes' lists of tensors, joined; None where one of them has none."""
-    own = None if tensors is None else [tensor.detach().cpu() for tensor in tensors]
-    parts = processes.gather(own)
+def _own_part(
+    lists: Sequence[list[Tensor] | None], scores: list[Tensor], batch_size: int
+) -> tuple[list[list[Tensor] | None], Tensor]:
+    """This process's part of the batch, checked; on the CPU where others are to get it."""
+    queries, responses, response_masks, _ = lists
+    checked = checked_batch(queries, responses, scores, response_masks, batch_size)
+    if processes.count() == 1:
+        return [*lists], checked
+    sent = [tensors and [tensor.detach().cpu() for tensor in tensors] for tensors in lists]
+    return sent, checked
+
+
+def _joined(parts: Sequence[list[Tensor] | None]) -> Any:
+    """The processes' lists of tensors as one; None where they have none."""
     lists = [part for part in parts if part is not None]
     if lists and len(lists) < len(parts):
         raise ValueError("response_masks and potentials are given by all processes, or by none")

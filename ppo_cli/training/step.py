@@ -18,8 +18,10 @@ from ppo_cli.data.prompts import LengthSampler, Prompt, collate
 from ppo_cli.evaluation.draw_samples import samples_of
 from ppo_cli.evaluation.samples import Sample
 from ppo_cli.models.decode_loop import draw_uniforms
+from ppo_cli.models.engine import EngineSamples, SamplingEngine
 from ppo_cli.models.sampling import to_texts
 from ppo_cli.models.sampling_params import SamplingParams
+from ppo_cli.ppo.engines import sampling_statistics
 from ppo_cli.ppo.scores import scale_scores
 from ppo_cli.ppo.statistics import scalars
 from ppo_cli.ppo.trainer import PPOTrainer
@@ -56,6 +58,7 @@ class PPOStep:
         reward: scores the responses.
         end_token_ids: tokens that end a response.
         sampling: how responses are drawn.
+        engine: draws them.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class PPOStep:
         reward: RewardSum,
         end_token_ids: list[int],
         sampling: SamplingParams,
+        engine: SamplingEngine,
     ) -> None:
         self.end_token_ids = end_token_ids
         self._config = config
@@ -78,6 +82,7 @@ class PPOStep:
         self._length_sampler: Callable[[], int] = length_sampler
         self._reward = reward
         self._sampling = sampling
+        self._engine = engine
 
     def resized(self, config: RunConfig, length_sampler: Callable[[], int]) -> PPOStep:
         """The same step with other sizes of batches, to measure it."""
@@ -97,8 +102,9 @@ class PPOStep:
         started = time.perf_counter()
         batch = self.batch(step)
         queries = batch["input_ids"]
-        with processes.agreed():
-            responses = self._responses(queries)
+        with trainer.gathered(), processes.agreed():
+            drawn = self._drawn(queries)
+        responses = drawn.responses
         sampled = time.perf_counter()
         rollout = to_texts(self._tokenizer, queries, responses, batch["messages"])
         check_texts(processes.gather_list(rollout.response_texts), config)
@@ -117,6 +123,8 @@ class PPOStep:
         shaped = penalised(found.total, penalties)
         stats = trainer.step(queries, responses, list(shaped), potentials=potentials)
         seconds = time.perf_counter() - started
+        own = processes.rows(config.ppo.batch_size)
+        of_policy = torch.as_tensor(stats["objective/logprobs"][own])
         tokens = stats["tokens/queries_dist"].sum() + stats["tokens/responses_dist"].sum()
         everyone = processes.gather((found, penalties))
         of_all = Scores.joined([scores for scores, _ in everyone])
@@ -129,14 +137,16 @@ class PPOStep:
             **(of_all.statistics() if self._reward.is_composed else {}),
             **penalty_statistics(scores, costs),
             **self._scale(),
+            **sampling_statistics(drawn, queries, of_policy),
             "time/sampling": sampled - started,
             "time/scoring": scored - sampled,
             "time/optimising": stats["time/ppo/total"],
             "time/step": seconds,
             "perf/tokens_per_second": float(tokens) / seconds,
         }
-        check_weights(trainer.accelerator.unwrap_model(trainer.model), config)
-        check_numbers(statistics, config)
+        with processes.agreed():  # the weights of one may have been damaged
+            check_weights(trainer.accelerator.unwrap_model(trainer.model), config)
+            check_numbers(statistics, config)
         learned = scale_scores(shaped, trainer.running, trainer.config)
         others = {name: -value for name, value in penalties.items()}
         if processes.any_of(not torch.equal(learned, shaped)):
@@ -151,25 +161,16 @@ class PPOStep:
         arrays["env/reward_dist"] = scores.numpy()
         return StepResult(statistics, processes.gather_list(samples), arrays)
 
-    def _responses(self, queries: Sequence[Tensor]) -> list[Tensor]:
-        """A response to each of this process's queries, the same whatever the processes."""
-        config, trainer = self._config, self._trainer
-        size, own = config.ppo.batch_size, processes.rows(config.ppo.batch_size)
-        limits = [self._length_sampler() for _ in range(size)]
-        uniforms = None
+    def _drawn(self, queries: Sequence[Tensor]) -> EngineSamples:
+        """A response to each of this process's queries, with the limits of one process alone."""
+        size, own = self._config.ppo.batch_size, processes.rows(self._config.ppo.batch_size)
+        limits, uniforms = [self._length_sampler() for _ in range(size)], None
         if processes.count() > 1:
-            with trainer.sampling.active():
-                device = trainer.accelerator.device
-                uniforms = draw_uniforms(limits, device, config.rollout.batch_size)[own]
-        responses: list[Tensor] = trainer.generate(
-            list(queries),
-            length_sampler=iter(limits[own]).__next__,
-            batch_size=config.rollout.batch_size or len(queries),
-            return_prompt=False,
-            uniforms=uniforms,
-            **self._sampling.generation_kwargs(),
-        )
-        return responses
+            sampling, device = self._trainer.sampling, self._trainer.accelerator.device
+            with sampling.active():
+                uniforms = draw_uniforms(limits, device, self._config.rollout.batch_size)[own]
+        self._engine.refresh()
+        return self._engine.sample(queries, limits[own], self._sampling, uniforms)
 
     def _scale(self) -> dict[str, float]:
         """The scale of the scores, where they have one."""
