@@ -48,6 +48,7 @@ from ppo_cli.models.pretrained import (
 )
 from ppo_cli.models.quantization import dequantized, is_quantized
 from ppo_cli.models.reward_adapter import adapter_active, load_reward_adapter
+from ppo_cli.models.sharding import gathered
 from ppo_cli.models.value_head import ValueHead
 from ppo_cli.utils.device import modes_kept
 from ppo_cli.utils.hub import adapter_errors, first_line, loading_errors
@@ -333,15 +334,15 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
                 "the policy has no reward adapter: load it with from_pretrained(..., "
                 "peft_config=..., reward_adapter=...)"
             )
-        model = self.pretrained_model
-        with torch.no_grad(), modes_kept(model), adapter_active(model, self.rm_adapter_name):
+        model, inputs = self.pretrained_model, {"input_ids": input_ids, **kwargs}
+        with (
+            torch.no_grad(),
+            gathered(self),
+            modes_kept(model),
+            adapter_active(model, self.rm_adapter_name),
+        ):
             model.eval()
-            output = model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                output_hidden_states=True,
-                **kwargs,
-            )
+            output = model(attention_mask=attention_mask, output_hidden_states=True, **inputs)
             hidden = self.last_hidden_states(output)
             return self.score(hidden.to(self.score.weight.device, torch.float32))
 

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ppo_cli.errors import UsageError
 from ppo_cli.models.sampling import sample_responses
+from ppo_cli.models.sharding import gathered
 from ppo_cli.models.transformers_generate import new_token_limits
 from ppo_cli.ppo.accelerator import require
 from ppo_cli.ppo.generation import generation_settings
@@ -107,7 +108,7 @@ class BestOfNSampler:
         settings = generation_settings(
             generation_kwargs, tokenizer=self.tokenizer, policy=self.model, temperature=1.0
         )
-        with self._own_random_numbers():
+        with gathered(self.model), self._own_random_numbers():
             limits = new_token_limits(queries, self.length_sampler, {})
             repeated = [i for i in range(len(queries)) for _ in range(self.sample_size)]
             rows, row_limits = [queries[i] for i in repeated], [limits[i] for i in repeated]

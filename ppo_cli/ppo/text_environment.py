@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ppo_cli.errors import UsageError
 from ppo_cli.models.context import UNLIMITED, context_length
 from ppo_cli.models.sampling import sample_responses
+from ppo_cli.models.sharding import gathered
 from ppo_cli.models.transformers_generate import new_token_limits
 from ppo_cli.ppo.accelerator import require
 from ppo_cli.ppo.generation import generation_settings
@@ -208,12 +209,13 @@ class TextEnvironment:
                     f"task {i} has {len(history.tokens)} tokens with its prompt, and an episode at "
                     f"most {len(history.tokens) + room}: shorten it, or raise max_length"
                 )
-        for _ in range(self.max_turns):
-            if all(history.completed for history in histories):
-                break
-            histories = self.tasks_end_check(self.generate(histories))
-            histories = [self.step(history) for history in histories]
-            histories = self.tasks_end_check(histories, model_turn=False)
+        with gathered(self._policy):  # each process takes as many turns as its episodes need
+            for _ in range(self.max_turns):
+                if all(history.completed for history in histories):
+                    break
+                histories = self.tasks_end_check(self.generate(histories))
+                histories = [self.step(history) for history in histories]
+                histories = self.tasks_end_check(histories, model_turn=False)
         self.compute_reward(histories, **reward_kwargs)
         parts = [history.split_query_response_tokens() for history in histories]
         query_tensors, responses, masks = ([part[i] for part in parts] for i in range(3))

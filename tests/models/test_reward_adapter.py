@@ -63,11 +63,13 @@ def test_scores_are_the_reward_models(folders: tuple[str, str]) -> None:
     classifier = GPT2ForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0)
     expected = PeftModel.from_pretrained(classifier, reward).eval()(IDS, MASK).logits
     model = AutoModelForCausalLM.from_pretrained(base)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), copy.deepcopy(LORA))
     for policy in (
         load(folders),
         AutoModelForCausalLMWithValueHead.from_pretrained(
             model, peft_config=copy.deepcopy(LORA), reward_adapter=Path(reward)
         ),
+        AutoModelForCausalLMWithValueHead.from_pretrained(adapted, reward_adapter=reward),
     ):
         assert policy.supports_rm_adapter and policy.rm_adapter_name == "reward_adapter"
         torch.testing.assert_close(last_scores(policy), expected)
@@ -94,6 +96,7 @@ def test_the_policy_learns_and_the_reward_adapter_stays(folders: tuple[str, str]
         assert [name for name, p in policy.named_parameters() if p.requires_grad] == trained
         stats = trainer.step(QUERIES, RESPONSES, scores)
     assert stats["objective/kl"] != 0  # from the base: neither adapter is on in the reference
+    assert all(p.grad is None for name, p in policy.named_parameters() if name not in trained)
     after = adapter(policy, "default")
     assert all(not torch.equal(before[key], after[key]) for key in before)
     assert all(torch.equal(value, reward[key]) for key, value in adapter(policy, "judge").items())
