@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, create_reference_model
 from ppo_cli.errors import ModelError, UsageError
+from ppo_cli.ppo.reference import make_reference
 from tests.conftest import make_batch, make_gpt2, make_trainer
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=2)
@@ -76,6 +78,15 @@ def test_scores_are_the_reward_models(folders: tuple[str, str]) -> None:
     assert not torch.allclose(expected, expected.new_zeros(()), atol=1e-2)
 
 
+def test_the_reward_adapter_may_be_on_the_hub(folders: tuple[str, str], tmp_path: Path) -> None:
+    repository = tmp_path / "models--me--judge"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    shutil.copytree(folders[1], repository / "snapshots" / "abc")
+    policy = load(folders, reward_adapter="me/judge", cache_dir=str(tmp_path))
+    torch.testing.assert_close(last_scores(policy), last_scores(load(folders)))
+
+
 def test_the_policy_learns_and_the_reward_adapter_stays(folders: tuple[str, str]) -> None:
     policy = load(folders, reward_adapter_name="judge", summary_dropout_prob=0.0).train()
     trained = [name for name, p in policy.named_parameters() if p.requires_grad]
@@ -127,6 +138,9 @@ def test_the_reference_and_what_is_saved_are_the_policys(
     torch.testing.assert_close(loaded(IDS[:1])[0], expected)
     torch.testing.assert_close(last_scores(loaded), last_scores(policy))
     assert not any(p.requires_grad for p in loaded.pretrained_model.parameters())
+    reference = make_reference(loaded, None, None)  # the adapter was trained before: not the base
+    assert reference is not None
+    torch.testing.assert_close(reference(IDS[:1])[0], expected)
 
 
 def test_what_does_not_go_together_is_refused(folders: tuple[str, str], tmp_path: Path) -> None:
