@@ -18,7 +18,12 @@ from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from ppo_cli import AutoModelForCausalLMWithValueHead, PPOTrainer
+from ppo_cli import (
+    AutoModelForCausalLMWithValueHead,
+    BestOfNSampler,
+    PPOTrainer,
+    TextEnvironment,
+)
 from ppo_cli.config.loading import load_config
 from ppo_cli.errors import UsageError
 from ppo_cli.models.capabilities import PADDED_READING
@@ -46,7 +51,15 @@ from ppo_cli.training.fast_paths import fast_paths
 from ppo_cli.training.run_directory import RunDirectory
 from ppo_cli.training.shards import is_part
 from ppo_cli.utils import processes
-from tests.conftest import SMALL_RUN, make_gpt2, make_policy, make_trainer, weights
+from tests.conftest import (
+    SMALL_RUN,
+    make_gpt2,
+    make_policy,
+    make_tokenizer,
+    make_trainer,
+    weights,
+)
+from tests.models.test_reward_adapter import make_reward_model
 from tests.ppo.test_processes import CASES, SIZE, batch_of, learnt, learnt_alone
 from tests.world import in_world
 
@@ -171,6 +184,8 @@ def in_shards(home: Path) -> dict[str, Any]:
         found[name] = None if whole is None else weights(whole)
         assert trainer.accelerator.state.fsdp_plugin.reshard_after_forward == freed
         trainer.save_pretrained(home / "adapter")
+    found["scores"] = scores_of_an_adapter(home)
+    found["texts"] = texts_of_different_numbers(plain.model)
     with pytest.MonkeyPatch.context() as patch:  # it is tried above
         patch.setattr(trainer_module, "check_sampling", lambda *_: "loop")
         for name in NAMES:
@@ -185,6 +200,26 @@ def in_shards(home: Path) -> dict[str, Any]:
     run(str(home / "run"), 2, **fsdp2())
     found["files"] = sorted(path.name for path in (home / "run").iterdir())
     return found
+
+
+def scores_of_an_adapter(home: Path) -> torch.Tensor:
+    """Scores of a reward adapter after a step, of another number of rows in each process."""
+    policy = adapted()
+    policy._add_reward_adapter(str(home / "reward"), "reward")
+    plugin = fsdp2() if processes.count() > 1 else {}
+    trainer, _ = trained(policy, 1, accelerator_kwargs=plugin)
+    rows = torch.arange(3, 11).view(2, 4)[: 2 - processes.index()]
+    return trainer.model.compute_reward_score(rows)
+
+
+def texts_of_different_numbers(model: Any) -> list[int]:
+    """How many texts a sampler and an environment made; each process has other tasks."""
+    count, tokenizer = 1 + processes.index(), make_tokenizer()
+    sampler = BestOfNSampler(model, tokenizer, lambda t: [0.0] * len(t), lambda: 2 + count)
+    texts = sampler.generate([[5, 6]] * count)
+    turns = {"max_turns": count, "generation_kwargs": {"max_new_tokens": 2}}
+    environment = TextEnvironment(model, tokenizer, reward_fn=lambda t: [0.0] * len(t), **turns)
+    return [len(texts), len(environment.run(["t7 t8"] * count)[1])]
 
 
 def logprobs_in_bfloat16() -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -206,7 +241,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(home: Path) -> PPOTrainer:
-    """A trainer in one process, saved."""
+    """A trainer in one process, saved; beside it a reward adapter."""
+    make_gpt2().save_pretrained(home / "base")
+    make_reward_model(str(home / "base")).save_pretrained(home / "reward")
     trainer, _ = trained(make_policy(), 2)
     saved(home / "whole", trainer)
     return trainer
@@ -226,6 +263,15 @@ def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     return found.keys() == expected.keys() and all(
         torch.equal(found[key], value) for key, value in expected.items()
     )
+
+
+def test_a_reward_adapter_samplers_and_environments_work_in_shards(
+    shards: list[dict[str, Any]], home: Path
+) -> None:
+    expected = scores_of_an_adapter(home)
+    for process, rows in zip(shards, (2, 1), strict=True):
+        torch.testing.assert_close(process["scores"], expected[:rows], rtol=1e-4, atol=1e-5)
+    assert [process["texts"] for process in shards] == [[1, 1], [2, 2]]
 
 
 def test_each_process_holds_its_part_of_each_layer(shards: list[dict[str, Any]]) -> None:

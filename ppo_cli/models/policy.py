@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
-from ppo_cli.errors import ModelError, UnsuitableModel
+from ppo_cli.errors import ModelError, UnsuitableModel, UsageError
 from ppo_cli.kernels.gelu import fuse_activations
 from ppo_cli.kernels.kv_cache import cache_argument
 from ppo_cli.kernels.lm_head import (
@@ -47,7 +47,10 @@ from ppo_cli.models.pretrained import (
     refuse_if_not_causal,
 )
 from ppo_cli.models.quantization import dequantized, is_quantized
+from ppo_cli.models.reward_adapter import adapter_active, load_reward_adapter
+from ppo_cli.models.sharding import gathered
 from ppo_cli.models.value_head import ValueHead
+from ppo_cli.utils.device import modes_kept
 from ppo_cli.utils.hub import adapter_errors, first_line, loading_errors
 
 
@@ -63,11 +66,19 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         v_head_init_strategy: None or `"normal"`, see `ValueHead`.
         v_head_initializer_range: standard deviation of the `"normal"` strategy.
 
+    Attributes:
+        supports_rm_adapter: whether a reward adapter was loaded, for `compute_reward_score`.
+        rm_adapter_name: its name in `pretrained_model`.
+        score: its layer from hidden states to scores.
+
     Raises:
         UsageError: the model is not causal.
     """
 
     supported_args = ("summary_dropout_prob", "v_head_init_strategy", "v_head_initializer_range")
+    supports_rm_adapter = False
+    rm_adapter_name: str | None = None
+    score: nn.Linear
 
     def __init__(
         self,
@@ -101,6 +112,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         *model_args: Any,
         peft_config: Any = None,
         is_trainable: bool = True,
+        reward_adapter: str | Path | None = None,
+        reward_adapter_name: str = "reward_adapter",
         **kwargs: Any,
     ) -> AutoModelForCausalLMWithValueHead:
         """Load a policy, and its value head where one was saved with it.
@@ -112,15 +125,23 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
                 model object.
             peft_config: a `peft.PeftConfig`: adds a new adapter; only it and the value head train.
             is_trainable: whether an adapter loaded from a folder can be trained further.
+            reward_adapter: folder or hub id of an adapter of a sequence classifier with the same
+                base, for `compute_reward_score`. It is frozen; the policy needs an adapter, too.
+            reward_adapter_name: what the reward adapter is called in `pretrained_model`.
             kwargs: `summary_dropout_prob`, `v_head_init_strategy`, `v_head_initializer_range` for
                 the value head; all others go to `AutoModelForCausalLM.from_pretrained`. `dtype` is
                 float32 unless given.
 
         Raises:
             ModelNotFoundError: there is no such folder or hub model.
-            UsageError: the model is not causal.
+            UsageError: the model is not causal, or the reward adapter does not go with it.
             ModelError: the hub does not answer, or the files are damaged.
         """
+        if not isinstance(reward_adapter, (str, Path, type(None))):
+            raise UsageError(
+                "reward_adapter must be a folder or hub id of an adapter, not a "
+                f"{type(reward_adapter).__name__}"
+            )
         head_kwargs = {key: kwargs.pop(key) for key in cls.supported_args if key in kwargs}
         source = pretrained_model_name_or_path
         saved_head: Mapping[str, Tensor] = {}
@@ -143,6 +164,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
                 with adapter_errors(model):
                     model = get_peft_model(model, peft_config)
         policy = cls(model, **head_kwargs)
+        if reward_adapter is not None:
+            elsewhere = ("revision", "subfolder")  # where the policy is, not this adapter
+            place = {k: kwargs[k] for k in HUB_KEYWORDS if k in kwargs and k not in elsewhere}
+            policy._add_reward_adapter(str(reward_adapter), reward_adapter_name, **place)
         if saved_head:
             try:
                 policy.v_head.load_state_dict(saved_head)
@@ -284,6 +309,51 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         if not return_past_key_values:
             return results
         return (*results, getattr(output, "cache", None) or output.past_key_values)
+
+    def compute_reward_score(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Scores of the reward adapter after each token, without gradients or dropout.
+
+        The policy's adapter is off meanwhile. A sequence's score is that of its last token, so pad
+        on the right and leave out the padding: `scores[i, attention_mask[i].sum() - 1, 0]`.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 1 for tokens and 0 for padding.
+            kwargs: go to the language model.
+
+        Returns:
+            (B, T, L) float32, L the number of the reward model's labels.
+
+        Raises:
+            UsageError: the policy was loaded without `reward_adapter`.
+        """
+        if self.rm_adapter_name is None:
+            raise UsageError(
+                "the policy has no reward adapter: load it with from_pretrained(..., "
+                "peft_config=..., reward_adapter=...)"
+            )
+        model, inputs = self.pretrained_model, {"input_ids": input_ids, **kwargs}
+        with (
+            torch.no_grad(),
+            gathered(self),
+            modes_kept(model),
+            adapter_active(model, self.rm_adapter_name),
+        ):
+            model.eval()
+            output = model(attention_mask=attention_mask, output_hidden_states=True, **inputs)
+            hidden = self.last_hidden_states(output)
+            return self.score(hidden.to(self.score.weight.device, torch.float32))
+
+    def _add_reward_adapter(self, source: str, name: str, **hub: Any) -> None:
+        if not self.is_peft_model:
+            raise UsageError(
+                "reward_adapter needs a policy with an adapter of its own, or the policy would be "
+                "trained under the reward model: pass peft_config, too"
+            )
+        self.score = load_reward_adapter(self.pretrained_model, source, name, **hub)
+        self.supports_rm_adapter, self.rm_adapter_name = True, name
 
     def ready_projection(self, rows: int, times: int) -> Callable[[Tensor], Tensor] | None:
         """For `next_logits`: last hidden states (B, H) to logits, while the weights do not change.
@@ -432,6 +502,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         state = dict(self.state_dict() if state_dict is None else state_dict)
         head = {key: state.pop(key) for key in list(state) if key.startswith("v_head.")}
         if self.is_peft_model:
+            own = [
+                name for name in self.pretrained_model.peft_config if name != self.rm_adapter_name
+            ]
+            kwargs.setdefault("selected_adapters", own)  # without its score, a reward's is useless
             self.pretrained_model.save_pretrained(save_directory, **kwargs)
         else:
             weights = state if state_dict is not None else None

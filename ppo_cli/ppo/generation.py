@@ -17,11 +17,11 @@ def generation_settings(
 
     Args:
         given: the caller's settings; they win.
-        tokenizer: its pad and end tokens are used.
+        tokenizer: its pad and end tokens are used; it decodes for `stop_strings`.
         policy: the model itself; its end tokens are used.
         temperature: the sampling temperature, unless a `generation_config` is given.
     """
-    settings = {"pad_token_id": tokenizer.pad_token_id, **given}
+    settings = {"pad_token_id": tokenizer.pad_token_id, "tokenizer": tokenizer, **given}
     if "generation_config" not in given:
         settings.setdefault("temperature", temperature)
     ends = getattr(given.get("generation_config"), "eos_token_id", None)

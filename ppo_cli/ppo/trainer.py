@@ -27,6 +27,7 @@ from ppo_cli.models.transformers_generate import new_token_limits
 from ppo_cli.ppo.accelerator import make_accelerator, record_surroundings, require
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.dataloader import make_dataloader
+from ppo_cli.ppo.device_cache import PPODecorators
 from ppo_cli.ppo.experience import compute_rewards, make_experience, read_probabilities
 from ppo_cli.ppo.forward import check_noise, check_reading
 from ppo_cli.ppo.generation import generation_settings
@@ -105,6 +106,7 @@ class PPOTrainer:
         self.config = config
         self.tokenizer = tokenizer
         self.accelerator = make_accelerator(config)
+        PPODecorators.optimize_device_cache = config.optimize_device_cache
         self.is_peft_model = model.is_peft_model
         self.is_distributed = self.accelerator.num_processes > 1
         record_surroundings(config, self.accelerator, self.is_peft_model)
