@@ -9,6 +9,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from ppo_cli.errors import UsageError
+from ppo_cli.models.encoder_decoder import decoder_start
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.models.transformers_generate import GenerateSettings, from_generation_kwargs
@@ -24,8 +26,19 @@ def generation_settings(
         tokenizer: its pad and end tokens are used.
         policy: the model itself; its end tokens are used.
         temperature: the sampling temperature, unless a `generation_config` is given.
+
+    Raises:
+        UsageError: the caller would begin responses with other tokens than the model's own.
     """
     settings = {"pad_token_id": tokenizer.pad_token_id, **given}
+    start = decoder_start(policy)
+    if (own := settings.pop("decoder_start_token_id", start)) != start:
+        raise UsageError(
+            f"decoder_start_token_id is {own} here and {start} in the model's generation_config, "
+            "by which `step` computes: set it there"
+        )
+    if "decoder_input_ids" in settings:
+        raise UsageError("decoder_input_ids cannot be given: put the text into the queries")
     if "generation_config" not in given:
         settings.setdefault("temperature", temperature)
     ends = getattr(given.get("generation_config"), "eos_token_id", None)

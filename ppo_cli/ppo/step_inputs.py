@@ -30,6 +30,7 @@ def step_inputs(
     batch_size: int,
     pad_token_id: int | None,
     device: torch.device,
+    decoder_start: int | None = None,
 ) -> StepInputs:
     """Check and lay out the arguments of `PPOTrainer.step`, which describes them.
 
@@ -37,6 +38,7 @@ def step_inputs(
         batch_size: of this process.
         pad_token_id: fills up shorter rows.
         device: of the grids.
+        decoder_start: token with which responses of an encoder-decoder begin; None for others.
 
     Returns:
         The batch of all processes, in their order.
@@ -46,11 +48,18 @@ def step_inputs(
     """
     with processes.agreed():
         score_tensor = checked_batch(queries, responses, scores, response_masks, batch_size)
+        if decoder_start is not None:
+            check_starts(responses, decoder_start)
+            responses = [response[1:] for response in responses]
+            response_masks = response_masks and [mask[1:] for mask in response_masks]
+            potentials = potentials and [row[1:] for row in potentials]
     if processes.count() > 1:
         queries, responses = map(_from_all, (queries, responses))
         response_masks, potentials = map(_from_all, (response_masks, potentials))
         score_tensor = torch.cat(processes.gather(score_tensor))
-    tokens = TokenBatch.from_lists(queries, responses, response_masks, pad_token_id or 0, device)
+    tokens = TokenBatch.from_lists(
+        queries, responses, response_masks, pad_token_id or 0, device, decoder_start
+    )
     if not tokens.counts.any():
         raise ValueError("no response token counts: responses are empty or masked throughout")
     grid = potentials_grid(tokens, potentials, responses, response_masks)
@@ -96,6 +105,16 @@ def checked_batch(
         if score.numel() != 1 or not bool(score.isfinite().all()):
             raise ValueError(f"scores[{i}] must be one finite number - got {score.tolist()}")
     return torch.stack([score.detach().reshape(()).float().cpu() for score in scores])
+
+
+def check_starts(responses: Sequence[Tensor], decoder_start: int) -> None:
+    """Raise `ValueError` where a response does not begin with the decoder's start token."""
+    for i, response in enumerate(responses):
+        if response.dim() != 1 or response[:1].tolist() != [decoder_start]:
+            raise ValueError(
+                f"responses[{i}] must begin with the decoder's start token ({decoder_start}), as "
+                f"`generate` returns it - got {response.flatten()[:3].tolist()}"
+            )
 
 
 def potentials_grid(

@@ -2,7 +2,8 @@
 
 The interface is that of TRL 0.11.4's classic trainer; the maths is in `advantages.py` and
 `losses.py`. Source: Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), with the KL penalty
-of Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593). Left out: encoder-decoder models.
+of Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593). In an encoder-decoder
+the encoder reads the query, and the decoder writes the response after a start token.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_cli.kernels.patches import fast_layers
+from ppo_cli.models.encoder_decoder import decoder_start
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling import sample_responses
 from ppo_cli.models.transformers_generate import new_token_limits
@@ -105,7 +107,8 @@ class PPOTrainer:
         self.accelerator = make_accelerator(config)
         self.is_peft_model = model.is_peft_model
         self.is_distributed = self.accelerator.num_processes > 1
-        record_surroundings(config, self.accelerator, self.is_peft_model)
+        self.is_encoder_decoder = model.is_encoder_decoder
+        record_surroundings(config, self.accelerator, model)
 
         reference = make_reference(model, ref_model, num_shared_layers)
         if config.gradient_checkpointing:
@@ -163,7 +166,8 @@ class PPOTrainer:
             query_tensor: (query_length,) token ids, or a list of such tensors.
             length_sampler: called once per query for the number of new tokens.
             batch_size: queries per forward pass, for a list.
-            return_prompt: whether the returned tensors begin with the query.
+            return_prompt: whether the returned tensors begin with the query. Those of an
+                encoder-decoder always begin with its decoder's start token instead.
             generate_ref_response: also sample from the reference.
             uniforms: (B, R) random numbers in [0, 1) that decide the tokens, R the largest number
                 of new tokens; None for those of `sampling`.
@@ -185,11 +189,15 @@ class PPOTrainer:
             raise ValueError(
                 "query_tensor must be a tensor of shape (query_length,) or a list of them"
             )
-        limits = new_token_limits(queries, length_sampler, generation_kwargs)
+        policy = self.accelerator.unwrap_model(self.model)
+        beginnings, start = queries, decoder_start(policy)
+        if start is not None:
+            beginnings = [query.new_tensor([start]) for query in queries]
+        limits = new_token_limits(beginnings, length_sampler, generation_kwargs)
         settings = generation_settings(
             generation_kwargs,
             tokenizer=self.tokenizer,
-            policy=self.accelerator.unwrap_model(self.model),
+            policy=policy,
             temperature=self.config.temperature,
         )
 
@@ -199,10 +207,10 @@ class PPOTrainer:
                 responses = sample_responses(
                     inner, queries, limits, settings, batch_size=batch_size, uniforms=uniforms
                 )
-            if return_prompt:
+            if return_prompt or start is not None:
                 responses = [
-                    torch.cat([query.to(response.device), response])
-                    for query, response in zip(queries, responses, strict=True)
+                    torch.cat([beginning.to(response.device), response])
+                    for beginning, response in zip(beginnings, responses, strict=True)
                 ]
             return responses[0].unsqueeze(0) if single else responses
 
@@ -256,7 +264,8 @@ class PPOTrainer:
 
         Args:
             queries: B tensors of token ids, (query_length,).
-            responses: B tensors of token ids, (response_length,).
+            responses: B tensors of token ids, (response_length,). Those of an encoder-decoder
+                begin with its decoder's start token, as `generate` returns them.
             scores: B scalars.
             response_masks: B tensors, (response_length,), 0 for response tokens that are context
                 but not learnt from, such as a tool's output. A response without tokens that count
@@ -270,11 +279,12 @@ class PPOTrainer:
             The statistics in `ppo_cli.ppo.statistics.STATISTICS`: floats and NumPy arrays.
 
         Raises:
-            ValueError: lengths or shapes do not fit, a score is not finite, a query is empty, or no
-                response token of the whole batch counts.
+            ValueError: lengths or shapes do not fit, a score is not finite, a query is empty, no
+                response token of the whole batch counts, or a start token is missing.
         """
         clock = Stopwatch()
         config, kl_coef = self.config, self.kl_ctl.value
+        start = decoder_start(self.accelerator.unwrap_model(self.model))
         batch = step_inputs(
             queries,
             responses,
@@ -284,6 +294,7 @@ class PPOTrainer:
             batch_size=config.batch_size,
             pad_token_id=self.tokenizer.pad_token_id,
             device=self.accelerator.device,
+            decoder_start=start,
         )
         batch = self._scaled(batch)
         self._push_if_best(batch.scores)
@@ -320,7 +331,9 @@ class PPOTrainer:
         )
         self._warn(stats)
         pairs = zip(queries, responses, strict=True)
-        lengths = processes.gather_list([(len(query), len(response)) for query, response in pairs])
+        begin = 0 if start is None else 1
+        lengths = [(len(query), len(response) - begin) for query, response in pairs]
+        lengths = processes.gather_list(lengths)
         for name, those in zip(("queries", "responses"), zip(*lengths, strict=True), strict=True):
             stats |= length_statistics(name, list(those))
         clock.lap("calc_stats")
