@@ -38,8 +38,8 @@ from ppo_cli.evaluation.generate import (
     sampling_errors,
 )
 from ppo_cli.evaluation.likelihoods import likelihoods
-from ppo_cli.models.context import context_length
-from ppo_cli.models.loading import load_tokenizer
+from ppo_cli.models.context import context_length, context_used
+from ppo_cli.models.loading import load_tokenizer, reads_whole_texts
 from ppo_cli.rewards.reward_sum import RewardSum
 
 Report = Callable[[str], None]
@@ -203,7 +203,8 @@ def _scored_samples(task: _Task, source: Source, reference: Loaded | None) -> Sc
         seed=task.seed,
         messages=task.messages,
     )
-    longest = max(len(q) + len(r) for q, r in zip(queries, rollout.responses, strict=True))
+    pairs = zip(queries, rollout.responses, strict=True)
+    longest = max(context_used(loaded.model, len(q), len(r)) for q, r in pairs)
     against, obstacle = loaded, None
     if reference is not None:
         obstacle = _why_unreadable(loaded, reference, longest)
@@ -229,6 +230,8 @@ def _queries(task: _Task, loaded: Loaded) -> list[Tensor]:
 
 def _why_unreadable(loaded: Loaded, reference: Loaded, longest: int) -> str | None:
     """Why the reference cannot read a model's responses, token by token; None where it can."""
+    if loaded.is_encoder_decoder != reference.is_encoder_decoder:
+        return "one of it and the reference is an encoder-decoder"
     ours, theirs = loaded.tokenizer.get_vocab(), reference.tokenizer.get_vocab()
     sizes = {one.model.config.get_text_config().vocab_size for one in (loaded, reference)}
     if ours != theirs or len(sizes) > 1:
@@ -288,4 +291,6 @@ def _held_out(request: Request, count: int) -> tuple[list[Prompt], Any]:
     tokenizer = load_tokenizer(name, revision, trusted)
     if settings.chat_template is not None:
         tokenizer.chat_template = settings.chat_template
-    return load_held_out(settings, tokenizer, request.run.run.seed), tokenizer
+    complete = reads_whole_texts(name, revision, trusted)
+    seed = request.run.run.seed
+    return load_held_out(settings, tokenizer, seed, complete=complete), tokenizer

@@ -234,9 +234,7 @@ def tokenizer_of(name: str, **kwargs: Any) -> Any:
         return AutoTokenizer.from_pretrained(adapter.base, **base_keywords(adapter, kwargs))
 
 
-def _load_adapted(
-    kind: Any, name: str, adapter: Adapter, is_trainable: bool, **kwargs: Any
-) -> Any:
+def _load_adapted(kind: Any, name: str, adapter: Adapter, is_trainable: bool, **kwargs: Any) -> Any:
     from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM
 
     wanted = TASKS[kind]

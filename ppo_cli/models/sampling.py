@@ -33,10 +33,11 @@ class Rollout:
     Attributes:
         queries: B tensors of token ids, each 1-D and of its own length.
         responses: B tensors of token ids, 1-D, the end-of-text token included where it was drawn.
-        texts: B strings to be scored, query and response decoded together; of a conversation the
-            response alone.
+        texts: B strings to be scored, query and response decoded together; of a conversation, and
+            of an encoder-decoder, the response alone.
         response_texts: B strings, the responses alone.
-        messages: B conversations that were answered; None for a text that was continued.
+        messages: B conversations that were answered; None for a text.
+        continues: whether responses to texts continue them; those of an encoder-decoder do not.
     """
 
     queries: list[Tensor]
@@ -44,6 +45,7 @@ class Rollout:
     texts: list[str]
     response_texts: list[str]
     messages: list[list[dict[str, Any]] | None]
+    continues: bool = True
 
 
 def to_texts(
@@ -51,16 +53,22 @@ def to_texts(
     queries: Sequence[Tensor],
     responses: Sequence[Tensor],
     messages: Sequence[list[dict[str, Any]] | None] | None = None,
+    *,
+    continues: bool = True,
 ) -> Rollout:
     """B queries and responses as texts, without special tokens.
 
-    A response's text is what it adds to its query's: many tokenizers drop a space at the beginning
-    of what they decode, and the last character of a query may end in the response.
+    Arguments are those of `Rollout`. A response's text is what it adds to its query's: many
+    tokenizers drop a space at the beginning of what they decode, and the last character of a query
+    may end in the response.
     """
+    answered = [*(messages if messages is not None else [None] * len(queries))]
+    if not continues:
+        texts = tokenizer.batch_decode(list(responses), skip_special_tokens=True)
+        return Rollout(list(queries), list(responses), texts, texts, answered, continues)
     whole = [torch.cat([q.to(r.device), r]) for q, r in zip(queries, responses, strict=True)]
     texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
     starts = tokenizer.batch_decode(list(queries), skip_special_tokens=True)
-    answered = [*(messages if messages is not None else [None] * len(queries))]
     added = [
         _added(start, text)
         if text.startswith(start.rstrip(BROKEN))
@@ -289,9 +297,7 @@ def _batches(
     return [*batches, slice(start, len(queries))] if queries else []
 
 
-def _padded(
-    rows: Sequence[Tensor], pad: int, *, on_the_left: bool
-) -> tuple[Tensor, Tensor]:
+def _padded(rows: Sequence[Tensor], pad: int, *, on_the_left: bool) -> tuple[Tensor, Tensor]:
     """Ids (B, T) with the rows at one side, and their mask (B, T)."""
     width = max(row.numel() for row in rows)
     ids = rows[0].new_full((len(rows), width), pad)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import Tensor
 
 from ppo_cli.errors import UsageError
 from ppo_cli.models.encoder_decoder import decoder_start
@@ -47,6 +49,13 @@ def generation_settings(
     elif ends is None:
         ends = end_tokens(tokenizer, model=policy) or None
     return from_generation_kwargs(**settings | {"eos_token_id": ends})
+
+
+def with_start(rows: Sequence[Tensor], start: float | None) -> list[Tensor]:
+    """Rows with a number for each token, with `start` in front; as they are where it is None."""
+    if start is None:
+        return list(rows)
+    return [torch.cat([row.new_tensor([start]), row]) for row in rows]
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.dataloader import make_dataloader
 from ppo_cli.ppo.experience import compute_rewards, make_experience, read_probabilities
 from ppo_cli.ppo.forward import check_noise, check_reading
-from ppo_cli.ppo.generation import generation_settings, unwrapped_for_generation
+from ppo_cli.ppo.generation import generation_settings, unwrapped_for_generation, with_start
 from ppo_cli.ppo.kl_controller import make_kl_controller
 from ppo_cli.ppo.learning_rate import AdaptiveLearningRate, follow, make_scheduler
 from ppo_cli.ppo.modes import dropout_off, head_alone
@@ -190,10 +190,10 @@ class PPOTrainer:
                 "query_tensor must be a tensor of shape (query_length,) or a list of them"
             )
         policy = self.accelerator.unwrap_model(self.model)
-        beginnings, start = queries, decoder_start(policy)
-        if start is not None:
-            beginnings = [query.new_tensor([start]) for query in queries]
-        limits = new_token_limits(beginnings, length_sampler, generation_kwargs)
+        start = decoder_start(policy)
+        # What counts in max_length beside new tokens: of an encoder-decoder the start token.
+        before = queries if start is None else [query[:1] for query in queries]
+        limits = new_token_limits(before, length_sampler, generation_kwargs)
         settings = generation_settings(
             generation_kwargs,
             tokenizer=self.tokenizer,
@@ -207,10 +207,12 @@ class PPOTrainer:
                 responses = sample_responses(
                     inner, queries, limits, settings, batch_size=batch_size, uniforms=uniforms
                 )
-            if return_prompt or start is not None:
+            if start is not None:
+                responses = with_start(responses, start)
+            elif return_prompt:
                 responses = [
-                    torch.cat([beginning.to(response.device), response])
-                    for beginning, response in zip(beginnings, responses, strict=True)
+                    torch.cat([query.to(response.device), response])
+                    for query, response in zip(queries, responses, strict=True)
                 ]
             return responses[0].unsqueeze(0) if single else responses
 

@@ -35,7 +35,6 @@ def model_from(tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> Any:
     return policy
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("case", CASES)
 def test_step_gives_what_trl_gave(case: str) -> None:
     tensors = load_file(DATA / f"{case}.safetensors")
