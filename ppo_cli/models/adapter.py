@@ -187,7 +187,7 @@ def _language_layers(plan: Any) -> set[str]:
         language = plan.base_model  # some call their output layer a decoder
     kept = {id(module) for module in language.modules()} - {id(head)}
     words = plan.get_input_embeddings()
-    for part in plan.modules():
+    for part in () if is_encoder_decoder(plan) else plan.modules():
         if isinstance(part, PreTrainedModel) and words not in list(part.modules()):
             kept -= {id(module) for module in part.modules()}
     for block in plan.modules():

@@ -25,8 +25,11 @@ def is_encoder_decoder(model: Any) -> bool:
 
 def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model with this configuration."""
-    known = is_encoder_decoder(config) and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    return AutoModelForSeq2SeqLM if known else AutoModelForCausalLM
+    own_code = getattr(config, "auto_map", None) or {}
+    is_known = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    if is_encoder_decoder(config) and (is_known or AutoModelForSeq2SeqLM.__name__ in own_code):
+        return AutoModelForSeq2SeqLM
+    return AutoModelForCausalLM
 
 
 def refuse_if_not_seq2seq(config: Any, model_class: type | None = None) -> None:
@@ -63,8 +66,9 @@ def decoder_start(model: Any) -> int | None:
         for config in configs:
             if isinstance(token := getattr(config, key, None), int):
                 return token
+    name = getattr(model.config, "_name_or_path", "") or type(model.config).__name__
     raise ModelError(
-        f"{type(model.config).__name__} names no decoder_start_token_id, with which its decoder "
+        f"{name}: its configuration names no decoder_start_token_id, with which its decoder "
         "begins: set it in config.json (T5 begins with its pad token)"
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from ppo_cli.models.capabilities import PADDED_READING, Reading
-from ppo_cli.models.encoder_decoder import is_encoder_decoder, refuse_if_not_seq2seq
+from ppo_cli.models.encoder_decoder import auto_class, refuse_if_not_seq2seq
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 
 
@@ -54,6 +54,6 @@ def with_value_head(model: PreTrainedModel) -> AutoModelForCausalLMWithValueHead
 
 def policy_class(config: Any) -> type[AutoModelForCausalLMWithValueHead]:
     """The class of policies that a model with this configuration belongs into."""
-    if is_encoder_decoder(config):
+    if auto_class(config) is AutoModelForSeq2SeqLM:
         return AutoModelForSeq2SeqLMWithValueHead
     return AutoModelForCausalLMWithValueHead
