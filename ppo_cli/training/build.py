@@ -124,7 +124,7 @@ def build_training(
             tokenizer, config.rollout.stop, model, chat=config.prompts.has_chat
         )
         check_penalties(config.reward, end_token_ids)
-        try_reward(reward, prompts.train, end_token_ids)
+        try_reward(reward, prompts.train, end_token_ids, continues=not complete)
         check_context(config, model, prompts.train)
         try_models(trainer)
     _warn([sampling_warning(config)])

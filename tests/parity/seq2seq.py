@@ -41,7 +41,12 @@ BART = {
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "t5": ("T5", T5, {"horizon": 60.0, "target": 3.0}),
     "t5_full_minibatched": (
-        "T5", T5, {"kl_penalty": "full", "mini_batch_size": 2, "gradient_accumulation_steps": 2},
+        "T5",
+        T5,
+        {
+            "kl_penalty": "full", "mini_batch_size": 2, "gradient_accumulation_steps": 2,
+            "ppo_epochs": 2,
+        },
     ),
     "bart": ("Bart", BART, {"adap_kl_ctrl": False}),
 }  # fmt: skip

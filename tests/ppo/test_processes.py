@@ -11,7 +11,15 @@ from peft import LoraConfig, get_peft_model
 
 from ppo_cli import AutoModelForCausalLMWithValueHead
 from ppo_cli.utils import launcher, processes
-from tests.conftest import EOS, make_batch, make_gpt2, make_policy, make_trainer, weights
+from tests.conftest import (
+    EOS,
+    make_batch,
+    make_gpt2,
+    make_policy,
+    make_seq2seq_policy,
+    make_trainer,
+    weights,
+)
 from tests.world import in_world
 
 STEPS = 2
@@ -56,6 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shared layers": {"num_shared_layers": 1},
     "adapter": {"adapter": True, "skewed": True},
     "adapter in its warm-up": {"adapter": True, "value_warmup_steps": 1, "mini_batch_size": 4},
+    "encoder-decoder": {"encoder_decoder": True, "skewed": True, "mini_batch_size": 4},
 }  # fmt: skip
 SIZE = 8
 
@@ -71,6 +80,9 @@ def batch_of(case: dict[str, Any], step: int) -> tuple[Batch, dict[str, list[tor
         responses[SIZE // 2 :] = [torch.tensor([i, EOS]) for i in range(SIZE // 2)]
     if case.get("reversed"):
         queries, responses, scores = queries[::-1], responses[::-1], scores[::-1]
+    if case.get("encoder_decoder"):  # of another vocabulary; responses begin with its start token
+        queries = [query % 60 for query in queries]
+        responses = [torch.cat([torch.tensor([0]), r % 60]) for r in responses]
     extra = {}
     if case.get("masks"):
         masks = [torch.ones(len(response), dtype=torch.long) for response in responses]
@@ -83,12 +95,17 @@ def batch_of(case: dict[str, Any], step: int) -> tuple[Batch, dict[str, list[tor
     return (queries, responses, scores), extra
 
 
+def start_of(policy: AutoModelForCausalLMWithValueHead) -> torch.nn.Module:
+    """A policy as `policy` was before it learnt."""
+    return make_seq2seq_policy() if policy.is_encoder_decoder else make_policy()
+
+
 def learnt(name: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """The weights after two steps of a case, and the statistics; this process's share of them."""
     case = dict(CASES[name])
-    kinds = ("even", "skewed", "reversed", "masks", "potentials")
+    kinds = ("even", "skewed", "reversed", "masks", "potentials", "encoder_decoder")
     given = {kind: case.pop(kind, False) for kind in kinds}
-    policy = make_policy()
+    policy = make_seq2seq_policy() if given["encoder_decoder"] else make_policy()
     if case.pop("adapter", False):
         torch.manual_seed(1)
         adapter = LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False)
@@ -110,7 +127,7 @@ def learnt(name: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         stats.append(
             trainer.step(*(part[own] for part in whole), **{k: v[own] for k, v in extra.items()})
         )
-    start = weights(make_policy()) if not policy.is_peft_model else 0.0
+    start = 0.0 if policy.is_peft_model else weights(start_of(policy))
     return weights(policy) - start, stats
 
 
