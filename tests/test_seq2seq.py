@@ -29,7 +29,8 @@ def first(texts, responses, queries):
 """
 SETTINGS = [
     "policy.precision=fp32", "prompts.source=prompts.txt", "prompts.held_out=4",
-    "prompts.min_characters=0", "reward.terms=[{function: r.py:first, partial: true}]", "ppo.batch_size=8",
+    "prompts.min_characters=0", "reward.terms=[{function: r.py:first, partial: true}]",
+    "ppo.batch_size=8",
     "reward.score_every=2", "ppo.mini_batch_size=4", "ppo.ppo_epochs=2", "ppo.learning_rate=0.01",
     "rollout.output_min_length=2", "rollout.output_max_length=7", "run.steps=2",
     "run.eval_every=2", "run.checkpoint_every=1", "run.device=cpu", "run.samples_per_step=8",

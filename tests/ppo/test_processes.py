@@ -17,6 +17,7 @@ from tests.conftest import (
     make_gpt2,
     make_policy,
     make_seq2seq_policy,
+    make_seq2seq_tokenizer,
     make_trainer,
     weights,
 )
@@ -119,7 +120,8 @@ def learnt(name: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
             settings[key] //= count
     # Adam would turn the rounding of gradients that are zero into steps.
     sgd = torch.optim.SGD((p for p in policy.parameters() if p.requires_grad), lr=0.05)
-    trainer = make_trainer(policy, optimizer=sgd, **settings)
+    tokenizer = make_seq2seq_tokenizer() if policy.is_encoder_decoder else None
+    trainer = make_trainer(policy, optimizer=sgd, tokenizer=tokenizer, **settings)
     stats = []
     for step in range(STEPS):
         whole, extra = batch_of(given, step)
