@@ -68,10 +68,8 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     input_length, output_length = LengthSampler(2, 8), LengthSampler(8, 16)
     means = []
     for step in range(1, args.steps + 1):
-        chosen = random.choices(texts, k=args.batch_size)
-        rows = [
-            tokenizer.encode(text, add_special_tokens=False)[: input_length()] for text in chosen
-        ]
+        chosen = tokenizer(random.choices(texts, k=args.batch_size), add_special_tokens=False)
+        rows = [row[: input_length()] for row in chosen["input_ids"]]
         queries = [torch.tensor([*row, tokenizer.eos_token_id]) for row in rows]
         responses = trainer.generate(queries, batch_size=32, length_sampler=output_length)
         # The start token of T5's decoder is its pad token, which decoding leaves out.
