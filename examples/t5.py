@@ -4,8 +4,8 @@
 
 The encoder reads a query with its end token, the decoder writes the response. `generate` returns
 responses with the decoder's start token in front, and `step` takes them so. `ppo-cli train --set
-policy.model=lvwerra/t5-imdb` trains such a model, too; there a response is scored alone unless
-`reward.template` says otherwise.
+policy.model=lvwerra/t5-imdb` trains such a model, too; there a response is scored alone unless the
+`template` of a term of the reward says otherwise.
 """
 
 from __future__ import annotations
