@@ -37,9 +37,11 @@ class Encoder:
         whole = tokenizer(PROBE).input_ids
         text = self._ids([PROBE])[0]
         places = range(len(whole) - len(text) + 1)
-        before = next((i for i in places if whole[i : i + len(text)] == text), 0)
-        self.beginning = list(whole[:before])
-        self.ending = list(whole[before + len(text) :]) if complete else []
+        before = next((i for i in places if whole[i : i + len(text)] == text), None)
+        self.beginning = list(whole[: before or 0])
+        self.ending: list[int] = []
+        if complete and before is not None:
+            self.ending = list(whole[before + len(text) :])
 
     def __call__(self, texts: Sequence[str], longest: int | None = None) -> list[list[int]]:
         """Encode texts, without `ending`; a text without tokens gives an empty list.

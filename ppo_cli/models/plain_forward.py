@@ -12,7 +12,7 @@ from ppo_cli.errors import ModelError, UnsuitableModel
 from ppo_cli.kernels.patches import plain_layers
 from ppo_cli.models.capabilities import no_autocast, rope_switch, unsuitable_errors
 from ppo_cli.models.context import context_length
-from ppo_cli.models.encoder_decoder import plain_inputs
+from ppo_cli.models.encoder_decoder import is_encoder_decoder, plain_inputs
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.utils.device import modes_kept
 from ppo_cli.utils.random_state import RandomStream
@@ -90,6 +90,8 @@ def queries_and_responses(model: Any) -> tuple[list[Tensor], list[Tensor]]:
     inner = language_model(model)
     config = inner.config
     count = inner.get_input_embeddings().weight.shape[0]
+    if is_encoder_decoder(model):  # whose decoder may have fewer tokens than its encoder
+        count = min(count, inner.get_output_embeddings().weight.shape[0])
     settings = {**config.to_dict(), **config.get_text_config().to_dict()}
     reserved = {
         value
