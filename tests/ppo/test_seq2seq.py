@@ -54,6 +54,7 @@ def test_step_reads_what_generate_sampled(kind: str) -> None:
         for query, response in zip(QUERIES, responses, strict=True)
     ]
     stats = trainer.step(QUERIES, responses, SCORES)
+    assert policy.reading().rows == "padded"  # padding is masked, so rows of all lengths together
     assert stats["tokens/responses_dist"].tolist() == [len(r) - 1 for r in responses]
     assert stats["tokens/queries_dist"].tolist() == [len(query) for query in QUERIES]
     for row, log_p, response in zip(stats["objective/logprobs"], expected, responses, strict=True):
