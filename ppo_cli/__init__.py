@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ppo_cli.data.prompts import LengthSampler
     from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
     from ppo_cli.models.reference import create_reference_model
+    from ppo_cli.models.seq2seq import AutoModelForSeq2SeqLMWithValueHead
     from ppo_cli.ppo.best_of_n_sampler import BestOfNSampler
     from ppo_cli.ppo.config import PPOConfig
     from ppo_cli.ppo.statistics import print_ppo_stats
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AutoModelForCausalLMWithValueHead": "ppo_cli.models.policy",
+    "AutoModelForSeq2SeqLMWithValueHead": "ppo_cli.models.seq2seq",
     "BestOfNSampler": "ppo_cli.ppo.best_of_n_sampler",
     "LengthSampler": "ppo_cli.data.prompts",
     "PPOConfig": "ppo_cli.ppo.config",
@@ -41,6 +43,7 @@ _HOMES = {
 
 __all__ = [
     "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
     "BestOfNSampler",
     "LengthSampler",
     "PPOConfig",

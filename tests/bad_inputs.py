@@ -20,7 +20,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from ppo_cli.config.loading import load_config
-from tests.conftest import EOS, make_gpt2, make_tokenizer
+from tests.conftest import EOS, make_gpt2, make_seq2seq, make_seq2seq_tokenizer, make_tokenizer
 
 T, G, C = "train", "generate", "compare"
 Case = tuple[list[str], int, list[str]]
@@ -306,7 +306,8 @@ MODELS: list[Case] = [
     setting("policy.model={piped}", "config.json", "device, pipe or socket"),
     setting("reward.model={piped}", "config.json", "device, pipe or socket"),
     setting("policy.model={outside}", "index.json names ../elsewhere/x", "outside of", code=1),
-    setting("policy.model={encoder}", "T5ForConditionalGeneration", "causal"),
+    setting("policy.model={speech}", "WhisperForConditionalGeneration", "causal"),
+    setting("policy.model={startless}", "startless", "no decoder_start_token_id", code=1),
     setting("policy.model={unconfigured}", "unconfigured", "config.json", code=1),
     setting("policy.model={config_text}", "config_text", "config.json", code=1),
     setting("policy.model={config_list}", "config_list", "cannot be loaded", code=1),
@@ -627,7 +628,12 @@ def _make_models(folder: Path) -> None:
     model("config_list", "[]")
     model("config_empty", "{}")
     model("config_strange", '{"model_type": "nonsense"}')
-    model("encoder", '{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}')
+    whisper = '["WhisperForConditionalGeneration"]'
+    model("speech", f'{{"model_type": "whisper", "architectures": {whisper}}}')
+    startless = make_seq2seq(decoder_start_token_id=None)
+    startless.generation_config.decoder_start_token_id = None
+    startless.save_pretrained(folder / "startless")
+    make_seq2seq_tokenizer().save_pretrained(folder / "startless")
     model("mismatched", vocab_size=60)
     for name in ("garbled", "empty_weights"):
         weights = model(name) / "model.safetensors"

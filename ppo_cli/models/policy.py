@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from ppo_cli.errors import ModelError, UnsuitableModel, UsageError
@@ -43,7 +43,7 @@ from ppo_cli.models.pretrained import (
     HUB_KEYWORDS,
     VALUE_HEAD_FILE,
     find_value_head,
-    load_causal,
+    load_pretrained,
     refuse_if_not_causal,
 )
 from ppo_cli.models.quantization import dequantized, is_quantized
@@ -79,6 +79,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
     supports_rm_adapter = False
     rm_adapter_name: str | None = None
     score: nn.Linear
+    transformers_parent_class: Any = AutoModelForCausalLM
+    is_encoder_decoder = False
 
     def __init__(
         self,
@@ -95,7 +97,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         self.pretrained_model = pretrained_model
         fuse_activations(pretrained_model)
         keep_weights_as_stored(self._base_model)
-        refuse_if_not_causal(self._base_model.config, type(self._base_model))
+        self._check_kind(self._base_model.config, type(self._base_model))
         if summary_dropout_prob is None:
             summary_dropout_prob = getattr(self.config, "summary_dropout_prob", 0.1)
         self.v_head = ValueHead(
@@ -129,8 +131,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
                 base, for `compute_reward_score`. It is frozen; the policy needs an adapter, too.
             reward_adapter_name: what the reward adapter is called in `pretrained_model`.
             kwargs: `summary_dropout_prob`, `v_head_init_strategy`, `v_head_initializer_range` for
-                the value head; all others go to `AutoModelForCausalLM.from_pretrained`. `dtype` is
-                float32 unless given.
+                the value head; all others go to `from_pretrained` of `transformers_parent_class`.
+                `dtype` is float32 unless given.
 
         Raises:
             ModelNotFoundError: there is no such folder or hub model.
@@ -150,7 +152,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))
             hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
             with loading_errors(name):
-                model = load_causal(name, is_trainable, *model_args, **kwargs)
+                model = load_pretrained(
+                    cls.transformers_parent_class, name, is_trainable, *model_args, **kwargs
+                )
                 saved_head = find_value_head(name, hub)
         else:
             model = source
@@ -160,7 +164,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             if hasattr(model, "peft_config"):
                 warnings.warn("peft_config is ignored: the model has an adapter", stacklevel=2)
             else:
-                refuse_if_not_causal(model.config, type(model))
+                cls._check_kind(model.config, type(model))
                 with adapter_errors(model):
                     model = get_peft_model(model, peft_config)
         policy = cls(model, **head_kwargs)
@@ -176,6 +180,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
                     f"{source}: its value head does not fit the model: {first_line(error)}"
                 ) from error
         return policy
+
+    @staticmethod
+    def _check_kind(config: Any, model_class: type) -> None:
+        """Raise `UsageError` for a model that this class is not for."""
+        refuse_if_not_causal(config, model_class)
 
     @property
     def _base_model(self) -> PreTrainedModel:
@@ -297,7 +306,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             **kwargs,
         )
         # Prompt tuning answers for its virtual tokens too, in front.
-        length = output.logits.shape[1] if input_ids is None else input_ids.shape[1]
+        length = self._read_length(input_ids, output.logits)
         logits, hidden = output.logits[:, -length:], self.last_hidden_states(output)[:, -length:]
         if positions is not None:
             logits = logits.flatten(0, 1)[positions] / temperature
@@ -394,17 +403,18 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
 
         False where an adapter puts virtual tokens in front, outside the language model.
         """
-        return not self._adds_tokens and capability(self._base_model)
+        return not self.adds_tokens and capability(self._base_model)
 
     def reading(self) -> Reading:
         """How the policy reads sequences: as its capabilities allow, or as `read_as` said."""
         answers = check_results(self.pretrained_model)
         if "reading" not in answers:
-            # Virtual tokens are put in front outside of the language model.
-            answers["reading"] = (
-                PADDED_READING if self._adds_tokens else fastest_reading(self._base_model)
-            )
+            answers["reading"] = self._fastest_reading()
         return cast(Reading, answers["reading"])
+
+    def _fastest_reading(self) -> Reading:
+        # Virtual tokens are put in front outside of the language model.
+        return PADDED_READING if self.adds_tokens else fastest_reading(self._base_model)
 
     def read_as(self, reading: Reading) -> None:
         """Read sequences in this way until the model changes."""
@@ -416,19 +426,27 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         Raises:
             UnsuitableModel: it has none of that form.
         """
-        hidden: Tensor = output.hidden_states[-1]
+        hidden = self._last_states(output)
         if hidden.dim() == 4:  # Gemma 3n has several a position, the first is active
             hidden = hidden[0]
         if hidden.shape[:-1] != output.logits.shape[:-1]:
             raise UnsuitableModel(f"its hidden states have the shape {tuple(hidden.shape)}")
         return hidden
 
+    def _read_length(self, input_ids: Tensor | None, logits: Tensor) -> int:
+        """Number of tokens that logits (B, T, V) belong to, without those that an adapter adds."""
+        return logits.shape[1] if input_ids is None else input_ids.shape[1]
+
+    def _last_states(self, output: Any) -> Tensor:
+        states: Tensor = output.hidden_states[-1]
+        return states
+
     def _values(self, hidden: Tensor) -> Tensor:
         # Not a view: torch warns where a sharded model returns one.
         return torch.squeeze_copy(self.v_head(hidden.to(self.device)), -1)
 
     @property
-    def _adds_tokens(self) -> bool:
+    def adds_tokens(self) -> bool:
         """Whether an adapter puts virtual tokens in front, outside the language model."""
         return self.is_peft_model and bool(
             self.pretrained_model.active_peft_config.is_prompt_learning
@@ -474,7 +492,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         adapted = cast(Any, twin.pretrained_model)
         if untied:
             untie_embeddings(twin._base_model)
-        plain = AutoModelForCausalLMWithValueHead(adapted.merge_and_unload())
+        plain = type(self)(adapted.merge_and_unload())
         plain.v_head = twin.v_head
         return plain
 

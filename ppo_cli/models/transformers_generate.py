@@ -20,6 +20,7 @@ from transformers import (
 
 from ppo_cli.errors import UsageError
 from ppo_cli.models.decode_loop import LogitsCallback, not_finite
+from ppo_cli.models.encoder_decoder import decoder_start
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.sharding import is_sharded
 
@@ -174,7 +175,7 @@ def generate_responses(
 
     Args:
         model: in eval mode.
-        input_ids: (B, T) queries, padded on the left.
+        input_ids: (B, T) queries, padded on the left; for an encoder on the right.
         attention_mask: (B, T).
         limits: B limits on the new tokens.
         settings: of `generate`.
@@ -182,12 +183,15 @@ def generate_responses(
         on_logits: called with each token's logits.
 
     Returns:
-        B tensors of token ids, 1-D, each with its end token if one was drawn.
+        B tensors of token ids, 1-D, each with its end token if one was drawn, without a decoder's
+        start token.
 
     Raises:
         NumericalError: a probability is not finite.
     """
     kwargs, width = dict(settings.kwargs), input_ids.shape[1]
+    if (start := decoder_start(model)) is not None:
+        kwargs["decoder_start_token_id"], width = start, 1  # the output is the decoder's
     if not use_cache:
         kwargs["use_cache"] = False
     if on_logits is not None:

@@ -99,10 +99,10 @@ def _refusals(key: str, given: dict[str, Any]) -> Iterator[None]:
         raise UsageError(f"ppo.{key}: {first_line(error)}") from error
 
 
-def record_surroundings(config: PPOConfig, accelerator: Accelerator, is_peft: bool) -> None:
+def record_surroundings(config: PPOConfig, accelerator: Accelerator, model: Any) -> None:
     """Fill in the fields of `config` that depend on the processes and the model."""
     config.world_size = accelerator.num_processes
     config.global_batch_size = config.batch_size * config.world_size
     config.global_backward_batch_size = config.backward_batch_size * config.world_size
-    config.is_encoder_decoder = False
-    config.is_peft_model = is_peft
+    config.is_encoder_decoder = model.is_encoder_decoder
+    config.is_peft_model = model.is_peft_model

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ppo_cli.errors import UsageError
+from ppo_cli.models.encoder_decoder import decoder_start
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.models.transformers_generate import GenerateSettings, from_generation_kwargs
@@ -20,8 +25,19 @@ def generation_settings(
         tokenizer: its pad and end tokens are used; it decodes for `stop_strings`.
         policy: the model itself; its end tokens are used.
         temperature: the sampling temperature, unless a `generation_config` is given.
+
+    Raises:
+        UsageError: the caller would begin responses with other tokens than the model's own.
     """
     settings = {"pad_token_id": tokenizer.pad_token_id, "tokenizer": tokenizer, **given}
+    start = decoder_start(policy)
+    if (own := settings.pop("decoder_start_token_id", start)) != start:
+        raise UsageError(
+            f"decoder_start_token_id is {own} here and {start} in the model's generation_config, "
+            "by which `step` computes: set it there"
+        )
+    if "decoder_input_ids" in settings:
+        raise UsageError("decoder_input_ids cannot be given: put the text into the queries")
     if "generation_config" not in given:
         settings.setdefault("temperature", temperature)
     ends = getattr(given.get("generation_config"), "eos_token_id", None)
@@ -30,3 +46,10 @@ def generation_settings(
     elif ends is None:
         ends = end_tokens(tokenizer, model=policy) or None
     return from_generation_kwargs(**settings | {"eos_token_id": ends})
+
+
+def with_start(rows: Sequence[Tensor], start: float | None) -> list[Tensor]:
+    """Rows with a number for each token, with `start` in front; as they are where it is None."""
+    if start is None:
+        return list(rows)
+    return [torch.cat([row.new_tensor([start]), row]) for row in rows]

@@ -2,7 +2,8 @@
 
 The interface is that of TRL 0.11.4's classic trainer; the maths is in `advantages.py` and
 `losses.py`. Source: Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), with the KL penalty
-of Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593). Left out: encoder-decoder models.
+of Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593). In an encoder-decoder
+the encoder reads the query, and the decoder writes the response after a start token.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_cli.kernels.patches import fast_layers
+from ppo_cli.models.encoder_decoder import decoder_start
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling import check_sampling, sample_responses
 from ppo_cli.models.sharding import free, gathered, whole_copy, without_weights
@@ -30,7 +32,7 @@ from ppo_cli.ppo.dataloader import make_dataloader
 from ppo_cli.ppo.device_cache import PPODecorators
 from ppo_cli.ppo.experience import compute_rewards, make_experience, read_probabilities
 from ppo_cli.ppo.forward import check_noise, check_reading
-from ppo_cli.ppo.generation import generation_settings
+from ppo_cli.ppo.generation import generation_settings, with_start
 from ppo_cli.ppo.kl_controller import make_kl_controller
 from ppo_cli.ppo.learning_rate import AdaptiveLearningRate, follow, make_scheduler
 from ppo_cli.ppo.modes import dropout_off, head_alone
@@ -109,7 +111,8 @@ class PPOTrainer:
         PPODecorators.optimize_device_cache = config.optimize_device_cache
         self.is_peft_model = model.is_peft_model
         self.is_distributed = self.accelerator.num_processes > 1
-        record_surroundings(config, self.accelerator, self.is_peft_model)
+        self.is_encoder_decoder = model.is_encoder_decoder
+        record_surroundings(config, self.accelerator, model)
 
         reference = make_reference(model, ref_model, num_shared_layers)
         if config.gradient_checkpointing:
@@ -172,7 +175,8 @@ class PPOTrainer:
             query_tensor: (query_length,) token ids, or a list of such tensors.
             length_sampler: called once per query for the number of new tokens.
             batch_size: queries per forward pass, for a list.
-            return_prompt: whether the returned tensors begin with the query.
+            return_prompt: whether the returned tensors begin with the query. Those of an
+                encoder-decoder always begin with its decoder's start token instead.
             generate_ref_response: also sample from the reference.
             uniforms: (B, R) random numbers in [0, 1) that decide the tokens, R the largest number
                 of new tokens; None for those of `sampling`.
@@ -194,11 +198,15 @@ class PPOTrainer:
             raise ValueError(
                 "query_tensor must be a tensor of shape (query_length,) or a list of them"
             )
-        limits = new_token_limits(queries, length_sampler, generation_kwargs)
+        policy = self.accelerator.unwrap_model(self.model)
+        start = decoder_start(policy)
+        # What counts in max_length beside new tokens: of an encoder-decoder the start token.
+        before = queries if start is None else [query[:1] for query in queries]
+        limits = new_token_limits(before, length_sampler, generation_kwargs)
         settings = generation_settings(
             generation_kwargs,
             tokenizer=self.tokenizer,
-            policy=self.accelerator.unwrap_model(self.model),
+            policy=policy,
             temperature=self.config.temperature,
         )
 
@@ -207,7 +215,9 @@ class PPOTrainer:
                 responses = sample_responses(
                     inner, queries, limits, settings, batch_size=batch_size, uniforms=uniforms
                 )
-            if return_prompt:
+            if start is not None:
+                responses = with_start(responses, start)
+            elif return_prompt:
                 responses = [
                     torch.cat([query.to(response.device), response])
                     for query, response in zip(queries, responses, strict=True)
@@ -292,7 +302,8 @@ class PPOTrainer:
 
         Args:
             queries: B tensors of token ids, (query_length,).
-            responses: B tensors of token ids, (response_length,).
+            responses: B tensors of token ids, (response_length,). Those of an encoder-decoder
+                begin with its decoder's start token, as `generate` returns them.
             scores: B scalars.
             response_masks: B tensors, (response_length,), 0 for response tokens that are context
                 but not learnt from, such as a tool's output. A response without tokens that count
@@ -306,11 +317,12 @@ class PPOTrainer:
             The statistics in `ppo_cli.ppo.statistics.STATISTICS`: floats and NumPy arrays.
 
         Raises:
-            ValueError: lengths or shapes do not fit, a score is not finite, a query is empty, or no
-                response token of the whole batch counts.
+            ValueError: lengths or shapes do not fit, a score is not finite, a query is empty, no
+                response token of the whole batch counts, or a start token is missing.
         """
         clock = Stopwatch()
         config, kl_coef = self.config, self.kl_ctl.value
+        start = decoder_start(self.accelerator.unwrap_model(self.model))
         batch = step_inputs(
             queries,
             responses,
@@ -320,6 +332,7 @@ class PPOTrainer:
             batch_size=config.batch_size,
             pad_token_id=self.tokenizer.pad_token_id,
             device=self.accelerator.device,
+            decoder_start=start,
         )
         batch = self._scaled(batch)
         self._push_if_best(batch.scores)
@@ -356,7 +369,9 @@ class PPOTrainer:
         )
         self._warn(stats)
         pairs = zip(queries, responses, strict=True)
-        lengths = processes.gather_list([(len(query), len(response)) for query, response in pairs])
+        begin = 0 if start is None else 1
+        lengths = [(len(query), len(response) - begin) for query, response in pairs]
+        lengths = processes.gather_list(lengths)
         for name, those in zip(("queries", "responses"), zip(*lengths, strict=True), strict=True):
             stats |= length_statistics(name, list(those))
         clock.lap("calc_stats")

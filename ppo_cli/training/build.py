@@ -18,11 +18,12 @@ from ppo_cli.errors import DataError, UsageError
 from ppo_cli.evaluation.held_out import HeldOutEvaluation
 from ppo_cli.kernels.kernel_caches import limit_kernel_caches
 from ppo_cli.models.capabilities import rope_switch
-from ppo_cli.models.context import context_length
+from ppo_cli.models.context import context_length, context_used
 from ppo_cli.models.loading import (
     check_trusted,
     load_policy,
     load_tokenizer,
+    reads_whole_texts,
     refuse_quantized_weights,
     refuse_untrainable,
 )
@@ -110,7 +111,10 @@ def build_training(
         tokenizer = load_tokenizer(located.policy.model, located.policy.revision, trusted)
         if config.prompts.chat_template is not None:  # it is saved with the model, too
             tokenizer.chat_template = config.prompts.chat_template
-        prompts = load_prompts(located.prompts, tokenizer, config.run.seed, tell)
+        policy = located.policy
+        complete = reads_whole_texts(policy.model, policy.revision, trusted)
+        seed = config.run.seed
+        prompts = load_prompts(located.prompts, tokenizer, seed, tell, complete=complete)
         _check_prompt_count(config, prompts)
         reward = load_reward(located.reward, device, trusted=trusted)
         if config.reward.probe:
@@ -121,14 +125,14 @@ def build_training(
         seed=(config.run.seed + 1) % 2**32,  # not the seed of the queries' lengths
     )
     trainer = make_trainer(located, device, tokenizer, trusted)
-    policy = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model)
     with processes.agreed():
         end_token_ids = end_tokens(
-            tokenizer, config.rollout.stop, policy, chat=config.prompts.has_chat
+            tokenizer, config.rollout.stop, model, chat=config.prompts.has_chat
         )
         check_penalties(config.reward, end_token_ids)
-        try_reward(reward, prompts.train, end_token_ids)
-        check_context(config, policy, prompts.train)
+        try_reward(reward, prompts.train, end_token_ids, continues=not complete)
+        check_context(config, model, prompts.train)
         try_models(trainer)
     _warn([sampling_warning(config)])
 
@@ -270,7 +274,7 @@ def check_context(config: RunConfig, model: Any, prompts: Sequence[Prompt]) -> N
     context = context_length(model)
     longest = max(len(prompt.input_ids) for prompt in prompts)
     new = config.rollout.output_max_length - 1
-    if context is not None and longest + new > context:
+    if context is not None and context_used(model, longest, new) > context:
         raise DataError(
             f"queries of up to {longest} tokens and responses of up to {new} exceed the "
             f"model's context of {context}: lower {_length_key(config)} or "

@@ -18,10 +18,12 @@ from ppo_cli.data.prompts import LengthSampler, Prompt, collate
 from ppo_cli.evaluation.draw_samples import samples_of
 from ppo_cli.evaluation.samples import Sample
 from ppo_cli.models.decode_loop import draw_uniforms
+from ppo_cli.models.encoder_decoder import decoder_start
 from ppo_cli.models.engine import EngineSamples, SamplingEngine
 from ppo_cli.models.sampling import to_texts
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.ppo.engines import sampling_statistics
+from ppo_cli.ppo.generation import with_start
 from ppo_cli.ppo.scores import scale_scores
 from ppo_cli.ppo.statistics import scalars
 from ppo_cli.ppo.trainer import PPOTrainer
@@ -106,7 +108,12 @@ class PPOStep:
             drawn = self._drawn(queries)
         responses = drawn.responses
         sampled = time.perf_counter()
-        rollout = to_texts(self._tokenizer, queries, responses, batch["messages"])
+        start = decoder_start(trainer.accelerator.unwrap_model(trainer.model))
+        if start is not None:  # that token is not sampled
+            responses = [response[1:] for response in responses]
+        rollout = to_texts(
+            self._tokenizer, queries, responses, batch["messages"], continues=start is None
+        )
         check_texts(processes.gather_list(rollout.response_texts), config)
         every = config.reward.score_every
         answered = RewardBatch.of(rollout, batch["query"], batch["columns"], self.end_token_ids)
@@ -121,7 +128,10 @@ class PPOStep:
         )
         scored = time.perf_counter()
         shaped = penalised(found.total, penalties)
-        stats = trainer.step(queries, responses, list(shaped), potentials=potentials)
+        begun = with_start(responses, start)
+        if potentials is not None and start is not None:
+            potentials = with_start(potentials, 0.0)
+        stats = trainer.step(queries, begun, list(shaped), potentials=potentials)
         seconds = time.perf_counter() - started
         own = processes.rows(config.ppo.batch_size)
         of_policy = torch.as_tensor(stats["objective/logprobs"][own])
