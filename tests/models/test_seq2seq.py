@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from ppo_cli.models.sampling import check_sampling, sample_responses, to_texts
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.saving import write_model
 from ppo_cli.models.transformers_generate import GenerateSettings
+from ppo_cli.rewards.batch import RewardBatch
+from ppo_cli.rewards.partial_scores import potentials
 from tests.conftest import (
     make_gpt2,
     make_seq2seq,
@@ -156,7 +159,16 @@ def test_a_response_is_a_text_of_its_own() -> None:
     tokenizer = make_seq2seq_tokenizer()
     rollout = to_texts(tokenizer, QUERIES[:1], [torch.tensor([5, 6, 1])], continues=False)
     assert rollout.texts == rollout.response_texts == ["t5 t6"]
-    assert not rollout.continues
+    batch = RewardBatch.of(rollout, ["t5"])
+    assert batch.take([0], ["t5 t6"]).responses == ["t5 t6"]  # although it begins as the query does
+    seen: list[str] = []
+
+    def lengths(texts: Sequence[str]) -> torch.Tensor:
+        seen.extend(texts)
+        return torch.tensor([float(len(text)) for text in texts])
+
+    potentials(rollout, tokenizer, lengths, every=1)
+    assert seen == ["", "t5", "t5 t6"]
 
 
 # ---------------------------------------------------------------- what trains
