@@ -105,6 +105,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Whether `error`, or a cause of it, is how gloo or NCCL say that another process is gone."""
+    phrases = (
+        "gloo/transport",  # the place in its source that every such message of gloo begins with
+        "closed by peer",
+        "reset by peer",
+        "timed out waiting",
+        "socket has timed out",
+        "wait timeout",
+        "remote process exited",
+        "communicator was aborted",
+        "collective operation timeout",
+    )
+    return any(
+        isinstance(cause, RuntimeError) and any(words in str(cause).lower() for words in phrases)
+        for cause in causes_of(error)
+    )
+
+
 def causes_of(error: BaseException | None) -> Iterator[BaseException]:
     """`error`, then the chain of its causes and contexts."""
     seen: set[int] = set()

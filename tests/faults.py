@@ -9,6 +9,7 @@ import errno
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -151,6 +152,61 @@ def slow_step(step: int) -> None:
     from ppo_cli.training import step as training_step
 
     before_call(training_step, "to_texts", step, lambda *_, **__: time.sleep(30))
+
+
+def at_step(step: int, act: Callable[[], None]) -> None:
+    """Call `act` between sampling and learning of `step`, counted from where the process begins."""
+    from ppo_cli.training import step as training_step
+
+    before_call(training_step, "to_texts", step, lambda *_: act())
+
+
+def signal_itself(number: int) -> None:
+    """Send the process a signal."""
+    os.kill(os.getpid(), number)
+
+
+def signal_at_stop(call: int) -> None:
+    """SIGTERM comes while the processes ask each other, for the `call`-th time, whether to stop."""
+    from ppo_cli.training.run import Training
+    from ppo_cli.utils import processes
+
+    original = processes.any_of
+
+    def interrupted(flag: bool) -> bool:
+        found = original(flag)
+        signal_itself(signal.SIGTERM)
+        return found
+
+    def patch(*_: Any) -> None:
+        processes.any_of = interrupted  # type: ignore[assignment]
+
+    def unpatch(*_: Any) -> None:
+        processes.any_of = original
+
+    before_call(Training, "_stops", call, patch)
+    before_call(Training, "_one_step", call, unpatch)
+
+
+def one_gpu() -> None:
+    """A machine with one GPU, when devices are chosen."""
+    import torch
+
+    from ppo_cli.training import build
+
+    def patch(_: Any) -> None:
+        torch.cuda.is_available = lambda: True
+        torch.cuda.device_count = lambda: 1
+
+    before_call(build, "resolve_device", 1, patch)
+
+
+def free_port() -> int:
+    """A port that nobody uses at this moment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 def no_reader(*descriptors: int) -> None:

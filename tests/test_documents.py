@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ppo_cli.config.schema import json_schema
+from ppo_cli.config.schema import RunConfig, json_schema
 from ppo_cli.evaluation.quality import explained_statistics
 from ppo_cli.ppo.statistics import RUN_STATISTICS, STATISTICS
 
@@ -105,6 +105,16 @@ def with_tables(text: str) -> str:
         )
         assert count == 1, f"docs/configuration.md has no table of {section}"
     return text
+
+
+KEY = re.compile(r"`(policy|prompts|rollout|reward|ppo|run)\.(?!(?:yaml|py|json)\b)([a-z_]+)\b")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_every_key_that_a_page_names_is_there(page: Path) -> None:
+    known = {name: set(vars(getattr(RunConfig(), name))) for name in RunConfig.model_fields}
+    found = KEY.findall(page.read_text(encoding="utf-8"))
+    assert [f"{section}.{key}" for section, key in found if key not in known[section]] == []
 
 
 HEAD = ("| key | default | meaning |", "|---|---|---|")

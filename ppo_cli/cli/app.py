@@ -27,7 +27,15 @@ from ppo_cli.cli.push import push
 from ppo_cli.cli.runs import runs
 from ppo_cli.cli.stats import stats
 from ppo_cli.cli.train import train
-from ppo_cli.errors import Interrupted, PPOCliError, did_you_mean, is_out_of_memory, without_secrets
+from ppo_cli.errors import (
+    Interrupted,
+    PPOCliError,
+    UsageError,
+    did_you_mean,
+    is_lost_process,
+    is_out_of_memory,
+    without_secrets,
+)
 from ppo_cli.utils import launcher
 from ppo_cli.utils.text import escape_controls
 
@@ -105,23 +113,38 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    command = context.invoked_subcommand
+    if launcher.count() > 1 and command != "train":
+        raise UsageError(
+            f"{command} runs in one process, and a launcher started {launcher.count()}: call it "
+            "without the launcher, or unset WORLD_SIZE"
+        )
 
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
     streams.settle()
-    if launcher.index():
+    if _is_secondary():
         streams.silence()
+    if launcher.is_ours():
+        from ppo_cli.cli.launch import stop_with_launcher
+
+        stop_with_launcher()
     _quieten()
     # Importing torch and transformers makes millions of lasting objects. Garbage collections that
     # visit them again and again took a fifth of `generate`'s time.
     gc.set_threshold(50_000, 20, 50)
-    sys.exit(_run())
+    code = _run()
+    if launcher.count() > 1:  # threads of gloo and NCCL may abort an interpreter that ends
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run() -> int:
@@ -129,6 +152,7 @@ def _run() -> int:
     try:
         result = command.main(prog_name="ppo-cli", standalone_mode=False)
         sys.stdout.flush()
+        _leave()
         return result if isinstance(result, int) else 0
     except PPOCliError as error:
         return _fail(str(error), error.exit_code, error)
@@ -166,8 +190,10 @@ def _explain(error: Exception) -> str:
     text = str(error).strip().splitlines()
     first = text[0] if text else type(error).__name__
     if is_out_of_memory(error):
-        asked = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-        return f"out of memory: {SMALLER.get(asked, 'end other programs, or use a larger machine')}"
+        smaller = SMALLER.get(_asked(), "end other programs, or use a larger machine")
+        return f"out of memory: {smaller}"
+    if _is_lost(error):
+        return "another process of this run died or does not answer"
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}{REMEDIES.get(error.errno, '')}"
@@ -179,15 +205,51 @@ def _explain(error: Exception) -> str:
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> int:
     """Print the message, and below it the notes of `error` (PEP 678); return the exit code."""
-    if number := launcher.index():  # the main process tells what all processes raised
-        if error is None or getattr(error, "is_agreed", False):
+    is_agreed = getattr(error, "is_agreed", False)  # then all processes raise it
+    if _is_secondary():
+        if not _is_started() and (error is None or isinstance(error, UsageError)):
+            return 0  # the main process says it, unless a launcher ends it because of this one
+        if is_agreed:
+            _leave()
+        is_told = is_agreed or error is None or isinstance(error, Interrupted)
+        if is_told or (_is_lost(error) and launcher.local_index()):
             return code
         sys.stderr = sys.__stderr__
-        message = f"process {number}: {message}"
+        message = f"process {launcher.index()}: {message}"
+        error = None  # the main process has its notes, too
     if os.environ.get("PPO_CLI_DEBUG") == "1":
         traceback.print_exc()
     _say("error: ", [*message.splitlines(), *getattr(error, "__notes__", ())])
+    if is_agreed:
+        sys.stderr.flush()
+        _leave()
     return code
+
+
+def _asked() -> str:
+    """The command, as far as it can be told before the command line is read."""
+    return next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+
+
+def _is_secondary() -> bool:
+    """Whether another process says what this one would say: the main one, or one a machine."""
+    return bool(launcher.index() if _asked() == "train" else launcher.local_index())
+
+
+def _is_started() -> bool:
+    """Whether the processes of a run have found each other. Does not import torch."""
+    processes = sys.modules.get("ppo_cli.utils.processes")
+    return processes is not None and processes.count() > 1
+
+
+def _leave() -> None:
+    """Wait for the other processes, where there are some."""
+    if _is_started():
+        sys.modules["ppo_cli.utils.processes"].leave()
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    return launcher.count() > 1 and error is not None and is_lost_process(error)
 
 
 def _say(label: str, lines: Sequence[str]) -> None:

@@ -1,9 +1,11 @@
 """`ppo-cli train`."""
 
+import io
 import shlex
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 Overrides = Mapping[tuple[str, str], Any]
 """Values of options by section and key; None for what was not given."""
+SAME_SIGNAL = 1.0
+"""Seconds within which a signal to one of several processes counts once: a launcher passes on what
+the terminal or the batch system has sent to the process as well."""
 HANGUP = {signal.SIGHUP} if hasattr(signal, "SIGHUP") else set()  # Windows has none
 
 
@@ -87,6 +92,16 @@ def train(
             "dvclive, swanlab, or none (repeats).",
         ),
     ] = None,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            "--num-processes",
+            min=1,
+            max=1024,
+            metavar="N",
+            help="Share the run's batches among N processes of this machine, one a GPU.",
+        ),
+    ] = None,
     trust_remote_code: options.Trust = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the run directory's newest checkpoint.")
@@ -122,6 +137,7 @@ def train(
 ) -> int:
     """Tune a language model with PPO towards a sentiment, or a reward of your own."""
     from ppo_cli.cli.console import hush, note, print_tables, write_json
+    from ppo_cli.cli.launch import launch
     from ppo_cli.config.trackers import as_names, check_installed
     from ppo_cli.kernels.switch import configured
 
@@ -139,7 +155,9 @@ def train(
         ("ppo", "log_with"): _trackers(track),
     }
     rewards = reward or []
-    with _started_together() as together:
+    launcher.check(num_processes)
+    launches = (num_processes or 1) > launcher.count()
+    with _started_together() as together, _silent(launches):
         if resume:
             settings, changes, consented = _settings_to_resume(
                 config, assignments or [], overrides, rewards
@@ -151,8 +169,10 @@ def train(
             consented = settings.reward.foreign
         together.timeout = settings.run.timeout
         check_installed(as_names(settings.ppo.log_with))
-        if dry_run and measure and launcher.count() > 1:
+        if dry_run and measure and (launches or launcher.count() > 1):
             raise UsageError("--dry-run measures one process: start one, or add --no-measure")
+    if launches:
+        return launch(num_processes or 1)
     kernels = configured(settings.policy.kernels)
     # The request is known to be sound; only now come the imports that take seconds.
     from ppo_cli.cli.display import make_display
@@ -219,6 +239,13 @@ def train(
     return 0
 
 
+@contextmanager
+def _silent(is_silent: bool) -> Iterator[None]:
+    """Drop what is said in the block, which the processes that are started then say again."""
+    with redirect_stderr(io.StringIO()) if is_silent else nullcontext():
+        yield
+
+
 class _Together:
     """How long the processes of a run wait for each other, in seconds."""
 
@@ -230,12 +257,12 @@ def _started_together() -> Iterator[_Together]:
     """Around what can be checked at once: then the processes of a launcher find each other.
 
     Raises:
-        PPOCliError: the block raised it on one of the processes.
+        Exception: the block raised it on one of the processes.
     """
     together, fault = _Together(), None
     try:
         yield together
-    except PPOCliError as error:
+    except Exception as error:
         if launcher.count() == 1:
             raise
         fault = error
@@ -431,6 +458,7 @@ class _StopSignals:
         self.signal: int | None = None
         self.training: Training | None = None
         self._quiet = quiet
+        self._taken_at = 0.0
         self._old_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopSignals":
@@ -447,6 +475,10 @@ class _StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number in HANGUP and self.signal is not None:
             return
+        if launcher.count() > 1:
+            before, self._taken_at = self._taken_at, time.monotonic()
+            if self._taken_at < before + SAME_SIGNAL:
+                return
         if self.signal is not None or self.training is None:
             raise Interrupted(number)
         self.signal = number

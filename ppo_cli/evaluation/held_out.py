@@ -111,7 +111,8 @@ class HeldOutEvaluation:
 
     def best_of_n(self, counts: Sequence[int]) -> BestOfN:
         """Best-of-n from the reference, for each n of `counts`."""
-        with self._trainer.adapter_off(), self._trainer.accelerator.autocast():
+        trainer = self._trainer
+        with trainer.gathered(), trainer.adapter_off(), trainer.accelerator.autocast():
             scores = draw_scores(
                 self._reference,
                 self._tokenizer,
@@ -135,7 +136,8 @@ class HeldOutEvaluation:
         count: int | None = None,
     ) -> MeasuredSamples:
         own = processes.rows(len(self._queries[:count]))
-        with processes.agreed(), self._trainer.accelerator.autocast():
+        trainer = self._trainer
+        with trainer.gathered(), processes.agreed(), trainer.accelerator.autocast():
             rollout = draw_rollout(
                 model,
                 self._tokenizer,
@@ -158,7 +160,7 @@ class HeldOutEvaluation:
                 rollout.queries,
                 rollout.responses,
                 as_reference=as_reference,
-                temperature=self._trainer.config.temperature,
+                temperature=trainer.config.temperature,
             )
         samples = processes.gather_list(samples)
         found = Likelihoods.joined(processes.gather(found))

@@ -70,6 +70,7 @@ class _CheckResults:
 
     def __init__(self, model: nn.Module) -> None:
         self.structure = _Structure(model)
+        self.is_final = False
         self.answers: dict[frozenset[str], dict[Any, Any]] = {}
 
 
@@ -82,9 +83,15 @@ def check_results(model: nn.Module) -> dict[Any, Any]:
     Each choice of fast paths has results of its own.
     """
     found = _check_results.get(model)
-    if found is None or not found.structure.is_kept():
+    if found is None or not (found.is_final or found.structure.is_kept()):
         found = _check_results[model] = _CheckResults(model)
     return found.answers.setdefault(enabled(), {})
+
+
+def keep_results(model: nn.Module) -> None:
+    """Keep the results of the checks of a model from now on, although its weights are sharded."""
+    check_results(model)
+    _check_results[model].is_final = True
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from ppo_cli.kernels.switch import is_enabled
 from ppo_cli.models.capabilities import reads_static_cache
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling_params import SamplingParams
+from ppo_cli.models.sharding import is_sharded
 
 DROP_SHARE = 0.25  # share of ended rows from which on the cache is copied without them
 FEWEST_REPLAYS = 6  # replays of a step that are worth the time of recording it
@@ -156,6 +157,7 @@ def _hooks(policy: AutoModelForCausalLMWithValueHead) -> int:
 def _is_worth_recording(policy: AutoModelForCausalLMWithValueHead, longest: int) -> bool:
     return (
         is_enabled("cuda_graph")
+        and not is_sharded(policy)  # gathered weights are freed
         and policy.device.type == "cuda"
         and longest - 2 >= FEWEST_REPLAYS
         and all(parameter.device == policy.device for parameter in policy.parameters())

@@ -31,7 +31,14 @@ from ppo_cli.models.architectures import (
     keep_weights_as_stored,
     untie_embeddings,
 )
-from ppo_cli.models.capabilities import PADDED_READING, Reading, check_results, fastest_reading
+from ppo_cli.models.capabilities import (
+    PADDED_READING,
+    Reading,
+    check_results,
+    fastest_reading,
+    keep_results,
+)
+from ppo_cli.models.frozen_layers import layer_stack
 from ppo_cli.models.pretrained import (
     HUB_KEYWORDS,
     VALUE_HEAD_FILE,
@@ -175,6 +182,21 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
     def device(self) -> torch.device:
         """The device of the value head, and so of the model's output."""
         return self.v_head.summary.weight.device
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the classes of layers, which are sharded one by one."""
+        found = {type(module).__name__ for module in self._base_model.modules()}
+        named = found.intersection(self._base_model._no_split_modules or ())
+        stack = None if named else layer_stack(self._base_model)
+        if stack is not None:
+            named = {type(m).__name__ for m in self._base_model.get_submodule(stack).children()}
+        return sorted(named)
+
+    def keep_check_results(self) -> None:
+        """Keep the answers to what was asked of the model so far; its weights are sharded next."""
+        keep_results(self.pretrained_model)
+        keep_results(self._base_model)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -350,7 +372,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         return states
 
     def _values(self, hidden: Tensor) -> Tensor:
-        return self.v_head(hidden.to(self.device)).squeeze(-1)
+        # Not a view: torch warns where a sharded model returns one.
+        return torch.squeeze_copy(self.v_head(hidden.to(self.device)), -1)
 
     @property
     def adds_tokens(self) -> bool:

@@ -21,6 +21,7 @@ from ppo_cli.errors import UsageError
 from ppo_cli.models.decode_loop import LogitsCallback, not_finite
 from ppo_cli.models.encoder_decoder import decoder_start
 from ppo_cli.models.sampling_params import SamplingParams
+from ppo_cli.models.sharding import is_sharded
 
 # Every setting that changes the distribution, at the value that leaves it unchanged. Without them
 # `generate` would take the model's own generation_config where no setting is given, and its top-k
@@ -176,6 +177,8 @@ def generate_responses(
         kwargs["use_cache"] = False
     if on_logits is not None:
         kwargs["logits_processor"] = LogitsProcessorList([_PassOn(on_logits)])
+    if is_sharded(model):  # processes may draw different numbers of tokens from gathered weights
+        kwargs["synced_gpus"] = False
     row_limits = _RowLimits(torch.tensor(limits, device=model.device) + width)
     with _generation_config(model, settings.generation_config), _finite_probabilities():
         output = model.generate(

@@ -14,6 +14,7 @@ from accelerate.utils import ProjectConfiguration
 from ppo_cli.config.trackers import as_names
 from ppo_cli.errors import UsageError, did_you_mean, is_out_of_memory
 from ppo_cli.ppo.config import PPOConfig
+from ppo_cli.ppo.sharding import check_sharded, with_sharding
 from ppo_cli.ppo.trackers import check_logging_dir, check_trackers, start_trackers
 from ppo_cli.utils import launcher
 from ppo_cli.utils.device import mixed_precision, resolve_device
@@ -33,7 +34,8 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     Raises:
         MissingPackageError: a tracker's package is missing.
         UsageError: accelerate or the tracker refuses a keyword argument, the device does not have
-            the precision, or a launcher started processes that accelerate does not see.
+            the precision, a launcher started processes that accelerate does not see, or sharding
+            was asked for that is not done.
         PPOCliError: a tracker does not start.
     """
     _check_keywords("accelerator_kwargs", config.accelerator_kwargs, Accelerator)
@@ -47,9 +49,11 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
         settings["mixed_precision"] = mixed_precision(settings["mixed_precision"], device)
     with _refusals("project_kwargs", config.project_kwargs):
         project = ProjectConfiguration(**config.project_kwargs)
+    settings = with_sharding(settings)
     with _refusals("accelerator_kwargs", config.accelerator_kwargs):
         accelerator = Accelerator(log_with=names or None, project_config=project, **settings)
     _check_processes(accelerator)
+    check_sharded(accelerator, settings)
     if names:
         start_trackers(accelerator, config)
     return accelerator

@@ -1,14 +1,11 @@
-"""Settings and model for `PPOTrainer.generate`."""
+"""Settings for `PPOTrainer.generate`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor
 
 from ppo_cli.errors import UsageError
@@ -56,15 +53,3 @@ def with_start(rows: Sequence[Tensor], start: float | None) -> list[Tensor]:
     if start is None:
         return list(rows)
     return [torch.cat([row.new_tensor([start]), row]) for row in rows]
-
-
-@contextmanager
-def unwrapped_for_generation(model: Any, accelerator: Accelerator) -> Iterator[Any]:
-    """The model without accelerate's wrapper, its weights gathered if they are sharded."""
-    if accelerator.distributed_type == DistributedType.NO:
-        yield accelerator.unwrap_model(model)
-        return
-    from trl.models import unwrap_model_for_generation
-
-    with unwrap_model_for_generation(model, accelerator) as unwrapped:
-        yield unwrapped

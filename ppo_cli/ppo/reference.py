@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
 from ppo_cli.errors import UsageError
@@ -19,6 +18,7 @@ from ppo_cli.models.reference import (
 )
 from ppo_cli.models.seq2seq import with_value_head
 from ppo_cli.ppo.accelerator import require
+from ppo_cli.ppo.sharding import shard_reference
 
 
 def make_reference(
@@ -58,12 +58,6 @@ def prepare_reference(reference: Any, accelerator: Accelerator) -> Any:
     """
     if reference is None:
         return None
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        from trl.models import prepare_deepspeed
-
-        return prepare_deepspeed(reference, accelerator)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        from trl.models import prepare_fsdp
-
-        return prepare_fsdp(reference, accelerator)
+    if accelerator.is_fsdp2:
+        return shard_reference(accelerator, reference)
     return accelerator.prepare_model(reference, evaluation_mode=True).eval()

@@ -46,17 +46,12 @@ def step_inputs(
     Raises:
         ValueError: as in `PPOTrainer.step`, on all processes where it is raised on one.
     """
-    with processes.agreed():
-        score_tensor = checked_batch(queries, responses, scores, response_masks, batch_size)
-        if decoder_start is not None:
-            check_starts(responses, decoder_start)
-            responses = [response[1:] for response in responses]
-            response_masks = response_masks and [mask[1:] for mask in response_masks]
-            potentials = potentials and [row[1:] for row in potentials]
-    if processes.count() > 1:
-        queries, responses = map(_from_all, (queries, responses))
-        response_masks, potentials = map(_from_all, (response_masks, potentials))
-        score_tensor = torch.cat(processes.gather(score_tensor))
+    lists = (queries, responses, response_masks, potentials)
+    parts = processes.gather_from(_own_part, lists, scores, batch_size, decoder_start)
+    queries, responses, response_masks, potentials = (
+        _joined([part[i] for part, _ in parts]) for i in range(len(lists))
+    )
+    score_tensor = torch.cat([part for _, part in parts])
     tokens = TokenBatch.from_lists(
         queries, responses, response_masks, pad_token_id or 0, device, decoder_start
     )
@@ -66,10 +61,26 @@ def step_inputs(
     return StepInputs(tokens, score_tensor.to(device), grid)
 
 
-def _from_all(tensors: list[Tensor] | None) -> Any:
-    """The processes' lists of tensors, joined; None where one of them has none."""
-    own = None if tensors is None else [tensor.detach().cpu() for tensor in tensors]
-    parts = processes.gather(own)
+def _own_part(
+    lists: Sequence[list[Tensor] | None],
+    scores: list[Tensor],
+    batch_size: int,
+    decoder_start: int | None,
+) -> tuple[list[list[Tensor] | None], Tensor]:
+    """This process's part of the batch, checked; on the CPU where others are to get it."""
+    queries, responses, response_masks, _ = lists
+    checked = checked_batch(queries, responses, scores, response_masks, batch_size)
+    if decoder_start is not None:
+        check_starts(responses or (), decoder_start)
+        lists = [queries, *(rows and [row[1:] for row in rows] for rows in lists[1:])]
+    if processes.count() == 1:
+        return [*lists], checked
+    sent = [tensors and [tensor.detach().cpu() for tensor in tensors] for tensors in lists]
+    return sent, checked
+
+
+def _joined(parts: Sequence[list[Tensor] | None]) -> Any:
+    """The processes' lists of tensors as one; None where they have none."""
     lists = [part for part in parts if part is not None]
     if lists and len(lists) < len(parts):
         raise ValueError("response_masks and potentials are given by all processes, or by none")

@@ -23,20 +23,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_cli.kernels.patches import fast_layers
 from ppo_cli.models.encoder_decoder import decoder_start
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.models.sampling import sample_responses
+from ppo_cli.models.sampling import check_sampling, sample_responses
+from ppo_cli.models.sharding import free, gathered, whole_copy, without_weights
 from ppo_cli.models.transformers_generate import new_token_limits
 from ppo_cli.ppo.accelerator import make_accelerator, record_surroundings, require
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.dataloader import make_dataloader
 from ppo_cli.ppo.experience import compute_rewards, make_experience, read_probabilities
 from ppo_cli.ppo.forward import check_noise, check_reading
-from ppo_cli.ppo.generation import generation_settings, unwrapped_for_generation, with_start
+from ppo_cli.ppo.generation import generation_settings, with_start
 from ppo_cli.ppo.kl_controller import make_kl_controller
 from ppo_cli.ppo.learning_rate import AdaptiveLearningRate, follow, make_scheduler
 from ppo_cli.ppo.modes import dropout_off, head_alone
 from ppo_cli.ppo.optimizer_step import make_optimizer
 from ppo_cli.ppo.reference import make_reference, prepare_reference
 from ppo_cli.ppo.scores import PotentialCalibration, RunningMoments, scale_scores
+from ppo_cli.ppo.sharding import begin_sharded, refuse_unshardable
 from ppo_cli.ppo.step_inputs import StepInputs, step_inputs
 from ppo_cli.ppo.step_statistics import (
     Stopwatch,
@@ -121,6 +123,10 @@ class PPOTrainer:
             self._schedule = make_scheduler(config, optimizer)
             if config.lr_scheduler_type == "adaptive":
                 self._adaptation = AdaptiveLearningRate(optimizer, config)
+        self.current_step = 0
+        self._skeleton: Any = None  # of a sharded policy
+        if self.accelerator.is_fsdp2:
+            self._settle_before_sharding(model, reference)
         self.dataset = dataset
         dataloader = None
         if dataset is not None:
@@ -134,11 +140,12 @@ class PPOTrainer:
         if lr_scheduler is None:
             self.lr_scheduler = self._schedule  # accelerate would step it once per process
         self.ref_model = prepare_reference(reference, self.accelerator)
+        if self.accelerator.is_fsdp2:
+            begin_sharded(self.accelerator, self.model, self.ref_model)
 
         self.kl_ctl = make_kl_controller(config)
         self.running = RunningMoments()
         self._calibration = PotentialCalibration()
-        self.current_step = 0
         self._best_mean_score = -float("inf")
         self.advises = True
         self._warned: set[str] = set()
@@ -202,8 +209,7 @@ class PPOTrainer:
         )
 
         def sample(model: Any) -> Any:
-            unwrapped = unwrapped_for_generation(model, self.accelerator)
-            with unwrapped as inner, self.sampling.active(), self.accelerator.autocast():
+            with self.sampling_from(model) as inner:
                 responses = sample_responses(
                     inner, queries, limits, settings, batch_size=batch_size, uniforms=uniforms
                 )
@@ -222,11 +228,36 @@ class PPOTrainer:
         with self._reference() as reference:
             return response, sample(reference)
 
-    def adapter_off(self) -> AbstractContextManager[None]:
+    def gathered(self) -> AbstractContextManager[None]:
+        """Hold the whole weights of sharded models inside the block, to sample and to evaluate.
+
+        All processes come to it. Inside they may make different forward passes, without gradients.
+        """
+        return gathered(self.model, self.ref_model)
+
+    @contextmanager
+    def sampling_from(self, model: Any = None) -> Iterator[Any]:
+        """The model to sample from inside the block, where random numbers are the trainer's.
+
+        Args:
+            model: policy or reference; None for the policy.
+        """
+        inner = self.accelerator.unwrap_model(model or self.model)
+        with gathered(inner), self.sampling.active(), self.accelerator.autocast():
+            yield inner
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
         """Switch the adapter off inside the block, if the reference is the policy without it."""
         if self.ref_model is not None:
-            return nullcontext()
-        return self.accelerator.unwrap_model(self.model).pretrained_model.disable_adapter()
+            yield
+            return
+        free(self.model)
+        with self.accelerator.unwrap_model(self.model).pretrained_model.disable_adapter():
+            try:
+                yield
+            finally:
+                free(self.model)
 
     @contextmanager
     def _reference(self) -> Iterator[Any]:
@@ -342,6 +373,18 @@ class PPOTrainer:
         self._after_step(stats)
         return {**stats, **clock.times, "time/ppo/total": clock.total}
 
+    def _settle_before_sharding(self, model: AutoModelForCausalLMWithValueHead, ref: Any) -> None:
+        """Ask what will be asked of policy and reference while each process has them whole."""
+        with processes.agreed():
+            self.model = model
+            with self._modes_of_a_step():
+                refuse_unshardable(model)
+            for one in filter(None, (model, ref)):
+                check_reading(one)
+                check_sampling(one, self.tokenizer.pad_token_id)
+                one.keep_check_results()
+            self._skeleton = without_weights(model)
+
     @contextmanager
     def _modes_of_a_step(self) -> Iterator[None]:
         """No dropout, in the warm-up only the value head learns, fast products of matrices."""
@@ -349,10 +392,14 @@ class PPOTrainer:
         checkpointing = self.config.gradient_checkpointing
         dropout = dropout_off(self.model, keep_training_mode=checkpointing)
         warm_up = head_alone(self.model) if self._is_warming_up else nullcontext()
+        free(self.model)
         with dropout, warm_up, fast_layers():
             if checkpointing:
                 check_noise(self.model)
-            yield
+            try:
+                yield
+            finally:
+                free(self.model)
 
     @property
     def _is_warming_up(self) -> bool:
@@ -437,16 +484,33 @@ class PPOTrainer:
         model = model or self.accelerator.unwrap_model(self.model)
         return make_dataloader(dataset, self.config, model, data_collator)
 
+    def whole_policy(self) -> Any:
+        """The policy without accelerate's wrapper, its weights whole.
+
+        Of a sharded policy this is a copy in the main process's memory, on the CPU, and None in the
+        others; all processes call it.
+        """
+        if self._skeleton is None:
+            return self.accelerator.unwrap_model(self.model)
+        return whole_copy(self.model, self._skeleton)
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write policy, value head, tokenizer and a model card to a folder."""
-        self.accelerator.unwrap_model(self.model).save_pretrained(save_directory, **kwargs)
-        self.tokenizer.save_pretrained(save_directory)
-        self.create_model_card(save_directory)
+        """Write policy, value head, tokenizer and a model card to a folder.
+
+        All processes of a sharded policy call it; the main one writes.
+        """
+        policy = self.whole_policy()
+        if policy is not None:
+            policy.save_pretrained(save_directory, **kwargs)
+            self.tokenizer.save_pretrained(save_directory)
+            self.create_model_card(save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
-        """Upload policy, value head and tokenizer."""
-        self.accelerator.unwrap_model(self.model).push_to_hub(repo_id, **kwargs)
-        self.tokenizer.push_to_hub(repo_id, **kwargs)
+        """Upload policy, value head and tokenizer. All processes of a sharded policy call it."""
+        policy = self.whole_policy()
+        if policy is not None:
+            policy.push_to_hub(repo_id, **kwargs)
+            self.tokenizer.push_to_hub(repo_id, **kwargs)
 
     def create_model_card(self, path: str | Path, model_name: str = "PPO model") -> None:
         """Write a short `README.md`: what the model is and how to load it."""
@@ -497,4 +561,8 @@ class PPOTrainer:
         mean_score = scores.mean().item()
         if mean_score > self._best_mean_score:
             self._best_mean_score = mean_score
-            processes.on_main(self.push_to_hub, **target)
+            if self._skeleton is None:
+                processes.on_main(self.push_to_hub, **target)
+            else:
+                with processes.agreed():
+                    self.push_to_hub(**target)

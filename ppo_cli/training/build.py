@@ -31,7 +31,9 @@ from ppo_cli.models.sampling import check_sampling
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.ppo.config import PPOConfig
+from ppo_cli.ppo.engines import check_engine, make_engine, try_engine
 from ppo_cli.ppo.forward import check_reading
+from ppo_cli.ppo.sharding import check_sharding, load_whole_models
 from ppo_cli.ppo.trackers import check_trackers
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.rewards.loading import load_reward, try_reward
@@ -82,6 +84,10 @@ def build_training(
     located, inputs = config, None  # `located` names the places where the inputs are
     with processes.agreed():
         check_trackers(config.ppo)
+        precision = {"mixed_precision": config.policy.precision}
+        ram_warning = load_whole_models()
+        check_sharding({**precision, **config.ppo.accelerator_kwargs})
+        check_engine(config.rollout)
         check_trusted(trusted, (config.policy.model, *config.reward.models))
         recorded = Inputs(directory.recorded().get("inputs")) if resume else None
         check_consent(config.reward, consented, str(config.output), recorded)
@@ -97,10 +103,11 @@ def build_training(
         processes.on_main(directory.lock.acquire)
         _warn([take_threads(_recorded_threads(directory))])
 
+    _warn([ram_warning])
     limit_kernel_caches()
     set_seed(config.run.seed)
-    device = resolve_device(config.run.device)
     with processes.agreed():
+        device = resolve_device(config.run.device)
         tokenizer = load_tokenizer(located.policy.model, located.policy.revision, trusted)
         if config.prompts.chat_template is not None:  # it is saved with the model, too
             tokenizer.chat_template = config.prompts.chat_template
@@ -136,6 +143,11 @@ def build_training(
         stop_token_ids=tuple(end_token_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
+    queries = [prompt.input_ids for prompt in prompts.train]
+    is_trusted = located.policy.model in trusted
+    with trainer.gathered(), processes.agreed():
+        engine = make_engine(config.rollout, trainer, queries, is_trusted=is_trusted)
+        try_engine(engine, trainer, queries, sampling, config.rollout.output_max_length - 1)
     facts: dict[str, Any] = {
         "machine": machine(device, trainer.accelerator.mixed_precision),
         "kernels": fast_paths(trainer),
@@ -164,6 +176,7 @@ def build_training(
             reward=reward,
             end_token_ids=end_token_ids,
             sampling=sampling,
+            engine=engine,
         ),
         held_out=HeldOutEvaluation(
             trainer,
@@ -319,8 +332,11 @@ def _check_prompt_count(config: RunConfig, prompts: PromptSet) -> None:
 
 
 def _recorded_threads(directory: RunDirectory) -> Any:
+    """Threads of each process of the run; None where there were more or fewer processes."""
     recorded = directory.recorded().get("machine")
-    return recorded.get("threads") if isinstance(recorded, dict) else None
+    if not isinstance(recorded, dict) or recorded.get("processes", 1) != processes.count():
+        return None
+    return recorded.get("threads")
 
 
 def _warn(messages: Iterable[str | None]) -> None:

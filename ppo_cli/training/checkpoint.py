@@ -2,6 +2,8 @@
 
 A checkpoint is a folder `step-N`. It is written under another name, flushed to the disk and
 renamed. Its manifest, written last, holds the SHA-256 of every other file, so that damage is found.
+Of a sharded model each process writes its part (`shards.py`). Any number of processes, sharded or
+not, reads either form.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ppo_cli.errors import PPOCliError, is_out_of_memory
+from ppo_cli.models.sharding import is_sharded
+from ppo_cli.training.shards import is_part, read_shards, stored_tensors, write_shards
+from ppo_cli.utils import processes
 from ppo_cli.utils.files import settle, sync, writing
-from ppo_cli.utils.inventory import CHECKPOINT_FILES, checkpoint_strangers, is_unfinished_checkpoint
+from ppo_cli.utils.inventory import (
+    CHECKPOINT_FILES,
+    CHECKPOINT_SHARD,
+    checkpoint_strangers,
+    is_unfinished_checkpoint,
+)
 
 WEIGHTS_FILE, TENSORS_FILE, STATE_FILE, MANIFEST_FILE = CHECKPOINT_FILES
+TENSOR_NAME = re.compile(r"t\d+")  # of a tensor that is no weight
 TENSOR_KEY = "__tensor__"
 PAIRS_KEY = "__pairs__"
 
@@ -37,7 +48,7 @@ def save_checkpoint(
     keep: int,
     best: int | None = None,
 ) -> Path:
-    """Write `folder/step-N`, then `prune`.
+    """Write `folder/step-N`, then `prune`. All processes call it; all get its path.
 
     From the first checkpoint on there is a whole one at every instant: older ones are deleted last,
     and a step that is saved again gets another name (`step-N.1`).
@@ -46,25 +57,63 @@ def save_checkpoint(
         folder: the run's checkpoints.
         step: N.
         model: its trainable parameters are saved; the others are those of the model it came from.
-        state: nested dictionaries and lists of plain values and tensors.
+        state: nested dictionaries and lists of plain values and tensors. The main process's is
+            written; of a sharded model the others' has the same sharded tensors, before any others.
         keep: as for `prune`.
         best: as for `prune`.
     """
+    target, unfinished = processes.on_main(_begin, folder, step)
+    try:
+        if is_sharded(model):
+            tensors: dict[str, Tensor] = {}
+            tree = _to_json(dict(state), tensors)
+            with writing(target):
+                write_shards(unfinished, {**_trainable(model), **tensors})
+            processes.on_main(_finish, unfinished, target, tree)
+        else:
+            processes.on_main(_write, unfinished, target, model, state)
+    finally:
+        if processes.is_main():
+            shutil.rmtree(unfinished, ignore_errors=True)
+    processes.on_main(prune, folder, keep, best)
+    return target
+
+
+def _begin(folder: Path, step: int) -> tuple[Path, Path]:
+    """Where a checkpoint of a step is going to be, and the empty folder to write it to."""
     target = folder / f"step-{step:06d}"
     if again := [path for path in _checkpoints(folder) if _order(path)[0] == step]:
         target = folder / f"step-{step:06d}.{_order(again[-1])[1] + 1}"
-    folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
     unfinished = folder / f".{target.name}.tmp"
-    try:
-        with writing(target):
-            _write(unfinished, model, state)
-            unfinished.rename(target)
-            sync(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    prune(folder, keep, best)
-    return target
+    with writing(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        unfinished.mkdir()
+    return target, unfinished
+
+
+def _write(
+    unfinished: Path, target: Path, model: torch.nn.Module, state: Mapping[str, Any]
+) -> None:
+    """Write all files of a checkpoint."""
+    tensors: dict[str, Tensor] = {}
+    tree = _to_json(dict(state), tensors)
+    with writing(target):
+        save_file(_trainable(model), unfinished / WEIGHTS_FILE)
+        save_file(tensors, unfinished / TENSORS_FILE)
+    _finish(unfinished, target, tree)
+
+
+def _finish(unfinished: Path, target: Path, tree: Any) -> None:
+    """Write the state and the manifest beside the tensors, flush all, and give it its name."""
+    with writing(target):
+        (unfinished / STATE_FILE).write_text(json.dumps(tree), encoding="utf-8")
+        digests = {path.name: _sha256(path) for path in sorted(unfinished.iterdir())}
+        manifest = json.dumps({"sha256": digests}, indent=2)
+        (unfinished / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
+        settle(unfinished)
+        unfinished.rename(target)
+        sync(target.parent)
 
 
 def prune(folder: Path, keep: int, best: int | None = None) -> None:
@@ -122,8 +171,11 @@ def find_damage(path: Path) -> str | None:
         return f"{MANIFEST_FILE} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST_FILE} cannot be read"
-    if set(files) != {STATE_FILE, TENSORS_FILE, WEIGHTS_FILE}:
+    shards = set(filter(CHECKPOINT_SHARD.fullmatch, files))
+    if files.keys() - shards != {STATE_FILE, *(() if shards else (TENSORS_FILE, WEIGHTS_FILE))}:
         return f"{MANIFEST_FILE} lists other files"
+    if others := {file.name for file in path.glob("*.safetensors")} - files.keys():
+        return f"{min(others)} is not on its list"  # all of them are read
     for name, digest in files.items():
         try:
             if _sha256(path / name) != digest:
@@ -140,15 +192,33 @@ def discard_newer(folder: Path, path: Path) -> None:
     _delete([other for other in _checkpoints(folder) if _order(other) > _order(path)])
 
 
-def load_checkpoint(path: Path, model: torch.nn.Module) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, model: torch.nn.Module, trained: Sequence[Tensor] = ()
+) -> dict[str, Any]:
     """Load the saved weights into `model`; return the saved state.
+
+    Args:
+        path: the checkpoint.
+        model: whole or sharded.
+        trained: the weights in the optimizer's order. The moments of sharded ones are sharded
+            alike.
 
     Raises:
         PPOCliError: the weights are those of another model.
     """
     load_weights(path, model)
     tree = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    state: dict[str, Any] = _from_json(tree, load_file(path / TENSORS_FILE))
+    if _is_in_parts(path, model):
+        stored, owners = stored_tensors(path), _owners(tree, trained)
+        tensors = {
+            name: _empty_like(tensor, owners.get(name))
+            for name, tensor in stored.items()
+            if TENSOR_NAME.fullmatch(name)
+        }
+        read_shards(path, tensors)
+    else:
+        tensors = load_file(path / TENSORS_FILE)
+    state: dict[str, Any] = _from_json(tree, tensors)
     return state
 
 
@@ -179,7 +249,9 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
     Raises:
         PPOCliError: the weights are those of another model.
     """
-    weights = load_file(path / WEIGHTS_FILE)
+    in_parts = _is_in_parts(path, model)
+    weights = stored_tensors(path) if in_parts else load_file(path / WEIGHTS_FILE)
+    weights = {name: value for name, value in weights.items() if not TENSOR_NAME.fullmatch(name)}
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: p.shape for name, p in parameters.items()}
     if shapes != {name: value.shape for name, value in weights.items()}:
@@ -187,23 +259,35 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
             f"{path} holds the weights of another model: policy.model has changed since; put the "
             "old one back, or train anew with --overwrite"
         )
+    if in_parts:
+        read_shards(path, parameters)
+        return
     with torch.no_grad():
         for name, value in weights.items():
             parameters[name].copy_(value)
 
 
-def _write(folder: Path, model: torch.nn.Module, state: Mapping[str, Any]) -> None:
-    """Write all files of a checkpoint and flush them to the disk."""
-    folder.mkdir()
-    tensors: dict[str, Tensor] = {}
-    tree = _to_json(dict(state), tensors)
-    save_file(_trainable(model), folder / WEIGHTS_FILE)
-    save_file(tensors, folder / TENSORS_FILE)
-    (folder / STATE_FILE).write_text(json.dumps(tree), encoding="utf-8")
-    digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    manifest = json.dumps({"sha256": digests}, indent=2)
-    (folder / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
-    settle(folder)
+def _is_in_parts(path: Path, model: torch.nn.Module) -> bool:
+    """Whether a checkpoint or the model that it is read into is sharded."""
+    return is_sharded(model) or not (path / WEIGHTS_FILE).exists()
+
+
+def _empty_like(stored: Tensor, owner: Tensor | None) -> Tensor:
+    """A tensor to read a stored one into, sharded as the weight that it belongs to is."""
+    if owner is not None and is_part(owner) and owner.shape == stored.shape:
+        return torch.zeros_like(owner, dtype=stored.dtype, requires_grad=False)
+    return torch.zeros_like(stored, device="cpu")
+
+
+def _owners(tree: Any, trained: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Name of each tensor of the optimizer's state -> the weight that it belongs to."""
+    states = tree["trainer"]["optimizer"]["state"].get(PAIRS_KEY, ())
+    return {
+        entry[TENSOR_KEY]: trained[i]
+        for i, state in states
+        for entry in state.values()
+        if isinstance(entry, dict) and TENSOR_KEY in entry
+    }
 
 
 def _sha256(path: Path) -> str:
@@ -216,7 +300,7 @@ def _sha256(path: Path) -> str:
 
 def _trainable(model: torch.nn.Module) -> dict[str, Tensor]:
     return {
-        name: parameter.detach().cpu().contiguous()
+        name: parameter.detach() if is_part(parameter) else parameter.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -255,7 +339,8 @@ def _to_json(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Move each tensor of `value` into `tensors`, with a reference in its place."""
     if isinstance(value, Tensor):
         name = f"t{len(tensors)}"
-        tensors[name] = value.detach().cpu().clone().contiguous()
+        value = value.detach()
+        tensors[name] = value if is_part(value) else value.cpu().clone().contiguous()
         return {TENSOR_KEY: name}
     if isinstance(value, Mapping):
         if all(isinstance(key, str) for key in value):

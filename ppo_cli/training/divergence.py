@@ -15,8 +15,11 @@ from ppo_cli.errors import (
     ModelError,
     NumericalError,
     UsageError,
+    is_lost_process,
     is_out_of_memory,
 )
+from ppo_cli.models.sharding import local_part
+from ppo_cli.utils import processes
 
 MIN_RESPONSES = 8  # fewer responses may be alike by chance
 UNWATCHED = "ppo/val/var_explained"  # divides by a variance that may be tiny
@@ -54,7 +57,8 @@ def check_numbers(numbers: Mapping[str, float], config: RunConfig) -> None:
 def check_weights(model: torch.nn.Module, config: RunConfig) -> None:
     """Raise `NumericalError` where a trainable weight is not finite."""
     weights = [p.detach() for p in model.parameters() if p.requires_grad]
-    norm = torch.nn.utils.get_total_norm(weights).item()
+    # Of a sharded model the norm is a part of the whole on each process.
+    norm = float(processes.total(torch.nn.utils.get_total_norm(list(map(local_part, weights)))))
     if not math.isfinite(norm):
         raise NumericalError(
             f"the norm of the weights is {norm}: a gradient was not finite. Likely remedy: "
@@ -79,7 +83,7 @@ def stronger_kl_penalty(config: RunConfig) -> str:
 
 @contextmanager
 def classifier_faults(name: str) -> Iterator[None]:
-    """Turn errors of the reward into `DivergenceError`, lack of memory excepted.
+    """Turn errors of the reward into `DivergenceError`, lack of memory and of processes excepted.
 
     Args:
         name: of the classifier; functions and endpoints raise errors that name them.
@@ -89,7 +93,7 @@ def classifier_faults(name: str) -> Iterator[None]:
     except (ModelError, UsageError) as error:
         raise DivergenceError(str(error)) from error
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or (processes.count() > 1 and is_lost_process(error)):
             raise
         message = " ".join(str(error).split())[:200] or "no message"
         raise DivergenceError(

@@ -15,6 +15,7 @@ from ppo_cli.kernels.switch import PATHS, is_enabled, reason_off
 from ppo_cli.kernels.tied_embeddings import has_tied_embeddings
 from ppo_cli.models.capabilities import reads_static_cache
 from ppo_cli.models.sampling import check_sampling
+from ppo_cli.models.sharding import is_sharded
 from ppo_cli.ppo.optimizer_step import OptimizerStep
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.utils.device import computes_bfloat16
@@ -62,6 +63,7 @@ def fast_paths(trainer: PPOTrainer) -> dict[str, str]:
         "cuda_graph": apart
         or _unless(on_cuda, "needs a CUDA GPU")
         or in_loop
+        or _unless(not is_sharded(policy), "not for sharded weights")
         or _unless(
             is_enabled("kv_cache") and policy.allows(reads_static_cache),
             "the model reads no cache of a fixed size",

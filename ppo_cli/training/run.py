@@ -165,10 +165,11 @@ class Training:
                 )
 
     def _stops(self) -> bool:
-        """Whether a stop was requested of any process."""
-        if not self.stop_requested:  # the signal of one is everyone's
-            self.stop_requested = processes.any_of(self.stop_requested)
-        return self.stop_requested
+        """Whether a stop was requested of any process, which all agree on."""
+        stops = processes.any_of(self.stop_requested)
+        if stops:  # a signal may have come meanwhile: then all learn of it after the next step
+            self.stop_requested = True
+        return stops
 
     def finish(self) -> TrainingSummary:
         """Choose the weights, measure them, write model, picture and card.
@@ -307,16 +308,13 @@ class Training:
         self._diagnostics.replay(self.directory.records.rows())
 
     def _save_model(self) -> None:
-        processes.on_main(save_model, self.directory, self._policy, self.tokenizer, self.config)
+        policy = self.trainer.whole_policy()
+        processes.on_main(save_model, self.directory, policy, self.tokenizer, self.config)
 
     def _record_end(self, how: str, why: str | None) -> None:
         """Record in `run.yaml` how the run ended; a resumed run removes that again."""
         end = {"step": self.step, "as": how, "why": why}
         self.directory.record(self.config, {**self._facts, "ended": end})
-
-    @property
-    def _policy(self) -> Any:
-        return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
 
 def _warn(messages: Iterable[str]) -> None:

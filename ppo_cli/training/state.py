@@ -12,6 +12,7 @@ from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.prompts import LengthSampler
 from ppo_cli.errors import PPOCliError
 from ppo_cli.evaluation.history import Evaluation, EvaluationHistory, over_limit
+from ppo_cli.models.sharding import is_sharded
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.reporting.summary import Weights
 from ppo_cli.training.checkpoint import (
@@ -81,11 +82,16 @@ class TrainingState:
         """Write a checkpoint, unless the newest is of this step."""
         step = self._trainer.current_step
         if step != self.saved_step:
-            self.checkpoint = processes.on_main(self._write, step)
+            with processes.agreed():
+                state = self._state() if processes.is_main() or is_sharded(self._policy) else {}
+            folder, keep = self._directory.checkpoints, self._settings.keep
+            self.checkpoint = save_checkpoint(
+                folder, step, self._policy, state, keep, self._best_step
+            )
             self.saved_step = step
 
-    def _write(self, step: int) -> Path:
-        state = {
+    def _state(self) -> dict[str, Any]:
+        return {
             "trainer": self._trainer.state_dict(),
             "lengths": self._length_sampler.state_dict(),
             "random": random_state(),
@@ -96,8 +102,6 @@ class TrainingState:
             "rollbacks": self.rollbacks,
             "settings": self._config.model_dump(mode="json"),
         }
-        folder, keep = self._directory.checkpoints, self._settings.keep
-        return save_checkpoint(folder, step, self._policy, state, keep, self._best_step)
 
     def restore(self, rollbacks: int | None = None) -> None:
         """Restore the state of the newest whole checkpoint; change nothing on the disk.
@@ -111,7 +115,9 @@ class TrainingState:
             PPOCliError: there is no whole checkpoint.
         """
         checkpoint = processes.on_main(whole_checkpoint, self._directory.checkpoints)
-        state = load_checkpoint(checkpoint, self._policy)
+        groups = self._trainer.optimizer.param_groups
+        trained = [weight for group in groups for weight in group["params"]]
+        state = load_checkpoint(checkpoint, self._policy, trained)
         self._directory.records.check_names(state["records"])
         if rollbacks is not None:
             _scale_learning_rate(state["trainer"], 0.5 ** (rollbacks - state["rollbacks"]))

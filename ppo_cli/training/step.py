@@ -19,8 +19,10 @@ from ppo_cli.evaluation.draw_samples import samples_of
 from ppo_cli.evaluation.samples import Sample
 from ppo_cli.models.decode_loop import draw_uniforms
 from ppo_cli.models.encoder_decoder import decoder_start
+from ppo_cli.models.engine import EngineSamples, SamplingEngine
 from ppo_cli.models.sampling import to_texts
 from ppo_cli.models.sampling_params import SamplingParams
+from ppo_cli.ppo.engines import sampling_statistics
 from ppo_cli.ppo.generation import with_start
 from ppo_cli.ppo.scores import scale_scores
 from ppo_cli.ppo.statistics import scalars
@@ -58,6 +60,7 @@ class PPOStep:
         reward: scores the responses.
         end_token_ids: tokens that end a response.
         sampling: how responses are drawn.
+        engine: draws them.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class PPOStep:
         reward: RewardSum,
         end_token_ids: list[int],
         sampling: SamplingParams,
+        engine: SamplingEngine,
     ) -> None:
         self.end_token_ids = end_token_ids
         self._config = config
@@ -80,6 +84,7 @@ class PPOStep:
         self._length_sampler: Callable[[], int] = length_sampler
         self._reward = reward
         self._sampling = sampling
+        self._engine = engine
 
     def resized(self, config: RunConfig, length_sampler: Callable[[], int]) -> PPOStep:
         """The same step with other sizes of batches, to measure it."""
@@ -99,12 +104,11 @@ class PPOStep:
         started = time.perf_counter()
         batch = self.batch(step)
         queries = batch["input_ids"]
-        with processes.agreed():
-            responses = self._responses(queries)
+        with trainer.gathered(), processes.agreed():
+            drawn = self._drawn(queries)
+        responses = drawn.responses
         sampled = time.perf_counter()
         start = decoder_start(trainer.accelerator.unwrap_model(trainer.model))
-        if start is not None:  # that token is not sampled
-            responses = [response[1:] for response in responses]
         rollout = to_texts(
             self._tokenizer, queries, responses, batch["messages"], continues=start is None
         )
@@ -127,6 +131,8 @@ class PPOStep:
             potentials = with_start(potentials, 0.0)
         stats = trainer.step(queries, begun, list(shaped), potentials=potentials)
         seconds = time.perf_counter() - started
+        own = processes.rows(config.ppo.batch_size)
+        of_policy = torch.as_tensor(stats["objective/logprobs"][own])
         tokens = stats["tokens/queries_dist"].sum() + stats["tokens/responses_dist"].sum()
         everyone = processes.gather((found, penalties))
         of_all = Scores.joined([scores for scores, _ in everyone])
@@ -139,14 +145,16 @@ class PPOStep:
             **(of_all.statistics() if self._reward.is_composed else {}),
             **penalty_statistics(scores, costs),
             **self._scale(),
+            **sampling_statistics(drawn, queries, of_policy),
             "time/sampling": sampled - started,
             "time/scoring": scored - sampled,
             "time/optimising": stats["time/ppo/total"],
             "time/step": seconds,
             "perf/tokens_per_second": float(tokens) / seconds,
         }
-        check_weights(trainer.accelerator.unwrap_model(trainer.model), config)
-        check_numbers(statistics, config)
+        with processes.agreed():  # the weights of one may have been damaged
+            check_weights(trainer.accelerator.unwrap_model(trainer.model), config)
+            check_numbers(statistics, config)
         learned = scale_scores(shaped, trainer.running, trainer.config)
         others = {name: -value for name, value in penalties.items()}
         if processes.any_of(not torch.equal(learned, shaped)):
@@ -161,25 +169,16 @@ class PPOStep:
         arrays["env/reward_dist"] = scores.numpy()
         return StepResult(statistics, processes.gather_list(samples), arrays)
 
-    def _responses(self, queries: Sequence[Tensor]) -> list[Tensor]:
-        """A response to each of this process's queries, the same whatever the processes."""
-        config, trainer = self._config, self._trainer
-        size, own = config.ppo.batch_size, processes.rows(config.ppo.batch_size)
-        limits = [self._length_sampler() for _ in range(size)]
-        uniforms = None
+    def _drawn(self, queries: Sequence[Tensor]) -> EngineSamples:
+        """A response to each of this process's queries, with the limits of one process alone."""
+        size, own = self._config.ppo.batch_size, processes.rows(self._config.ppo.batch_size)
+        limits, uniforms = [self._length_sampler() for _ in range(size)], None
         if processes.count() > 1:
-            with trainer.sampling.active():
-                device = trainer.accelerator.device
-                uniforms = draw_uniforms(limits, device, config.rollout.batch_size)[own]
-        responses: list[Tensor] = trainer.generate(
-            list(queries),
-            length_sampler=iter(limits[own]).__next__,
-            batch_size=config.rollout.batch_size or len(queries),
-            return_prompt=False,
-            uniforms=uniforms,
-            **self._sampling.generation_kwargs(),
-        )
-        return responses
+            sampling, device = self._trainer.sampling, self._trainer.accelerator.device
+            with sampling.active():
+                uniforms = draw_uniforms(limits, device, self._config.rollout.batch_size)[own]
+        self._engine.refresh()
+        return self._engine.sample(queries, limits[own], self._sampling, uniforms)
 
     def _scale(self) -> dict[str, float]:
         """The scale of the scores, where they have one."""

@@ -87,7 +87,7 @@ def _device_of_process(name: str) -> torch.device:
 
 
 def machine(device: torch.device, precision: str) -> dict[str, Any]:
-    """Device, precision and threads of a run, for its record: its last digits depend on them.
+    """What the last digits of a run depend on, for its record.
 
     Args:
         device: the run's.
@@ -99,7 +99,12 @@ def machine(device: torch.device, precision: str) -> dict[str, Any]:
     elif device.type == "cpu":
         name = f"cpu ({torch.backends.cpu.get_cpu_capability()})"
     precision = "fp32" if precision == "no" else precision
-    return {"device": name, "precision": precision, "threads": torch.get_num_threads()}
+    return {
+        "device": name,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "processes": launcher.count(),
+    }
 
 
 def take_threads(recorded: Any) -> str | None:

@@ -28,6 +28,8 @@ STATE_FILE = "state.json"  # of a checkpoint
 LOGS = "logs"  # of trackers; on the list as `logs/`, which stands for all that is in it
 TRACKERS_FILE = "trackers.json"
 CHECKPOINT_FILES = ("weights.safetensors", "tensors.safetensors", STATE_FILE, "manifest.json")
+# What one process wrote of a sharded model, in place of the two above.
+CHECKPOINT_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 UNFINISHED_MODEL = ".model.tmp"
 UNFINISHED_FILE = re.compile(r"\.(.+)\.tmp")
 STEP_FOLDER = re.compile(r"step-\d+(\.\d+)?")
@@ -189,11 +191,12 @@ def shown(names: Collection[str]) -> str:
 
 
 def checkpoint_strangers(checkpoint: Path) -> list[str]:
-    """Names in a checkpoint's folder beside its four files."""
+    """Names in a checkpoint's folder beside its files."""
     return sorted(
         entry.name
         for entry in os.scandir(checkpoint)
-        if entry.name not in CHECKPOINT_FILES or not entry.is_file(follow_symlinks=False)
+        if not (entry.name in CHECKPOINT_FILES or CHECKPOINT_SHARD.fullmatch(entry.name))
+        or not entry.is_file(follow_symlinks=False)
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from ppo_cli import AutoModelForCausalLMWithValueHead
+from ppo_cli.ppo import trainer as trainer_module
 from ppo_cli.utils import launcher, processes
 from tests.conftest import (
     EOS,
@@ -101,8 +104,12 @@ def start_of(policy: AutoModelForCausalLMWithValueHead) -> torch.nn.Module:
     return make_seq2seq_policy() if policy.is_encoder_decoder else make_policy()
 
 
-def learnt(name: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """The weights after two steps of a case, and the statistics; this process's share of them."""
+def learnt(name: str, **accelerator: Any) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """The weights after two steps of a case, and the statistics; this process's share of them.
+
+    Of a sharded policy, which the keywords of the accelerator may ask for, the main process has the
+    weights.
+    """
     case = dict(CASES[name])
     kinds = ("even", "skewed", "reversed", "masks", "potentials", "encoder_decoder")
     given = {kind: case.pop(kind, False) for kind in kinds}
@@ -114,14 +121,16 @@ def learnt(name: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         torch.manual_seed(0)
         policy = AutoModelForCausalLMWithValueHead(model, summary_dropout_prob=0.0)
     count = launcher.count()
-    settings = {"mini_batch_size": SIZE, "batch_size": SIZE, "learning_rate": 0.05, **case}
+    settings = {"mini_batch_size": SIZE, "batch_size": SIZE, "ppo_epochs": 2, **case}
     for key in ("batch_size", "mini_batch_size", "steps"):
         if key in settings:
             settings[key] //= count
     # Adam would turn the rounding of gradients that are zero into steps.
     sgd = torch.optim.SGD((p for p in policy.parameters() if p.requires_grad), lr=0.05)
+    start = torch.zeros(1) if policy.is_peft_model else weights(start_of(policy))
     tokenizer = make_seq2seq_tokenizer() if policy.is_encoder_decoder else None
-    trainer = make_trainer(policy, optimizer=sgd, tokenizer=tokenizer, **settings)
+    settings |= {"tokenizer": tokenizer, "accelerator_kwargs": accelerator}
+    trainer = make_trainer(policy, optimizer=sgd, **settings)
     stats = []
     for step in range(STEPS):
         whole, extra = batch_of(given, step)
@@ -129,8 +138,11 @@ def learnt(name: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         stats.append(
             trainer.step(*(part[own] for part in whole), **{k: v[own] for k, v in extra.items()})
         )
-    start = 0.0 if policy.is_peft_model else weights(start_of(policy))
-    return weights(policy) - start, stats
+    whole = trainer.whole_policy()
+    return (start if whole is None else weights(whole) - start), stats
+
+
+learnt_alone = cache(learnt)
 
 
 def learnt_in_all(names: list[str]) -> dict[str, Any]:
@@ -147,7 +159,7 @@ def two_processes() -> list[dict[str, Any]]:
 def test_two_halves_of_a_batch_make_the_update_of_the_whole(
     name: str, two_processes: list[dict[str, Any]]
 ) -> None:
-    whole, stats = learnt(name)
+    whole, stats = learnt_alone(name)
     assert whole.norm() > 1e-4
     for process in two_processes:
         update, its_stats = process[name]
@@ -158,3 +170,27 @@ def test_two_halves_of_a_batch_make_the_update_of_the_whole(
                 if not key.startswith("time/"):
                     same = np.sort(np.ravel(found[key])), np.sort(np.ravel(value))
                     np.testing.assert_allclose(*same, rtol=2e-4, atol=2e-5, err_msg=key)
+
+
+def logged(folder: str) -> tuple[int, list[str], list[float]]:
+    """What `log_stats` sends in this process: number of trackers, queries, scores."""
+    settings = {"log_with": "tensorboard", "project_kwargs": {"logging_dir": folder}}
+    half = SIZE // launcher.count()
+    trainer = make_trainer(make_policy(), batch_size=half, mini_batch_size=half, **settings)
+    sent: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "send_statistics", lambda *given: sent.append(given))
+        own = list(range(SIZE))[processes.rows(SIZE)]
+        rewards = [torch.tensor(float(i)) for i in own]
+        trainer.log_stats({}, {"query": [f"q{i}" for i in own], "response": own}, rewards)
+    [(trackers, _, _, batch, scores, _)] = sent
+    return len(trackers), batch["query"], scores.tolist()
+
+
+def test_trackers_get_the_rows_of_all_processes_once(tmp_path: Path) -> None:
+    main, other = in_world(logged, str(tmp_path))
+    everything = [f"q{i}" for i in range(SIZE)], [float(i) for i in range(SIZE)]
+    assert main == (1, *everything)
+    assert other[0] == 0
+    writers = {path.name.split(".")[-2] for path in tmp_path.rglob("events.out*")}
+    assert len(writers) == 1  # the number of a process
