@@ -17,7 +17,7 @@ class EngineSamples(NamedTuple):
 
     Attributes:
         responses: B tensors of token ids, 1-D, on the policy's device; each with its end token if
-            one was drawn.
+            one was drawn, without an encoder-decoder's start token.
         logprobs: B tensors, float32, 1-D, on the CPU: the log-probability of each token in the
             distribution that it was drawn from. None where the engine does not tell.
     """

@@ -55,6 +55,8 @@ class OwnLoop:
             uniforms=uniforms,
             **params.generation_kwargs(),
         )
+        if self._trainer.is_encoder_decoder:  # the start token is not sampled
+            responses = [response[1:] for response in responses]
         return EngineSamples(responses, None)
 
 
@@ -90,6 +92,11 @@ def make_engine(
         ModelError: the engine does not start.
     """
     rows, options = config.batch_size, config.engine_kwargs
+    if trainer.is_encoder_decoder and config.engine != "transformers":
+        raise UsageError(
+            f"rollout.engine={config.engine} does not sample from an encoder-decoder: set "
+            "rollout.engine to transformers"
+        )
     if config.engine == "paged":
         from ppo_cli.models.paged_engine import PagedEngine
 

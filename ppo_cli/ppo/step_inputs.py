@@ -67,14 +67,11 @@ def _own_part(
     batch_size: int,
     decoder_start: int | None,
 ) -> tuple[list[list[Tensor] | None], Tensor]:
-    """This process's part of the batch, checked; on the CPU where others are to get it.
-
-    Responses of an encoder-decoder lose the start token, and what belongs to it.
-    """
-    queries, responses, *others = lists
-    checked = checked_batch(queries, responses, scores, others[0], batch_size)
-    if decoder_start is not None and responses is not None:
-        check_starts(responses, decoder_start)
+    """This process's part of the batch, checked; on the CPU where others are to get it."""
+    queries, responses, response_masks, _ = lists
+    checked = checked_batch(queries, responses, scores, response_masks, batch_size)
+    if decoder_start is not None:
+        check_starts(responses or (), decoder_start)
         lists = [queries, *(rows and [row[1:] for row in rows] for rows in lists[1:])]
     if processes.count() == 1:
         return [*lists], checked

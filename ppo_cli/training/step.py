@@ -109,8 +109,6 @@ class PPOStep:
         responses = drawn.responses
         sampled = time.perf_counter()
         start = decoder_start(trainer.accelerator.unwrap_model(trainer.model))
-        if start is not None:  # that token is not sampled
-            responses = [response[1:] for response in responses]
         rollout = to_texts(
             self._tokenizer, queries, responses, batch["messages"], continues=start is None
         )

@@ -129,13 +129,8 @@ def learnt(name: str, **accelerator: Any) -> tuple[torch.Tensor, list[dict[str, 
     sgd = torch.optim.SGD((p for p in policy.parameters() if p.requires_grad), lr=0.05)
     start = torch.zeros(1) if policy.is_peft_model else weights(start_of(policy))
     tokenizer = make_seq2seq_tokenizer() if policy.is_encoder_decoder else None
-    trainer = make_trainer(
-        policy,
-        optimizer=sgd,
-        tokenizer=tokenizer,
-        accelerator_kwargs=accelerator,
-        **settings,
-    )
+    settings |= {"tokenizer": tokenizer, "accelerator_kwargs": accelerator}
+    trainer = make_trainer(policy, optimizer=sgd, **settings)
     stats = []
     for step in range(STEPS):
         whole, extra = batch_of(given, step)

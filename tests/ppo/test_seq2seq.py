@@ -11,9 +11,11 @@ from peft import LoraConfig
 from transformers import GenerationConfig
 
 from ppo_cli import AutoModelForSeq2SeqLMWithValueHead, PPOTrainer
+from ppo_cli.config.schema import RolloutConfig
 from ppo_cli.errors import UsageError
 from ppo_cli.evaluation.likelihoods import likelihoods
 from ppo_cli.models.encoder_decoder import decoder_start
+from ppo_cli.ppo.engines import make_engine
 from ppo_cli.ppo.forward import token_forward
 from ppo_cli.ppo.packing import TokenBatch
 from tests.conftest import (
@@ -144,6 +146,12 @@ def test_a_reference_of_another_kind_is_refused() -> None:
     with pytest.raises(UsageError, match="both be encoder-decoders, or neither"):
         trainer_of(reference=make_gpt2())
     assert trainer_of(reference=make_seq2seq()).ref_model.is_encoder_decoder
+
+
+@pytest.mark.parametrize("engine", ["paged", "vllm"])
+def test_engines_of_causal_models_are_refused_by_name(engine: Any) -> None:
+    with pytest.raises(UsageError, match=f"engine={engine} does not sample from an encoder"):
+        make_engine(RolloutConfig(engine=engine), trainer_of(), QUERIES)
 
 
 def test_likelihoods_are_those_of_whole_distributions() -> None:
