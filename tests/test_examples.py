@@ -14,10 +14,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ppo_cli import AutoModelForCausalLMWithValueHead, TextEnvironment
+from ppo_cli import (
+    AutoModelForCausalLMWithValueHead,
+    AutoModelForSeq2SeqLMWithValueHead,
+    TextEnvironment,
+)
 from ppo_cli.data.embedded import TRAIN_SEED, classifier_folder, policy_folder
 from ppo_cli.data.embedded.grammar import reviews
-from tests.conftest import make_chat_tokenizer, make_gpt2
+from tests.conftest import make_chat_tokenizer, make_gpt2, save_seq2seq
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 POLICY, CLASSIFIER = str(policy_folder()), str(classifier_folder())
@@ -45,12 +49,13 @@ def run(name: str, output: Path, *arguments: str) -> AutoModelForCausalLMWithVal
     """A step of an example; the policy that it saved."""
     means = load(name).main([*SMALL, "--output", str(output), *arguments])
     assert means and all(map(math.isfinite, means))
-    return AutoModelForCausalLMWithValueHead.from_pretrained(output)
+    kind = AutoModelForSeq2SeqLMWithValueHead if name == "t5" else AutoModelForCausalLMWithValueHead
+    return kind.from_pretrained(output)
 
 
 def moved(policy: AutoModelForCausalLMWithValueHead, base: str = POLICY) -> set[str]:
     """Names of the weights that are not the base's."""
-    before = AutoModelForCausalLMWithValueHead.from_pretrained(base).state_dict()
+    before = type(policy).from_pretrained(base).state_dict()
     return {key for key, value in policy.state_dict().items() if not value.equal(before[key])}
 
 
@@ -115,6 +120,16 @@ def test_multi_adapter(tmp_path: Path, texts: str) -> None:
     scores = load("multi_adapter").rewards(both, rows, -1)
     expected = [reward_model(row[None]).logits[0, 0] for row in rows]
     torch.testing.assert_close(scores, expected)
+
+
+def test_t5(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, file = save_seq2seq(tmp_path / "t5"), tmp_path / "prompts.txt"
+    rows = [" ".join(f"t{3 + (7 * i + j) % 50}" for j in range(9)) for i in range(24)]
+    file.write_text("\n".join(rows))
+    models = ["--model", model, "--classifier", CLASSIFIER, "--texts", str(file)]
+    assert moved(run("t5", tmp_path / "out", *models), model)
+    assert "step 1: reward" in capsys.readouterr().out
+    assert "AutoModelForSeq2SeqLMWithValueHead" in (tmp_path / "out/README.md").read_text()
 
 
 def test_text_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

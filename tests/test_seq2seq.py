@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ppo_cli import AutoModelForSeq2SeqLMWithValueHead
 from ppo_cli.cli.requests import resolve
 from ppo_cli.config.loading import load_config
-from ppo_cli.data.embedded import classifier_folder
 from ppo_cli.data.prompts import PromptEncoder
 from ppo_cli.data.rows import Row
 from ppo_cli.evaluation.compare import compare
@@ -114,20 +110,3 @@ def test_a_run_is_trained_resumed_compared_and_asked(run: Path) -> None:
     sample = dialogue.answer("t5 t6", written.append)
     assert "".join(written).split() == sample.response.split()
     assert sample.gap == "\n"
-
-
-def test_the_example_runs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = Path(__file__).parents[1] / "examples/t5.py"
-    source = file.read_text(encoding="utf-8")
-    assert len(source.splitlines()) < 120 and "python examples/t5.py" in source
-    spec = importlib.util.spec_from_file_location("examples_t5", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    models = ["--model", "t5", "--classifier", str(classifier_folder()), "--texts", "prompts.txt"]
-    sizes = ["--steps", "1", "--batch-size", "8", "--output", "out"]
-    (mean,) = module.main([*models, *sizes])
-    assert math.isfinite(mean) and "step 1: reward" in capsys.readouterr().out
-    before, after = (AutoModelForSeq2SeqLMWithValueHead.from_pretrained(f) for f in ("t5", "out"))
-    assert not torch.equal(*(m.pretrained_model.shared.weight for m in (before, after)))
-    assert "AutoModelForSeq2SeqLMWithValueHead" in Path("out/README.md").read_text()
