@@ -144,6 +144,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
                 "reward_adapter must be a folder or hub id of an adapter, not a "
                 f"{type(reward_adapter).__name__}"
             )
+        if reward_adapter is not None and cls.is_encoder_decoder:
+            raise UsageError(
+                "reward_adapter is for causal models: score other texts"
+            )
         head_kwargs = {key: kwargs.pop(key) for key in cls.supported_args if key in kwargs}
         source = pretrained_model_name_or_path
         saved_head: Mapping[str, Tensor] = {}

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ppo_cli.errors import UsageError
+from ppo_cli.models.encoder_decoder import is_encoder_decoder
 from ppo_cli.models.sampling import sample_responses
 from ppo_cli.models.sharding import gathered
 from ppo_cli.models.transformers_generate import new_token_limits
@@ -92,7 +93,8 @@ class BestOfNSampler:
                 `generation_config`. The length is the `length_sampler`'s.
 
         Returns:
-            For each query a list of `n_candidates` texts, each the query and a response.
+            For each query a list of `n_candidates` texts, each the query and a response; of an
+            encoder-decoder the response alone.
 
         Raises:
             ValueError: `tokenized_query` has another form, a query is empty or too long, the model
@@ -115,7 +117,9 @@ class BestOfNSampler:
             responses = sample_responses(
                 self.model, rows, row_limits, settings, batch_size=batch_size
             )
-        ids = [torch.cat([q.to(r.device), r]) for q, r in zip(rows, responses, strict=True)]
+        ids = responses
+        if not is_encoder_decoder(self.model):
+            ids = [torch.cat([q.to(r.device), r]) for q, r in zip(rows, responses, strict=True)]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens)
         size = self.sample_size
         return [self._best(texts[i : i + size]) for i in range(0, len(texts), size)]

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_cli.errors import UsageError
 from ppo_cli.models.context import UNLIMITED, context_length
+from ppo_cli.models.encoder_decoder import is_encoder_decoder
 from ppo_cli.models.sampling import sample_responses
 from ppo_cli.models.sharding import gathered
 from ppo_cli.models.transformers_generate import new_token_limits
@@ -172,6 +173,8 @@ class TextEnvironment:
         if not callable(reward_fn):
             raise ValueError(f"reward_fn must be a function, got {type(reward_fn).__name__}")
         self.model, self.tokenizer = model, tokenizer
+        if is_encoder_decoder(self._policy):
+            raise ValueError("model must be causal: an encoder-decoder does not continue a text")
         self._context = context_length(self._policy) or UNLIMITED
         self.tools = _by_name(tools or {})
         self.reward_fn = reward_fn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,12 @@ import torch
 from peft import LoraConfig
 from transformers import GenerationConfig
 
-from ppo_cli import AutoModelForSeq2SeqLMWithValueHead, PPOTrainer
+from ppo_cli import (
+    AutoModelForSeq2SeqLMWithValueHead,
+    BestOfNSampler,
+    PPOTrainer,
+    TextEnvironment,
+)
 from ppo_cli.config.schema import RolloutConfig
 from ppo_cli.errors import UsageError
 from ppo_cli.evaluation.likelihoods import likelihoods
@@ -24,6 +30,7 @@ from tests.conftest import (
     make_seq2seq_policy,
     make_seq2seq_tokenizer,
     make_trainer,
+    save_seq2seq,
     weights,
 )
 from tests.models.test_seq2seq import logits_alone
@@ -185,3 +192,16 @@ def test_sequences_of_equal_lengths_are_read_together() -> None:
         assert part.padded[0]["decoder_attention_mask"].all()
     for found, value in zip(token_forward(policy, tokens), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_the_api_that_continue_a_text_refuse_an_encoder_decoder(tmp_path: Path) -> None:
+    policy, tokenizer = make_seq2seq_policy(), make_seq2seq_tokenizer()
+    with pytest.raises(ValueError, match="an encoder-decoder does not continue a text"):
+        TextEnvironment(policy, tokenizer, {}, lambda *_, **__: [0.0], "")
+    with pytest.raises(UsageError, match="reward_adapter is for causal models"):
+        AutoModelForSeq2SeqLMWithValueHead.from_pretrained(
+            save_seq2seq(tmp_path), reward_adapter="a"
+        )
+    sampler = BestOfNSampler(policy, tokenizer, lambda texts: [1.0] * len(texts), lambda: 3)
+    (texts,) = sampler.generate([torch.tensor([5, 6, 1])])
+    assert len(texts[0].split()) <= 3  # the response alone
