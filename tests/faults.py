@@ -158,7 +158,7 @@ def at_step(step: int, act: Callable[[], None]) -> None:
     """Call `act` between sampling and learning of `step`, counted from where the process begins."""
     from ppo_cli.training import step as training_step
 
-    before_call(training_step, "to_texts", step, lambda *_: act())
+    before_call(training_step, "to_texts", step, lambda *_, **__: act())
 
 
 def signal_itself(number: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from ppo_cli.config.policy import PolicyConfig
 from ppo_cli.data.embedded import policy_folder
 from ppo_cli.data.sources import EMBEDDED
-from ppo_cli.errors import ModelError, UsageError
+from ppo_cli.errors import ModelError, PPOCliError, UsageError
 from ppo_cli.models.adapter import name_base, new_adapter
 from ppo_cli.models.encoder_decoder import is_encoder_decoder, plain_inputs
 from ppo_cli.models.frozen_layers import freeze_layers
@@ -63,11 +64,21 @@ def reads_whole_texts(
     """Whether a model is an encoder-decoder, whose encoder reads the queries with their end tokens.
 
     Raises:
-        ModelError: its configuration cannot be read.
+        ModelError: the hub does not have its configuration, or does not answer.
     """
     if name == EMBEDDED:
         return False
-    return is_encoder_decoder(find_config(name, **source_keywords(name, revision, trusted))[0])
+    return is_encoder_decoder(_config_of(name, source_keywords(name, revision, trusted)))
+
+
+def _config_of(source: str, place: dict[str, Any]) -> Any:
+    """A model's configuration; None of a folder that has none to read: loading it says why."""
+    try:
+        return find_config(source, **place)[0]
+    except PPOCliError:
+        if not Path(source).is_dir():
+            raise
+        return None
 
 
 def load_policy(
@@ -99,7 +110,7 @@ def load_policy(
     adapter = None if config.adapter is None else new_adapter(config.adapter, source, **place)
     weights = weight_keywords(config, source, place, device)
     with trial_errors(config.model):
-        policy = policy_class(find_config(source, **place)[0]).from_pretrained(
+        policy = policy_class(_config_of(source, place)).from_pretrained(
             source, peft_config=adapter, **head, **place, **weights
         )
         refuse_nan(config.model, policy)

@@ -145,9 +145,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
                 f"{type(reward_adapter).__name__}"
             )
         if reward_adapter is not None and cls.is_encoder_decoder:
-            raise UsageError(
-                "reward_adapter is for causal models: score other texts"
-            )
+            raise UsageError("reward_adapter is for causal models: score other texts")
         head_kwargs = {key: kwargs.pop(key) for key in cls.supported_args if key in kwargs}
         source = pretrained_model_name_or_path
         saved_head: Mapping[str, Tensor] = {}

@@ -22,6 +22,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from ppo_cli.errors import UsageError
 from ppo_cli.models.capabilities import rope_switch
+from ppo_cli.models.encoder_decoder import plain_inputs
 from ppo_cli.models.plain_forward import model_name, undisturbed
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.quantization import is_quantized
@@ -230,6 +231,7 @@ def begin_sharded(accelerator: Accelerator, policy: Any, reference: Any = None) 
     for model in (policy, reference):
         if model is None:
             continue
+        token = torch.zeros(1, dtype=torch.long, device=model.device)
         with torch.no_grad(), undisturbed(model):
-            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
+            model(**plain_inputs(model, token, token))
         set_freeing(model, layers=frees, root=model is reference)
