@@ -48,6 +48,25 @@ class StepResult:
     arrays: dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """Responses of one process and what they are worth.
+
+    Attributes:
+        answered: the b responses.
+        scores: of the reward.
+        potentials: b tensors for `PPOTrainer.step`; None without scores of unfinished texts.
+        penalties: name -> (b,), what is taken off.
+        shaped: (b,), the scores less the penalties.
+    """
+
+    answered: RewardBatch
+    scores: Scores
+    potentials: list[Tensor] | None
+    penalties: dict[str, Tensor]
+    shaped: Tensor
+
+
 class PPOStep:
     """Makes PPO steps.
 
@@ -106,48 +125,28 @@ class PPOStep:
         queries = batch["input_ids"]
         with trainer.gathered(reference=False), processes.agreed():
             drawn = self._drawn(queries)
-        responses = drawn.responses
         sampled = time.perf_counter()
         start = decoder_start(trainer.accelerator.unwrap_model(trainer.model))
-        rollout = to_texts(
-            self._tokenizer, queries, responses, batch["messages"], continues=start is None
+        scored = self._scored(batch, drawn.responses, step, continues=start is None)
+        updating = time.perf_counter()
+        potentials = scored.potentials
+        stats = trainer.step(
+            queries,
+            with_start(drawn.responses, start),
+            list(scored.shaped),
+            potentials=potentials and with_start(potentials, None if start is None else 0.0),
         )
-        check_texts(processes.gather_list(rollout.response_texts), config)
-        every = config.reward.score_every
-        answered = RewardBatch.of(rollout, batch["query"], batch["columns"], self.end_token_ids)
-        with processes.agreed(), classifier_faults(self._reward.name):
-            found = self._reward.score(answered, step)
-            potentials = None
-            if every is not None:
-                unfinished = self._reward.unfinished(answered, every, step)
-                potentials = partial_potentials(rollout, self._tokenizer, unfinished, every)
-        penalties = score_penalties(
-            responses, rollout.response_texts, self.end_token_ids, config.reward
-        )
-        scored = time.perf_counter()
-        shaped = penalised(found.total, penalties)
-        begun = with_start(responses, start)
-        if potentials is not None and start is not None:
-            potentials = with_start(potentials, 0.0)
-        stats = trainer.step(queries, begun, list(shaped), potentials=potentials)
         seconds = time.perf_counter() - started
         own = processes.rows(config.ppo.batch_size)
         of_policy = torch.as_tensor(stats["objective/logprobs"][own])
         tokens = stats["tokens/queries_dist"].sum() + stats["tokens/responses_dist"].sum()
-        everyone = processes.gather((found, penalties))
-        of_all = Scores.joined([scores for scores, _ in everyone])
-        costs = {name: torch.cat([theirs[name] for _, theirs in everyone]) for name in penalties}
-        scores = of_all.total
-        statistics = scalars(stats) | {
-            "env/reward_mean": scores.mean().item(),
-            "env/reward_std": scores.std().item() if len(scores) > 1 else 0.0,
-            **_probability(of_all),
-            **(of_all.statistics() if self._reward.is_composed else {}),
-            **penalty_statistics(scores, costs),
-            **self._scale(),
+        scores, of_scores = self._score_statistics(scored)
+        statistics = {
+            **scalars(stats),
+            **of_scores,
             **sampling_statistics(drawn, queries, of_policy),
             "time/sampling": sampled - started,
-            "time/scoring": scored - sampled,
+            "time/scoring": updating - sampled,
             "time/optimising": stats["time/ppo/total"],
             "time/step": seconds,
             "perf/tokens_per_second": float(tokens) / seconds,
@@ -155,19 +154,68 @@ class PPOStep:
         with processes.agreed():  # the weights of one may have been damaged
             check_weights(trainer.accelerator.unwrap_model(trainer.model), config)
             check_numbers(statistics, config)
-        learned = scale_scores(shaped, trainer.running, trainer.config)
-        others = {name: -value for name, value in penalties.items()}
-        if processes.any_of(not torch.equal(learned, shaped)):
-            others[SCALING] = learned - shaped
-        samples = samples_of(answered, found, has_terms=self._reward.is_composed or bool(others))
-        if self._reward.is_composed or others:
-            samples = _with_parts(samples, others)
-        rewards = zip(samples, learned.tolist(), strict=True)
-        samples = [replace(one, reward=reward) for one, reward in rewards]
         # Arrays of two dimensions are padded.
         arrays = {k: v for k, v in stats.items() if isinstance(v, np.ndarray) and v.ndim == 1}
         arrays["env/reward_dist"] = scores.numpy()
-        return StepResult(statistics, processes.gather_list(samples), arrays)
+        return StepResult(statistics, processes.gather_list(self._samples(scored)), arrays)
+
+    def _scored(
+        self, batch: Mapping[str, Any], responses: Sequence[Tensor], step: int, *, continues: bool
+    ) -> _Scored:
+        """This process's responses with their scores.
+
+        Args:
+            batch: its prompts.
+            responses: one to each.
+            step: counted from 0.
+            continues: whether a response continues its query's text.
+        """
+        config = self._config
+        rollout = to_texts(
+            self._tokenizer, batch["input_ids"], responses, batch["messages"], continues=continues
+        )
+        check_texts(processes.gather_list(rollout.response_texts), config)
+        answered = RewardBatch.of(rollout, batch["query"], batch["columns"], self.end_token_ids)
+        every, potentials = config.reward.score_every, None
+        with processes.agreed(), classifier_faults(self._reward.name):
+            found = self._reward.score(answered, step)
+            if every is not None:
+                unfinished = self._reward.unfinished(answered, every, step)
+                potentials = partial_potentials(rollout, self._tokenizer, unfinished, every)
+        penalties = score_penalties(
+            responses, rollout.response_texts, self.end_token_ids, config.reward
+        )
+        return _Scored(answered, found, potentials, penalties, penalised(found.total, penalties))
+
+    def _score_statistics(self, scored: _Scored) -> tuple[Tensor, dict[str, float]]:
+        """The scores of all processes, and their statistics."""
+        everyone = processes.gather((scored.scores, scored.penalties))
+        found = Scores.joined([scores for scores, _ in everyone])
+        names = scored.penalties
+        penalties = {name: torch.cat([theirs[name] for _, theirs in everyone]) for name in names}
+        scores = found.total
+        return scores, {
+            "env/reward_mean": scores.mean().item(),
+            "env/reward_std": scores.std().item() if len(scores) > 1 else 0.0,
+            **_probability(found),
+            **(found.statistics() if self._reward.is_composed else {}),
+            **penalty_statistics(scores, penalties),
+            **self._scale(),
+        }
+
+    def _samples(self, scored: _Scored) -> list[Sample]:
+        """This process's samples, with what PPO learns from each and the parts of that."""
+        shaped, trainer = scored.shaped, self._trainer
+        learned = scale_scores(shaped, trainer.running, trainer.config)
+        others = {name: -value for name, value in scored.penalties.items()}
+        if processes.any_of(not torch.equal(learned, shaped)):
+            others[SCALING] = learned - shaped
+        has_terms = self._reward.is_composed or bool(others)
+        samples = samples_of(scored.answered, scored.scores, has_terms=has_terms)
+        if has_terms:
+            samples = _with_parts(samples, others)
+        rewards = zip(samples, learned.tolist(), strict=True)
+        return [replace(one, reward=reward) for one, reward in rewards]
 
     def _drawn(self, queries: Sequence[Tensor]) -> EngineSamples:
         """A response to each of this process's queries, with the limits of one process alone."""
