@@ -64,6 +64,8 @@ from tests.ppo.test_processes import CASES, SIZE, batch_of, learnt, learnt_alone
 from tests.world import in_world
 
 # Of its cases those that say least about shards are left out.
+pytestmark = pytest.mark.xdist_group("processes")  # what one process learns is kept
+
 LEFT_OUT = {
     "even", "skewed to the other side", "several mini-batches", "score clip", "absolute KL",
     "whitened rewards", "first scores scale", "adaptive rate", "groups of responses", "schedule",

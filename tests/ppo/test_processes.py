@@ -26,6 +26,8 @@ from tests.conftest import (
 )
 from tests.world import in_world
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 STEPS = 2
 Batch = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
 
