@@ -16,7 +16,7 @@ def step_warnings(stats: Mapping[str, Any], config: PPOSettings) -> dict[str, st
             f"KL is negative ({stats['objective/kl']:.2f} per sequence): the responses are "
             "not samples of this policy. Sample with temperature 1, without top-k or top-p"
         )
-    if stats["ppo/policy/skipped"] > 0:
+    if stats.get("ppo/policy/skipped", 0.0) > 0:  # a replaced loss may leave it out
         warnings["skipped"] = (
             "the mean ratio of a mini-batch exceeds ratio_threshold "
             f"({config.ratio_threshold:g}): its optimizer step is skipped. A lower "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from ppo_cli.errors import UsageError
 from ppo_cli.kernels.patches import fast_layers
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling import check_sampling, sample_responses
 from ppo_cli.models.sharding import free, gathered, whole_copy, without_weights
 from ppo_cli.models.transformers_generate import new_token_limits
 from ppo_cli.ppo.accelerator import make_accelerator, record_surroundings, require
+from ppo_cli.ppo.classic_methods import ClassicMethods, pad_right, replaced_methods
+from ppo_cli.ppo.classic_step import classic_step, refuse_beside_methods
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.dataloader import make_dataloader
 from ppo_cli.ppo.experience import compute_rewards, make_experience, read_probabilities
@@ -32,7 +41,7 @@ from ppo_cli.ppo.forward import check_noise, check_reading
 from ppo_cli.ppo.generation import generation_settings
 from ppo_cli.ppo.kl_controller import make_kl_controller
 from ppo_cli.ppo.learning_rate import AdaptiveLearningRate, follow, make_scheduler
-from ppo_cli.ppo.modes import dropout_off, head_alone
+from ppo_cli.ppo.modes import dropout_off, dropout_off_in_all_modes, head_alone
 from ppo_cli.ppo.optimizer_step import make_optimizer
 from ppo_cli.ppo.reference import make_reference, prepare_reference
 from ppo_cli.ppo.scores import PotentialCalibration, RunningMoments, scale_scores
@@ -51,7 +60,7 @@ from ppo_cli.utils import processes
 from ppo_cli.utils.random_state import RandomStream, numpy_state, set_numpy_state
 
 
-class PPOTrainer:
+class PPOTrainer(ClassicMethods):
     """Proximal Policy Optimization of a causal language model.
 
     Args:
@@ -67,6 +76,8 @@ class PPOTrainer:
         num_shared_layers: with `ref_model=None`: freeze this many lower layers and share them
             between policy and reference.
         lr_scheduler: stepped once per `step()`; None for the one that `config` asks for.
+        training_data_collator: makes the rows that a replaced `batched_forward_pass` reads, of
+            dictionaries with `input_ids` and `attention_mask`; `step` itself lays out its own.
 
     Attributes:
         accelerator: the `accelerate.Accelerator` that places and wraps everything.
@@ -75,6 +86,8 @@ class PPOTrainer:
         running: the moments of all scores so far, for `use_score_scaling`.
         current_step: number of `step()` calls so far.
         sampling: the random numbers of `generate`; each process has its own.
+        data_collator: `training_data_collator`, or one that pads on the right.
+        model_params: the parameters that are trained.
         advises: whether `step()` warns, once each, of negative KL and of skipped mini-batches.
 
     Raises:
@@ -92,6 +105,7 @@ class PPOTrainer:
         data_collator: Callable | None = None,
         num_shared_layers: int | None = None,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        training_data_collator: Callable | None = None,
     ) -> None:
         require("config", config, PPOConfig)
         require("model", model, AutoModelForCausalLMWithValueHead)
@@ -104,6 +118,8 @@ class PPOTrainer:
         config.check_batch_arithmetic()
         self.config = config
         self.tokenizer = tokenizer
+        self.model = model
+        self.data_collator = self._training_collator(training_data_collator)
         self.accelerator = make_accelerator(config)
         self.is_peft_model = model.is_peft_model
         self.is_distributed = self.accelerator.num_processes > 1
@@ -127,13 +143,14 @@ class PPOTrainer:
         self.dataset = dataset
         dataloader = None
         if dataset is not None:
-            dataloader = self.prepare_dataloader(dataset, data_collator, model)
+            dataloader = self.prepare_dataloader(dataset, data_collator)
         self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, dataloader, lr_scheduler
         )
         if isinstance(self.model, DistributedDataParallel):
             # A broadcast in each forward; processes may need different numbers of forwards.
             self.model.broadcast_buffers = False
+        self.model_params = [p for p in self.model.parameters() if p.requires_grad]
         if lr_scheduler is None:
             self.lr_scheduler = self._schedule  # accelerate would step it once per process
         self.ref_model = prepare_reference(reference, self.accelerator)
@@ -151,6 +168,32 @@ class PPOTrainer:
         self.sampling = RandomStream(
             config.seed + self.accelerator.process_index, self.accelerator.device
         )
+
+    def _training_collator(self, given: Callable | None) -> Callable:
+        """The collator of `prepare_model_inputs`.
+
+        Raises:
+            UsageError: one was given that nothing would use.
+        """
+        if given is None:
+            return partial(pad_right, pad_token_id=self.tokenizer.pad_token_id or 0)
+        plain = (DataCollatorForLanguageModeling, DataCollatorWithPadding)
+        if type(given) not in plain and "batched_forward_pass" not in replaced_methods(self):
+            raise UsageError(
+                "training_data_collator makes rows for a batched_forward_pass that a class of "
+                "yours replaces: leave it out, step lays out its own rows"
+            )
+        return given
+
+    @property
+    def current_device(self) -> torch.device:
+        """The device of the models, and of what `step` is best given."""
+        return self.accelerator.device
+
+    @property
+    def optional_peft_ctx(self) -> Callable[[], AbstractContextManager[None]]:
+        """Makes a context in which the policy's adapter is off, if it is its own reference."""
+        return self.adapter_off
 
     # ------------------------------------------------------------------ sampling
 
@@ -216,7 +259,7 @@ class PPOTrainer:
         response = sample(self.model)
         if not generate_ref_response:
             return response
-        with self._reference() as reference:
+        with self.reference_active() as reference:
             return response, sample(reference)
 
     def gathered(self) -> AbstractContextManager[None]:
@@ -240,7 +283,7 @@ class PPOTrainer:
                 free(self.model)
 
     @contextmanager
-    def _reference(self) -> Iterator[Any]:
+    def reference_active(self) -> Iterator[Any]:
         """The reference, usable inside the block: `ref_model`, or the policy, its adapter off."""
         with self.adapter_off():
             yield self.model if self.ref_model is None else self.ref_model
@@ -271,6 +314,8 @@ class PPOTrainer:
                         move the weights
             move kl_coef, if kl is off target                   make_kl_controller
 
+        Where a class replaces one of the methods of `ClassicMethods`, the step is made of them.
+
         KL from the reference is taken once, before the update, for each sampled token (for `full`:
         over the whole vocabulary). It lowers the rewards; with `kl_in_loss` it does not, and is a
         term of each mini-batch's loss instead, from the policy as it is then.
@@ -295,7 +340,9 @@ class PPOTrainer:
                 response token of the whole batch counts.
         """
         clock = Stopwatch()
-        config, kl_coef = self.config, self.kl_ctl.value
+        config = self.config
+        if replaced := replaced_methods(self):
+            refuse_beside_methods(self, replaced, potentials)
         batch = step_inputs(
             queries,
             responses,
@@ -308,6 +355,24 @@ class PPOTrainer:
         )
         batch = self._scaled(batch)
         self._push_if_best(batch.scores)
+        if replaced:
+            with self._modes_of_a_step(), dropout_off_in_all_modes(self.model):
+                found = classic_step(self, queries, responses, response_masks, batch.scores, clock)
+        else:
+            found = self._learn(batch, clock)
+        stats = self._numbers(found)
+        self._warn(stats)
+        pairs = zip(queries, responses, strict=True)
+        lengths = processes.gather_list([(len(query), len(response)) for query, response in pairs])
+        for name, those in zip(("queries", "responses"), zip(*lengths, strict=True), strict=True):
+            stats = length_statistics(name, list(those)) | stats
+        clock.lap("calc_stats")
+        self._after_step(stats)
+        return {**stats, **clock.times, "time/ppo/total": clock.total}
+
+    def _learn(self, batch: StepInputs, clock: Stopwatch) -> dict[str, Any]:
+        """The update of `step`: statistics as tensors and floats."""
+        config, kl_coef = self.config, self.kl_ctl.value
         update = Update(
             policy=self.model,
             optimizer=self.optimizer,
@@ -322,7 +387,7 @@ class PPOTrainer:
             before = read_probabilities(
                 batch.tokens,
                 policy=self.model,
-                reference=self._reference,
+                reference=self.reference_active,
                 forward=update.forward_before,
                 config=config,
             )
@@ -334,24 +399,13 @@ class PPOTrainer:
             updates = update.run(experience)
             clock.lap("optimize_step")
 
-        stats = self._numbers(
-            step_statistics(
-                experience, before.kl_penalties, kl_rewards, batch.scores, kl_coef, updates
-            )
+        return step_statistics(
+            experience, before.kl_penalties, kl_rewards, batch.scores, kl_coef, updates
         )
-        self._warn(stats)
-        pairs = zip(queries, responses, strict=True)
-        lengths = processes.gather_list([(len(query), len(response)) for query, response in pairs])
-        for name, those in zip(("queries", "responses"), zip(*lengths, strict=True), strict=True):
-            stats |= length_statistics(name, list(those))
-        clock.lap("calc_stats")
-        self._after_step(stats)
-        return {**stats, **clock.times, "time/ppo/total": clock.total}
 
     def _settle_before_sharding(self, model: AutoModelForCausalLMWithValueHead, ref: Any) -> None:
         """Ask what will be asked of policy and reference while each process has them whole."""
         with processes.agreed():
-            self.model = model
             with self._modes_of_a_step():
                 refuse_unshardable(model)
             for one in filter(None, (model, ref)):
