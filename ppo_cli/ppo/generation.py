@@ -7,7 +7,12 @@ from typing import Any
 
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
-from ppo_cli.models.transformers_generate import GenerateSettings, from_generation_kwargs
+from ppo_cli.models.transformers_generate import (
+    GenerateSettings,
+    from_generation_kwargs,
+    keywords,
+    without_lengths,
+)
 
 
 def generation_settings(
@@ -16,17 +21,16 @@ def generation_settings(
     """The caller's keywords of `transformers`' `generate`, completed.
 
     Args:
-        given: the caller's settings; they win.
+        given: the caller's settings; they win over those in their `generation_config`.
         tokenizer: its pad and end tokens are used.
         policy: the model itself; its end tokens are used.
-        temperature: the sampling temperature, unless a `generation_config` is given.
+        temperature: the sampling temperature, unless one is given.
+
+    Raises:
+        UsageError: a setting is none of sampling, or has no effect here.
     """
-    settings = {"pad_token_id": tokenizer.pad_token_id, **given}
-    if "generation_config" not in given:
-        settings.setdefault("temperature", temperature)
-    ends = getattr(given.get("generation_config"), "eos_token_id", None)
-    if "eos_token_id" in given:
-        ends = given["eos_token_id"]
-    elif ends is None:
-        ends = end_tokens(tokenizer, model=policy) or None
-    return from_generation_kwargs(**settings | {"eos_token_id": ends})
+    settings = {"pad_token_id": tokenizer.pad_token_id, "temperature": temperature}
+    settings |= keywords(given)
+    if "eos_token_id" not in settings:
+        settings["eos_token_id"] = end_tokens(tokenizer, model=policy) or None
+    return from_generation_kwargs(**without_lengths(settings))

@@ -217,17 +217,20 @@ class PPOTrainer(ClassicMethods):
             generate_ref_response: also sample from the reference.
             uniforms: (B, R) random numbers in [0, 1) that decide the tokens, R the largest number
                 of new tokens; None for those of `sampling`.
-            generation_kwargs: settings of `transformers`' `generate`. By default sampling is pure:
-                the configuration's `temperature`, no top-k, no top-p, whatever the model's own
-                `generation_config` says; pass a `generation_config` to use one. Without an
-                `eos_token_id` in either, every end token of tokenizer and model ends a response.
+            generation_kwargs: settings of `transformers`' `generate`, a `generation_config` among
+                them; keywords win over what that sets. What neither sets does not shape the
+                distribution, whatever the model's own `generation_config` says: sampling has the
+                trainer's `temperature`, no top-k and no top-p. Without an `eos_token_id` every end
+                token of tokenizer and model ends a response, and without a length the model's own
+                `max_new_tokens` or `max_length` does, or 20 new tokens.
 
         Returns:
             For one query a (1, length) tensor, for a list a list of 1-D tensors, each with its end
             token if one was drawn. With `generate_ref_response` a pair: policy's, reference's.
 
         Raises:
-            ValueError: a query is empty, not 1-D, or too long for the model.
+            ValueError: a query is empty, not 1-D, or too long for the model, or a setting has no
+                effect here.
         """
         single = isinstance(query_tensor, Tensor)
         queries: list[Tensor] = [query_tensor] if single else list(query_tensor)  # type: ignore[list-item]
@@ -235,11 +238,13 @@ class PPOTrainer(ClassicMethods):
             raise ValueError(
                 "query_tensor must be a tensor of shape (query_length,) or a list of them"
             )
-        limits = new_token_limits(queries, length_sampler, generation_kwargs)
+        policy = self.accelerator.unwrap_model(self.model)
+        own = policy.generation_config
+        limits = new_token_limits(queries, length_sampler, generation_kwargs, own)
         settings = generation_settings(
             generation_kwargs,
             tokenizer=self.tokenizer,
-            policy=self.accelerator.unwrap_model(self.model),
+            policy=policy,
             temperature=self.config.temperature,
         )
 
