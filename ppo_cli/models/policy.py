@@ -39,6 +39,15 @@ from ppo_cli.models.capabilities import (
     keep_results,
 )
 from ppo_cli.models.frozen_layers import layer_stack
+from ppo_cli.models.keywords import (
+    UPLOADING,
+    check_adapter_config,
+    check_saving,
+    check_source,
+    refuse_beside_model,
+    unknown_keywords,
+    without_old,
+)
 from ppo_cli.models.pretrained import (
     HUB_KEYWORDS,
     VALUE_HEAD_FILE,
@@ -118,20 +127,25 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
 
         Raises:
             ModelNotFoundError: there is no such folder or hub model.
-            UsageError: the model is not causal.
+            UsageError: the model is not causal, or a keyword would have no effect.
             ModelError: the hub does not answer, or the files are damaged.
         """
+        kwargs = without_old(kwargs)
         head_kwargs = {key: kwargs.pop(key) for key in cls.supported_args if key in kwargs}
         source = pretrained_model_name_or_path
+        check_source(source)
+        check_adapter_config(peft_config)
         saved_head: Mapping[str, Tensor] = {}
         if isinstance(source, (str, Path)):
             name = str(source)
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))
             hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
-            with loading_errors(name):
+            with loading_errors(name), unknown_keywords(kwargs, cls.supported_args):
                 model = load_causal(name, is_trainable, *model_args, **kwargs)
                 saved_head = find_value_head(name, hub)
         else:
+            rest = {"model_args": model_args or None, **kwargs}
+            refuse_beside_model(rest, cls.supported_args)
             model = source
         if peft_config is not None:
             from peft import get_peft_model
@@ -422,13 +436,13 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             state_dict: weights to write instead of the model's own, named as in `state_dict`
                 (those that a distributed run has gathered, for example).
             push_to_hub: upload the folder as well; `repo_id` and the like as keywords.
-            kwargs: go to `PreTrainedModel.save_pretrained`, `max_shard_size` for example.
+            kwargs: go to `save_pretrained` of the model, `max_shard_size` for example.
+
+        Raises:
+            UsageError: there is no such keyword.
         """
-        hub_kwargs = {
-            key: kwargs.pop(key)
-            for key in ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
-            if push_to_hub and key in kwargs
-        }
+        hub_kwargs = {key: kwargs.pop(key) for key in UPLOADING if push_to_hub and key in kwargs}
+        kwargs = check_saving(self.pretrained_model, kwargs)
         state = dict(self.state_dict() if state_dict is None else state_dict)
         head = {key: state.pop(key) for key in list(state) if key.startswith("v_head.")}
         if self.is_peft_model:
