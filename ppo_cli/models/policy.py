@@ -59,6 +59,9 @@ from ppo_cli.models.quantization import dequantized, is_quantized
 from ppo_cli.models.value_head import ValueHead
 from ppo_cli.utils.hub import adapter_errors, first_line, loading_errors
 
+BODY, HEAD = "pretrained_model.", "v_head."
+"""How the names of a policy's parameters begin."""
+
 
 class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
     """A causal language model (`pretrained_model`) with a `ValueHead` (`v_head`) beside it.
@@ -102,6 +105,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             init_strategy=v_head_init_strategy,
             initializer_range=v_head_initializer_range,
         ).to(self._base_model.device)
+        self.register_load_state_dict_pre_hook(_take_plain_names)
 
     @classmethod
     def from_pretrained(
@@ -382,27 +386,6 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         """The language model's own `generate`, with its arguments and results."""
         return self.pretrained_model.generate(*args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The language model's weights under their own names, and the value head's as `v_head.*`.
-
-        With an adapter only the value head's: the adapter is saved by peft.
-        """
-        state = {} if self.is_peft_model else self.pretrained_model.state_dict(*args, **kwargs)
-        for key, value in self.v_head.state_dict(*args, **kwargs).items():
-            state[f"v_head.{key}"] = value
-        return state
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load what `state_dict` returned."""
-        head = {k.removeprefix("v_head."): v for k, v in state_dict.items() if k[:7] == "v_head."}
-        body = {k: v for k, v in state_dict.items() if k[:7] != "v_head."}
-        self.v_head.load_state_dict(head, strict=strict, assign=assign)
-        if self.is_peft_model:
-            strict = False
-        return self.pretrained_model.load_state_dict(body, strict=strict, assign=assign)
-
     def merged(self, *, untied: bool = False) -> AutoModelForCausalLMWithValueHead:
         """A copy without an adapter: the adapter's weights are added to those that it adapts.
 
@@ -434,7 +417,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         Args:
             save_directory: created if absent.
             state_dict: weights to write instead of the model's own, named as in `state_dict`
-                (those that a distributed run has gathered, for example).
+                (those that a distributed run has gathered, for example). Of a policy with an
+                adapter those of the value head alone will do.
             push_to_hub: upload the folder as well; `repo_id` and the like as keywords.
             kwargs: go to `save_pretrained` of the model, `max_shard_size` for example.
 
@@ -443,13 +427,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         """
         hub_kwargs = {key: kwargs.pop(key) for key in UPLOADING if push_to_hub and key in kwargs}
         kwargs = check_saving(self.pretrained_model, kwargs)
-        state = dict(self.state_dict() if state_dict is None else state_dict)
-        head = {key: state.pop(key) for key in list(state) if key.startswith("v_head.")}
-        if self.is_peft_model:
-            self.pretrained_model.save_pretrained(save_directory, **kwargs)
-        else:
-            weights = state if state_dict is not None else None
-            self.pretrained_model.save_pretrained(save_directory, state_dict=weights, **kwargs)
+        state = plain_names(self.state_dict() if state_dict is None else state_dict)
+        head = {key: state.pop(key) for key in list(state) if key.startswith(HEAD)}
+        weights = state if state_dict is not None and state else None
+        self.pretrained_model.save_pretrained(save_directory, state_dict=weights, **kwargs)
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in head.items()},
             Path(save_directory) / VALUE_HEAD_FILE,
@@ -459,3 +440,19 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             PushToHubMixin.push_to_hub(
                 self, hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs
             )
+
+
+def plain_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A policy's state with the language model's own names for its weights, as in files."""
+    return {key.removeprefix(BODY): value for key, value in state.items()}
+
+
+def _take_plain_names(policy: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Rename, in a state that is being loaded, weights with the language model's own names.
+
+    That is how TRL and earlier releases named them.
+    """
+    own = {*cast(nn.Module, policy.pretrained_model).state_dict(keep_vars=True)}
+    for key in [key for key in state if key.startswith(prefix)]:
+        if (name := key.removeprefix(prefix)) in own:
+            state[prefix + BODY + name] = state.pop(key)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import GenerationConfig
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -123,6 +124,23 @@ def test_first_epoch_has_ratio_one_with_dropout_in_the_model() -> None:  # 3
     policy.train()
     stats = make_trainer(policy, ppo_epochs=1).step(*make_batch())
     np.testing.assert_allclose(stats["ppo/policy/ratio"], 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_adapted", [False, True], ids=["whole", "adapter"])
+def test_accelerates_own_state_keeps_a_policy(is_adapted: bool, tmp_path: Path) -> None:
+    def make() -> PPOTrainer:
+        adapter = LoraConfig(target_modules=["c_attn"]) if is_adapted else None
+        policy = AutoModelForCausalLMWithValueHead.from_pretrained(
+            make_gpt2(), peft_config=adapter, summary_dropout_prob=0.0
+        )
+        return make_trainer(policy)
+
+    trainer, other = make(), make()
+    trainer.step(*make_batch())
+    trainer.accelerator.save_state(tmp_path)
+    other.accelerator.load_state(tmp_path)
+    torch.testing.assert_close(weights(other.model), weights(trainer.model))
+    assert not torch.equal(weights(make().model), weights(trainer.model))
 
 
 def test_gradients_are_clipped_on_every_step() -> None:  # 6
