@@ -42,7 +42,6 @@ def refuse_beside_methods(trainer: Any, replaced: Sequence[str], potentials: Any
         "kl_in_loss": config.kl_in_loss,
         "max_approx_kl": config.max_approx_kl is not None,
         "an encoder-decoder": bool(config.is_encoder_decoder),
-        "sharding by FSDP2": trainer.accelerator.is_fsdp2,
         "value_warmup_steps in several processes": bool(config.value_warmup_steps)
         and processes.count() > 1,
     }
