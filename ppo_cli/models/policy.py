@@ -190,7 +190,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
     @property
     def device(self) -> torch.device:
         """The device of the value head, and so of the model's output."""
-        return self.v_head.summary.weight.device
+        return next(self.v_head.parameters()).device
 
     @property
     def _no_split_modules(self) -> list[str]:

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ppo_cli.errors import UsageError
 from ppo_cli.ppo.advantages import masked_whiten, mean_of_others
+from ppo_cli.ppo.optimizer_step import clear_other_gradients
 from ppo_cli.ppo.statistics import is_array
 from ppo_cli.ppo.step_statistics import Stopwatch
 from ppo_cli.utils import processes
@@ -209,6 +210,8 @@ def _minibatch(
             advantages,
             batch.returns[own],
         )
+    if is_last:
+        clear_other_gradients(trainer.model, trainer.optimizer)
     device = masks.device
     flat = {k: torch.as_tensor(v, device=device).detach().float() for k, v in stats.items()}
     return {

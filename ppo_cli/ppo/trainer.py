@@ -42,7 +42,7 @@ from ppo_cli.ppo.generation import generation_settings
 from ppo_cli.ppo.kl_controller import make_kl_controller
 from ppo_cli.ppo.learning_rate import AdaptiveLearningRate, follow, make_scheduler
 from ppo_cli.ppo.modes import dropout_off, dropout_off_in_all_modes, head_alone
-from ppo_cli.ppo.optimizer_step import make_optimizer
+from ppo_cli.ppo.optimizer_step import make_optimizer, stepped_parameters
 from ppo_cli.ppo.reference import make_reference, prepare_reference
 from ppo_cli.ppo.scores import PotentialCalibration, RunningMoments, scale_scores
 from ppo_cli.ppo.sharding import begin_sharded, refuse_unshardable
@@ -87,7 +87,7 @@ class PPOTrainer(ClassicMethods):
         current_step: number of `step()` calls so far.
         sampling: the random numbers of `generate`; each process has its own.
         data_collator: `training_data_collator`, or one that pads on the right.
-        model_params: the parameters that are trained.
+        model_params: the parameters that the optimizer steps.
         advises: whether `step()` warns, once each, of negative KL and of skipped mini-batches.
 
     Raises:
@@ -150,7 +150,7 @@ class PPOTrainer(ClassicMethods):
         if isinstance(self.model, DistributedDataParallel):
             # A broadcast in each forward; processes may need different numbers of forwards.
             self.model.broadcast_buffers = False
-        self.model_params = [p for p in self.model.parameters() if p.requires_grad]
+        self.model_params = stepped_parameters(self.optimizer)
         if lr_scheduler is None:
             self.lr_scheduler = self._schedule  # accelerate would step it once per process
         self.ref_model = prepare_reference(reference, self.accelerator)
@@ -370,7 +370,7 @@ class PPOTrainer(ClassicMethods):
         pairs = zip(queries, responses, strict=True)
         lengths = processes.gather_list([(len(query), len(response)) for query, response in pairs])
         for name, those in zip(("queries", "responses"), zip(*lengths, strict=True), strict=True):
-            stats = length_statistics(name, list(those)) | stats
+            stats = stats | length_statistics(name, list(those)) | stats  # a class may have its own
         clock.lap("calc_stats")
         self._after_step(stats)
         return {**stats, **clock.times, "time/ppo/total": clock.total}

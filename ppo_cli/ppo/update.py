@@ -18,7 +18,7 @@ from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import Experience
 from ppo_cli.ppo.forward import TokenOutputs, token_forward
 from ppo_cli.ppo.losses import minibatch_loss
-from ppo_cli.ppo.optimizer_step import OptimizerStep
+from ppo_cli.ppo.optimizer_step import OptimizerStep, clear_other_gradients
 from ppo_cli.ppo.packing import TokenBatch
 from ppo_cli.ppo.statistics import is_array
 from ppo_cli.ppo.step_statistics import (
@@ -150,6 +150,7 @@ class Update:
         if not step.is_within_backward:
             step.after_backward(unless=is_cancelled)
         self.optimizer.zero_grad(set_to_none=True)
+        clear_other_gradients(self.policy, self.optimizer)
         return collected, is_past_limit
 
     def _minibatch(
