@@ -47,6 +47,21 @@ def check_source(source: Any) -> None:
     )
 
 
+def refuse_own_adapter(model: Any) -> None:
+    """Raise `UsageError` for a model whose adapter transformers loaded, without peft's class.
+
+    That adapter is frozen, and cannot be switched off or saved as peft's are.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        kind = type(model).__name__
+        raise UsageError(
+            f"transformers loaded this {kind} with an adapter of its own making, which would stay "
+            "frozen. Give the adapter's folder or hub id to from_pretrained of the policy, which "
+            "trains it further; or merge it first: peft's PeftModel.from_pretrained(base, "
+            "adapter).merge_and_unload(), then peft_config adds a new one"
+        )
+
+
 def check_adapter_config(config: Any) -> None:
     """Raise `UsageError` unless this is None or a configuration of peft."""
     if config is not None and not hasattr(config, "peft_type"):

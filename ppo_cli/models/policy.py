@@ -45,6 +45,7 @@ from ppo_cli.models.keywords import (
     check_saving,
     check_source,
     refuse_beside_model,
+    refuse_own_adapter,
     unknown_keywords,
     without_old,
 )
@@ -76,7 +77,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         v_head_initializer_range: standard deviation of the `"normal"` strategy.
 
     Raises:
-        UsageError: the model is not causal.
+        UsageError: the model is not causal, or transformers loaded it with an adapter.
     """
 
     supported_args = ("summary_dropout_prob", "v_head_init_strategy", "v_head_initializer_range")
@@ -93,6 +94,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         self.is_peft_model = hasattr(pretrained_model, "peft_config") and hasattr(
             pretrained_model, "disable_adapter"
         )
+        refuse_own_adapter(pretrained_model)
         self.pretrained_model = pretrained_model
         fuse_activations(pretrained_model)
         keep_weights_as_stored(self._base_model)

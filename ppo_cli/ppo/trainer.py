@@ -28,6 +28,7 @@ from transformers import (
 from ppo_cli.errors import UsageError
 from ppo_cli.kernels.patches import fast_layers
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.models.reference import adapter_off
 from ppo_cli.models.sampling import check_sampling, sample_responses
 from ppo_cli.models.sharding import free, gathered, whole_copy, without_weights
 from ppo_cli.models.transformers_generate import new_token_limits
@@ -53,7 +54,7 @@ from ppo_cli.ppo.step_statistics import (
     step_statistics,
     to_numbers,
 )
-from ppo_cli.ppo.step_warnings import step_warnings
+from ppo_cli.ppo.step_warnings import step_warnings, training_warning
 from ppo_cli.ppo.trackers import send_statistics
 from ppo_cli.ppo.update import Update
 from ppo_cli.utils import processes
@@ -131,6 +132,8 @@ class PPOTrainer(ClassicMethods):
             model.enable_input_require_grads()
         if optimizer is None:
             optimizer = make_optimizer(model, config)
+        if message := training_warning(model, optimizer):
+            warnings.warn(message, stacklevel=2)
         self._schedule = self._adaptation = None  # of the learning rate, as `config` says
         if lr_scheduler is None:
             self._schedule = make_scheduler(config, optimizer)
@@ -281,7 +284,7 @@ class PPOTrainer(ClassicMethods):
             yield
             return
         free(self.model)
-        with self.accelerator.unwrap_model(self.model).pretrained_model.disable_adapter():
+        with adapter_off(self.accelerator.unwrap_model(self.model)):
             try:
                 yield
             finally:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from ppo_cli import AutoModelForCausalLMWithValueHead
 from ppo_cli.errors import UsageError
@@ -87,6 +88,19 @@ def test_keywords_that_ask_for_nothing_are_taken(folder: Path) -> None:
 def test_what_is_no_model_is_refused_by_name(source: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Policy.from_pretrained(source)
+
+
+def test_an_adapter_that_transformers_loaded_is_refused(folder: Path, tmp_path: Path) -> None:
+    adapter = LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM")
+    Policy.from_pretrained(folder, peft_config=adapter).save_pretrained(tmp_path)
+    for keywords in ({}, {"peft_config": adapter}):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        with pytest.raises(UsageError, match=r"this GPT2LMHeadModel with an adapter .* merge it"):
+            Policy.from_pretrained(model, **keywords)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.add_adapter(adapter)
+    with pytest.raises(UsageError, match="adapter of its own making"):
+        Policy(model)
 
 
 @pytest.mark.parametrize(

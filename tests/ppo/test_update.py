@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -298,6 +299,68 @@ def test_gradients_that_the_optimizer_does_not_hold_shrink_no_step(
         finals.append(weights(policy))
     torch.testing.assert_close(*finals, rtol=1e-5, atol=1e-6)
     assert not torch.equal(finals[0], weights(make_policy()))
+
+
+def adapted(**settings: Any) -> AutoModelForCausalLMWithValueHead:
+    adapter = LoraConfig(target_modules=["c_attn"], init_lora_weights=False)
+    model = get_peft_model(make_gpt2(), adapter)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(settings.get(name.rsplit(".", 3)[1], False))
+    return AutoModelForCausalLMWithValueHead(model)
+
+
+def frozen() -> AutoModelForCausalLMWithValueHead:
+    policy = make_policy()
+    policy.pretrained_model.requires_grad_(False)
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("make", "steps", "message"),
+    [
+        (
+            adapted,
+            None,
+            "only the value head trains: .* adapter is frozen .*is_trainable=True",
+        ),
+        (frozen, None, "only the value head trains: the language model's weights are frozen"),
+        (make_policy, "head", "only the value head trains: .* weights are not in the optimizer"),
+        (make_policy, "other", "nothing trains: .* weights are not in the optimizer"),
+    ],
+)
+def test_it_is_said_where_the_language_model_does_not_train(
+    make: Callable[[], Any], steps: str | None, message: str
+) -> None:
+    policy, optimizer = make(), None
+    if steps is not None:
+        held = (
+            policy.v_head.parameters() if steps == "head" else [torch.nn.Parameter(torch.ones(1))]
+        )
+        optimizer = torch.optim.Adam(held)
+    before = weights(policy.pretrained_model)
+    with pytest.warns(UserWarning, match=message):
+        trainer = make_trainer(policy, optimizer=optimizer)
+    trainer.step(*make_batch())
+    assert torch.equal(before, weights(policy.pretrained_model))
+
+
+@pytest.mark.parametrize("settings", [{}, {"value_warmup_steps": 1}], ids=str)
+def test_the_reference_does_not_set_free_what_is_frozen_in_an_adapter(
+    settings: dict[str, Any],
+) -> None:
+    """peft lets a whole adapter train once it was off."""
+    policy = adapted(lora_B=not settings, lora_A=bool(settings))
+    with torch.no_grad():  # the adapter changes nothing yet, so the policy is its own reference
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    trainer = make_trainer(policy, **settings)
+    assert trainer.ref_model is None
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    trainer.step(*make_batch())
+    moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
+    assert bool([name for name in moved if "lora_B" in name]) is not bool(settings)
+    assert not [name for name in moved if "lora_A" in name]
 
 
 def test_a_policy_without_anything_to_train_is_refused() -> None:
