@@ -80,6 +80,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         UsageError: the model is not causal, or transformers loaded it with an adapter.
     """
 
+    is_sequential_parallel = False  # scripts for TRL ask; layers on several devices are no matter
     supported_args = ("summary_dropout_prob", "v_head_init_strategy", "v_head_initializer_range")
 
     def __init__(
@@ -195,6 +196,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         return next(self.v_head.parameters()).device
 
     @property
+    def vocabulary_size(self) -> int | None:
+        """Number of token ids that the model reads; None where its embeddings do not say."""
+        return getattr(self._base_model.get_input_embeddings(), "num_embeddings", None)
+
+    @property
     def _no_split_modules(self) -> list[str]:
         """Names of the classes of layers, which are sharded one by one."""
         found = {type(module).__name__ for module in self._base_model.modules()}
@@ -253,7 +259,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
                 model's work.
             targets: (N,) token ids, one a position: what comes after it.
             temperature: what logits at `positions` are divided by.
-            kwargs: go to the language model, `labels` among them.
+            kwargs: go to the language model, `labels` among them; the result's form is always this.
 
         Returns:
             `(logits, loss, values)`, with the cache as a fourth where asked. Logits are float32,
@@ -261,6 +267,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             `labels`. With `targets` `(logprobs, entropies, values)`, (N,) each, and the logits are
             never there whole.
         """
+        for name in ("output_hidden_states", "return_dict"):  # of the language model's own result
+            kwargs.pop(name, None)
         reading = None if positions is None else self.reading()
         if positions is not None and reading is not None and reading.logits != "model":
             fused = reading.logits == "weights" and targets is not None

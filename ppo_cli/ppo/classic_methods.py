@@ -89,6 +89,12 @@ class ClassicMethods:
                     f"have no effect; {NEVER_CALLED[name]}"
                 )
 
+    @property
+    def recomputes_activations(self) -> bool:
+        """Whether gradient checkpointing is on, by the configuration or by a call of the model."""
+        model = self.accelerator.unwrap_model(self.model)
+        return self.config.gradient_checkpointing or bool(model.is_gradient_checkpointing)
+
     def prepare_model_inputs(
         self, queries: Sequence[Tensor], responses: Sequence[Tensor]
     ) -> dict[str, Tensor]:
@@ -129,7 +135,7 @@ class ClassicMethods:
             queries, responses, response_masks, 0, self.accelerator.device
         )
         # `step` has set the rates of dropout to 0; gradient checkpointing needs training mode.
-        model.train(self.config.gradient_checkpointing and torch.is_grad_enabled())
+        model.train(self.recomputes_activations and torch.is_grad_enabled())
         parts = [
             self._read(model, tokens.select(indices), return_logits)
             for indices in torch.arange(len(tokens)).split(self.config.mini_batch_size)

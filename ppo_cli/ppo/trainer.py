@@ -47,7 +47,7 @@ from ppo_cli.ppo.optimizer_step import make_optimizer, stepped_parameters
 from ppo_cli.ppo.reference import make_reference, prepare_reference
 from ppo_cli.ppo.scores import PotentialCalibration, RunningMoments, scale_scores
 from ppo_cli.ppo.sharding import begin_sharded, refuse_unshardable
-from ppo_cli.ppo.step_inputs import StepInputs, step_inputs
+from ppo_cli.ppo.step_inputs import StepInputs, as_rows, check_ids, step_inputs
 from ppo_cli.ppo.step_statistics import (
     Stopwatch,
     length_statistics,
@@ -109,7 +109,8 @@ class PPOTrainer(ClassicMethods):
         training_data_collator: Callable | None = None,
     ) -> None:
         require("config", config, PPOConfig)
-        require("model", model, AutoModelForCausalLMWithValueHead)
+        wrap = ": pass AutoModelForCausalLMWithValueHead.from_pretrained(model)"
+        require("model", model, AutoModelForCausalLMWithValueHead, wrap)
         require("tokenizer", tokenizer, PreTrainedTokenizerBase)
         if lr_scheduler is not None:
             require("lr_scheduler", lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
@@ -120,8 +121,8 @@ class PPOTrainer(ClassicMethods):
         self.config = config
         self.tokenizer = tokenizer
         self.model = model
-        self.data_collator = self._training_collator(training_data_collator)
         self.accelerator = make_accelerator(config)
+        self.data_collator = self._training_collator(training_data_collator)
         self.is_peft_model = model.is_peft_model
         self.is_distributed = self.accelerator.num_processes > 1
         record_surroundings(config, self.accelerator, self.is_peft_model)
@@ -147,6 +148,9 @@ class PPOTrainer(ClassicMethods):
         dataloader = None
         if dataset is not None:
             dataloader = self.prepare_dataloader(dataset, data_collator)
+            if self.accelerator.dataloader_config.dispatch_batches is None:
+                # The main process would hand out the batches of a stream, which takes tensors.
+                self.accelerator.dataloader_config.dispatch_batches = False
         self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, dataloader, lr_scheduler
         )
@@ -179,7 +183,7 @@ class PPOTrainer(ClassicMethods):
             UsageError: one was given that nothing would use.
         """
         if given is None:
-            return partial(pad_right, pad_token_id=self.tokenizer.pad_token_id or 0)
+            return partial(pad_right, pad_token_id=self._pad_token_id)
         plain = (DataCollatorForLanguageModeling, DataCollatorWithPadding)
         if type(given) not in plain and "batched_forward_pass" not in replaced_methods(self):
             raise UsageError(
@@ -243,6 +247,9 @@ class PPOTrainer(ClassicMethods):
             )
         policy = self.accelerator.unwrap_model(self.model)
         own = policy.generation_config
+        if queries:
+            rows = torch.nn.utils.rnn.pad_sequence(queries, batch_first=True)
+            check_ids(rows, self._vocabulary_size, "query")
         limits = new_token_limits(queries, length_sampler, generation_kwargs, own)
         settings = generation_settings(
             generation_kwargs,
@@ -349,6 +356,9 @@ class PPOTrainer(ClassicMethods):
         """
         clock = Stopwatch()
         config = self.config
+        queries, responses, response_masks, potentials = (
+            as_rows(part) for part in (queries, responses, response_masks, potentials)
+        )
         if replaced := replaced_methods(self):
             refuse_beside_methods(self, replaced, potentials)
         batch = step_inputs(
@@ -358,9 +368,10 @@ class PPOTrainer(ClassicMethods):
             response_masks,
             potentials,
             batch_size=config.batch_size,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=self._pad_token_id,
             device=self.accelerator.device,
         )
+        check_ids(batch.tokens.input_ids, self._vocabulary_size, "queries and responses")
         batch = self._scaled(batch)
         self._push_if_best(batch.scores)
         if replaced:
@@ -426,7 +437,7 @@ class PPOTrainer(ClassicMethods):
     def _modes_of_a_step(self) -> Iterator[None]:
         """No dropout, in the warm-up only the value head learns, fast products of matrices."""
         check_reading(self.model)  # before the warm-up freezes parameters
-        checkpointing = self.config.gradient_checkpointing
+        checkpointing = self.recomputes_activations
         dropout = dropout_off(self.model, keep_training_mode=checkpointing)
         warm_up = head_alone(self.model) if self._is_warming_up else nullcontext()
         free(self.model)
@@ -437,6 +448,17 @@ class PPOTrainer(ClassicMethods):
                 yield
             finally:
                 free(self.model)
+
+    @property
+    def _vocabulary_size(self) -> int | None:
+        size: int | None = self.accelerator.unwrap_model(self.model).vocabulary_size
+        return size
+
+    @property
+    def _pad_token_id(self) -> int:
+        """Tokenizer's pad token; 0 where there is none, or the model has no embedding for it."""
+        pad, size = self.tokenizer.pad_token_id, self._vocabulary_size
+        return 0 if pad is None or (size is not None and pad >= size) else pad
 
     @property
     def _is_warming_up(self) -> bool:
@@ -513,7 +535,9 @@ class PPOTrainer(ClassicMethods):
         data_collator: Callable | None = None,
         model: AutoModelForCausalLMWithValueHead | None = None,
     ) -> torch.utils.data.DataLoader:
-        """Shuffled batches of `batch_size` rows, without a shorter last one.
+        """Batches of `batch_size` rows, without a shorter last one.
+
+        They are shuffled, but for an `IterableDataset`, whose order is its own.
 
         With `remove_unused_columns` a Hugging Face dataset loses its columns, apart from the
         arguments of the model's forward and label, query and response.

@@ -177,6 +177,37 @@ def test_labels_give_a_loss_and_a_cache_comes_back_where_asked() -> None:
     torch.testing.assert_close(rest, logits[:, 4:], rtol=1e-4, atol=1e-5)
 
 
+def test_keywords_about_the_form_of_the_result_change_nothing() -> None:
+    policy, ids = make_policy(), torch.tensor([[1, 2, 3]])
+    expected = policy(ids)
+    for keywords in (
+        {"output_hidden_states": True, "return_dict": True, "use_cache": False},
+        {"output_hidden_states": False},
+        {"return_dict": False},
+    ):
+        torch.testing.assert_close(policy(ids, **keywords), expected)
+
+
+@pytest.mark.parametrize("file", ["value_head.bin", VALUE_HEAD_FILE])
+def test_a_value_head_that_lies_beside_the_model_is_read(file: str, tmp_path: Path) -> None:
+    make_gpt2().save_pretrained(tmp_path)
+    head = {"v_head.summary.weight": torch.ones(1, 16), "v_head.summary.bias": torch.ones(1)}
+    if file.endswith("bin"):
+        torch.save(head, tmp_path / file)
+    else:
+        save_file(head, tmp_path / file)
+    assert Policy.from_pretrained(tmp_path).v_head.summary.weight.eq(1).all()
+
+
+def test_a_value_head_of_ones_own_takes_the_place_of_the_first() -> None:
+    policy = make_policy()
+    policy.v_head = torch.nn.Sequential(
+        torch.nn.Linear(16, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1)
+    )  # type: ignore[assignment]
+    assert policy.device.type == "cpu"
+    assert policy(torch.tensor([[1, 2]]))[2].shape == (1, 2)
+
+
 def test_generate_is_the_models_own() -> None:
     policy = make_policy()
     arguments = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": EOS}
