@@ -80,7 +80,6 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         UsageError: the model is not causal, or transformers loaded it with an adapter.
     """
 
-    is_sequential_parallel = False  # scripts for TRL ask; layers on several devices are no matter
     supported_args = ("summary_dropout_prob", "v_head_init_strategy", "v_head_initializer_range")
 
     def __init__(
@@ -194,6 +193,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
     def device(self) -> torch.device:
         """The device of the value head, and so of the model's output."""
         return next(self.v_head.parameters()).device
+
+    @property
+    def is_sequential_parallel(self) -> bool:
+        """Whether a `device_map` put its layers on several devices, as TRL's scripts ask."""
+        return len({*getattr(self._base_model, "hf_device_map", {}).values()}) > 1
 
     @property
     def vocabulary_size(self) -> int | None:

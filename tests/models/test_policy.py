@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -205,6 +205,9 @@ def test_a_value_head_of_ones_own_takes_the_place_of_the_first() -> None:
         torch.nn.Linear(16, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1)
     )  # type: ignore[assignment]
     assert policy.device.type == "cpu"
+    assert not policy.is_sequential_parallel
+    cast(Any, policy.pretrained_model).hf_device_map = {"transformer": 0, "lm_head": 1}
+    assert policy.is_sequential_parallel
     assert policy(torch.tensor([[1, 2]]))[2].shape == (1, 2)
 
 

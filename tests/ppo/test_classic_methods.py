@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import DataCollatorForLanguageModeling, Trainer
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    DataCollatorForLanguageModeling,
+    Trainer,
+)
 
-from ppo_cli import PPOConfig, PPOTrainer
+from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_cli.errors import UsageError
 from tests.conftest import make_batch, make_policy, make_tokenizer, weights
 
@@ -86,14 +92,15 @@ def masks_of(responses: list[Tensor]) -> list[Tensor]:
     return [mask.long() for mask in masks]
 
 
+ACCUMULATED = {"mini_batch_size": 2, "gradient_accumulation_steps": 2}
 SETTINGS: list[dict[str, Any]] = [
-    {"masked": True, "lam": 0.7, "gamma": 0.9},
-    {"kl_penalty": "full", "whiten_rewards": True, "init_kl_coef": 0.5},
-    {"mini_batch_size": 2, "gradient_accumulation_steps": 2, "ent_coef": 0.1, "temperature": 1.3},
-    {"advantage_norm": "mini_batch", "max_grad_norm": 0.1, "responses_per_query": 2},
-    {"ratio_threshold": 1.02, "mini_batch_size": 2, "gradient_accumulation_steps": 2},
-    {"early_stopping": True, "target_kl": 1e-9, "use_score_scaling": True, "score_clip": 0.4},
-    {"gradient_checkpointing": True, "value_warmup_steps": 1, "kl_penalty": "abs"},
+    {"masked": True, "lam": 0.7, "gamma": 0.9, "kl_penalty": "abs", "use_score_scaling": True},
+    {"kl_penalty": "full", "whiten_rewards": True, "ent_coef": 0.1, "temperature": 1.3}
+    | ACCUMULATED,
+    {"advantage_norm": "mini_batch", "max_grad_norm": 0.1, "responses_per_query": 2}
+    | {"early_stopping": True, "target_kl": 1e-9},
+    {"ratio_threshold": 1.02, "seed": 3} | ACCUMULATED,  # the first of two is skipped, too
+    {"gradient_checkpointing": True, "value_warmup_steps": 1},
 ]
 
 
@@ -162,6 +169,15 @@ def changed(name: str, trainer: PPOTrainer) -> Any:
     return other
 
 
+@cache
+def two_steps(replaced: str | None) -> dict[str, Any]:
+    """Statistics of the second step, with a method replaced."""
+    trainer = make(PPOTrainer, ppo_epochs=1)
+    if replaced is not None:
+        setattr(trainer, replaced, changed(replaced, trainer))
+    return [trainer.step(*make_batch()) for _ in range(2)][1]
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [
@@ -176,17 +192,83 @@ def changed(name: str, trainer: PPOTrainer) -> Any:
 )
 @pytest.mark.filterwarnings("ignore:KL is negative")
 def test_a_method_replaced_at_run_time_is_used(name: str, key: str) -> None:
-    stats = []
-    for is_changed in (False, True):
-        trainer = make(PPOTrainer, ppo_epochs=1)
-        if is_changed:
-            setattr(trainer, name, changed(name, trainer))
-        trainer.step(*make_batch())
-        stats.append(trainer.step(*make_batch()))
-    assert stats[0].get(key) != pytest.approx(stats[1][key], abs=1e-3)
+    stats = two_steps(name)
+    assert two_steps(None).get(key) != pytest.approx(stats[key], abs=1e-3)
     if name == "loss":
-        assert stats[1]["ppo/loss/total"] == 7
-        assert stats[1]["objective/kl"] == 0, "a loss of 0 moves nothing"
+        assert stats["ppo/loss/total"] == 7
+        assert stats["objective/kl"] == 0, "a loss of 0 moves nothing"
+
+
+# ---------------------------------------------------------------- called by hand, as TRL's tests do
+
+
+def test_kl_penalties_of_log_probabilities() -> None:
+    logprobs = torch.tensor([[0.5, 0.2, 0.1], [0.6, 0.2, 0.1]])
+    reference = torch.tensor([[0.4, 0.3, 0.0], [0.7, 0.1, 0.3]])
+    differences = torch.tensor([[0.1, -0.1, 0.1], [-0.1, 0.1, -0.2]])
+    expected = {"kl": differences, "abs": differences.abs(), "mse": differences.square() / 2}
+    for kind, penalties in expected.items():
+        trainer = make(PPOTrainer, kl_penalty=kind)
+        torch.testing.assert_close(trainer._kl_penalty(logprobs, reference), penalties)
+    trainer = make(PPOTrainer, kl_penalty="full")
+    distributions = torch.tensor([[[0.98, 0.01, 0.01], [0.01, 0.98, 0.01]]]).log()
+    others = torch.tensor([[[0.01, 0.01, 0.98], [0.01, 0.01, 0.98]]]).log()
+    found = trainer._kl_penalty(distributions, others)
+    torch.testing.assert_close(found, torch.tensor([[4.4474, 4.4474]]), atol=1e-4, rtol=1e-4)
+    assert trainer._kl_penalty(others, others).abs().max() == 0
+
+
+def bloom() -> Any:
+    config = BloomConfig(vocab_size=80, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.3)
+    torch.manual_seed(0)
+    return AutoModelForCausalLMWithValueHead(BloomForCausalLM(config))
+
+
+QUERIES = [torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 4, 5, 6, 7])]
+RESPONSES = [torch.tensor([5, 6, 7, 8, 9]), torch.tensor([8, 9, 10, 11, 12, 13])]
+
+
+@pytest.mark.parametrize("make_model", [make_policy, bloom])
+@torch.no_grad()
+def test_a_forward_by_hand_is_the_same_in_batches_of_any_size(make_model: Any) -> None:
+    policy = make_model()
+    trainer = make(PPOTrainer, policy=policy)
+    rows = []
+    for size in (1, 2):
+        trainer.config.mini_batch_size = size
+        inputs = trainer.prepare_model_inputs(QUERIES, RESPONSES)
+        rows.append(trainer.batched_forward_pass(policy, QUERIES, RESPONSES, inputs))
+    inputs = trainer.prepare_model_inputs(QUERIES[:1], RESPONSES[:1])
+    alone = trainer.batched_forward_pass(policy, QUERIES[:1], RESPONSES[:1], inputs)
+    assert alone[0].shape == (1, 8) and rows[0][0].shape == (2, 12) and alone[1] is None
+    trainer.data_collator = DataCollatorForLanguageModeling(
+        make_tokenizer(padding_side="left"), mlm=False
+    )
+    inputs = trainer.prepare_model_inputs(QUERIES, RESPONSES)
+    left = trainer.batched_forward_pass(policy, QUERIES, RESPONSES, inputs)
+    for i in (0, 2, 3):
+        torch.testing.assert_close(left[i][0, 4:], rows[1][i][0, :8])
+        torch.testing.assert_close(rows[0][i], rows[1][i], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(alone[i], rows[1][i][:1, :8], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_loss_by_hand_depends_on_what_counts_alone() -> None:
+    trainer = make(PPOTrainer)
+    inputs = trainer.prepare_model_inputs(QUERIES, RESPONSES)
+    logprobs, _, values, mask = trainer.batched_forward_pass(
+        trainer.model, QUERIES, RESPONSES, inputs
+    )
+    rewards, _, _ = trainer.compute_rewards(torch.tensor([1.0, 2.0]), logprobs, logprobs + 1, mask)
+    values, advantages, returns = trainer.compute_advantages(values, rewards, mask)
+    logits = torch.randn(*logprobs.shape, 80)
+    grids = (logprobs, values, logits, values + 0.1, logprobs + 1, mask, advantages, returns)
+    for i in range(2):
+        whole = trainer.loss(*(grid[i : i + 1] for grid in grids))
+        counted = trainer.loss(*(grid[i : i + 1, mask[i].bool()] for grid in grids))
+        assert whole[0].item() != 0 and whole[1].item() != 0
+        for a, b in zip(whole[:2], counted[:2], strict=True):
+            torch.testing.assert_close(a, b)
 
 
 class LikeLlamaFactory(PPOTrainer, Trainer):
