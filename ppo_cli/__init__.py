@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from ppo_cli.data.prompts import LengthSampler
     from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
     from ppo_cli.models.reference import create_reference_model
+    from ppo_cli.models.seq2seq import AutoModelForSeq2SeqLMWithValueHead
+    from ppo_cli.ppo.best_of_n_sampler import BestOfNSampler
     from ppo_cli.ppo.config import PPOConfig
     from ppo_cli.ppo.statistics import print_ppo_stats
+    from ppo_cli.ppo.text_environment import TextEnvironment, TextHistory
     from ppo_cli.ppo.trainer import PPOTrainer
     from ppo_cli.rewards.reward_sum import RewardSum
     from ppo_cli.rewards.sentiment import SentimentReward
@@ -24,11 +27,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AutoModelForCausalLMWithValueHead": "ppo_cli.models.policy",
+    "AutoModelForSeq2SeqLMWithValueHead": "ppo_cli.models.seq2seq",
+    "BestOfNSampler": "ppo_cli.ppo.best_of_n_sampler",
     "LengthSampler": "ppo_cli.data.prompts",
     "PPOConfig": "ppo_cli.ppo.config",
     "PPOTrainer": "ppo_cli.ppo.trainer",
     "RewardSum": "ppo_cli.rewards.reward_sum",
     "SentimentReward": "ppo_cli.rewards.sentiment",
+    "TextEnvironment": "ppo_cli.ppo.text_environment",
+    "TextHistory": "ppo_cli.ppo.text_environment",
     "create_reference_model": "ppo_cli.models.reference",
     "print_ppo_stats": "ppo_cli.ppo.statistics",
     "set_seed": "ppo_cli.utils.random_state",
@@ -36,11 +43,15 @@ _HOMES = {
 
 __all__ = [
     "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
+    "BestOfNSampler",
     "LengthSampler",
     "PPOConfig",
     "PPOTrainer",
     "RewardSum",
     "SentimentReward",
+    "TextEnvironment",
+    "TextHistory",
     "create_reference_model",
     "print_ppo_stats",
     "set_seed",

@@ -20,7 +20,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from ppo_cli.config.loading import load_config
-from tests.conftest import EOS, make_gpt2, make_tokenizer
+from tests.conftest import EOS, make_gpt2, make_seq2seq, make_seq2seq_tokenizer, make_tokenizer
 
 T, G, C = "train", "generate", "compare"
 Case = tuple[list[str], int, list[str]]
@@ -52,6 +52,9 @@ COMMAND_LINE: list[Case] = [
     ([T, "--kl", "1000"], 2, ["--kl", "1000", "not below run.kl_limit (1000)", "raise run.kl_limit"]),
     ([T, "--seed", "-1"], 2, ["--seed", "0"]),
     ([T, "--seed", "4294967296"], 2, ["--seed", "4294967295"]),
+    ([T, "--num-processes", "0"], 2, ["--num-processes", "1"]),
+    ([T, "--num-processes", "2", "--dry-run"], 2, ["--dry-run measures one process", "--no-measure"]),
+    ([T, "--num-processes", "2", "--kl", "0"], 2, ["option --kl", "greater than 0"]),
     ([T, "--resume", "--overwrite"], 2, ["--resume", "--overwrite"]),
     ([T, "--allow-changed-inputs"], 2, ["--allow-changed-inputs", "--resume"]),
     ([T, "--track", "tensorbord"], 2, ["option --track", "'tensorbord'", "'tensorboard'"]),
@@ -186,6 +189,10 @@ CONFIGURATIONS: list[Case] = [
     setting("rollout.output_max_length=12", "--set rollout.output_max_length=12: output", "exceed"),
     setting("rollout.top_k=" + "9" * 400, "rollout.top_k", "less than or equal to 1000000000"),
     setting("rollout.stop=.", "valid array", "'.'"),
+    setting("rollout.engine=vlm", "rollout.engine", "'transformers', 'paged' or 'vllm'"),
+    setting("rollout.engine_kwargs={page_size: 8}", "engine_kwargs (page_size)", "paged or vllm"),
+    ([T, "--set", "rollout.engine=paged", "--set", "rollout.top_k=5"], 2, ["top_k (5)", "paged draws"]),
+    ([T, "--set", "rollout.engine=vllm", "--set", "rollout.top_p=0.9"], 2, ["top_p (0.9)", "vllm draws"]),
     setting('rollout.stop=[""]', "rollout.stop.0", "at least 1 character"),
     setting("reward.length_cost=-1", "greater than or equal to 0", "-1"),
     setting("policy.adapter.r=0", "policy.adapter.r", "greater"),
@@ -289,6 +296,9 @@ MODELS: list[Case] = [
     ([T, "--sentiment", "joyful"], 2, ["'joyful'", "NEGATIVE, POSITIVE"]),
     ([T, "--sentiment", "2"], 2, ["'2'", "NEGATIVE, POSITIVE"]),
     ([T, "--sentiment", "😀"], 2, ["'😀'", "NEGATIVE, POSITIVE"]),
+    ([T, "--set", "rollout.engine=vllm"], 2, ["rollout.engine=vllm", "pip install 'ppo-cli[vllm]'"]),
+    ([T, "--set", "rollout.engine=paged", "--set", "rollout.engine_kwargs={page_sise: 8}"], 2,
+     ["page_sise", "'page_size'"]),
     setting("policy.model=./absent", "./absent", "no such folder"),
     setting("policy.model={folder}", "folder", "no model", "config.json"),
     setting("policy.model={notes.txt}", "notes.txt", "is a file"),
@@ -296,7 +306,8 @@ MODELS: list[Case] = [
     setting("policy.model={piped}", "config.json", "device, pipe or socket"),
     setting("reward.model={piped}", "config.json", "device, pipe or socket"),
     setting("policy.model={outside}", "index.json names ../elsewhere/x", "outside of", code=1),
-    setting("policy.model={encoder}", "T5ForConditionalGeneration", "causal"),
+    setting("policy.model={speech}", "WhisperForConditionalGeneration", "causal"),
+    setting("policy.model={startless}", "startless", "no decoder_start_token_id", code=1),
     setting("policy.model={unconfigured}", "unconfigured", "config.json", code=1),
     setting("policy.model={config_text}", "config_text", "config.json", code=1),
     setting("policy.model={config_list}", "config_list", "cannot be loaded", code=1),
@@ -617,7 +628,12 @@ def _make_models(folder: Path) -> None:
     model("config_list", "[]")
     model("config_empty", "{}")
     model("config_strange", '{"model_type": "nonsense"}')
-    model("encoder", '{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}')
+    whisper = '["WhisperForConditionalGeneration"]'
+    model("speech", f'{{"model_type": "whisper", "architectures": {whisper}}}')
+    startless = make_seq2seq(decoder_start_token_id=None)
+    startless.generation_config.decoder_start_token_id = None
+    startless.save_pretrained(folder / "startless")
+    make_seq2seq_tokenizer().save_pretrained(folder / "startless")
     model("mismatched", vocab_size=60)
     for name in ("garbled", "empty_weights"):
         weights = model(name) / "model.safetensors"

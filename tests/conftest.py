@@ -20,12 +20,20 @@ from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_cli import (
+    AutoModelForCausalLMWithValueHead,
+    AutoModelForSeq2SeqLMWithValueHead,
+    PPOConfig,
+    PPOTrainer,
+)
 from ppo_cli.kernels.switch import using
 from ppo_cli.models.sampling import check_sampling
 from ppo_cli.ppo.forward import check_reading
+from tests.parity.seq2seq import BART, T5, make_model
+from tests.parity.seq2seq import VOCABULARY as SEQ2SEQ_VOCABULARY
 
 torch.set_num_threads(1)
 
@@ -110,6 +118,34 @@ def make_gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
         "initializer_range": 0.3,
     }
     return GPT2LMHeadModel(GPT2Config(**{**settings, **changes})).eval()
+
+
+def make_seq2seq(kind: str = "T5", seed: int = 0, **changes: Any) -> Any:
+    """A random encoder-decoder: T5 or BART, without dropout unless asked."""
+    torch.manual_seed(seed)
+    settings = {"T5": T5, "Bart": BART}[kind]
+    return make_model(kind, {**settings, **changes}).eval()
+
+
+def make_seq2seq_policy(kind: str = "T5", seed: int = 0) -> AutoModelForSeq2SeqLMWithValueHead:
+    """A policy of `make_seq2seq`, without dropout before its value head."""
+    model = make_seq2seq(kind, seed)
+    return AutoModelForSeq2SeqLMWithValueHead(model, summary_dropout_prob=0.0)
+
+
+def make_seq2seq_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of `make_seq2seq`, which ends a text as T5's does; t0 is padding."""
+    tokenizer = make_tokenizer(SEQ2SEQ_VOCABULARY, pad=0, eos=1)
+    ending = TemplateProcessing(single="$A t1", special_tokens=[("t1", 1)])
+    tokenizer.backend_tokenizer.post_processor = ending
+    return tokenizer
+
+
+def save_seq2seq(folder: Path, kind: str = "T5") -> str:
+    """A random encoder-decoder with its tokenizer, in a folder."""
+    make_seq2seq(kind).save_pretrained(folder)
+    make_seq2seq_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def make_batch(

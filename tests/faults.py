@@ -141,7 +141,7 @@ def collapsed_text(step: int) -> None:
     """Every response to `step` is the same."""
     from ppo_cli.training import step as training_step
 
-    def make_alike(_: Any, __: Any, responses: list[Any], ___: Any) -> None:
+    def make_alike(_: Any, __: Any, responses: list[Any], *___: Any, **____: Any) -> None:
         responses[:] = [responses[0]] * len(responses)
 
     before_call(training_step, "to_texts", step, make_alike)
@@ -151,14 +151,14 @@ def slow_step(step: int) -> None:
     """`step` takes half a minute."""
     from ppo_cli.training import step as training_step
 
-    before_call(training_step, "to_texts", step, lambda *_: time.sleep(30))
+    before_call(training_step, "to_texts", step, lambda *_, **__: time.sleep(30))
 
 
 def at_step(step: int, act: Callable[[], None]) -> None:
     """Call `act` between sampling and learning of `step`, counted from where the process begins."""
     from ppo_cli.training import step as training_step
 
-    before_call(training_step, "to_texts", step, lambda *_: act())
+    before_call(training_step, "to_texts", step, lambda *_, **__: act())
 
 
 def signal_itself(number: int) -> None:

@@ -18,7 +18,12 @@ from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from ppo_cli import AutoModelForCausalLMWithValueHead, PPOTrainer
+from ppo_cli import (
+    AutoModelForCausalLMWithValueHead,
+    BestOfNSampler,
+    PPOTrainer,
+    TextEnvironment,
+)
 from ppo_cli.config.loading import load_config
 from ppo_cli.errors import UsageError
 from ppo_cli.models.capabilities import PADDED_READING
@@ -28,10 +33,10 @@ from ppo_cli.ppo.forward import token_forward
 from ppo_cli.ppo.packing import TokenBatch
 from ppo_cli.ppo.sharding import (
     RAM_EFFICIENT,
-    check_sharded,
     check_sharding,
     load_whole_models,
     refuse_unshardable,
+    settle_sharding,
 )
 from ppo_cli.training.build import build_training
 from ppo_cli.training.checkpoint import (
@@ -44,12 +49,23 @@ from ppo_cli.training.checkpoint import (
 from ppo_cli.training.export import export_model
 from ppo_cli.training.fast_paths import fast_paths
 from ppo_cli.training.run_directory import RunDirectory
+from ppo_cli.training.shards import is_part
 from ppo_cli.utils import processes
-from tests.conftest import SMALL_RUN, make_gpt2, make_policy, make_trainer, weights
+from tests.conftest import (
+    SMALL_RUN,
+    make_gpt2,
+    make_policy,
+    make_tokenizer,
+    make_trainer,
+    weights,
+)
+from tests.models.test_reward_adapter import make_reward_model
 from tests.ppo.test_processes import CASES, SIZE, batch_of, learnt, learnt_alone
 from tests.world import in_world
 
 # Of its cases those that say least about shards are left out.
+pytestmark = pytest.mark.xdist_group("processes")  # what one process learns is kept
+
 LEFT_OUT = {
     "even", "skewed to the other side", "several mini-batches", "score clip", "absolute KL",
     "whitened rewards", "first scores scale", "adaptive rate", "groups of responses", "schedule",
@@ -102,6 +118,8 @@ def restored(folder: Path, trainer: PPOTrainer) -> dict[str, torch.Tensor]:
     group = trainer.optimizer.param_groups[0]["params"]
     found = load_checkpoint(whole_checkpoint(folder), trainer.model, group)
     trainer.load_state_dict(found["trainer"])
+    moments = trainer.optimizer.state_dict()["state"][0]["exp_avg"]
+    assert is_part(moments) == is_sharded(trainer.model)  # not whole in each process
     return state(trainer)
 
 
@@ -166,16 +184,44 @@ def in_shards(home: Path) -> dict[str, Any]:
         plugin = fsdp2(reshard_after_forward=freed)
         trainer, whole = trained(adapted(), 3, accelerator_kwargs=plugin)
         found[name] = None if whole is None else weights(whole)
+        assert trainer.accelerator.state.fsdp_plugin.reshard_after_forward == freed
         trainer.save_pretrained(home / "adapter")
+    found["scores"] = scores_of_an_adapter(home)
+    found["texts"] = texts_of_different_numbers(plain.model)
     with pytest.MonkeyPatch.context() as patch:  # it is tried above
         patch.setattr(trainer_module, "check_sampling", lambda *_: "loop")
         for name in NAMES:
             found[name] = learnt(name, **fsdp2())
+    plugin = fsdp2(
+        auto_wrap_policy="TRANSFORMER_BASED_WRAP", transformer_cls_names_to_wrap=["Nope"]
+    )
+    with pytest.raises(UsageError, match=r"cannot be sharded.*Nope"):
+        trained(make_policy(), 0, accelerator_kwargs=plugin)
     found["bf16"] = logprobs_in_bfloat16()
     AcceleratorState._reset_state(reset_partial_state=True)
     run(str(home / "run"), 2, **fsdp2())
     found["files"] = sorted(path.name for path in (home / "run").iterdir())
     return found
+
+
+def scores_of_an_adapter(home: Path) -> torch.Tensor:
+    """Scores of a reward adapter after a step, of another number of rows in each process."""
+    policy = adapted()
+    policy._add_reward_adapter(str(home / "reward"), "reward")
+    plugin = fsdp2() if processes.count() > 1 else {}
+    trainer, _ = trained(policy, 1, accelerator_kwargs=plugin)
+    rows = torch.arange(3, 11).view(2, 4)[: 2 - processes.index()]
+    return trainer.model.compute_reward_score(rows)
+
+
+def texts_of_different_numbers(model: Any) -> list[int]:
+    """How many texts a sampler and an environment made; each process has other tasks."""
+    count, tokenizer = 1 + processes.index(), make_tokenizer()
+    sampler = BestOfNSampler(model, tokenizer, lambda t: [0.0] * len(t), lambda: 2 + count)
+    texts = sampler.generate([[5, 6]] * count)
+    turns = {"max_turns": count, "generation_kwargs": {"max_new_tokens": 2}}
+    environment = TextEnvironment(model, tokenizer, reward_fn=lambda t: [0.0] * len(t), **turns)
+    return [len(texts), len(environment.run(["t7 t8"] * count)[1])]
 
 
 def logprobs_in_bfloat16() -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -197,7 +243,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(home: Path) -> PPOTrainer:
-    """A trainer in one process, saved."""
+    """A trainer in one process, saved; beside it a reward adapter."""
+    make_gpt2().save_pretrained(home / "base")
+    make_reward_model(str(home / "base")).save_pretrained(home / "reward")
     trainer, _ = trained(make_policy(), 2)
     saved(home / "whole", trainer)
     return trainer
@@ -219,12 +267,22 @@ def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     )
 
 
+def test_a_reward_adapter_samplers_and_environments_work_in_shards(
+    shards: list[dict[str, Any]], home: Path
+) -> None:
+    expected = scores_of_an_adapter(home)
+    for process, rows in zip(shards, (2, 1), strict=True):
+        torch.testing.assert_close(process["scores"], expected[:rows], rtol=1e-4, atol=1e-5)
+    assert [process["texts"] for process in shards] == [[1, 1], [2, 2]]
+
+
 def test_each_process_holds_its_part_of_each_layer(shards: list[dict[str, Any]]) -> None:
     assert len(NAMES) >= 25
     for process in shards:
         assert process["groups"] == 3  # two layers, and the rest
         assert all(0.4 < share < 0.6 for share in process["shares"])  # of policy and reference
         assert process["fast paths"]["optimizer_in_backward"] != "used"
+        assert process["fast paths"]["cuda_graph"] == "not for sharded weights"
         assert process["fast paths"]["packing"] == "used"
 
 
@@ -285,8 +343,9 @@ def test_bfloat16_is_for_products_alone(shards: list[dict[str, Any]]) -> None:
 def test_the_configurations_of_accelerate_ask_for_what_they_say(
     name: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["--config_file", str(CONFIGS / f"{name}.yaml"), "-m", "ppo_cli", "train"]
-    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
+    command = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--main_process_port", "0"]
+    parsed = launch_command_parser().parse_args([*command, "-m", "ppo_cli", "train"])
+    arguments, *_ = _validate_launch_command(parsed)
     assert arguments.num_processes == count
     for key, value in prepare_multi_gpu_env(arguments).items():
         monkeypatch.setenv(key, value)
@@ -353,7 +412,7 @@ def test_sharding_that_accelerate_does_not_do_is_refused(
 ) -> None:
     accelerator = make_trainer().accelerator  # of one process
     with pytest.raises(UsageError, match="was asked for, but accelerate runs without"):
-        check_sharded(accelerator, fsdp2())
+        settle_sharding(accelerator, fsdp2())
 
 
 def test_what_is_saved_is_whole(home: Path, shards: list[dict[str, Any]]) -> None:

@@ -29,6 +29,7 @@ ORDER = [
     "kernels",
     "models",
     "ppo",
+    "core",
     "rewards",
     "evaluation",
     "reporting",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -243,3 +244,18 @@ def test_a_signal_that_comes_twice_within_a_second_counts_once_under_a_launcher(
         monkeypatch.setattr(train, "SAME_SIGNAL", 0)
         with pytest.raises(Interrupted):
             signal.raise_signal(signal.SIGTERM)
+
+
+def test_the_recipe_for_ray_makes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    page = (Path(__file__).parent.parent / "docs" / "processes.md").read_text(encoding="utf-8")
+    [recipe] = re.findall(r"```python\n(from ray.*?)```", page, re.DOTALL)
+    recipe = recipe.replace("/shared/run", str(tmp_path / "run")).replace("100", "1")
+    ray.init(num_cpus=2, include_dashboard=False)
+    try:
+        exec(recipe, {"__name__": "__main__"})
+    finally:
+        ray.shutdown()
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
+    assert yaml.safe_load((tmp_path / "run/run.yaml").read_text())["machine"]["processes"] == 2

@@ -15,8 +15,13 @@ from typing import Any
 IMPORTED = ["tests.conftest", "ppo_cli.training.build", "torch.distributed.fsdp"]
 
 
-def in_world(function: Callable[..., Any], *arguments: Any, processes: int = 2) -> list[Any]:
+def in_world(
+    function: Callable[..., Any], *arguments: Any, processes: int = 2, seconds: float = 240
+) -> list[Any]:
     """What `function`, of a module, returns in each process, in their order.
+
+    Args:
+        seconds: after which a process is killed.
 
     Raises:
         AssertionError: it raised in one of them; with its traceback.
@@ -37,7 +42,7 @@ def in_world(function: Callable[..., Any], *arguments: Any, processes: int = 2) 
         for member in members:
             member.start()
         for member in members:
-            member.join(240)
+            member.join(seconds)
             member.kill()
         results = []
         for i in range(processes):

@@ -59,9 +59,9 @@ def export(
     )
     note(f"wrote {folder}: {_what(merged, trl)}. Load it with:")
     if exported.base is None:
-        note(f"  AutoModelForCausalLM.from_pretrained({folder!r})")
+        note(f"  {exported.loader}.from_pretrained({folder!r})")
     else:
-        note(f"  base = AutoModelForCausalLM.from_pretrained({exported.base!r})")
+        note(f"  base = {exported.loader}.from_pretrained({exported.base!r})")
         note(f"  PeftModel.from_pretrained(base, {folder!r})")
 
 

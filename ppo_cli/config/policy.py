@@ -138,7 +138,8 @@ class PolicyConfig(Section):
     """The model to tune."""
 
     model: Name = "embedded"
-    """`embedded`, a folder, or a hub id of a causal language model, or of a peft adapter of one."""
+    """`embedded`, a folder, or a hub id of a causal language model or an encoder-decoder, or of a
+    peft adapter of one."""
     revision: Name | None = None
     """Branch, tag or commit of a hub model."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -155,15 +156,17 @@ class PolicyConfig(Section):
     v_head_initializer_range: Annotated[float, Field(ge=0)] = 0.2
     """Standard deviation of that normal distribution."""
     num_shared_layers: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
-    """Number of lower layers that are frozen and shared with the reference; null for none."""
+    """Number of lower layers that are frozen and shared with the reference, in an encoder-decoder
+    beside the whole encoder; null for none."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Type of the weights in memory; auto for that of the files. Weights that are trained should be
     float32."""
     attn_implementation: Name | None = None
     """Attention of transformers: eager, sdpa, flash_attention_2, ...; null for its choice."""
     freeze_layers: Annotated[list[Layer], Field(min_length=1)] | None = None
-    """Numbers of layers, from 0, and names of modules that are not trained, such as [0, 1, wte];
-    null for none. Not with an adapter, which trains nothing else."""
+    """Numbers of layers (of an encoder-decoder the decoder's), from 0, and names of modules that
+    are not trained, such as [0, 1, wte]; null for none. Not with an adapter, which trains nothing
+    else."""
     quantization: QuantizationConfig | None = None
     """Quantise the model while it is loaded, to train an adapter on it; null for whole weights."""
     adapter: AdapterConfig | None = None

@@ -135,8 +135,9 @@ class RewardTerm(Section):
     output: Literal["logit", "probability"] = "logit"
     """Of a classifier: a label's raw logit or its probability."""
     template: Annotated[str, AfterValidator(_check_template)] = "{text}"
-    """Of a classifier or lexicon, the text that is scored: {text} is query and response together;
-    `chat` applies the classifier's own chat template."""
+    """Of a classifier or lexicon, the text that is scored: {text} is query and response together,
+    of a conversation or an encoder-decoder the response alone; `chat` applies the classifier's own
+    chat template."""
     tokenizer: Name | None = None
     """Of a classifier: folder or hub id of its tokenizer; null for the model's."""
     batch_size: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None

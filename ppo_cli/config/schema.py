@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from ppo_cli.config.policy import AdapterConfig, PolicyConfig, QuantizationConfig
 from ppo_cli.config.ppo import PPOSettings
@@ -39,6 +39,13 @@ BestOf = Annotated[int, Field(ge=1, le=65_536)]
 class RolloutConfig(Section):
     """How responses are sampled."""
 
+    engine: Literal["transformers", "paged", "vllm"] = "transformers"
+    """What samples the responses that are trained on: the loop of this tool over transformers'
+    model, transformers' continuous batching, or vLLM (needs the `vllm` extra). Evaluations always
+    use the first."""
+    engine_kwargs: dict[Name, JsonValue] = {}
+    """Further settings of the engine: of transformers' ContinuousBatchingConfig for paged, of trl's
+    VLLMGeneration for vllm."""
     output_min_length: Length = 4
     """Lowest length limit of a response, tokens."""
     output_max_length: Length = 16
@@ -59,6 +66,24 @@ class RolloutConfig(Section):
     @model_validator(mode="after")
     def _ordered(self) -> RolloutConfig:
         check_order(self, "output_min_length", "output_max_length")
+        return self
+
+    @model_validator(mode="after")
+    def _followed_by_engine(self) -> RolloutConfig:
+        if self.engine == "transformers":
+            if self.engine_kwargs:
+                raise ValueError(
+                    f"engine_kwargs ({', '.join(self.engine_kwargs)}) are for another engine: set "
+                    "rollout.engine to paged or vllm, or leave them out"
+                )
+            return self
+        for key in ("top_k", "top_p"):
+            if (value := getattr(self, key)) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} ({value:g}) is for engine transformers alone: the probability of a "
+                    f"token that {self.engine} draws just outside the policy's own top-k or top-p "
+                    f"would be 0. Leave {key} out, or set rollout.engine=transformers"
+                )
         return self
 
 

@@ -20,26 +20,31 @@ class Encoder:
     """Encodes texts as queries.
 
     Special tokens that the tokenizer puts before a text, such as <s>, are part of the query. Those
-    after it, such as </s> or [SEP], are not, because the model continues the text. Text that spells
-    a special token stays text, where the tokenizer can distinguish the two.
+    after it, such as </s> or [SEP], are part of a complete text alone: a causal model continues the
+    text. Text that spells a special token stays text, where the tokenizer can distinguish the two.
 
     Args:
         tokenizer: of the model that reads the queries.
+        complete: whether the texts are complete, as the encoder of an encoder-decoder reads them.
 
     Attributes:
         beginning: ids of the special tokens before a text.
+        ending: ids of those after it; empty where texts are to be continued.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, complete: bool = False) -> None:
         self._tokenizer = tokenizer
         whole = tokenizer(PROBE).input_ids
         text = self._ids([PROBE])[0]
         places = range(len(whole) - len(text) + 1)
-        before = next((i for i in places if whole[i : i + len(text)] == text), 0)
-        self.beginning = list(whole[:before])
+        before = next((i for i in places if whole[i : i + len(text)] == text), None)
+        self.beginning = list(whole[: before or 0])
+        self.ending: list[int] = []
+        if complete and before is not None:
+            self.ending = list(whole[before + len(text) :])
 
     def __call__(self, texts: Sequence[str], longest: int | None = None) -> list[list[int]]:
-        """Encode texts, without end tokens; a text without tokens gives an empty list.
+        """Encode texts, without `ending`; a text without tokens gives an empty list.
 
         Args:
             texts: the texts to continue.

@@ -99,15 +99,22 @@ class PromptEncoder:
         settings: how they are cut, and variables of the chat template.
         seed: of their lengths.
         name: of the model, for messages about errors.
+        complete: whether an encoder reads the texts; after a cut, too, their end tokens follow.
     """
 
     def __init__(
-        self, tokenizer: Any, settings: PromptsConfig, seed: int = 0, name: str = ""
+        self,
+        tokenizer: Any,
+        settings: PromptsConfig,
+        seed: int = 0,
+        name: str = "",
+        *,
+        complete: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._settings = settings
         self._name = name
-        self._encode = Encoder(tokenizer)
+        self._encode = Encoder(tokenizer, complete=complete)
         self._chat: ChatEncoder | None = None
         self._lengths = LengthSampler(
             settings.input_min_text_length, settings.input_max_text_length, seed=seed
@@ -141,7 +148,9 @@ class PromptEncoder:
         texts = [row.text if row.messages is None else "" for row in rows]
         longest = self._lengths.values[-1] if self._settings.cut else None
         return [
-            self._of_messages(row.messages) if row.messages is not None else found[:length]
+            self._of_messages(row.messages)
+            if row.messages is not None
+            else found and found[:length] + self._encode.ending
             for row, found, length in zip(rows, self._encode(texts, longest), lengths, strict=True)
         ]
 
@@ -186,7 +195,12 @@ class PromptEncoder:
 
 
 def load_prompts(
-    settings: PromptsConfig, tokenizer: Any, seed: int, tell: Report = lambda _: None
+    settings: PromptsConfig,
+    tokenizer: Any,
+    seed: int,
+    tell: Report = lambda _: None,
+    *,
+    complete: bool = False,
 ) -> PromptSet:
     """Read the sources, keep what passes the filters, hold some out, make queries of all.
 
@@ -195,12 +209,13 @@ def load_prompts(
         tokenizer: the policy's.
         seed: decides which rows are held out, and how long each query is.
         tell: receives messages about progress where tokenizing takes a while.
+        complete: as for `PromptEncoder`.
 
     Raises:
         DataError: a source is absent, unreadable, without its column, or yields no query.
         UsageError: there are conversations, and the tokenizer has no chat template.
     """
-    encoder = PromptEncoder(tokenizer, settings, seed)
+    encoder = PromptEncoder(tokenizer, settings, seed, complete=complete)
     train, held_out = [], []
     for name, rows, kept in _splits(settings, seed):
         train.append(list(encoder.prompts(rows, tell)))
@@ -210,9 +225,11 @@ def load_prompts(
     return PromptSet(mixed(train, _shares(settings), settings.limit), _shuffled(held_out, seed))
 
 
-def load_held_out(settings: PromptsConfig, tokenizer: Any, seed: int) -> list[Prompt]:
+def load_held_out(
+    settings: PromptsConfig, tokenizer: Any, seed: int, *, complete: bool = False
+) -> list[Prompt]:
     """The held-out prompts of `load_prompts`, without tokenizing the others."""
-    encoder = PromptEncoder(tokenizer, settings, seed)
+    encoder = PromptEncoder(tokenizer, settings, seed, complete=complete)
     held_out = []
     for _, rows, kept in _splits(settings, seed):
         encoder.skip(rows)  # `load_prompts` draws their lengths first

@@ -38,8 +38,8 @@ from ppo_cli.evaluation.generate import (
     sampling_errors,
 )
 from ppo_cli.evaluation.likelihoods import likelihoods
-from ppo_cli.models.context import context_length
-from ppo_cli.models.loading import load_tokenizer
+from ppo_cli.models.context import context_length, context_used
+from ppo_cli.models.loading import load_tokenizer, reads_whole_texts
 from ppo_cli.rewards.reward_sum import RewardSum
 
 Report = Callable[[str], None]
@@ -49,13 +49,15 @@ Report = Callable[[str], None]
 class _Task:
     """Prompts and settings that all models share.
 
-    `ids` and `tokenizer` are those of held-out prompts, None for others.
+    `ids`, `tokenizer` and `complete` (whether an encoder reads the ids) are those of held-out
+    prompts, None for others.
     """
 
     request: Request
     rows: list[Row]
     ids: list[Tensor] | None
     tokenizer: Any
+    complete: bool | None
     max_new_tokens: int
     seed: int
     reward: RewardSum
@@ -119,9 +121,9 @@ def compare(
             "--best-of-n draws from a run's reference, and none of the models is a run directory: "
             "give one that 'ppo-cli train' wrote, or leave --best-of-n out"
         )
-    rows, ids, tokenizer = list(prompts), None, None
+    rows, ids, tokenizer, complete = list(prompts), None, None, None
     if not rows:
-        held_out, tokenizer = _held_out(request, count)
+        held_out, tokenizer, complete = _held_out(request, count)
         rows, ids = [p.row for p in held_out], [p.input_ids for p in held_out]
         ids = [ids[i % len(ids)] for i in range(count)]
     rows = [rows[i % len(rows)] for i in range(count)]
@@ -130,7 +132,7 @@ def compare(
     loaded = load_classifier(request)
     assert loaded is not None and request.reward is not None
     reward = RewardSum.of(loaded)
-    task = _Task(request, rows, ids, tokenizer, max_new_tokens, seed, reward, progress)
+    task = _Task(request, rows, ids, tokenizer, complete, max_new_tokens, seed, reward, progress)
     reference = _reference(task, needed=bool(best_of) or request.reference in request.sources)
     models = []
     for source in request.sources:
@@ -203,7 +205,8 @@ def _scored_samples(task: _Task, source: Source, reference: Loaded | None) -> Sc
         seed=task.seed,
         messages=task.messages,
     )
-    longest = max(len(q) + len(r) for q, r in zip(queries, rollout.responses, strict=True))
+    pairs = zip(queries, rollout.responses, strict=True)
+    longest = max(context_used(loaded.model, len(q), len(r)) for q, r in pairs)
     against, obstacle = loaded, None
     if reference is not None:
         obstacle = _why_unreadable(loaded, reference, longest)
@@ -216,12 +219,14 @@ def _scored_samples(task: _Task, source: Source, reference: Loaded | None) -> Sc
 
 
 def _queries(task: _Task, loaded: Loaded) -> list[Tensor]:
-    """The prompts as a model's tokens; held-out ones unchanged where it has the run's tokenizer.
+    """The prompts as a model's tokens.
 
-    Another tokenizer encodes their texts, which can differ from what the run's tokens stand for
-    where a query ends within a word or a character.
+    Held-out ones are unchanged where the model has the run's tokenizer and an encoder like the
+    run's, or none. Another tokenizer encodes their texts, which can differ from what the run's
+    tokens stand for where a query ends within a word or a character.
     """
-    if task.ids is None or loaded.tokenizer.get_vocab() != task.tokenizer.get_vocab():
+    alike = loaded.is_encoder_decoder == task.complete
+    if task.ids is None or not alike or loaded.tokenizer.get_vocab() != task.tokenizer.get_vocab():
         return encode(loaded, task.rows, task.max_new_tokens, task.request.prompts)
     check_room(loaded, task.texts, task.ids, task.max_new_tokens)
     return task.ids
@@ -229,6 +234,8 @@ def _queries(task: _Task, loaded: Loaded) -> list[Tensor]:
 
 def _why_unreadable(loaded: Loaded, reference: Loaded, longest: int) -> str | None:
     """Why the reference cannot read a model's responses, token by token; None where it can."""
+    if loaded.is_encoder_decoder != reference.is_encoder_decoder:
+        return "one of it and the reference is an encoder-decoder"
     ours, theirs = loaded.tokenizer.get_vocab(), reference.tokenizer.get_vocab()
     sizes = {one.model.config.get_text_config().vocab_size for one in (loaded, reference)}
     if ours != theirs or len(sizes) > 1:
@@ -270,8 +277,8 @@ def _best_of_n_scores(task: _Task, reference: Loaded, count: int) -> np.ndarray:
     )
 
 
-def _held_out(request: Request, count: int) -> tuple[list[Prompt], Any]:
-    """The held-out prompts of the first run, and the tokenizer that their ids belong to."""
+def _held_out(request: Request, count: int) -> tuple[list[Prompt], Any, bool]:
+    """The held-out prompts of the first run, the tokenizer of their ids, and `_Task.complete`."""
     if request.run is None:
         raise UsageError("none of the models is a run directory with prompts: give --prompts FILE")
     settings = request.run.prompts
@@ -288,4 +295,7 @@ def _held_out(request: Request, count: int) -> tuple[list[Prompt], Any]:
     tokenizer = load_tokenizer(name, revision, trusted)
     if settings.chat_template is not None:
         tokenizer.chat_template = settings.chat_template
-    return load_held_out(settings, tokenizer, request.run.run.seed), tokenizer
+    complete = reads_whole_texts(name, revision, trusted)
+    seed = request.run.run.seed
+    prompts = load_held_out(settings, tokenizer, seed, complete=complete)
+    return prompts, tokenizer, complete

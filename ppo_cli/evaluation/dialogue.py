@@ -16,7 +16,7 @@ from ppo_cli.data.rows import Row
 from ppo_cli.evaluation.draw_samples import score_rollout
 from ppo_cli.evaluation.generate import Loaded, check_room, sampling_errors
 from ppo_cli.evaluation.samples import Sample
-from ppo_cli.models.context import context_length
+from ppo_cli.models.context import context_length, context_used
 from ppo_cli.models.sampling import sample_responses, to_texts
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.transformers_generate import GenerateSettings
@@ -54,7 +54,9 @@ class Dialogue:
         self._max_new_tokens = max_new_tokens
         self._random = RandomStream(seed, loaded.model.device)
         self._reward = reward
-        self._encoder = PromptEncoder(loaded.tokenizer, prompts, name=loaded.name)
+        self._encoder = PromptEncoder(
+            loaded.tokenizer, prompts, name=loaded.name, complete=loaded.is_encoder_decoder
+        )
         self._messages: list[Message] = []
 
     def answer(self, text: str, write: Write) -> Sample:
@@ -75,7 +77,13 @@ class Dialogue:
         with sampling_errors(self._loaded.name), self._random.active():
             limits = [self._max_new_tokens]
             responses = sample_responses(self._loaded.model, [query], limits, settings)
-        rollout = to_texts(self._loaded.tokenizer, [query], responses, [row.messages])
+        rollout = to_texts(
+            self._loaded.tokenizer,
+            [query],
+            responses,
+            [row.messages],
+            continues=not self._loaded.is_encoder_decoder,
+        )
         (sample,) = score_rollout(
             rollout, [row.text], self._reward, [row.columns], self._loaded.stop_token_ids
         )
@@ -103,7 +111,8 @@ class Dialogue:
             row = Row(messages[-1]["content"], {"messages": messages}, messages)
             (ids,) = self._encoder.ids([row])
             shorter = without_oldest(messages)
-            if context is None or len(ids) + self._max_new_tokens <= context or not shorter:
+            used = context_used(self._loaded.model, len(ids), self._max_new_tokens)
+            if context is None or used <= context or not shorter:
                 return row, ids
             messages = shorter
 

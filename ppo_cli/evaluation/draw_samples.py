@@ -11,6 +11,7 @@ from torch import Tensor
 from ppo_cli.data.chat import Message
 from ppo_cli.evaluation.samples import Sample
 from ppo_cli.models.decode_loop import draw_uniforms
+from ppo_cli.models.encoder_decoder import is_encoder_decoder
 from ppo_cli.models.sampling import Rollout, sample_responses, to_texts
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.rewards.batch import RewardBatch
@@ -59,7 +60,13 @@ def draw_rollout(
             batch_size=batch_size,
             uniforms=None if uniforms is None else uniforms[own],
         )
-    return to_texts(tokenizer, queries[own], responses, messages[own] if messages else None)
+    return to_texts(
+        tokenizer,
+        queries[own],
+        responses,
+        messages[own] if messages else None,
+        continues=not is_encoder_decoder(model),
+    )
 
 
 def _uniforms(limits: list[int], device: Any, batch_size: int | None = None) -> Tensor | None:
@@ -99,7 +106,7 @@ def draw_scores(
     owners = [i for i in range(len(queries)) for _ in range(count)]
     scores = np.zeros(len(owners))
     stream = RandomStream(seed, model.device)
-    scorer = RewardSum.of(reward)
+    scorer, continues = RewardSum.of(reward), not is_encoder_decoder(model)
     with processes.agreed():
         for turn, start in enumerate(range(0, len(owners), BATCH_SIZE)):
             batch = owners[start : start + BATCH_SIZE]
@@ -111,7 +118,7 @@ def draw_scores(
                 responses = sample_responses(model, rows, limits, params, uniforms=uniforms)
             chats = [messages[i] for i in batch] if messages else None
             found = RewardBatch.of(
-                to_texts(tokenizer, rows, responses, chats),
+                to_texts(tokenizer, rows, responses, chats, continues=continues),
                 [texts[i] for i in batch],
                 [columns[i] for i in batch] if columns else None,
                 params.stop_token_ids,
@@ -141,7 +148,7 @@ def score_rollout(
     if reward is None:
         pairs = zip(query_texts, rollout.response_texts, strict=True)
         return [
-            Sample(*texts, None, None, messages)
+            Sample(*texts, None, None, messages, continues=rollout.continues)
             for texts, messages in zip(pairs, rollout.messages, strict=True)
         ]
     batch = RewardBatch.of(rollout, query_texts, columns, end_ids)
@@ -161,6 +168,7 @@ def samples_of(batch: RewardBatch, scores: Scores, *, has_terms: bool) -> list[S
     messages = batch.messages or [None] * count
     rows = zip(
         *(batch.queries, batch.responses, scores.total.tolist(), chances, messages, terms),
+        *([None] * count, [batch.continues] * count),
         strict=True,
     )
     return [Sample(*row) for row in rows]

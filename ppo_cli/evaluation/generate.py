@@ -20,7 +20,8 @@ from ppo_cli.data.rows import Row
 from ppo_cli.errors import DataError, ModelError, NumericalError
 from ppo_cli.evaluation.draw_samples import draw_rollout, score_rollout
 from ppo_cli.evaluation.samples import Generated
-from ppo_cli.models.context import context_length
+from ppo_cli.models.context import context_length, context_used
+from ppo_cli.models.encoder_decoder import is_encoder_decoder
 from ppo_cli.models.loading import load_policy, load_tokenizer
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
@@ -102,6 +103,11 @@ class Loaded:
     model: Any
     tokenizer: Any
     stop_token_ids: tuple[int, ...]
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether its encoder reads the prompts, and its decoder writes the responses."""
+        return is_encoder_decoder(self.model)
 
     def params(self, params: SamplingParams = PURE) -> SamplingParams:
         """`params` with the model's own stop and pad tokens."""
@@ -258,7 +264,10 @@ def encode(
     Raises:
         DataError: a prompt has no tokens, or exceeds the model's context.
     """
-    found = PromptEncoder(loaded.tokenizer, prompts, name=loaded.name).ids(rows)
+    encoder = PromptEncoder(
+        loaded.tokenizer, prompts, name=loaded.name, complete=loaded.is_encoder_decoder
+    )
+    found = encoder.ids(rows)
     check_room(loaded, [row.text for row in rows], found, max_new_tokens)
     return [torch.tensor(row) for row in found]
 
@@ -271,7 +280,7 @@ def check_room(
     for text, row in zip(prompts, rows, strict=True):
         if not len(row):
             raise DataError(f"prompt {text!r} has no tokens for {loaded.name}")
-        if context is not None and len(row) + max_new_tokens > context:
+        if context is not None and context_used(loaded.model, len(row), max_new_tokens) > context:
             raise DataError(
                 f"prompt '{shortened(text, 40)}' has {len(row)} tokens; with {max_new_tokens} "
                 f"new ones it exceeds the context of {loaded.name} ({context}): shorten it, or "

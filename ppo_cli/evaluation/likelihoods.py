@@ -12,6 +12,7 @@ from torch import Tensor
 from ppo_cli.evaluation.quality import Likelihoods
 from ppo_cli.kernels.lm_head import entropy, token_logprobs
 from ppo_cli.kernels.patches import fast_layers
+from ppo_cli.models.encoder_decoder import decoder_start
 from ppo_cli.ppo.forward import token_logits
 from ppo_cli.ppo.losses import full_kl
 from ppo_cli.ppo.packing import TokenBatch
@@ -41,13 +42,13 @@ def likelihoods(
         policy: a model with a value head.
         reference: another over the same vocabulary; `policy` itself where `as_reference` makes it
             the reference.
-        queries, responses: B tensors of token ids each, 1-D; a query has one token or more.
+        queries, responses: B tensors of token ids each, 1-D; a query has one token or more, a
+            response of an encoder-decoder begins after the decoder's start token.
         as_reference: a context for the reference's forward passes, which turns an adapter off.
         temperature: of the sampling; divides both models' logits.
     """
-    tokens = TokenBatch.from_lists(
-        queries, responses, None, pad_token_id=0, device=torch.device(policy.device)
-    )
+    device, start = torch.device(policy.device), decoder_start(policy)
+    tokens = TokenBatch.from_lists(queries, responses, None, 0, device, start)
     longest = max(tokens.targets.shape[1], 1)
     vocabulary = policy.config.get_text_config().vocab_size
     size = max(LOGITS_BYTES // (4 * vocabulary * longest), 1)

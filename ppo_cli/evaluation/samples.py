@@ -19,7 +19,8 @@ class Sample:
         rewards: what each term of a composed reward contributes to the score, by name; None where
             the term does not apply.
         reward: in training what PPO learned from, None elsewhere: `rewards` add up to it.
-        messages: the conversation that the response answers; None for a text that it continues.
+        messages: the conversation that the response answers; None for a text.
+        continues: whether the response continues the query, where that is a text.
     """
 
     query: str
@@ -29,15 +30,17 @@ class Sample:
     messages: list[dict[str, Any]] | None = None
     rewards: Mapping[str, float | None] = field(default_factory=dict)
     reward: float | None = None
+    continues: bool = True
 
     @property
     def gap(self) -> str:
         """What stands between query and response where they are shown together."""
-        return "" if self.messages is None else "\n"
+        return "" if self.messages is None and self.continues else "\n"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `messages`, `rewards` and `reward` only where there are any."""
         values = asdict(self)
+        del values["continues"]
         if self.messages is None:
             del values["messages"]
         if self.reward is None:

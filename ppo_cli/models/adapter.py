@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ppo_cli.config.policy import AdapterConfig
 from ppo_cli.errors import ModelError, UsageError, did_you_mean
-from ppo_cli.models.pretrained import HUB_KEYWORDS, find_adapter, refuse_if_not_causal
+from ppo_cli.models.encoder_decoder import TASKS, auto_class, is_encoder_decoder
+from ppo_cli.models.pretrained import HUB_KEYWORDS, find_adapter, refuse_other_kinds
 from ppo_cli.utils.hub import first_line, loading_errors
 from ppo_cli.utils.model_checks import implementations
 from ppo_cli.utils.text import shortened
@@ -71,6 +72,7 @@ def new_adapter(settings: AdapterConfig, name: str, **kwargs: Any) -> Any:
         if find_adapter(name, **hub) is not None:
             return adapter  # it is ignored, with a warning: the model has one
         plan = _plan(name, **kwargs)
+    adapter.task_type = TASKS[auto_class(plan.config)]
     _check_modules(settings, name, plan)
     wanted = settings.target_modules
     if wanted is None:
@@ -152,12 +154,12 @@ def _plan(name: str, **kwargs: Any) -> Any:
     config = AutoConfig.from_pretrained(name, **kwargs)
     trust = kwargs.get("trust_remote_code", False)
     if not trust:
-        refuse_if_not_causal(config)
+        refuse_other_kinds(auto_class(config), config)
     with warnings.catch_warnings():  # it warns where the model itself is loaded
         warnings.simplefilter("ignore")
         implementations(name, config, is_trusted=False)  # a plan runs none of them
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        return auto_class(config).from_config(config, trust_remote_code=trust)
 
 
 def _refusal(adapter: Any, plan: Any) -> str | None:
@@ -181,11 +183,11 @@ def _language_layers(plan: Any) -> set[str]:
     without calling the layer, and so without its adapter.
     """
     head, language = plan.get_output_embeddings(), plan.get_decoder()
-    if not isinstance(language, PreTrainedModel):
+    if is_encoder_decoder(plan) or not isinstance(language, PreTrainedModel):
         language = plan.base_model  # some call their output layer a decoder
     kept = {id(module) for module in language.modules()} - {id(head)}
     words = plan.get_input_embeddings()
-    for part in plan.modules():
+    for part in () if is_encoder_decoder(plan) else plan.modules():
         if isinstance(part, PreTrainedModel) and words not in list(part.modules()):
             kept -= {id(module) for module in part.modules()}
     for block in plan.modules():

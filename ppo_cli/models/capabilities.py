@@ -21,6 +21,7 @@ from ppo_cli.kernels.attention import block_mask
 from ppo_cli.kernels.kv_cache import cache_argument, has_windows, make_static, preallocated_cache
 from ppo_cli.kernels.patches import PASSED_ON, fast_layers
 from ppo_cli.kernels.switch import enabled, is_enabled
+from ppo_cli.models.encoder_decoder import is_encoder_decoder
 from ppo_cli.utils.device import modes_kept
 
 REFUSALS = (TypeError, AttributeError, ValueError, LookupError, RuntimeError, AssertionError)
@@ -204,10 +205,14 @@ def ends_in_output_layer(model: Any) -> bool:
 
 @_checked_once
 def looks_ahead(model: Any) -> bool:
-    """Whether a model's output at a position depends on later tokens."""
+    """Whether a model's output at a position depends on later tokens, of an encoder-decoder's
+    decoder."""
     rows = _tokens(model, [[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 9, 10, 11]])
+    inputs = {"input_ids": rows}
+    if is_encoder_decoder(model):
+        inputs = {"input_ids": rows[:1].expand_as(rows), "decoder_input_ids": rows}
     with unsuitable_errors():
-        first, other = model(input_ids=rows, use_cache=False).logits[:, -8:-3]
+        first, other = model(**inputs, use_cache=False).logits[:, -8:-3]
     return bool(first.isfinite().all()) and not same(other, first, precision(model))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ppo_cli.models.encoder_decoder import is_encoder_decoder
+
 LIMITS = (
     "max_position_embeddings",
     "n_positions",
@@ -13,6 +15,12 @@ LIMITS = (
     "n_ctx",
 )
 """Names of the context length in configurations, the commonest first."""
+RELATIVE = {
+    "bloom": "seq_length",
+    **dict.fromkeys(("t5", "mt5", "umt5", "longt5", "switch_transformers"), "n_positions"),
+}
+"""Models whose positions are distances, without a limit: this says how long their texts were in
+training."""
 UNLIMITED = 10**7
 """Values from here on stand for no limit."""
 
@@ -31,13 +39,17 @@ def context_length(model: Any) -> int | None:
     return None if length is None else length - _unused_positions(model)
 
 
+def context_used(model: Any, query: int, new: int) -> int:
+    """Places of the context that a query and a response of `new` tokens take.
+
+    The encoder and the decoder of an encoder-decoder have a context each.
+    """
+    return max(query, new) if is_encoder_decoder(model) else query + new
+
+
 def _limit(config: Any) -> int | None:
-    # BLOOM's `seq_length` is what it was trained on; its positions are distances, without a limit.
-    names = [
-        name
-        for name in LIMITS
-        if (getattr(config, "model_type", None), name) != ("bloom", "seq_length")
-    ]
+    unread = RELATIVE.get(getattr(config, "model_type", ""))
+    names = [name for name in LIMITS if name != unread]
     values = [getattr(config, name, None) for name in names]
     return next((v for v in values if isinstance(v, int) and 0 < v < UNLIMITED), None)
 

@@ -68,8 +68,8 @@ def decode_cached(
     """
     given = draw_uniforms(limits, input_ids.device) if uniforms is None else uniforms
 
-    def start() -> tuple[_Drawn, _GrowingStep]:
-        drawn = _Drawn(given, limits, params)
+    def start() -> tuple[Drawn, _GrowingStep]:
+        drawn = Drawn(given, limits, params)
         return drawn, _GrowingStep(policy, input_ids, attention_mask, drawn, on_logits)
 
     if on_logits is None and _is_worth_recording(policy, max(limits)):
@@ -97,7 +97,7 @@ def decode_uncached(
         limits, params, on_logits, uniforms: as there.
     """
     given = draw_uniforms(limits, input_ids.device) if uniforms is None else uniforms
-    drawn = _Drawn(given, limits, params)
+    drawn = Drawn(given, limits, params)
     rows = torch.arange(len(limits), device=input_ids.device)
     ids = input_ids
     while True:
@@ -126,7 +126,7 @@ def draw_uniforms(
     return torch.cat([torch.nn.functional.pad(d, (0, longest - d.shape[1])) for d in drawn])
 
 
-def _step_by_step(drawn: _Drawn, step: _GrowingStep) -> list[Tensor]:
+def _step_by_step(drawn: Drawn, step: _GrowingStep) -> list[Tensor]:
     step()
     while left := drawn.rows_left():
         step.drop_ended(left)
@@ -134,7 +134,7 @@ def _step_by_step(drawn: _Drawn, step: _GrowingStep) -> list[Tensor]:
     return drawn.responses()
 
 
-def _by_replays(drawn: _Drawn, first: _GrowingStep) -> list[Tensor]:
+def _by_replays(drawn: Drawn, first: _GrowingStep) -> list[Tensor]:
     """The first step reads the queries; all later steps are alike, and so are recorded once."""
     policy, hooks = first.policy, _hooks(first.policy)
     first()
@@ -166,7 +166,7 @@ def _is_worth_recording(policy: AutoModelForCausalLMWithValueHead, longest: int)
     )
 
 
-class _Drawn:
+class Drawn:
     """The tokens that B rows have drawn, kept on their device, so that nothing waits for it.
 
     Args:
@@ -237,7 +237,7 @@ class _GrowingStep:
         policy: AutoModelForCausalLMWithValueHead,
         input_ids: Tensor,
         attention_mask: Tensor,
-        drawn: _Drawn,
+        drawn: Drawn,
         on_logits: LogitsCallback | None = None,
     ) -> None:
         self.on_logits = on_logits

@@ -8,14 +8,17 @@ from typing import Any
 from torch import nn
 
 from ppo_cli.errors import UsageError, did_you_mean
+from ppo_cli.models.encoder_decoder import is_encoder_decoder
 from ppo_cli.utils.text import shortened
 
 KEY = "policy.freeze_layers"
 
 
 def layer_stack(model: nn.Module) -> str | None:
-    """Name of the list of a language model's layers; None where there is none."""
+    """Name of the list of a language model's layers, of an encoder-decoder's decoder; or None."""
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    if is_encoder_decoder(model):
+        lists = {n: m for n, m in lists.items() if "decoder" in n.split(".")} or lists
     # The decoder's stack is the outermost list of as many modules as the model has layers;
     # experts and the like lie inside, projections of inputs beside it.
     count = _number_of_layers(model)
@@ -28,7 +31,8 @@ def freeze_layers(model: Any, chosen: Sequence[int | str]) -> None:
 
     Args:
         model: the language model, without a value head.
-        chosen: numbers of its layers, from 0, and names of modules, as `target_modules` has them.
+        chosen: numbers of its layers (in an encoder-decoder the decoder's), from 0, and names of
+            modules, as `target_modules` has them.
 
     Raises:
         UsageError: the model lacks one of them, or nothing is left to train.

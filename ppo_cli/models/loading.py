@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,20 @@ import torch
 from ppo_cli.config.policy import PolicyConfig
 from ppo_cli.data.embedded import policy_folder
 from ppo_cli.data.sources import EMBEDDED
-from ppo_cli.errors import ModelError, UsageError
+from ppo_cli.errors import ModelError, PPOCliError, UsageError
 from ppo_cli.models.adapter import name_base, new_adapter
+from ppo_cli.models.encoder_decoder import is_encoder_decoder, plain_inputs
 from ppo_cli.models.frozen_layers import freeze_layers
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
-from ppo_cli.models.pretrained import HUB_KEYWORDS, check_attention, find_adapter, tokenizer_of
+from ppo_cli.models.pretrained import (
+    HUB_KEYWORDS,
+    check_attention,
+    find_adapter,
+    find_config,
+    tokenizer_of,
+)
 from ppo_cli.models.quantization import quantization_keywords, refuse_without_quantized_layers
+from ppo_cli.models.seq2seq import policy_class
 from ppo_cli.utils.device import modes_kept
 from ppo_cli.utils.hub import loading_errors, trial_errors
 from ppo_cli.utils.model_checks import refuse_empty, refuse_nan, refuse_unusable
@@ -49,6 +58,29 @@ def load_tokenizer(name: str, revision: str | None = None, trusted: Collection[s
     return tokenizer
 
 
+def reads_whole_texts(
+    name: str, revision: str | None = None, trusted: Collection[str] = ()
+) -> bool:
+    """Whether a model is an encoder-decoder, whose encoder reads the queries with their end tokens.
+
+    Raises:
+        ModelError: the hub does not have its configuration, or does not answer.
+    """
+    if name == EMBEDDED:
+        return False
+    return is_encoder_decoder(_config_of(name, source_keywords(name, revision, trusted)))
+
+
+def _config_of(source: str, place: dict[str, Any]) -> Any:
+    """A model's configuration; None of a folder that has none to read: loading it says why."""
+    try:
+        return find_config(source, **place)[0]
+    except PPOCliError:
+        if not Path(source).is_dir():
+            raise
+        return None
+
+
 def load_policy(
     config: PolicyConfig,
     tokenizer: Any = None,
@@ -69,22 +101,23 @@ def load_policy(
         UsageError: the model is not causal, or a setting does not fit it.
     """
     source = str(policy_folder()) if config.model == EMBEDDED else config.model
+    place = source_keywords(config.model, config.revision, trusted)
     head: dict[str, Any] = {
         "v_head_init_strategy": config.v_head_init_strategy,
         "v_head_initializer_range": config.v_head_initializer_range,
         "summary_dropout_prob": config.summary_dropout_prob,
     }
-    place = source_keywords(config.model, config.revision, trusted)
     adapter = None if config.adapter is None else new_adapter(config.adapter, source, **place)
     weights = weight_keywords(config, source, place, device)
     with trial_errors(config.model):
-        policy = AutoModelForCausalLMWithValueHead.from_pretrained(
+        policy = policy_class(_config_of(source, place)).from_pretrained(
             source, peft_config=adapter, **head, **place, **weights
         )
         refuse_nan(config.model, policy)
         with modes_kept(policy), torch.no_grad():
-            ids = torch.zeros(1, 1, dtype=torch.long, device=policy.device)
-            policy.eval().pretrained_model(input_ids=ids, use_cache=False)
+            query = torch.zeros(1, dtype=torch.long, device=policy.device)
+            inputs = plain_inputs(policy, query, query[:0])
+            policy.eval().pretrained_model(**inputs, use_cache=False)
     if config.quantization is not None:
         refuse_without_quantized_layers(config.model, policy.pretrained_model)
     if config.freeze_layers is not None:

@@ -12,6 +12,7 @@ from ppo_cli.errors import ModelError, UnsuitableModel
 from ppo_cli.kernels.patches import plain_layers
 from ppo_cli.models.capabilities import no_autocast, rope_switch, unsuitable_errors
 from ppo_cli.models.context import context_length
+from ppo_cli.models.encoder_decoder import is_encoder_decoder, plain_inputs
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.utils.device import modes_kept
 from ppo_cli.utils.random_state import RandomStream
@@ -36,8 +37,8 @@ class PlainReading:
         self.scale = torch.zeros((), device=policy.device)
 
     def __call__(self, query: Tensor, response: Tensor) -> Outputs:
-        logits, hidden = plain_outputs(self.policy, torch.cat([query, response]))
-        logits, hidden = logits[len(query) - 1 : -1], hidden[len(query) - 1 : -1]
+        outputs = plain_outputs(self.policy, query, response)
+        logits, hidden = (rows[-len(response) - 1 : -1] for rows in outputs)
         self.scale = logits.detach().abs().max()
         log_p = logits.log_softmax(-1)
         values = self.policy.v_head(hidden.to(self.policy.device)).squeeze(-1).float()
@@ -45,23 +46,27 @@ class PlainReading:
         return log_p.gather(1, response.unsqueeze(1)).squeeze(1), entropies, values
 
 
-def plain_outputs(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (T, V), float32, and last hidden states (T, H) of a plain forward of (T,) `ids`.
+def plain_outputs(model: Any, query: Tensor, response: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (T, V), float32, and last hidden states (T, H) of a plain forward of one sequence.
+
+    The T tokens are query and response; in an encoder-decoder those that its decoder reads.
 
     Raises:
         ModelError: they are not finite, or the model cannot be run.
     """
     has_values = isinstance(model, AutoModelForCausalLMWithValueHead)
+    inputs = plain_inputs(model, query, response)
+    length = next(reversed(inputs.values())).shape[1]  # prompt tuning adds virtual tokens
     try:
         with unsuitable_errors():
             output = language_model(model)(
-                input_ids=ids.unsqueeze(0), use_cache=False, output_hidden_states=has_values
+                **inputs, use_cache=False, output_hidden_states=has_values
             )
     except UnsuitableModel as error:
         raise ModelError(
             f"{model_name(model)} cannot read a sequence of tokens: {error}"
         ) from error
-    logits = output.logits[0, -len(ids) :].float()
+    logits = output.logits[0, -length:].float()
     if not logits.isfinite().all():
         raise ModelError(
             f"{model_name(model)} gives numbers that are not finite: its weights are damaged, or "
@@ -69,16 +74,15 @@ def plain_outputs(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
         )
     if not has_values:
         return logits, logits
-    return logits, model.last_hidden_states(output)[0, -len(ids) :]
+    return logits, model.last_hidden_states(output)[0, -length:]
 
 
 @torch.no_grad()
 def sample_logits(model: Any) -> Tensor:
     """Logits (N, V), float32, on the CPU, of plain forwards of the self-check's sequences."""
-    queries, responses = queries_and_responses(model)
-    rows = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
+    pairs = zip(*queries_and_responses(model), strict=True)
     with undisturbed(model), plain_layers():
-        return torch.cat([plain_outputs(model, row)[0] for row in rows]).cpu()
+        return torch.cat([plain_outputs(model, *pair)[0] for pair in pairs]).cpu()
 
 
 def queries_and_responses(model: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -86,6 +90,8 @@ def queries_and_responses(model: Any) -> tuple[list[Tensor], list[Tensor]]:
     inner = language_model(model)
     config = inner.config
     count = inner.get_input_embeddings().weight.shape[0]
+    if is_encoder_decoder(model):  # whose decoder may have fewer tokens than its encoder
+        count = min(count, inner.get_output_embeddings().weight.shape[0])
     settings = {**config.to_dict(), **config.get_text_config().to_dict()}
     reserved = {
         value

@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
-from ppo_cli.errors import ModelError, UnsuitableModel
+from ppo_cli.errors import ModelError, UnsuitableModel, UsageError
 from ppo_cli.kernels.gelu import fuse_activations
 from ppo_cli.kernels.kv_cache import cache_argument
 from ppo_cli.kernels.lm_head import (
@@ -53,11 +53,14 @@ from ppo_cli.models.pretrained import (
     HUB_KEYWORDS,
     VALUE_HEAD_FILE,
     find_value_head,
-    load_causal,
+    load_pretrained,
     refuse_if_not_causal,
 )
 from ppo_cli.models.quantization import dequantized, is_quantized
+from ppo_cli.models.reward_adapter import adapter_active, load_reward_adapter
+from ppo_cli.models.sharding import gathered
 from ppo_cli.models.value_head import ValueHead
+from ppo_cli.utils.device import modes_kept
 from ppo_cli.utils.hub import adapter_errors, first_line, loading_errors
 
 BODY, HEAD = "pretrained_model.", "v_head."
@@ -76,11 +79,21 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         v_head_init_strategy: None or `"normal"`, see `ValueHead`.
         v_head_initializer_range: standard deviation of the `"normal"` strategy.
 
+    Attributes:
+        supports_rm_adapter: whether a reward adapter was loaded, for `compute_reward_score`.
+        rm_adapter_name: its name in `pretrained_model`.
+        score: its layer from hidden states to scores.
+
     Raises:
         UsageError: the model is not causal, or transformers loaded it with an adapter.
     """
 
     supported_args = ("summary_dropout_prob", "v_head_init_strategy", "v_head_initializer_range")
+    supports_rm_adapter = False
+    rm_adapter_name: str | None = None
+    score: nn.Linear
+    transformers_parent_class: Any = AutoModelForCausalLM
+    is_encoder_decoder = False
 
     def __init__(
         self,
@@ -98,7 +111,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         self.pretrained_model = pretrained_model
         fuse_activations(pretrained_model)
         keep_weights_as_stored(self._base_model)
-        refuse_if_not_causal(self._base_model.config, type(self._base_model))
+        self._check_kind(self._base_model.config, type(self._base_model))
         if summary_dropout_prob is None:
             summary_dropout_prob = getattr(self.config, "summary_dropout_prob", 0.1)
         self.v_head = ValueHead(
@@ -116,6 +129,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         *model_args: Any,
         peft_config: Any = None,
         is_trainable: bool = True,
+        reward_adapter: str | Path | None = None,
+        reward_adapter_name: str = "reward_adapter",
         **kwargs: Any,
     ) -> AutoModelForCausalLMWithValueHead:
         """Load a policy, and its value head where one was saved with it.
@@ -127,15 +142,26 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
                 model object.
             peft_config: a `peft.PeftConfig`: adds a new adapter; only it and the value head train.
             is_trainable: whether an adapter loaded from a folder can be trained further.
+            reward_adapter: folder or hub id of an adapter of a sequence classifier with the same
+                base, for `compute_reward_score`. It is frozen; the policy needs an adapter, too.
+            reward_adapter_name: what the reward adapter is called in `pretrained_model`.
             kwargs: `summary_dropout_prob`, `v_head_init_strategy`, `v_head_initializer_range` for
-                the value head; all others go to `AutoModelForCausalLM.from_pretrained`. `dtype` is
-                float32 unless given.
+                the value head; all others go to `from_pretrained` of `transformers_parent_class`.
+                `dtype` is float32 unless given.
 
         Raises:
             ModelNotFoundError: there is no such folder or hub model.
-            UsageError: the model is not causal, or a keyword would have no effect.
+            UsageError: the model is not causal, a keyword would have no effect, or the reward
+                adapter does not go with the model.
             ModelError: the hub does not answer, or the files are damaged.
         """
+        if not isinstance(reward_adapter, (str, Path, type(None))):
+            raise UsageError(
+                "reward_adapter must be a folder or hub id of an adapter, not a "
+                f"{type(reward_adapter).__name__}"
+            )
+        if reward_adapter is not None and cls.is_encoder_decoder:
+            raise UsageError("reward_adapter is for causal models: score other texts")
         kwargs = without_old(kwargs)
         head_kwargs = {key: kwargs.pop(key) for key in cls.supported_args if key in kwargs}
         source = pretrained_model_name_or_path
@@ -147,11 +173,14 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))
             hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
             with loading_errors(name), unknown_keywords(kwargs, cls.supported_args):
-                model = load_causal(name, is_trainable, *model_args, **kwargs)
+                model = load_pretrained(
+                    cls.transformers_parent_class, name, is_trainable, *model_args, **kwargs
+                )
                 saved_head = find_value_head(name, hub)
         else:
-            rest = {"model_args": model_args or None, **kwargs}
-            refuse_beside_model(rest, cls.supported_args)
+            used = HUB_KEYWORDS if reward_adapter is not None else ()
+            rest = {key: value for key, value in kwargs.items() if key not in used}
+            refuse_beside_model({"model_args": model_args or None, **rest}, cls.supported_args)
             model = source
         if peft_config is not None:
             from peft import get_peft_model
@@ -159,10 +188,14 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             if hasattr(model, "peft_config"):
                 warnings.warn("peft_config is ignored: the model has an adapter", stacklevel=2)
             else:
-                refuse_if_not_causal(model.config, type(model))
+                cls._check_kind(model.config, type(model))
                 with adapter_errors(model):
                     model = get_peft_model(model, peft_config)
         policy = cls(model, **head_kwargs)
+        if reward_adapter is not None:
+            elsewhere = ("revision", "subfolder")  # where the policy is, not this adapter
+            place = {k: kwargs[k] for k in HUB_KEYWORDS if k in kwargs and k not in elsewhere}
+            policy._add_reward_adapter(str(reward_adapter), reward_adapter_name, **place)
         if saved_head:
             try:
                 policy.v_head.load_state_dict(saved_head)
@@ -171,6 +204,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
                     f"{source}: its value head does not fit the model: {first_line(error)}"
                 ) from error
         return policy
+
+    @staticmethod
+    def _check_kind(config: Any, model_class: type) -> None:
+        """Raise `UsageError` for a model that this class is not for."""
+        refuse_if_not_causal(config, model_class)
 
     @property
     def _base_model(self) -> PreTrainedModel:
@@ -304,7 +342,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             **kwargs,
         )
         # Prompt tuning answers for its virtual tokens too, in front.
-        length = output.logits.shape[1] if input_ids is None else input_ids.shape[1]
+        length = self._read_length(input_ids, output.logits)
         logits, hidden = output.logits[:, -length:], self.last_hidden_states(output)[:, -length:]
         if positions is not None:
             logits = logits.flatten(0, 1)[positions] / temperature
@@ -316,6 +354,51 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         if not return_past_key_values:
             return results
         return (*results, getattr(output, "cache", None) or output.past_key_values)
+
+    def compute_reward_score(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Scores of the reward adapter after each token, without gradients or dropout.
+
+        The policy's adapter is off meanwhile. A sequence's score is that of its last token, so pad
+        on the right and leave out the padding: `scores[i, attention_mask[i].sum() - 1, 0]`.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 1 for tokens and 0 for padding.
+            kwargs: go to the language model.
+
+        Returns:
+            (B, T, L) float32, L the number of the reward model's labels.
+
+        Raises:
+            UsageError: the policy was loaded without `reward_adapter`.
+        """
+        if self.rm_adapter_name is None:
+            raise UsageError(
+                "the policy has no reward adapter: load it with from_pretrained(..., "
+                "peft_config=..., reward_adapter=...)"
+            )
+        model, inputs = self.pretrained_model, {"input_ids": input_ids, **kwargs}
+        with (
+            torch.no_grad(),
+            gathered(self),
+            modes_kept(model),
+            adapter_active(model, self.rm_adapter_name),
+        ):
+            model.eval()
+            output = model(attention_mask=attention_mask, output_hidden_states=True, **inputs)
+            hidden = self.last_hidden_states(output)
+            return self.score(hidden.to(self.score.weight.device, torch.float32))
+
+    def _add_reward_adapter(self, source: str, name: str, **hub: Any) -> None:
+        if not self.is_peft_model:
+            raise UsageError(
+                "reward_adapter needs a policy with an adapter of its own, or the policy would be "
+                "trained under the reward model: pass peft_config, too"
+            )
+        self.score = load_reward_adapter(self.pretrained_model, source, name, **hub)
+        self.supports_rm_adapter, self.rm_adapter_name = True, name
 
     def ready_projection(self, rows: int, times: int) -> Callable[[Tensor], Tensor] | None:
         """For `next_logits`: last hidden states (B, H) to logits, while the weights do not change.
@@ -356,17 +439,18 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
 
         False where an adapter puts virtual tokens in front, outside the language model.
         """
-        return not self._adds_tokens and capability(self._base_model)
+        return not self.adds_tokens and capability(self._base_model)
 
     def reading(self) -> Reading:
         """How the policy reads sequences: as its capabilities allow, or as `read_as` said."""
         answers = check_results(self.pretrained_model)
         if "reading" not in answers:
-            # Virtual tokens are put in front outside of the language model.
-            answers["reading"] = (
-                PADDED_READING if self._adds_tokens else fastest_reading(self._base_model)
-            )
+            answers["reading"] = self._fastest_reading()
         return cast(Reading, answers["reading"])
+
+    def _fastest_reading(self) -> Reading:
+        # Virtual tokens are put in front outside of the language model.
+        return PADDED_READING if self.adds_tokens else fastest_reading(self._base_model)
 
     def read_as(self, reading: Reading) -> None:
         """Read sequences in this way until the model changes."""
@@ -378,19 +462,27 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         Raises:
             UnsuitableModel: it has none of that form.
         """
-        hidden: Tensor = output.hidden_states[-1]
+        hidden = self._last_states(output)
         if hidden.dim() == 4:  # Gemma 3n has several a position, the first is active
             hidden = hidden[0]
         if hidden.shape[:-1] != output.logits.shape[:-1]:
             raise UnsuitableModel(f"its hidden states have the shape {tuple(hidden.shape)}")
         return hidden
 
+    def _read_length(self, input_ids: Tensor | None, logits: Tensor) -> int:
+        """Number of tokens that logits (B, T, V) belong to, without those that an adapter adds."""
+        return logits.shape[1] if input_ids is None else input_ids.shape[1]
+
+    def _last_states(self, output: Any) -> Tensor:
+        states: Tensor = output.hidden_states[-1]
+        return states
+
     def _values(self, hidden: Tensor) -> Tensor:
         # Not a view: torch warns where a sharded model returns one.
         return torch.squeeze_copy(self.v_head(hidden.to(self.device)), -1)
 
     @property
-    def _adds_tokens(self) -> bool:
+    def adds_tokens(self) -> bool:
         """Whether an adapter puts virtual tokens in front, outside the language model."""
         return self.is_peft_model and bool(
             self.pretrained_model.active_peft_config.is_prompt_learning
@@ -415,7 +507,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         adapted = cast(Any, twin.pretrained_model)
         if untied:
             untie_embeddings(twin._base_model)
-        plain = AutoModelForCausalLMWithValueHead(adapted.merge_and_unload())
+        plain = type(self)(adapted.merge_and_unload())
         plain.v_head = twin.v_head
         return plain
 
@@ -444,6 +536,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         state = plain_names(self.state_dict() if state_dict is None else state_dict)
         head = {key: state.pop(key) for key in list(state) if key.startswith(HEAD)}
         weights = state if state_dict is not None and state else None
+        if self.is_peft_model:
+            own = [
+                name for name in self.pretrained_model.peft_config if name != self.rm_adapter_name
+            ]
+            kwargs.setdefault("selected_adapters", own)  # without its score, a reward's is useless
         self.pretrained_model.save_pretrained(save_directory, state_dict=weights, **kwargs)
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in head.items()},

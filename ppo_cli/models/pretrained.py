@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -24,6 +24,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ppo_cli.errors import ModelError, PPOCliError, UsageError, did_you_mean
+from ppo_cli.models.encoder_decoder import TASKS, auto_class, refuse_if_not_seq2seq
 from ppo_cli.models.processor import find_processor
 from ppo_cli.utils.hub import first_line, loading_errors
 from ppo_cli.utils.model_checks import (
@@ -64,10 +65,22 @@ def refuse_if_not_causal(config: Any, model_class: type | None = None) -> None:
     if model_class is None and _has_language_model(config):
         is_causal |= any(name.endswith("ForConditionalGeneration") for name in named)
     if encoder_decoder or (named and not is_causal):
+        known_as = named[0] if named else config.model_type
+        if auto_class(config) is AutoModelForSeq2SeqLM:
+            raise UsageError(
+                f"{known_as} is not a causal language model but an encoder-decoder: load it with "
+                "AutoModelForSeq2SeqLMWithValueHead"
+            )
         raise UsageError(
-            f"{named[0] if named else config.model_type} is not a causal language model: choose "
+            f"{known_as} is not a causal language model: choose "
             "one whose architecture ends in ForCausalLM or LMHeadModel, such as gpt2"
         )
+
+
+def refuse_other_kinds(kind: Any, config: Any) -> None:
+    """Raise `UsageError` unless `kind`, a class of transformers, is for a configuration's model."""
+    check = refuse_if_not_seq2seq if kind is AutoModelForSeq2SeqLM else refuse_if_not_causal
+    check(config)
 
 
 def check_attention(name: str, source: str, **place: Any) -> None:
@@ -87,20 +100,33 @@ def check_attention(name: str, source: str, **place: Any) -> None:
         )
     if is_elsewhere(name):
         raise UsageError(f"{key}: {name} needs a package that is not installed here: leave it null")
-    hub = {k: place[k] for k in HUB_KEYWORDS if k in place}
-    with loading_errors(source):
-        if (adapter := find_adapter(source, **hub)) is not None:
-            source, place = adapter.base, base_keywords(adapter, place)
-        config = AutoConfig.from_pretrained(source, **place)
+    config, place = find_config(source, **place)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trust = place.get("trust_remote_code", False)
-            AutoModelForCausalLM.from_config(
+            auto_class(config).from_config(
                 config, attn_implementation=name, trust_remote_code=trust
             )
     except (ImportError, ValueError) as error:
         raise UsageError(f"{key}: {source} has no {name}: {first_line(error)}") from error
+
+
+def find_config(name: str, **place: Any) -> tuple[Any, dict[str, Any]]:
+    """Configuration of a model, of an adapter's base, and the keywords that load that.
+
+    Args:
+        name: folder or hub id.
+        place: keywords of `from_pretrained`.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    hub = {k: place[k] for k in HUB_KEYWORDS if k in place}
+    with loading_errors(name):
+        if (adapter := find_adapter(name, **hub)) is not None:
+            name, place = adapter.base, base_keywords(adapter, place)
+        return AutoConfig.from_pretrained(name, **place), place
 
 
 def _has_language_model(config: Any) -> bool:
@@ -208,34 +234,41 @@ def tokenizer_of(name: str, **kwargs: Any) -> Any:
         return AutoTokenizer.from_pretrained(adapter.base, **base_keywords(adapter, kwargs))
 
 
-def _load_adapted(name: str, adapter: Adapter, is_trainable: bool, **kwargs: Any) -> Any:
-    from peft import PeftModel, PeftModelForCausalLM
+def _load_adapted(kind: Any, name: str, adapter: Adapter, is_trainable: bool, **kwargs: Any) -> Any:
+    from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM
 
-    if (task := adapter.config.task_type) not in (None, "CAUSAL_LM"):
+    wanted = TASKS[kind]
+    if (task := adapter.config.task_type) not in (None, wanted):
+        is_causal = wanted == "CAUSAL_LM"
         raise UsageError(
-            f"{name} is an adapter of another kind of model (task_type {task}), not "
-            "of a causal language model: choose one that was saved with task_type CAUSAL_LM"
+            f"{name} is an adapter of another kind of model (task_type {task}), not of "
+            f"{'a causal language model' if is_causal else 'an encoder-decoder'}: choose one that "
+            f"was saved with task_type {wanted}"
         )
     hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
     with base_errors(name, adapter):
-        base = load_causal(adapter.base, is_trainable, **base_keywords(adapter, kwargs))
+        keywords = base_keywords(adapter, kwargs)
+        base = load_pretrained(kind, adapter.base, is_trainable, **keywords)
     if _located(name, "tokenizer_config.json", hub):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
         if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
             base.resize_token_embeddings(len(tokenizer))  # tokens that came with the adapter
-    kind = PeftModel if task is None else PeftModelForCausalLM
-    return kind.from_pretrained(
+    by_task = {"CAUSAL_LM": PeftModelForCausalLM, "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM}
+    return by_task.get(task, PeftModel).from_pretrained(
         base, adapter.folder, is_trainable=is_trainable, config=adapter.config
     )
 
 
-def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model, or one with an adapter, from a folder or the hub.
+def load_pretrained(
+    kind: Any, name: str, is_trainable: bool, *args: Any, **kwargs: Any
+) -> PreTrainedModel:
+    """A language model, or one with an adapter, from a folder or the hub.
 
     Warns of weights in the files that the model does not have, but for TRL's value heads. The
     model's attribute `stored_dtype` is the dtype of its weights by its configuration, or None.
 
     Args:
+        kind: `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.
         name: folder or hub id.
         is_trainable: whether a loaded adapter can be trained further.
         args, kwargs: passed to `from_pretrained`.
@@ -246,14 +279,14 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
     kwargs.setdefault("trust_remote_code", False)  # None would ask on the terminal
     hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
     if (adapter := find_adapter(name, **hub)) is not None:
-        return _load_adapted(name, adapter, is_trainable, **kwargs)
+        return _load_adapted(kind, name, adapter, is_trainable, **kwargs)
     config, stored = kwargs.get("config"), None
     if config is None:
         trust = kwargs["trust_remote_code"]
         config = AutoConfig.from_pretrained(name, **hub, trust_remote_code=trust)
         stored = getattr(config, "dtype", None)
         if not trust:
-            refuse_if_not_causal(config)
+            refuse_other_kinds(kind, config)
         if kwargs.get("quantization_config") and getattr(config, "quantization_config", None):
             raise UsageError(
                 f"{name} is quantised already: leave policy.quantization out, or give the model "
@@ -265,7 +298,7 @@ def load_causal(name: str, is_trainable: bool, *args: Any, **kwargs: Any) -> Pre
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             name, *args, **{**SHAPES_LATER, **kwargs}, output_loading_info=True
         )
     finally:

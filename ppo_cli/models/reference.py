@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ppo_cli.errors import UsageError
 from ppo_cli.models.capabilities import precision, same
+from ppo_cli.models.encoder_decoder import is_encoder_decoder
 from ppo_cli.models.frozen_layers import layer_stack
-from ppo_cli.models.plain_forward import sample_logits
+from ppo_cli.models.plain_forward import language_model, sample_logits
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 
 
@@ -27,7 +28,8 @@ def create_reference_model(
     Args:
         model: the policy; any `torch.nn.Module` will do.
         num_shared_layers: this many layers from the bottom, and the embeddings below them, are
-            frozen in the policy too and shared: policy and reference hold the same tensors.
+            frozen in the policy too and shared: policy and reference hold the same tensors. In an
+            encoder-decoder they are the decoder's, and the whole encoder is shared, too.
         pattern: prefix of a layer's parameter names with `{layer}` in it, such as
             `transformer.h.{layer}`, where it cannot be found automatically.
 
@@ -121,6 +123,7 @@ def _lower_parameters(model: nn.Module, num_layers: int, pattern: str | None) ->
             f"cannot find the layers of {type(model).__name__}: pass their pattern, "
             "such as 'transformer.h.{layer}'"
         )
+    encoder = set(map(id, _encoder_parameters(model)))
     stack = model.get_submodule(prefix)
     total = len(list(stack.children()))
     if not 0 <= num_layers <= total:
@@ -130,9 +133,16 @@ def _lower_parameters(model: nn.Module, num_layers: int, pattern: str | None) ->
         if name.startswith(prefix + "."):
             if int(name[len(prefix) + 1 :].partition(".")[0]) < num_layers:
                 shared.append(parameter)
-        elif _is_embedding(model, name):
+        elif id(parameter) in encoder or _is_embedding(model, name):
             shared.append(parameter)
     return shared
+
+
+def _encoder_parameters(model: Any) -> list[nn.Parameter]:
+    """Those of an encoder-decoder's encoder; none for a causal model."""
+    if not is_encoder_decoder(model):
+        return []
+    return list(language_model(model).get_encoder().parameters())
 
 
 def _layer_index(name: str, prefix: str) -> int | None:

@@ -15,8 +15,10 @@ from ppo_cli.errors import UsageError
 from ppo_cli.kernels.patches import fast_layers
 from ppo_cli.kernels.switch import is_enabled
 from ppo_cli.models.capabilities import reads_packed, rope_switch
-from ppo_cli.models.context import context_length
+from ppo_cli.models.context import context_length, context_used
+from ppo_cli.models.decode_encoded import decode_encoded
 from ppo_cli.models.decode_loop import LogitsCallback, decode_cached, decode_uncached
+from ppo_cli.models.encoder_decoder import is_encoder_decoder
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.self_check import SamplingMethod, choose_sampling_method
@@ -31,10 +33,11 @@ class Rollout:
     Attributes:
         queries: B tensors of token ids, each 1-D and of its own length.
         responses: B tensors of token ids, 1-D, the end-of-text token included where it was drawn.
-        texts: B strings to be scored, query and response decoded together; of a conversation the
-            response alone.
+        texts: B strings to be scored, query and response decoded together; of a conversation, and
+            of an encoder-decoder, the response alone.
         response_texts: B strings, the responses alone.
-        messages: B conversations that were answered; None for a text that was continued.
+        messages: B conversations that were answered; None for a text.
+        continues: whether responses to texts continue them; those of an encoder-decoder do not.
     """
 
     queries: list[Tensor]
@@ -42,6 +45,7 @@ class Rollout:
     texts: list[str]
     response_texts: list[str]
     messages: list[list[dict[str, Any]] | None]
+    continues: bool = True
 
 
 def to_texts(
@@ -49,16 +53,22 @@ def to_texts(
     queries: Sequence[Tensor],
     responses: Sequence[Tensor],
     messages: Sequence[list[dict[str, Any]] | None] | None = None,
+    *,
+    continues: bool = True,
 ) -> Rollout:
     """B queries and responses as texts, without special tokens.
 
-    A response's text is what it adds to its query's: many tokenizers drop a space at the beginning
-    of what they decode, and the last character of a query may end in the response.
+    Arguments are those of `Rollout`. A response's text is what it adds to its query's: many
+    tokenizers drop a space at the beginning of what they decode, and the last character of a query
+    may end in the response.
     """
+    answered = [*(messages if messages is not None else [None] * len(queries))]
+    if not continues:
+        texts = tokenizer.batch_decode(list(responses), skip_special_tokens=True)
+        return Rollout(list(queries), list(responses), texts, texts, answered, continues)
     whole = [torch.cat([q.to(r.device), r]) for q, r in zip(queries, responses, strict=True)]
     texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
     starts = tokenizer.batch_decode(list(queries), skip_special_tokens=True)
-    answered = [*(messages if messages is not None else [None] * len(queries))]
     added = [
         _added(start, text)
         if text.startswith(start.rstrip(BROKEN))
@@ -96,7 +106,8 @@ def sample_responses(
     """Sample one response to each query, with dropout off.
 
     Queries are padded on the left and masked, with position ids counted from their first token,
-    so a response does not depend on what else is in the batch (up to rounding).
+    so a response does not depend on what else is in the batch (up to rounding). For the encoder of
+    an encoder-decoder they are padded on the right.
 
     Args:
         model: has `generate`, `device`, `config` and `generation_config`, as `transformers` does.
@@ -108,7 +119,7 @@ def sample_responses(
             draws them. transformers' `generate` draws by itself, seeded by the first of them.
 
     Returns:
-        B tensors of token ids, 1-D, on the model's device.
+        B tensors of token ids, 1-D, on the model's device, without a decoder's start token.
 
     Raises:
         UsageError: an empty query, or one that with its response exceeds the model's context.
@@ -116,7 +127,7 @@ def sample_responses(
         NumericalError: a probability is not finite.
     """
     queries = [query.to(model.device) for query in queries]
-    _check_lengths(queries, max_new_tokens, context_length(model))
+    _check_lengths(model, queries, max_new_tokens)
     if not queries:
         return []
     if not _may_take_own_loop(model):
@@ -124,7 +135,8 @@ def sample_responses(
     method = _method(model, settings)
     responses: list[Tensor] = []
     # Our own loop leaves a row that has ended where it is; transformers reads on.
-    context = None if method == "loop" else context_length(model)
+    in_step = method == "loop" or is_encoder_decoder(model)
+    context = None if in_step else context_length(model)
     with modes_kept(model), fast_layers():
         model.eval()
         for batch in _batches(queries, max_new_tokens, batch_size or len(queries), context):
@@ -161,7 +173,7 @@ def _method(model: Any, settings: SamplingParams | GenerateSettings) -> Sampling
     methods: list[SamplingMethod] = ["padded", "equal", "uncached"]
     if isinstance(settings, SamplingParams):
         methods = ["padded", "equal", "whole"]
-        if is_enabled("decode_loop") and model.allows(reads_packed):
+        if is_enabled("decode_loop") and _has_loop(model):
             methods.insert(0, "loop")
     pad = settings.pad_token_id or 0
     pure: SamplingParams | GenerateSettings = SamplingParams(pad_token_id=pad)
@@ -175,6 +187,12 @@ def _method(model: Any, settings: SamplingParams | GenerateSettings) -> Sampling
             return _sample_batch(model, queries, limits, pure, method, callback)
 
     return choose_sampling_method(model, methods, sample, pad_token_id=pad)
+
+
+def _has_loop(policy: Any) -> bool:
+    if is_encoder_decoder(policy):
+        return not policy.adds_tokens
+    return bool(policy.allows(reads_packed))
 
 
 def _sample_batch(
@@ -225,7 +243,12 @@ def _sample_group(
     uniforms: Tensor | None,
 ) -> list[Tensor]:
     """A response to each of the queries, which one method samples together."""
-    ids, mask = _pad_left(queries, settings.pad_token_id or 0)
+    to_encoder = is_encoder_decoder(model)
+    ids, mask = _padded(queries, settings.pad_token_id or 0, on_the_left=not to_encoder)
+    if isinstance(settings, SamplingParams) and method in ("loop", "whole") and to_encoder:
+        return decode_encoded(
+            model, ids, mask, limits, settings, on_logits, uniforms, use_cache=method == "loop"
+        )
     if isinstance(settings, SamplingParams) and method == "loop":
         return decode_cached(model, ids, mask, limits, settings, on_logits, uniforms)
     if isinstance(settings, SamplingParams) and method == "whole":
@@ -274,24 +297,23 @@ def _batches(
     return [*batches, slice(start, len(queries))] if queries else []
 
 
-def _pad_left(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids (B, T) with the rows at the right, and their mask (B, T)."""
+def _padded(rows: Sequence[Tensor], pad: int, *, on_the_left: bool) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) with the rows at one side, and their mask (B, T)."""
     width = max(row.numel() for row in rows)
     ids = rows[0].new_full((len(rows), width), pad)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
-        ids[i, width - row.numel() :] = row
-        mask[i, width - row.numel() :] = 1
+        place = slice(width - row.numel(), width) if on_the_left else slice(row.numel())
+        ids[i, place], mask[i, place] = row, 1
     return ids, mask
 
 
-def _check_lengths(
-    queries: Sequence[Tensor], max_new_tokens: Sequence[int], context: int | None
-) -> None:
+def _check_lengths(model: Any, queries: Sequence[Tensor], max_new_tokens: Sequence[int]) -> None:
+    context = context_length(model)
     for i, (query, new) in enumerate(zip(queries, max_new_tokens, strict=True)):
         if query.numel() == 0:
             raise UsageError(f"query {i} has no tokens: begin it with the bos token, or some text")
-        if context is not None and query.numel() + new > context:
+        if context is not None and context_used(model, query.numel(), new) > context:
             raise UsageError(
                 f"query {i} has {query.numel()} tokens; with {new} new ones it exceeds the "
                 f"model's context of {context}: shorten it, or lower the number of new tokens"

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from ppo_cli.errors import ModelError, is_out_of_memory
@@ -203,7 +202,7 @@ def _has_logits(policy: AutoModelForCausalLMWithValueHead, folder: Path, expecte
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = policy.transformers_parent_class.from_pretrained(
             folder, dtype=policy.pretrained_model.dtype, trust_remote_code=own_code
         )
         logits = sample_logits(model.eval())

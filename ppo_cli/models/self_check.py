@@ -109,9 +109,10 @@ def _samples_rightly(
         for i in SAMPLED:
             query, response = queries[i], responses[i]
             with plain_layers():
-                expected, _ = plain_outputs(model, torch.cat([query, response]))
+                expected, _ = plain_outputs(model, query, response)
             found = torch.stack(seen[i][: len(response)])
-            if not same(found, expected[len(query) - 1 : -1], precision(language_model(model))):
+            expected = expected[-len(response) - 1 : -1]
+            if not same(found, expected, precision(language_model(model))):
                 return False
     return True
 
@@ -271,9 +272,9 @@ def _refuse(model: Any, does: Literal["samples", "reads"]) -> Any:
     """Raise a `ModelError` that says why no method is right for a model."""
     _refuse_dynamic_quantisation(model)
     name = model_name(model)
-    ids = queries_and_responses(model)[0][-1]
+    query, response = (rows[-1] for rows in queries_and_responses(model))
     with torch.no_grad(), undisturbed(model), plain_layers():
-        first, again = (plain_outputs(model, ids)[0] for _ in range(2))
+        first, again = (plain_outputs(model, query, response)[0] for _ in range(2))
     if not same(again, first):
         raise ModelError(
             f"{name} does not give the same output for the same text twice, even in eval mode. "

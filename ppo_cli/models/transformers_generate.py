@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from transformers import (
 
 from ppo_cli.errors import UsageError
 from ppo_cli.models.decode_loop import LogitsCallback, not_finite
+from ppo_cli.models.encoder_decoder import decoder_start
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.sharding import is_sharded
 
@@ -55,6 +57,8 @@ class GenerateSettings:
         pad_token_id: fills up the shorter rows of a batch.
         generation_config: takes the place of the model's own.
         stopping_criteria: end a batch's rows, besides their limits.
+        stop_strings: texts that end a response, which includes the token that completes one.
+        tokenizer: decodes responses to find `stop_strings`.
         kwargs: other keywords of `generate`; they override `generation_config`.
     """
 
@@ -64,6 +68,8 @@ class GenerateSettings:
         default_factory=lambda: GenerationConfig(**PURE_SAMPLING)
     )
     stopping_criteria: Sequence[StoppingCriteria] = ()
+    stop_strings: tuple[str, ...] = ()
+    tokenizer: Any = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -79,6 +85,8 @@ def from_generation_kwargs(
     pad_token_id: int | None,
     generation_config: GenerationConfig | None = None,
     stopping_criteria: Sequence[StoppingCriteria] | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
     **kwargs: Any,
 ) -> SamplingParams | GenerateSettings:
     """What keywords of transformers' `generate` ask for.
@@ -88,13 +96,15 @@ def from_generation_kwargs(
         pad_token_id: fills up the shorter rows of a batch.
         generation_config: the base that `kwargs` change; None for pure sampling.
         stopping_criteria: end a batch's rows, besides their limits.
+        stop_strings: texts that end a response, which includes the token that completes one.
+        tokenizer: decodes responses to find `stop_strings`.
         kwargs: other keywords, but those of the response's length (`without_lengths`).
 
     Returns:
         `SamplingParams` where they say it all, else `GenerateSettings`.
 
     Raises:
-        UsageError: several sequences are asked for each query.
+        UsageError: several sequences are asked for each query, or a stop string is empty.
     """
     if kwargs.get("num_return_sequences", 1) != 1:
         raise UsageError("num_return_sequences must be 1: repeat the queries instead")
@@ -102,12 +112,22 @@ def from_generation_kwargs(
         eos_token_id = eos_token_id.tolist()
     ends = [eos_token_id] if isinstance(eos_token_id, int) else (eos_token_id or ())
     stop = tuple(ends)
-    if generation_config is None and not stopping_criteria:
+    strings = stop_strings or getattr(generation_config, "stop_strings", None) or ()
+    strings = (strings,) if isinstance(strings, str) else tuple(strings)
+    if "" in strings:
+        raise UsageError("stop_strings: '' is in every text: leave it out")
+    if strings and tokenizer is None:
+        raise UsageError("stop_strings needs the tokenizer: pass tokenizer, too")
+    if generation_config is None and not stopping_criteria and not strings:
         plain = _plain_settings(kwargs)
         if plain is not None:
             return SamplingParams(**plain, stop_token_ids=stop, pad_token_id=pad_token_id)
     config = generation_config or GenerationConfig(**PURE_SAMPLING)
-    return GenerateSettings(stop, pad_token_id, config, stopping_criteria or (), kwargs)
+    if strings:  # transformers' own criterion reads the query, too, and not every tokenizer
+        config = copy.deepcopy(config)
+        config.stop_strings = None
+    criteria = stopping_criteria or ()
+    return GenerateSettings(stop, pad_token_id, config, criteria, strings, tokenizer, kwargs)
 
 
 def _plain_settings(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -218,7 +238,7 @@ def generate_responses(
 
     Args:
         model: in eval mode.
-        input_ids: (B, T) queries, padded on the left.
+        input_ids: (B, T) queries, padded on the left; for an encoder on the right.
         attention_mask: (B, T).
         limits: B limits on the new tokens.
         settings: of `generate`.
@@ -226,12 +246,15 @@ def generate_responses(
         on_logits: called with each token's logits.
 
     Returns:
-        B tensors of token ids, 1-D, each with its end token if one was drawn.
+        B tensors of token ids, 1-D, each with its end token if one was drawn, without a decoder's
+        start token.
 
     Raises:
         NumericalError: a probability is not finite.
     """
     kwargs, width = dict(settings.kwargs), input_ids.shape[1]
+    if (start := decoder_start(model)) is not None:
+        kwargs["decoder_start_token_id"], width = start, 1  # the output is the decoder's
     if not use_cache:
         kwargs["use_cache"] = False
     if on_logits is not None:
@@ -239,18 +262,22 @@ def generate_responses(
     if is_sharded(model):  # processes may draw different numbers of tokens from gathered weights
         kwargs["synced_gpus"] = False
     row_limits = _RowLimits(torch.tensor(limits, device=model.device) + width)
+    criteria = [*settings.stopping_criteria, row_limits]
+    if settings.stop_strings:
+        criteria.append(_StopStrings(settings, width))
     with _generation_config(model, settings.generation_config), _finite_probabilities():
         output = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            stopping_criteria=StoppingCriteriaList([*settings.stopping_criteria, row_limits]),
+            stopping_criteria=StoppingCriteriaList(criteria),
             max_new_tokens=max(limits),
             pad_token_id=settings.pad_token_id or 0,
             eos_token_id=list(settings.stop_token_ids) or None,
             **kwargs,
         )
     rows = zip(output[:, width:], limits, strict=True)
-    return [_until_end(row[:limit], set(settings.stop_token_ids)) for row, limit in rows]
+    ended = [_until_end(row[:limit], set(settings.stop_token_ids)) for row, limit in rows]
+    return [_until_text(row, settings) for row in ended] if settings.stop_strings else ended
 
 
 class _PassOn(LogitsProcessor):
@@ -273,6 +300,30 @@ class _RowLimits(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         beams = len(input_ids) // len(self.limits)
         return input_ids.shape[1] >= self.limits.repeat_interleave(beams)
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends each row whose response, from a position on, holds one of the stop strings."""
+
+    def __init__(self, settings: GenerateSettings, start: int) -> None:
+        self.settings, self.start = settings, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        found = [_holds_stop(row, self.settings) for row in input_ids[:, self.start :]]
+        return torch.tensor(found, device=input_ids.device)
+
+
+def _holds_stop(row: Tensor, settings: GenerateSettings) -> bool:
+    text = settings.tokenizer.decode(row, clean_up_tokenization_spaces=False)
+    return any(string in text for string in settings.stop_strings)
+
+
+def _until_text(row: Tensor, settings: GenerateSettings) -> Tensor:
+    """`row` up to the token that completes a stop string, that one included."""
+    if not _holds_stop(row, settings):
+        return row
+    lengths = range(1, len(row) + 1)
+    return next(row[:length] for length in lengths if _holds_stop(row[:length], settings))
 
 
 def _until_end(row: Tensor, end_ids: set[int]) -> Tensor:

@@ -14,7 +14,7 @@ from accelerate.utils import ProjectConfiguration
 from ppo_cli.config.trackers import as_names
 from ppo_cli.errors import UsageError, did_you_mean, is_out_of_memory
 from ppo_cli.ppo.config import PPOConfig
-from ppo_cli.ppo.sharding import check_sharded, with_sharding
+from ppo_cli.ppo.sharding import settle_sharding, with_sharding
 from ppo_cli.ppo.trackers import check_logging_dir, check_trackers, start_trackers
 from ppo_cli.utils import launcher
 from ppo_cli.utils.device import mixed_precision, resolve_device
@@ -53,7 +53,7 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     with _refusals("accelerator_kwargs", config.accelerator_kwargs):
         accelerator = Accelerator(log_with=names or None, project_config=project, **settings)
     _check_processes(accelerator)
-    check_sharded(accelerator, settings)
+    settle_sharding(accelerator, settings)
     if names:
         start_trackers(accelerator, config)
     return accelerator
@@ -99,10 +99,10 @@ def _refusals(key: str, given: dict[str, Any]) -> Iterator[None]:
         raise UsageError(f"ppo.{key}: {first_line(error)}") from error
 
 
-def record_surroundings(config: PPOConfig, accelerator: Accelerator, is_peft: bool) -> None:
+def record_surroundings(config: PPOConfig, accelerator: Accelerator, model: Any) -> None:
     """Fill in the fields of `config` that depend on the processes and the model."""
     config.world_size = accelerator.num_processes
     config.global_batch_size = config.batch_size * config.world_size
     config.global_backward_batch_size = config.backward_batch_size * config.world_size
-    config.is_encoder_decoder = False
-    config.is_peft_model = is_peft
+    config.is_encoder_decoder = model.is_encoder_decoder
+    config.is_peft_model = model.is_peft_model

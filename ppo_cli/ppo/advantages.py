@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask` is True; 0 for no value."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor:
+    """Mean of `values` where `mask` is True, along one axis or of all; 0 for no value."""
+    return (values * mask).sum(axis) / mask.sum(axis).clamp(min=1)
 
 
-def masked_var(values: Tensor, mask: Tensor) -> Tensor:
-    """Variance with Bessel's correction where `mask` is True; 0 for fewer than two values."""
+def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
+    """Variance where `mask` is True; 0 for no value. `unbiased` is Bessel's correction."""
     count = mask.sum()
     centered = (values - masked_mean(values, mask)) * mask
-    return centered.square().sum() / (count - 1).clamp(min=1)
+    return centered.square().sum() / (count - int(unbiased)).clamp(min=1)
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppo_cli.models.capabilities import rope_switch
+from ppo_cli.models.encoder_decoder import decoder_start
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.self_check import refuse_noise, settle_reading
 from ppo_cli.ppo.packing import TokenBatch
@@ -84,8 +85,8 @@ def _reader(policy: Any) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Token
     forward = partial(type(policy).forward, policy)
 
     def read(queries: Sequence[Tensor], responses: Sequence[Tensor]) -> TokenOutputs:
-        device = queries[0].device
-        tokens = TokenBatch.from_lists(queries, responses, None, pad_token_id=0, device=device)
+        start, device = decoder_start(policy), queries[0].device
+        tokens = TokenBatch.from_lists(queries, responses, None, 0, device, start)
         return _token_forward(policy, tokens, 1.0, forward)
 
     return read

@@ -6,6 +6,7 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +20,34 @@ from ppo_cli.utils.device import fetch, send
 ROW_TOKENS = 64
 
 
+class EncoderRows(NamedTuple):
+    """What the encoder of an encoder-decoder reads: ids (B, S), padded on the right; lengths (B,).
+
+    Both are on the CPU.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, queries: Sequence[Tensor]) -> EncoderRows:
+        """The rows of B queries, 1-D each."""
+        return cls(pad_sequence(list(queries), True, 0), torch.tensor([len(q) for q in queries]))
+
+    def select(self, indices: Tensor) -> EncoderRows:
+        """The rows at `indices` (b,), cut to the longest of them."""
+        lengths = self.lengths[indices]
+        return EncoderRows(self.ids[indices, : int(lengths.max())], lengths)
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, S) 1 for tokens, 0 for padding."""
+        return _prefix_mask(self.lengths, self.ids.shape[1]).long()
+
+
 @dataclass(frozen=True)
 class TokenBatch:
-    """B sequences of query and response.
+    """B sequences of query and response; of an encoder-decoder what its decoder reads.
 
     Response tokens that a mask leaves out are context but do not count: they have no place in the
     (B, R) grids. The layout is computed on the CPU, so that nothing waits for a GPU.
@@ -32,6 +58,8 @@ class TokenBatch:
         sources: (B, R) column of `input_ids` just before each target; on the CPU.
         counts: (B,) number of targets of each sequence; on the CPU.
         device: the device of the grids.
+        encoder: the queries of an encoder-decoder, whose sequences are a start token and the
+            response; None for a causal model.
     """
 
     input_ids: Tensor
@@ -39,6 +67,7 @@ class TokenBatch:
     sources: Tensor
     counts: Tensor
     device: torch.device
+    encoder: EncoderRows | None = None
 
     @classmethod
     def from_lists(
@@ -48,14 +77,23 @@ class TokenBatch:
         response_masks: Sequence[Tensor] | None,
         pad_token_id: int,
         device: torch.device,
+        decoder_start: int | None = None,
     ) -> TokenBatch:
         """Lay out B queries and responses, 1-D tensors of token ids each.
+
+        Args:
+            queries, responses: the responses of an encoder-decoder are without its start token.
+            response_masks: B masks of the responses, 1-D; None where all tokens count.
+            pad_token_id: fills up shorter rows.
+            device: of the grids.
+            decoder_start: token with which the decoder of an encoder-decoder begins; None for a
+                causal model.
 
         Raises:
             ValueError: a query is empty, so that nothing predicts its first response token, or the
                 length of a mask differs from its response's.
         """
-        rows, targets, sources = [], [], []
+        rows, targets, sources, encoder = [], [], [], []
         for i, (query, response) in enumerate(zip(fetch(queries), fetch(responses), strict=True)):
             if query.numel() == 0:
                 raise ValueError(f"query {i} has no tokens: begin it with the bos token")
@@ -67,6 +105,9 @@ class TokenBatch:
                         f"response mask {i} has shape {tuple(counts.shape)}, "
                         f"its response {tuple(response.shape)}"
                     )
+            if decoder_start is not None:
+                encoder.append(query)
+                query = query.new_tensor([decoder_start])
             rows.append(torch.cat([query, response]))
             targets.append(response[counts])
             sources.append(counts.nonzero().squeeze(1) + query.numel() - 1)
@@ -76,6 +117,7 @@ class TokenBatch:
             sources=pad_sequence(sources, True, 0),
             counts=torch.tensor([target.numel() for target in targets]),
             device=device,
+            encoder=EncoderRows.of(encoder) if encoder else None,
         )
 
     def __len__(self) -> int:
@@ -91,6 +133,7 @@ class TokenBatch:
             self.sources[indices, :width],
             counts,
             self.device,
+            self.encoder and self.encoder.select(indices),
         )
 
     @cached_property
@@ -124,7 +167,9 @@ class TokenBatch:
 
         Returns:
             `input_ids` and `attention_mask` (B, t) by name, and the (N,) flat positions in them
-            that predict `flat_targets`. Tokens that predict nothing are left out.
+            that predict `flat_targets`. Tokens that predict nothing are left out. For an
+            encoder-decoder these are `decoder_input_ids` and `decoder_attention_mask`, and the
+            others (B, S) are for its encoder.
         """
         lengths = self._lengths.clamp(min=1)
         width = int(lengths.max())
@@ -132,6 +177,9 @@ class TokenBatch:
             "input_ids": self.input_ids[:, :width],
             "attention_mask": _prefix_mask(lengths, width).long(),
         }
+        if self.encoder is not None:
+            inputs = {f"decoder_{name}": rows for name, rows in inputs.items()}
+            inputs |= {"input_ids": self.encoder.ids, "attention_mask": self.encoder.mask}
         return self._with_positions(inputs, torch.arange(len(self)) * width)
 
     @cached_property
@@ -182,6 +230,8 @@ class TokenBatch:
         """
         lengths = self._lengths
         keys = lengths if equal else lengths > (switch or lengths.max())
+        if equal and self.encoder is not None:
+            keys = keys + self.encoder.lengths * (int(lengths.max()) + 1)
         return [(keys == key).nonzero().squeeze(1) for key in keys.unique()]
 
     def flat_places(self, indices: Tensor) -> Tensor:

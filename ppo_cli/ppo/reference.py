@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from ppo_cli.errors import UsageError
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.reference import (
     create_adapter_reference,
@@ -15,6 +16,7 @@ from ppo_cli.models.reference import (
     refuse_shared_weights,
     starts_as_its_base,
 )
+from ppo_cli.models.seq2seq import with_value_head
 from ppo_cli.ppo.accelerator import require
 from ppo_cli.ppo.sharding import shard_reference
 
@@ -38,7 +40,9 @@ def make_reference(
         if num_shared_layers is not None:
             warnings.warn("num_shared_layers is ignored: ref_model was passed", stacklevel=3)
         if isinstance(ref_model, PreTrainedModel):  # for its forward; the head is not used
-            ref_model = AutoModelForCausalLMWithValueHead(ref_model)
+            ref_model = with_value_head(ref_model)
+        if ref_model.is_encoder_decoder != model.is_encoder_decoder:
+            raise UsageError("model and ref_model must both be encoder-decoders, or neither")
         refuse_shared_weights(model, ref_model)
         return ref_model
     if not model.is_peft_model:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import environ
 from typing import Any
 
@@ -21,11 +22,13 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from ppo_cli.errors import UsageError
 from ppo_cli.models.capabilities import rope_switch
+from ppo_cli.models.encoder_decoder import plain_inputs
 from ppo_cli.models.plain_forward import model_name, undisturbed
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.quantization import is_quantized
 from ppo_cli.models.sharding import set_freeing
 from ppo_cli.utils import launcher
+from ppo_cli.utils.hub import first_line
 
 RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 RECIPE = "use FSDP2 (configs/accelerate/fsdp2.yaml)"
@@ -112,20 +115,23 @@ def _shard_on_processors(plugin: FullyShardedDataParallelPlugin) -> None:
     Its state is the same as on GPUs then; nothing after it asks for the device.
     """
     if AcceleratorState._shared_state:
-        return  # of an earlier accelerator; `check_sharded` compares
+        return  # of an earlier accelerator; `settle_sharding` compares
     state = PartialState(cpu=True)
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
 
 
-def check_sharded(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
+def settle_sharding(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
     """Raise `UsageError` where sharding was asked for, and accelerate does not do it."""
-    if settings.get("fsdp_plugin") is not None and not accelerator.is_fsdp2:
+    plugin = settings.get("fsdp_plugin")
+    if plugin is not None and not accelerator.is_fsdp2:
         raise UsageError(
             "sharding (FSDP2) was asked for, but accelerate runs without "
             f"({accelerator.distributed_type.value}): an accelerator without it was made in this "
             "process before; make the sharded one first"
         )
+    if plugin is not None:  # accelerate keeps that of the first accelerator in a process
+        PartialState().fsdp_plugin = accelerator.state.fsdp_plugin = plugin
 
 
 def _check_mesh(mesh: ParallelismConfig | None, plugin: Any) -> None:
@@ -198,6 +204,22 @@ def refuse_unshardable(model: AutoModelForCausalLMWithValueHead) -> None:
         )
 
 
+@contextmanager
+def sharding_errors(model: Any) -> Iterator[None]:
+    """Around `prepare`: errors of accelerate and torch about a model that is sharded name it.
+
+    Raises:
+        UsageError: in place of them.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, AssertionError, NotImplementedError) as error:
+        if not (AcceleratorState._shared_state and AcceleratorState().is_fsdp2):
+            raise
+        why = first_line(error)
+        raise UsageError(f"{model_name(model)} cannot be sharded (FSDP2): {why}") from error
+
+
 def shard_reference(accelerator: Accelerator, reference: Any) -> Any:
     """Shard a reference as accelerate sharded the policy, by layers."""
     return fsdp2_prepare_model(accelerator, reference).eval()
@@ -209,6 +231,7 @@ def begin_sharded(accelerator: Accelerator, policy: Any, reference: Any = None) 
     for model in (policy, reference):
         if model is None:
             continue
+        token = torch.zeros(1, dtype=torch.long, device=model.device)
         with torch.no_grad(), undisturbed(model):
-            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
+            model(**plain_inputs(model, token, token))
         set_freeing(model, layers=frees, root=model is reference)

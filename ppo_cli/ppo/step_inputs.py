@@ -30,6 +30,7 @@ def step_inputs(
     batch_size: int,
     pad_token_id: int | None,
     device: torch.device,
+    decoder_start: int | None = None,
 ) -> StepInputs:
     """Check and lay out the arguments of `PPOTrainer.step`, which describes them.
 
@@ -37,6 +38,7 @@ def step_inputs(
         batch_size: of this process.
         pad_token_id: fills up shorter rows.
         device: of the grids.
+        decoder_start: token with which responses of an encoder-decoder begin; None for others.
 
     Returns:
         The batch of all processes, in their order.
@@ -45,12 +47,14 @@ def step_inputs(
         ValueError: as in `PPOTrainer.step`, on all processes where it is raised on one.
     """
     lists = (queries, responses, response_masks, potentials)
-    parts = processes.gather_from(_own_part, lists, scores, batch_size)
+    parts = processes.gather_from(_own_part, lists, scores, batch_size, decoder_start)
     queries, responses, response_masks, potentials = (
         _joined([part[i] for part, _ in parts]) for i in range(len(lists))
     )
     score_tensor = torch.cat([part for _, part in parts])
-    tokens = TokenBatch.from_lists(queries, responses, response_masks, pad_token_id or 0, device)
+    tokens = TokenBatch.from_lists(
+        queries, responses, response_masks, pad_token_id or 0, device, decoder_start
+    )
     if not tokens.counts.any():
         raise ValueError("no response token counts: responses are empty or masked throughout")
     grid = potentials_grid(tokens, potentials, responses, response_masks)
@@ -58,11 +62,17 @@ def step_inputs(
 
 
 def _own_part(
-    lists: Sequence[list[Tensor] | None], scores: list[Tensor], batch_size: int
+    lists: Sequence[list[Tensor] | None],
+    scores: list[Tensor],
+    batch_size: int,
+    decoder_start: int | None,
 ) -> tuple[list[list[Tensor] | None], Tensor]:
     """This process's part of the batch, checked; on the CPU where others are to get it."""
     queries, responses, response_masks, _ = lists
     checked = checked_batch(queries, responses, scores, response_masks, batch_size)
+    if decoder_start is not None:
+        check_starts(responses or (), decoder_start)
+        lists = [queries, *(rows and [row[1:] for row in rows] for rows in lists[1:])]
     if processes.count() == 1:
         return [*lists], checked
     sent = [tensors and [tensor.detach().cpu() for tensor in tensors] for tensors in lists]
@@ -137,6 +147,16 @@ def checked_batch(
         if score.numel() != 1 or not bool(score.isfinite().all()):
             raise ValueError(f"scores[{i}] must be one finite number - got {score.tolist()}")
     return torch.stack([score.detach().reshape(()).float().cpu() for score in scores])
+
+
+def check_starts(responses: Sequence[Tensor], decoder_start: int) -> None:
+    """Raise `ValueError` where a response does not begin with the decoder's start token."""
+    for i, response in enumerate(responses):
+        if response.dim() != 1 or response[:1].tolist() != [decoder_start]:
+            raise ValueError(
+                f"responses[{i}] must begin with the decoder's start token ({decoder_start}), as "
+                f"`generate` returns it - got {response.flatten()[:3].tolist()}"
+            )
 
 
 def potentials_grid(

@@ -66,14 +66,19 @@ def minibatch_statistics(
         is_skipped: scalar bool: whether the mini-batch exceeds `ratio_threshold`.
     """
     mask = batch.tokens.mask
-    known = {key: mean for key, mean in means.items() if key not in (MEAN_RATIO, MEAN_K3)}
-    losses = {k: torch.where(is_skipped, 0.0, v) for k, v in known.items() if k.startswith("loss/")}
+    losses = ("loss/policy", "loss/value", "loss/total")
     return {
-        **known,
-        **losses,
+        **{key: torch.where(is_skipped, 0.0, means[key]) for key in losses},
+        "policy/clipfrac": means["policy/clipfrac"],
+        "val/clipfrac": means["val/clipfrac"],
+        "policy/entropy": means["policy/entropy"],
+        "policy/approxkl": means["policy/approxkl"],
+        "policy/policykl": means["policy/policykl"],
         "policy/advantages_mean": masked_mean(batch.advantages, mask),
         "returns/mean": masked_mean(batch.returns, mask),
         "returns/var": masked_var(batch.returns, mask),
+        "val/vpred": means["val/vpred"],
+        "val/error": means["val/error"],
         "val/mean": masked_mean(batch.values, mask),
         "val/var": masked_var(batch.values, mask),
         "policy/skipped": is_skipped.float(),

@@ -2,7 +2,8 @@
 
 The interface is that of TRL 0.11.4's classic trainer; the maths is in `advantages.py` and
 `losses.py`. Source: Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), with the KL penalty
-of Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593). Left out: encoder-decoder models.
+of Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593). In an encoder-decoder
+the encoder reads the query, and the decoder writes the response after a start token.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers import (
 
 from ppo_cli.errors import UsageError
 from ppo_cli.kernels.patches import fast_layers
+from ppo_cli.models.encoder_decoder import decoder_start
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.reference import adapter_off
 from ppo_cli.models.sampling import check_sampling, sample_responses
@@ -37,16 +39,17 @@ from ppo_cli.ppo.classic_methods import ClassicMethods, pad_right, replaced_meth
 from ppo_cli.ppo.classic_step import classic_step, refuse_beside_methods
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.dataloader import make_dataloader
+from ppo_cli.ppo.device_cache import PPODecorators
 from ppo_cli.ppo.experience import compute_rewards, make_experience, read_probabilities
 from ppo_cli.ppo.forward import check_noise, check_reading
-from ppo_cli.ppo.generation import generation_settings
+from ppo_cli.ppo.generation import generation_settings, with_start
 from ppo_cli.ppo.kl_controller import make_kl_controller
 from ppo_cli.ppo.learning_rate import AdaptiveLearningRate, follow, make_scheduler
 from ppo_cli.ppo.modes import dropout_off, dropout_off_in_all_modes, head_alone
 from ppo_cli.ppo.optimizer_step import make_optimizer, stepped_parameters
 from ppo_cli.ppo.reference import make_reference, prepare_reference
 from ppo_cli.ppo.scores import PotentialCalibration, RunningMoments, scale_scores
-from ppo_cli.ppo.sharding import begin_sharded, refuse_unshardable
+from ppo_cli.ppo.sharding import begin_sharded, refuse_unshardable, sharding_errors
 from ppo_cli.ppo.step_inputs import StepInputs, as_rows, check_ids, step_inputs
 from ppo_cli.ppo.step_statistics import (
     Stopwatch,
@@ -123,9 +126,11 @@ class PPOTrainer(ClassicMethods):
         self.model = model
         self.accelerator = make_accelerator(config)
         self.data_collator = self._training_collator(training_data_collator)
+        PPODecorators.optimize_device_cache = config.optimize_device_cache
         self.is_peft_model = model.is_peft_model
         self.is_distributed = self.accelerator.num_processes > 1
-        record_surroundings(config, self.accelerator, self.is_peft_model)
+        self.is_encoder_decoder = model.is_encoder_decoder
+        record_surroundings(config, self.accelerator, model)
 
         reference = make_reference(model, ref_model, num_shared_layers)
         if config.gradient_checkpointing:
@@ -151,9 +156,9 @@ class PPOTrainer(ClassicMethods):
             if self.accelerator.dataloader_config.dispatch_batches is None:
                 # The main process would hand out the batches of a stream, which takes tensors.
                 self.accelerator.dataloader_config.dispatch_batches = False
-        self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
-            model, optimizer, dataloader, lr_scheduler
-        )
+        with sharding_errors(model):
+            prepared = self.accelerator.prepare(model, optimizer, dataloader, lr_scheduler)
+        self.model, self.optimizer, self.dataloader, self.lr_scheduler = prepared
         if isinstance(self.model, DistributedDataParallel):
             # A broadcast in each forward; processes may need different numbers of forwards.
             self.model.broadcast_buffers = False
@@ -220,7 +225,8 @@ class PPOTrainer(ClassicMethods):
             query_tensor: (query_length,) token ids, or a list of such tensors.
             length_sampler: called once per query for the number of new tokens.
             batch_size: queries per forward pass, for a list.
-            return_prompt: whether the returned tensors begin with the query.
+            return_prompt: whether the returned tensors begin with the query. Those of an
+                encoder-decoder always begin with its decoder's start token instead.
             generate_ref_response: also sample from the reference.
             uniforms: (B, R) random numbers in [0, 1) that decide the tokens, R the largest number
                 of new tokens; None for those of `sampling`.
@@ -246,11 +252,13 @@ class PPOTrainer(ClassicMethods):
                 "query_tensor must be a tensor of shape (query_length,) or a list of them"
             )
         policy = self.accelerator.unwrap_model(self.model)
-        own = policy.generation_config
         if queries:
             rows = torch.nn.utils.rnn.pad_sequence(queries, batch_first=True)
             check_ids(rows, self._vocabulary_size, "query")
-        limits = new_token_limits(queries, length_sampler, generation_kwargs, own)
+        start, own = decoder_start(policy), policy.generation_config
+        # What counts in max_length beside new tokens: of an encoder-decoder the start token.
+        before = queries if start is None else [query[:1] for query in queries]
+        limits = new_token_limits(before, length_sampler, generation_kwargs, own)
         settings = generation_settings(
             generation_kwargs,
             tokenizer=self.tokenizer,
@@ -259,12 +267,13 @@ class PPOTrainer(ClassicMethods):
         )
 
         def sample(model: Any) -> Any:
-            inner = self.accelerator.unwrap_model(model)
-            with gathered(inner), self.sampling.active(), self.accelerator.autocast():
+            with self.sampling_from(model) as inner:
                 responses = sample_responses(
                     inner, queries, limits, settings, batch_size=batch_size, uniforms=uniforms
                 )
-            if return_prompt:
+            if start is not None:
+                responses = with_start(responses, start)
+            elif return_prompt:
                 responses = [
                     torch.cat([query.to(response.device), response])
                     for query, response in zip(queries, responses, strict=True)
@@ -277,12 +286,26 @@ class PPOTrainer(ClassicMethods):
         with self.reference_active() as reference:
             return response, sample(reference)
 
-    def gathered(self) -> AbstractContextManager[None]:
+    def gathered(self, *, reference: bool = True) -> AbstractContextManager[None]:
         """Hold the whole weights of sharded models inside the block, to sample and to evaluate.
 
         All processes come to it. Inside they may make different forward passes, without gradients.
+
+        Args:
+            reference: whether those of the reference, too.
         """
-        return gathered(self.model, self.ref_model)
+        return gathered(self.model, self.ref_model if reference else None)
+
+    @contextmanager
+    def sampling_from(self, model: Any = None) -> Iterator[Any]:
+        """The model to sample from inside the block, where random numbers are the trainer's.
+
+        Args:
+            model: policy or reference; None for the policy.
+        """
+        inner = self.accelerator.unwrap_model(model or self.model)
+        with gathered(inner), self.sampling.active(), self.accelerator.autocast():
+            yield inner
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
@@ -337,7 +360,8 @@ class PPOTrainer(ClassicMethods):
 
         Args:
             queries: B tensors of token ids, (query_length,).
-            responses: B tensors of token ids, (response_length,).
+            responses: B tensors of token ids, (response_length,). Those of an encoder-decoder
+                begin with its decoder's start token, as `generate` returns them.
             scores: B scalars.
             response_masks: B tensors, (response_length,), 0 for response tokens that are context
                 but not learnt from, such as a tool's output. A response without tokens that count
@@ -351,8 +375,8 @@ class PPOTrainer(ClassicMethods):
             The statistics in `ppo_cli.ppo.statistics.STATISTICS`: floats and NumPy arrays.
 
         Raises:
-            ValueError: lengths or shapes do not fit, a score is not finite, a query is empty, or no
-                response token of the whole batch counts.
+            ValueError: lengths or shapes do not fit, a score is not finite, a query is empty, no
+                response token of the whole batch counts, or a start token is missing.
         """
         clock = Stopwatch()
         config = self.config
@@ -361,6 +385,7 @@ class PPOTrainer(ClassicMethods):
         )
         if replaced := replaced_methods(self):
             refuse_beside_methods(self, replaced, potentials)
+        start = decoder_start(self.accelerator.unwrap_model(self.model))
         batch = step_inputs(
             queries,
             responses,
@@ -370,8 +395,11 @@ class PPOTrainer(ClassicMethods):
             batch_size=config.batch_size,
             pad_token_id=self._pad_token_id,
             device=self.accelerator.device,
+            decoder_start=start,
         )
         check_ids(batch.tokens.input_ids, self._vocabulary_size, "queries and responses")
+        if batch.tokens.encoder is not None:
+            check_ids(batch.tokens.encoder.ids, self._vocabulary_size, "queries")
         batch = self._scaled(batch)
         self._push_if_best(batch.scores)
         if replaced:
@@ -382,7 +410,9 @@ class PPOTrainer(ClassicMethods):
         stats = self._numbers(found)
         self._warn(stats)
         pairs = zip(queries, responses, strict=True)
-        lengths = processes.gather_list([(len(query), len(response)) for query, response in pairs])
+        begin = 0 if start is None else 1
+        lengths = [(len(query), len(response) - begin) for query, response in pairs]
+        lengths = processes.gather_list(lengths)
         for name, those in zip(("queries", "responses"), zip(*lengths, strict=True), strict=True):
             stats = stats | length_statistics(name, list(those)) | stats  # a class may have its own
         clock.lap("calc_stats")

@@ -10,7 +10,7 @@ from typing import Any
 from ppo_cli.data.fingerprint import prompt_inputs
 from ppo_cli.data.sources import EMBEDDED
 from ppo_cli.evaluation import quality
-from ppo_cli.models.model_card import make_card, usage
+from ppo_cli.models.model_card import CAUSAL, make_card, usage
 from ppo_cli.utils.hub import license_of
 from ppo_cli.utils.local_names import hub_id, public_name
 from ppo_cli.utils.text import markdown_code, markdown_text
@@ -24,7 +24,7 @@ BY_CLASSIFIER = ("score", "probability", "on_target")  # measures that depend on
 Records = Mapping[str, Mapping[str, Any]]
 
 
-def run_card(summary: Any, config: Any, inputs: Records | None = None) -> str:
+def run_card(summary: Any, config: Any, inputs: Records | None = None, task: str = CAUSAL) -> str:
     """Make the card of a run directory.
 
     Local models and files are called by their names, without the folders that lead to them.
@@ -33,6 +33,7 @@ def run_card(summary: Any, config: Any, inputs: Records | None = None) -> str:
         summary: a `TrainingSummary`.
         config: the run's `RunConfig`.
         inputs: records of the run's inputs by key, as `run.yaml` has them.
+        task: what the model does, as for `make_card`.
     """
     inputs = inputs or {}
     made = f"{summary.steps} of {summary.planned_steps} steps"
@@ -84,8 +85,8 @@ KL penalty in the last step: {summary.kl:.2f} nats per response.
 |---|---|---|
 {examples}
 
-{usage(name)}"""
-    return make_card(body, model_name=name, **_metadata(summary, config, inputs))
+{usage(name, task)}"""
+    return make_card(body, task, model_name=name, **_metadata(summary, config, inputs))
 
 
 def _names(config: Any, inputs: Records) -> tuple[str, str, str]:

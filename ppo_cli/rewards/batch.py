@@ -20,10 +20,12 @@ class RewardBatch:
     """B responses to score.
 
     Attributes:
-        texts: B strings, query and response together; of a conversation the response alone.
+        texts: B strings, query and response together; of a conversation, and of an
+            encoder-decoder, the response alone.
         queries, responses: B strings each, the parts.
         columns: name -> B values, the data's other columns; conversations are `messages`.
         messages: B conversations that were answered, None for texts; empty where there are none.
+        continues: whether responses to texts continue them; those of an encoder-decoder do not.
         response_ids: B tensors of token ids, 1-D; None where there are texts alone.
         end_ids: tokens that end a response.
     """
@@ -35,6 +37,7 @@ class RewardBatch:
     response_ids: Sequence[Tensor] | None = None
     end_ids: Collection[int] = ()
     messages: Sequence[list[dict[str, Any]] | None] = ()
+    continues: bool = True
 
     @classmethod
     def of(
@@ -62,6 +65,7 @@ class RewardBatch:
             rollout.responses,
             end_ids,
             rollout.messages,
+            rollout.continues,
         )
 
     @property
@@ -89,11 +93,13 @@ class RewardBatch:
         queries = [self.queries[i] for i in owners]
         messages = [self.messages[i] if self.messages else None for i in owners]
         responses = [
-            text.removeprefix(query) if conversation is None else text
+            text.removeprefix(query) if conversation is None and self.continues else text
             for text, query, conversation in zip(texts, queries, messages, strict=True)
         ]
         columns = {name: [values[i] for i in owners] for name, values in self.columns.items()}
-        return RewardBatch(texts, queries, responses, columns, messages=messages)
+        return RewardBatch(
+            texts, queries, responses, columns, messages=messages, continues=self.continues
+        )
 
 
 def filled(template: str, batch: RewardBatch) -> Sequence[str]:

@@ -87,8 +87,20 @@ def _classifier(
     return reward
 
 
-def try_reward(reward: RewardSum, prompts: Sequence[Prompt], end_ids: Collection[int]) -> None:
+def try_reward(
+    reward: RewardSum,
+    prompts: Sequence[Prompt],
+    end_ids: Collection[int],
+    *,
+    continues: bool = True,
+) -> None:
     """Score a response of one word to the first prompts, before anything is written.
+
+    Args:
+        reward: to try.
+        prompts: at least one.
+        end_ids: tokens that end a response.
+        continues: whether responses continue the texts of the prompts.
 
     Raises:
         PPOCliError: a function or an endpoint does not score them.
@@ -99,11 +111,12 @@ def try_reward(reward: RewardSum, prompts: Sequence[Prompt], end_ids: Collection
     names: Mapping[str, None] = dict.fromkeys(name for prompt in some for name in prompt.columns)
     reward.score(
         RewardBatch(
-            texts=[f"{prompt.query} a" for prompt in some],
+            texts=[f"{prompt.query if continues else ''} a" for prompt in some],
             queries=[prompt.query for prompt in some],
             responses=[" a"] * len(some),
             columns={name: [prompt.columns.get(name) for prompt in some] for name in names},
             response_ids=[torch.tensor([0])] * len(some),
             end_ids=end_ids,
+            continues=continues,
         )
     )

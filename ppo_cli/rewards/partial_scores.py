@@ -16,7 +16,8 @@ def potentials(
 ) -> list[Tensor]:
     """Scores of each query with the beginnings of its response, for `PPOTrainer.step`.
 
-    Of an answer in a conversation its own beginnings are scored, without the query.
+    Of an answer in a conversation, and of an encoder-decoder's response, its own beginnings are
+    scored, without the query.
 
     Args:
         rollout: B queries and responses.
@@ -32,7 +33,7 @@ def potentials(
     for query, response, messages in zip(
         rollout.queries, rollout.responses, rollout.messages, strict=True
     ):
-        before = query.tolist() if messages is None else []
+        before = query.tolist() if messages is None and rollout.continues else []
         ids, start = before + response.tolist(), len(before)
         prefixes += [ids[:end] for end in range(start, len(ids), every)]
         lengths.append(len(response))

@@ -18,11 +18,12 @@ from ppo_cli.errors import DataError, UsageError
 from ppo_cli.evaluation.held_out import HeldOutEvaluation
 from ppo_cli.kernels.kernel_caches import limit_kernel_caches
 from ppo_cli.models.capabilities import rope_switch
-from ppo_cli.models.context import context_length
+from ppo_cli.models.context import context_length, context_used
 from ppo_cli.models.loading import (
     check_trusted,
     load_policy,
     load_tokenizer,
+    reads_whole_texts,
     refuse_quantized_weights,
     refuse_untrainable,
 )
@@ -30,6 +31,7 @@ from ppo_cli.models.sampling import check_sampling
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
 from ppo_cli.ppo.config import PPOConfig
+from ppo_cli.ppo.engines import check_engine, make_engine, try_engine
 from ppo_cli.ppo.forward import check_reading
 from ppo_cli.ppo.sharding import check_sharding, load_whole_models
 from ppo_cli.ppo.trackers import check_trackers
@@ -85,6 +87,7 @@ def build_training(
         precision = {"mixed_precision": config.policy.precision}
         ram_warning = load_whole_models()
         check_sharding({**precision, **config.ppo.accelerator_kwargs})
+        check_engine(config.rollout)
         check_trusted(trusted, (config.policy.model, *config.reward.models))
         recorded = Inputs(directory.recorded().get("inputs")) if resume else None
         check_consent(config.reward, consented, str(config.output), recorded)
@@ -108,7 +111,10 @@ def build_training(
         tokenizer = load_tokenizer(located.policy.model, located.policy.revision, trusted)
         if config.prompts.chat_template is not None:  # it is saved with the model, too
             tokenizer.chat_template = config.prompts.chat_template
-        prompts = load_prompts(located.prompts, tokenizer, config.run.seed, tell)
+        policy = located.policy
+        complete = reads_whole_texts(policy.model, policy.revision, trusted)
+        seed = config.run.seed
+        prompts = load_prompts(located.prompts, tokenizer, seed, tell, complete=complete)
         _check_prompt_count(config, prompts)
         reward = load_reward(located.reward, device, trusted=trusted)
         if config.reward.probe:
@@ -119,14 +125,14 @@ def build_training(
         seed=(config.run.seed + 1) % 2**32,  # not the seed of the queries' lengths
     )
     trainer = make_trainer(located, device, tokenizer, trusted)
-    policy = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model)
     with processes.agreed():
         end_token_ids = end_tokens(
-            tokenizer, config.rollout.stop, policy, chat=config.prompts.has_chat
+            tokenizer, config.rollout.stop, model, chat=config.prompts.has_chat
         )
         check_penalties(config.reward, end_token_ids)
-        try_reward(reward, prompts.train, end_token_ids)
-        check_context(config, policy, prompts.train)
+        try_reward(reward, prompts.train, end_token_ids, continues=not complete)
+        check_context(config, model, prompts.train)
         try_models(trainer)
     _warn([sampling_warning(config)])
 
@@ -137,6 +143,11 @@ def build_training(
         stop_token_ids=tuple(end_token_ids),
         pad_token_id=tokenizer.pad_token_id,
     )
+    queries = [prompt.input_ids for prompt in prompts.train]
+    is_trusted = located.policy.model in trusted
+    with trainer.gathered(), processes.agreed():
+        engine = make_engine(config.rollout, trainer, queries, is_trusted=is_trusted)
+        try_engine(engine, trainer, queries, sampling, config.rollout.output_max_length - 1)
     facts: dict[str, Any] = {
         "machine": machine(device, trainer.accelerator.mixed_precision),
         "kernels": fast_paths(trainer),
@@ -165,6 +176,7 @@ def build_training(
             reward=reward,
             end_token_ids=end_token_ids,
             sampling=sampling,
+            engine=engine,
         ),
         held_out=HeldOutEvaluation(
             trainer,
@@ -262,7 +274,7 @@ def check_context(config: RunConfig, model: Any, prompts: Sequence[Prompt]) -> N
     context = context_length(model)
     longest = max(len(prompt.input_ids) for prompt in prompts)
     new = config.rollout.output_max_length - 1
-    if context is not None and longest + new > context:
+    if context is not None and context_used(model, longest, new) > context:
         raise DataError(
             f"queries of up to {longest} tokens and responses of up to {new} exceed the "
             f"model's context of {context}: lower {_length_key(config)} or "

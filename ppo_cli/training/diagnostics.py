@@ -28,6 +28,7 @@ MAX_CLIP_FRACTION = 0.3  # of the tokens
 SURPRISE_RANGE = (0.85, 1.2)  # mean of minus log-probability over mean entropy
 MIN_SURPRISE_TOKENS = 2000  # fewer tokens do not show whether SURPRISE_RANGE is kept
 MIN_SURPRISE_ENTROPY = 0.1  # nats per token, likewise
+MAX_LOGPROB_GAP = 0.05  # nats per token, between the sampling engine and the policy
 MIN_ENTROPY_SHARE = 0.3  # of the entropy in the first steps
 MIN_LENGTH_SHARE = 0.7  # of the length in the first steps
 MIN_LENGTH_SHARE_ASKED = 0.4  # likewise, of a run whose reward has a term for the length
@@ -194,6 +195,20 @@ def _foreign_samples(history: History, config: RunConfig) -> str | None:
         f"minus the log-probability of the responses is {share:.0%} of the policy's entropy: they "
         "are drawn from another distribution than PPO computes with, and KL is biased. "
         "Precision is the likely cause: set policy.precision=fp32"
+    )
+
+
+def _engine_gap(history: History, config: RunConfig) -> str | None:
+    """A sampling engine whose distribution is not the policy's."""
+    gap = history.recent[-1].get("sampling/logprob_gap", 0.0)
+    if gap <= MAX_LOGPROB_GAP:
+        return None
+    return (
+        f"the log-probabilities of the sampling engine are {gap:.2g} nats per token from the "
+        f"policy's (sampling/logprob_gap; usual are under {MAX_LOGPROB_GAP:g}): its samples are "
+        "not quite the policy's, and KL is biased. Its precision, or a feature of the model that "
+        f"{config.rollout.engine} lacks, is the likely cause: set policy.precision=fp32, or "
+        "rollout.engine=transformers"
     )
 
 
@@ -409,6 +424,7 @@ class Rule:
 RULES = (
     Rule("negative KL", 3, _negative_kl),
     Rule("foreign samples", RECENT_STEPS, _foreign_samples),
+    Rule("engine gap", 1, _engine_gap),
     Rule("skips", 1, _skipped),
     Rule("large updates", 3, _large_updates),
     Rule("far away", 3, _far_from_reference),

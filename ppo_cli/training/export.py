@@ -11,11 +11,17 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from ppo_cli.config.policy import PolicyConfig
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.errors import UsageError
-from ppo_cli.models.loading import check_trusted, load_policy, load_tokenizer
+from ppo_cli.models.loading import (
+    check_trusted,
+    load_policy,
+    load_tokenizer,
+    reads_whole_texts,
+)
 from ppo_cli.models.pretrained import ADAPTER_WEIGHTS, VALUE_HEAD_FILE, WEIGHT_FILES
 from ppo_cli.models.processor import FILES
 from ppo_cli.models.saving import ADAPTER_FOLDER, write_model
@@ -32,10 +38,12 @@ class Exported:
     Attributes:
         form: the merged model or the adapter.
         base: folder or hub id of an adapter's base; None for a merged model.
+        loader: transformers' class that loads the model or the base.
     """
 
     form: Literal["merged", "adapter"]
     base: str | None
+    loader: str
 
 
 def export_model(
@@ -68,7 +76,7 @@ def export_model(
     check_folder(str(directory.path))
     unfinished = target.with_name(f".{target.name}.tmp")
     refuse_special(unfinished)
-    base = None
+    base, is_seq2seq = None, reads_whole_texts(str(directory.path), None, trusted)
     try:
         with writing(target):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -85,7 +93,8 @@ def export_model(
             unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return Exported(form, base)
+    loader = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+    return Exported(form, base, loader.__name__)
 
 
 def check_target(directory: RunDirectory, target: Path) -> None:

@@ -39,27 +39,31 @@ def fast_paths(trainer: PPOTrainer) -> dict[str, str]:
     step = OptimizerStep(trainer.model, trainer.optimizer, trainer.accelerator, trainer.config)
     in_loop = None if is_loop else NEEDS_LOOP
     fused = has_fused_activations(policy)
+    apart = "not for an encoder-decoder" if policy.is_encoder_decoder else None
 
     obstacles: dict[str, str | None] = {
         "matmul": _obstacle_to_matmul(policy, units=units) if on_cpu else "only on a CPU",
         "attention": _unless(on_cuda or (on_cpu and units), "only on a CPU in bfloat16")
         or _unless(_calls_sdpa(policy), "the model does not call scaled_dot_product_attention"),
-        "lm_head": _unless(
+        "lm_head": apart
+        or _unless(
             reading.logits != "model", "the model's logits are not those of its output layer"
         ),
-        "tied_embeddings": _unless(reading.logits == "weights", "needs lm_head, by a plain layer")
+        "tied_embeddings": apart
+        or _unless(reading.logits == "weights", "needs lm_head, by a plain layer")
         or _unless(
             policy.allows(has_tied_embeddings), "the embeddings are not tied or do not train"
         ),
-        "packing": _unless(
-            reading.rows == "packed", "the model does not keep packed sequences apart"
-        ),
+        "packing": apart
+        or _unless(reading.rows == "packed", "the model does not keep packed sequences apart"),
         "decode_loop": _unless(is_loop, "the model's own generate is needed"),
-        "kv_cache": in_loop
-        or _unless(_has_plain_layers(policy), "all layers have windows, or no keys and values"),
-        "cuda_graph": _unless(on_cuda, "needs a CUDA GPU")
+        "kv_cache": apart
         or in_loop
+        or _unless(_has_plain_layers(policy), "all layers have windows, or no keys and values"),
+        "cuda_graph": apart
         or _unless(not is_sharded(policy), "not for sharded weights")
+        or _unless(on_cuda, "needs a CUDA GPU")
+        or in_loop
         or _unless(
             is_enabled("kv_cache") and policy.allows(reads_static_cache),
             "the model reads no cache of a fixed size",

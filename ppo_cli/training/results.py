@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ppo_cli.config.schema import RunConfig
+from ppo_cli.models.model_card import task_of
 from ppo_cli.models.saving import save_folder
 from ppo_cli.reporting.model_card import run_card
 from ppo_cli.reporting.plots import DEFAULT_METRICS, plot_training
@@ -22,8 +23,11 @@ def save_model(directory: RunDirectory, policy: Any, tokenizer: Any, config: Run
         plot_training({directory.path.name: rows}, directory.plot)
 
 
-def write_card(directory: RunDirectory, summary: TrainingSummary, config: RunConfig) -> None:
+def write_card(
+    directory: RunDirectory, summary: TrainingSummary, config: RunConfig, policy: Any
+) -> None:
     """Write the model card."""
     directory.inventory.add([CARD_FILE])
     inputs = directory.recorded().get("inputs") or {}
-    write_text(directory.path / CARD_FILE, run_card(summary, config, inputs))
+    card = run_card(summary, config, inputs, task_of(policy))
+    write_text(directory.path / CARD_FILE, card)

@@ -199,7 +199,8 @@ class Training:
             after_samples=after.samples,
         )
         self._save_model()
-        processes.on_main(write_card, self.directory, summary, self.config)
+        policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        processes.on_main(write_card, self.directory, summary, self.config, policy)
         counts = self.config.run.best_of_n
         if counts and not is_interrupted:  # it takes a while, and the user wants to stop
             processes.on_main(write_curve, self.directory.path, self.held_out.best_of_n(counts))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ppo_cli.data.fingerprint import Inputs
 from ppo_cli.errors import UsageError
-from ppo_cli.models.model_card import usage
+from ppo_cli.models.model_card import CAUSAL, SEQ2SEQ, usage
 from ppo_cli.training.records import METRICS_FILE, SAMPLES_FILE
 from ppo_cli.training.run_directory import CARD_FILE, CONFIG_FILE, RunDirectory
 from ppo_cli.utils.hub import ask_license
@@ -114,7 +114,8 @@ def _content(
         text = path.read_text(encoding="utf-8")
         title = run.path.absolute().name
         for own in {title, str(run.path)}:
-            text = text.replace(usage(own), usage(repo_id))
+            for task in (CAUSAL, SEQ2SEQ):
+                text = text.replace(usage(own, task), usage(repo_id, task))
         return public_card(text.replace(str(run.path.absolute()), title)).encode()
     if name == CONFIG_FILE:
         return dump_yaml(public_values(read_yaml(path), records, only_names=True)).encode()

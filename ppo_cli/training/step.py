@@ -18,8 +18,12 @@ from ppo_cli.data.prompts import LengthSampler, Prompt, collate
 from ppo_cli.evaluation.draw_samples import samples_of
 from ppo_cli.evaluation.samples import Sample
 from ppo_cli.models.decode_loop import draw_uniforms
+from ppo_cli.models.encoder_decoder import decoder_start
+from ppo_cli.models.engine import EngineSamples, SamplingEngine
 from ppo_cli.models.sampling import to_texts
 from ppo_cli.models.sampling_params import SamplingParams
+from ppo_cli.ppo.engines import sampling_statistics
+from ppo_cli.ppo.generation import with_start
 from ppo_cli.ppo.scores import scale_scores
 from ppo_cli.ppo.statistics import scalars
 from ppo_cli.ppo.trainer import PPOTrainer
@@ -44,6 +48,25 @@ class StepResult:
     arrays: dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """Responses of one process and what they are worth.
+
+    Attributes:
+        answered: the b responses.
+        scores: of the reward.
+        potentials: b tensors for `PPOTrainer.step`; None without scores of unfinished texts.
+        penalties: name -> (b,), what is taken off.
+        shaped: (b,), the scores less the penalties.
+    """
+
+    answered: RewardBatch
+    scores: Scores
+    potentials: list[Tensor] | None
+    penalties: dict[str, Tensor]
+    shaped: Tensor
+
+
 class PPOStep:
     """Makes PPO steps.
 
@@ -56,6 +79,7 @@ class PPOStep:
         reward: scores the responses.
         end_token_ids: tokens that end a response.
         sampling: how responses are drawn.
+        engine: draws them.
     """
 
     def __init__(
@@ -69,6 +93,7 @@ class PPOStep:
         reward: RewardSum,
         end_token_ids: list[int],
         sampling: SamplingParams,
+        engine: SamplingEngine,
     ) -> None:
         self.end_token_ids = end_token_ids
         self._config = config
@@ -78,6 +103,7 @@ class PPOStep:
         self._length_sampler: Callable[[], int] = length_sampler
         self._reward = reward
         self._sampling = sampling
+        self._engine = engine
 
     def resized(self, config: RunConfig, length_sampler: Callable[[], int]) -> PPOStep:
         """The same step with other sizes of batches, to measure it."""
@@ -97,40 +123,30 @@ class PPOStep:
         started = time.perf_counter()
         batch = self.batch(step)
         queries = batch["input_ids"]
-        with trainer.gathered(), processes.agreed():
-            responses = self._responses(queries)
+        with trainer.gathered(reference=False), processes.agreed():
+            drawn = self._drawn(queries)
         sampled = time.perf_counter()
-        rollout = to_texts(self._tokenizer, queries, responses, batch["messages"])
-        check_texts(processes.gather_list(rollout.response_texts), config)
-        every = config.reward.score_every
-        answered = RewardBatch.of(rollout, batch["query"], batch["columns"], self.end_token_ids)
-        with processes.agreed(), classifier_faults(self._reward.name):
-            found = self._reward.score(answered, step)
-            potentials = None
-            if every is not None:
-                unfinished = self._reward.unfinished(answered, every, step)
-                potentials = partial_potentials(rollout, self._tokenizer, unfinished, every)
-        penalties = score_penalties(
-            responses, rollout.response_texts, self.end_token_ids, config.reward
+        start = decoder_start(trainer.accelerator.unwrap_model(trainer.model))
+        scored = self._scored(batch, drawn.responses, step, continues=start is None)
+        updating = time.perf_counter()
+        potentials = scored.potentials
+        stats = trainer.step(
+            queries,
+            with_start(drawn.responses, start),
+            list(scored.shaped),
+            potentials=potentials and with_start(potentials, None if start is None else 0.0),
         )
-        scored = time.perf_counter()
-        shaped = penalised(found.total, penalties)
-        stats = trainer.step(queries, responses, list(shaped), potentials=potentials)
         seconds = time.perf_counter() - started
+        own = processes.rows(config.ppo.batch_size)
+        of_policy = torch.as_tensor(stats["objective/logprobs"][own])
         tokens = stats["tokens/queries_dist"].sum() + stats["tokens/responses_dist"].sum()
-        everyone = processes.gather((found, penalties))
-        of_all = Scores.joined([scores for scores, _ in everyone])
-        costs = {name: torch.cat([theirs[name] for _, theirs in everyone]) for name in penalties}
-        scores = of_all.total
-        statistics = scalars(stats) | {
-            "env/reward_mean": scores.mean().item(),
-            "env/reward_std": scores.std().item() if len(scores) > 1 else 0.0,
-            **_probability(of_all),
-            **(of_all.statistics() if self._reward.is_composed else {}),
-            **penalty_statistics(scores, costs),
-            **self._scale(),
+        scores, of_scores = self._score_statistics(scored)
+        statistics = {
+            **scalars(stats),
+            **of_scores,
+            **sampling_statistics(drawn, queries, of_policy),
             "time/sampling": sampled - started,
-            "time/scoring": scored - sampled,
+            "time/scoring": updating - sampled,
             "time/optimising": stats["time/ppo/total"],
             "time/step": seconds,
             "perf/tokens_per_second": float(tokens) / seconds,
@@ -138,39 +154,79 @@ class PPOStep:
         with processes.agreed():  # the weights of one may have been damaged
             check_weights(trainer.accelerator.unwrap_model(trainer.model), config)
             check_numbers(statistics, config)
-        learned = scale_scores(shaped, trainer.running, trainer.config)
-        others = {name: -value for name, value in penalties.items()}
-        if processes.any_of(not torch.equal(learned, shaped)):
-            others[SCALING] = learned - shaped
-        samples = samples_of(answered, found, has_terms=self._reward.is_composed or bool(others))
-        if self._reward.is_composed or others:
-            samples = _with_parts(samples, others)
-        rewards = zip(samples, learned.tolist(), strict=True)
-        samples = [replace(one, reward=reward) for one, reward in rewards]
         # Arrays of two dimensions are padded.
         arrays = {k: v for k, v in stats.items() if isinstance(v, np.ndarray) and v.ndim == 1}
         arrays["env/reward_dist"] = scores.numpy()
-        return StepResult(statistics, processes.gather_list(samples), arrays)
+        return StepResult(statistics, processes.gather_list(self._samples(scored)), arrays)
 
-    def _responses(self, queries: Sequence[Tensor]) -> list[Tensor]:
-        """A response to each of this process's queries, the same whatever the processes."""
-        config, trainer = self._config, self._trainer
-        size, own = config.ppo.batch_size, processes.rows(config.ppo.batch_size)
-        limits = [self._length_sampler() for _ in range(size)]
-        uniforms = None
-        if processes.count() > 1:
-            with trainer.sampling.active():
-                device = trainer.accelerator.device
-                uniforms = draw_uniforms(limits, device, config.rollout.batch_size)[own]
-        responses: list[Tensor] = trainer.generate(
-            list(queries),
-            length_sampler=iter(limits[own]).__next__,
-            batch_size=config.rollout.batch_size or len(queries),
-            return_prompt=False,
-            uniforms=uniforms,
-            **self._sampling.generation_kwargs(),
+    def _scored(
+        self, batch: Mapping[str, Any], responses: Sequence[Tensor], step: int, *, continues: bool
+    ) -> _Scored:
+        """This process's responses with their scores.
+
+        Args:
+            batch: its prompts.
+            responses: one to each.
+            step: counted from 0.
+            continues: whether a response continues its query's text.
+        """
+        config = self._config
+        rollout = to_texts(
+            self._tokenizer, batch["input_ids"], responses, batch["messages"], continues=continues
         )
-        return responses
+        check_texts(processes.gather_list(rollout.response_texts), config)
+        answered = RewardBatch.of(rollout, batch["query"], batch["columns"], self.end_token_ids)
+        every, potentials = config.reward.score_every, None
+        with processes.agreed(), classifier_faults(self._reward.name):
+            found = self._reward.score(answered, step)
+            if every is not None:
+                unfinished = self._reward.unfinished(answered, every, step)
+                potentials = partial_potentials(rollout, self._tokenizer, unfinished, every)
+        penalties = score_penalties(
+            responses, rollout.response_texts, self.end_token_ids, config.reward
+        )
+        return _Scored(answered, found, potentials, penalties, penalised(found.total, penalties))
+
+    def _score_statistics(self, scored: _Scored) -> tuple[Tensor, dict[str, float]]:
+        """The scores of all processes, and their statistics."""
+        everyone = processes.gather((scored.scores, scored.penalties))
+        found = Scores.joined([scores for scores, _ in everyone])
+        names = scored.penalties
+        penalties = {name: torch.cat([theirs[name] for _, theirs in everyone]) for name in names}
+        scores = found.total
+        return scores, {
+            "env/reward_mean": scores.mean().item(),
+            "env/reward_std": scores.std().item() if len(scores) > 1 else 0.0,
+            **_probability(found),
+            **(found.statistics() if self._reward.is_composed else {}),
+            **penalty_statistics(scores, penalties),
+            **self._scale(),
+        }
+
+    def _samples(self, scored: _Scored) -> list[Sample]:
+        """This process's samples, with what PPO learns from each and the parts of that."""
+        shaped, trainer = scored.shaped, self._trainer
+        learned = scale_scores(shaped, trainer.running, trainer.config)
+        others = {name: -value for name, value in scored.penalties.items()}
+        if processes.any_of(not torch.equal(learned, shaped)):
+            others[SCALING] = learned - shaped
+        has_terms = self._reward.is_composed or bool(others)
+        samples = samples_of(scored.answered, scored.scores, has_terms=has_terms)
+        if has_terms:
+            samples = _with_parts(samples, others)
+        rewards = zip(samples, learned.tolist(), strict=True)
+        return [replace(one, reward=reward) for one, reward in rewards]
+
+    def _drawn(self, queries: Sequence[Tensor]) -> EngineSamples:
+        """A response to each of this process's queries, with the limits of one process alone."""
+        size, own = self._config.ppo.batch_size, processes.rows(self._config.ppo.batch_size)
+        limits, uniforms = [self._length_sampler() for _ in range(size)], None
+        if processes.count() > 1:
+            sampling, device = self._trainer.sampling, self._trainer.accelerator.device
+            with sampling.active():
+                uniforms = draw_uniforms(limits, device, self._config.rollout.batch_size)[own]
+        self._engine.refresh()
+        return self._engine.sample(queries, limits[own], self._sampling, uniforms)
 
     def _scale(self) -> dict[str, float]:
         """The scale of the scores, where they have one."""

@@ -46,7 +46,7 @@ class Model(NamedTuple):
 MODELS = {
     "embedded": Model({}, 64, 8),
     "small": Model({"n_layer": 4, "n_head": 4, "n_embd": 128}, 64, 6),
-    "gpt2": Model({"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257}, 16, 2),
+    "gpt2": Model({"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257}, 8, 1),
 }
 
 
@@ -108,7 +108,7 @@ def main() -> int:
 
             def cpu(count: int, rows: int, profile: bool = False, alone: bool = False) -> float:
                 arguments = (model, f"{folder}/run", rows, steps, profile, alone)  # noqa: B023
-                return sum(in_world(batch_seconds, *arguments, processes=count))
+                return sum(in_world(batch_seconds, *arguments, processes=count, seconds=3600))
 
             one = cpu(1, batch)
             sharing = cpu(several, batch, options.profile)

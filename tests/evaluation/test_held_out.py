@@ -163,7 +163,7 @@ def test_policy_and_reference_are_measured_separately(changes: list[str], tmp_pa
     same_but_for_rounding(policy.quality, reference.quality)
     assert reference.quality["kl"] == pytest.approx(0, abs=1e-4)
     with torch.no_grad():
-        for parameter in training._policy.parameters():
+        for parameter in training.trainer.whole_policy().parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))
     moved, still = training.held_out.of_policy(3), training.held_out.of_reference(3)

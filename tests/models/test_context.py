@@ -23,6 +23,8 @@ from tests.conftest import SMALL, make_gpt2, make_policy
         ("XLNet", {}, None),  # whose configuration says -1
         ("Mamba", {}, None),
         ("T5", {}, None),
+        ("T5", {"n_positions": 7}, None),  # what it was trained on
+        ("Bart", {"max_position_embeddings": 7}, 7),
         ("Bloom", {"seq_length": 7}, None),  # what it was trained on
         ("PreTrained", {"seq_length": 7}, 7),
         ("PreTrained", {"max_sequence_length": 7}, 7),

@@ -268,6 +268,34 @@ def test_the_same_holds_for_a_policy_with_and_without_an_adapter() -> None:
         assert base.generation_config.to_dict() == before
 
 
+def test_stop_strings_end_each_response_by_itself() -> None:
+    model, tokenizer = make_gpt2(), make_tokenizer()
+    free = [greedy_by_hand(model, query, 8) for query in QUERIES]
+    stop = tokenizer.decode(free[1][2:4])  # two tokens
+    assert stop not in tokenizer.decode(free[0])
+    kwargs = {"do_sample": False, "stop_strings": stop, "tokenizer": tokenizer}
+    found = sample(model, QUERIES, [8] * 5, batch_size=2, **kwargs)
+    assert found[1].tolist() == free[1][:4]  # the padding after it, which is its end token, is not
+    assert found[0].tolist() == free[0]
+    in_query = sample(model, QUERIES, [8] * 5, **kwargs | {"stop_strings": ["t8 t9"]})
+    assert in_query[1].tolist() == free[1]
+    widths: list[int] = []
+
+    def record(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        widths.append(ids.shape[1])
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    sample(model, QUERIES[1:2], [8], **kwargs, stopping_criteria=[record])
+    assert max(widths) == 5 + 4  # it is not sampled further
+    config = GenerationConfig(do_sample=False, stop_strings=[stop])
+    same = sample(model, QUERIES, [8] * 5, generation_config=config, tokenizer=tokenizer)
+    assert [row.tolist() for row in same] == [row.tolist() for row in found]
+    with pytest.raises(UsageError, match="stop_strings needs the tokenizer"):
+        sample(model, QUERIES, [8] * 5, stop_strings=["t1"])
+    with pytest.raises(UsageError, match="'' is in every text"):
+        sample(model, QUERIES, [8] * 5, stop_strings=[""], tokenizer=tokenizer)
+
+
 def test_a_generation_config_that_is_passed_is_used_and_keywords_change_it() -> None:
     model = make_gpt2()
     greedy = [greedy_by_hand(model, query, 6) for query in QUERIES]

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from ppo_cli.config.policy import AdapterConfig, PolicyConfig
 from ppo_cli.errors import ModelError
-from ppo_cli.models import saving
 from ppo_cli.models.loading import load_policy
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead as Policy
 from ppo_cli.models.saving import save_folder
@@ -96,7 +95,7 @@ def test_without_memory_for_the_check_the_model_is_saved_and_it_is_said(
     def full(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(saving.AutoModelForCausalLM, "from_pretrained", full)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
     with pytest.warns(UserWarning, match="no memory is left to check"):
         save_folder(Policy(make_gpt2()), make_tokenizer(), Inventory(tmp_path))
     assert (tmp_path / "model.safetensors").is_file()

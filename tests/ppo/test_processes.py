@@ -14,8 +14,19 @@ from peft import LoraConfig, get_peft_model
 from ppo_cli import AutoModelForCausalLMWithValueHead
 from ppo_cli.ppo import trainer as trainer_module
 from ppo_cli.utils import launcher, processes
-from tests.conftest import EOS, make_batch, make_gpt2, make_policy, make_trainer, weights
+from tests.conftest import (
+    EOS,
+    make_batch,
+    make_gpt2,
+    make_policy,
+    make_seq2seq_policy,
+    make_seq2seq_tokenizer,
+    make_trainer,
+    weights,
+)
 from tests.world import in_world
+
+pytestmark = pytest.mark.xdist_group("processes")
 
 STEPS = 2
 Batch = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
@@ -64,6 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
         "kl_penalty": "full", "advantage_norm": "mini_batch", "early_stopping": True,
     },
     "adapter in its warm-up": {"adapter": True, "value_warmup_steps": 1, "mini_batch_size": 4},
+    "encoder-decoder": {"encoder_decoder": True, "skewed": True, "mini_batch_size": 4},
 }  # fmt: skip
 SIZE = 8
 
@@ -79,6 +91,9 @@ def batch_of(case: dict[str, Any], step: int) -> tuple[Batch, dict[str, list[tor
         responses[SIZE // 2 :] = [torch.tensor([i, EOS]) for i in range(SIZE // 2)]
     if case.get("reversed"):
         queries, responses, scores = queries[::-1], responses[::-1], scores[::-1]
+    if case.get("encoder_decoder"):  # of another vocabulary; responses begin with its start token
+        queries = [query % 60 for query in queries]
+        responses = [torch.cat([torch.tensor([0]), r % 60]) for r in responses]
     extra = {}
     if case.get("masks"):
         masks = [torch.ones(len(response), dtype=torch.long) for response in responses]
@@ -91,6 +106,11 @@ def batch_of(case: dict[str, Any], step: int) -> tuple[Batch, dict[str, list[tor
     return (queries, responses, scores), extra
 
 
+def start_of(policy: AutoModelForCausalLMWithValueHead) -> torch.nn.Module:
+    """A policy as `policy` was before it learnt."""
+    return make_seq2seq_policy() if policy.is_encoder_decoder else make_policy()
+
+
 def learnt(name: str, **accelerator: Any) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """The weights after two steps of a case, and the statistics; this process's share of them.
 
@@ -98,9 +118,9 @@ def learnt(name: str, **accelerator: Any) -> tuple[torch.Tensor, list[dict[str, 
     weights.
     """
     case = dict(CASES[name])
-    kinds = ("even", "skewed", "reversed", "masks", "potentials", "classic")
+    kinds = ("even", "skewed", "reversed", "masks", "potentials", "encoder_decoder", "classic")
     given = {kind: case.pop(kind, False) for kind in kinds}
-    policy = make_policy()
+    policy = make_seq2seq_policy() if given["encoder_decoder"] else make_policy()
     if case.pop("adapter", False):
         torch.manual_seed(1)
         adapter = LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False)
@@ -114,8 +134,10 @@ def learnt(name: str, **accelerator: Any) -> tuple[torch.Tensor, list[dict[str, 
             settings[key] //= count
     # Adam would turn the rounding of gradients that are zero into steps.
     sgd = torch.optim.SGD((p for p in policy.parameters() if p.requires_grad), lr=0.05)
-    start = weights(make_policy()) if not policy.is_peft_model else torch.zeros(1)
-    trainer = make_trainer(policy, optimizer=sgd, accelerator_kwargs=accelerator, **settings)
+    start = torch.zeros(1) if policy.is_peft_model else weights(start_of(policy))
+    tokenizer = make_seq2seq_tokenizer() if policy.is_encoder_decoder else None
+    settings |= {"tokenizer": tokenizer, "accelerator_kwargs": accelerator}
+    trainer = make_trainer(policy, optimizer=sgd, **settings)
     if given["classic"] and count > 1:  # one replaced method makes the step call them all
         trainer.record_step_stats = partial(trainer.record_step_stats)  # type: ignore[method-assign]
     stats = []

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import random
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -700,26 +698,6 @@ def test_every_tracker_gets_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(isinstance(value, (int, float)) for value in numbers.values())
     with pytest.raises(ValueError, match=r"columns \['mood'\] to log"):
         trainer.log_stats(stats, texts, scores, columns_to_log=["mood"])
-
-
-def test_two_processes_keep_the_same_weights() -> None:
-    script = Path(__file__).parents[1] / "fixtures" / "two_processes.py"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            script,
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_reference_given_beside_an_adapter_is_the_one_that_counts() -> None:

@@ -99,6 +99,12 @@ FAULTS: dict[str, tuple[list[str], Change, Change, list[str]]] = {
         lambda step: {"objective/entropy": 0.93 * healthy(step)["objective/entropy"]},
         ["step 20:", "is 75% of the policy's entropy", "policy.precision=fp32"],
     ),
+    "engine gap": (
+        ["rollout.engine=paged"],
+        only_in("sampling/logprob_gap", range(9, 30), 0.08),
+        only_in("sampling/logprob_gap", ALWAYS, 0.05),
+        ["step 9:", "are 0.08 nats per token", "that paged lacks", "rollout.engine=transformers"],
+    ),
     "skips": (
         ["ppo.ratio_threshold=7"],
         only_in("ppo/policy/skipped", range(9, 30), 0.25),

@@ -230,8 +230,8 @@ def test_a_function_gets_the_data_columns_and_its_fault_ends_the_run(
     (tmp_path / "r.py").write_text(code)
     real = build.load_prompts
 
-    def with_columns(*arguments: Any) -> PromptSet:
-        found = real(*arguments)
+    def with_columns(*arguments: Any, **options: Any) -> PromptSet:
+        found = real(*arguments, **options)
         parts = [
             [replace(one, columns={"length": len(one.query)}) for one in prompts]
             for prompts in (found.train, found.held_out)
