@@ -39,6 +39,16 @@ from ppo_cli.models.capabilities import (
     keep_results,
 )
 from ppo_cli.models.frozen_layers import layer_stack
+from ppo_cli.models.keywords import (
+    UPLOADING,
+    check_adapter_config,
+    check_saving,
+    check_source,
+    refuse_beside_model,
+    refuse_own_adapter,
+    unknown_keywords,
+    without_old,
+)
 from ppo_cli.models.pretrained import (
     HUB_KEYWORDS,
     VALUE_HEAD_FILE,
@@ -52,6 +62,9 @@ from ppo_cli.models.sharding import gathered
 from ppo_cli.models.value_head import ValueHead
 from ppo_cli.utils.device import modes_kept
 from ppo_cli.utils.hub import adapter_errors, first_line, loading_errors
+
+BODY, HEAD = "pretrained_model.", "v_head."
+"""How the names of a policy's parameters begin."""
 
 
 class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
@@ -72,7 +85,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         score: its layer from hidden states to scores.
 
     Raises:
-        UsageError: the model is not causal.
+        UsageError: the model is not causal, or transformers loaded it with an adapter.
     """
 
     supported_args = ("summary_dropout_prob", "v_head_init_strategy", "v_head_initializer_range")
@@ -94,6 +107,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         self.is_peft_model = hasattr(pretrained_model, "peft_config") and hasattr(
             pretrained_model, "disable_adapter"
         )
+        refuse_own_adapter(pretrained_model)
         self.pretrained_model = pretrained_model
         fuse_activations(pretrained_model)
         keep_weights_as_stored(self._base_model)
@@ -106,6 +120,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             init_strategy=v_head_init_strategy,
             initializer_range=v_head_initializer_range,
         ).to(self._base_model.device)
+        self.register_load_state_dict_pre_hook(_take_plain_names)
 
     @classmethod
     def from_pretrained(
@@ -136,7 +151,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
 
         Raises:
             ModelNotFoundError: there is no such folder or hub model.
-            UsageError: the model is not causal, or the reward adapter does not go with it.
+            UsageError: the model is not causal, a keyword would have no effect, or the reward
+                adapter does not go with the model.
             ModelError: the hub does not answer, or the files are damaged.
         """
         if not isinstance(reward_adapter, (str, Path, type(None))):
@@ -146,19 +162,25 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             )
         if reward_adapter is not None and cls.is_encoder_decoder:
             raise UsageError("reward_adapter is for causal models: score other texts")
+        kwargs = without_old(kwargs)
         head_kwargs = {key: kwargs.pop(key) for key in cls.supported_args if key in kwargs}
         source = pretrained_model_name_or_path
+        check_source(source)
+        check_adapter_config(peft_config)
         saved_head: Mapping[str, Tensor] = {}
         if isinstance(source, (str, Path)):
             name = str(source)
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))
             hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
-            with loading_errors(name):
+            with loading_errors(name), unknown_keywords(kwargs, cls.supported_args):
                 model = load_pretrained(
                     cls.transformers_parent_class, name, is_trainable, *model_args, **kwargs
                 )
                 saved_head = find_value_head(name, hub)
         else:
+            used = HUB_KEYWORDS if reward_adapter is not None else ()
+            rest = {key: value for key, value in kwargs.items() if key not in used}
+            refuse_beside_model({"model_args": model_args or None, **rest}, cls.supported_args)
             model = source
         if peft_config is not None:
             from peft import get_peft_model
@@ -208,7 +230,17 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
     @property
     def device(self) -> torch.device:
         """The device of the value head, and so of the model's output."""
-        return self.v_head.summary.weight.device
+        return next(self.v_head.parameters()).device
+
+    @property
+    def is_sequential_parallel(self) -> bool:
+        """Whether a `device_map` put its layers on several devices, as TRL's scripts ask."""
+        return len({*getattr(self._base_model, "hf_device_map", {}).values()}) > 1
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Number of token ids that the model reads; None where its embeddings do not say."""
+        return getattr(self._base_model.get_input_embeddings(), "num_embeddings", None)
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -269,7 +301,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
                 model's work.
             targets: (N,) token ids, one a position: what comes after it.
             temperature: what logits at `positions` are divided by.
-            kwargs: go to the language model, `labels` among them.
+            kwargs: go to the language model, `labels` among them; the result's form is always this.
 
         Returns:
             `(logits, loss, values)`, with the cache as a fourth where asked. Logits are float32,
@@ -277,6 +309,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             `labels`. With `targets` `(logprobs, entropies, values)`, (N,) each, and the logits are
             never there whole.
         """
+        for name in ("output_hidden_states", "return_dict"):  # of the language model's own result
+            kwargs.pop(name, None)
         reading = None if positions is None else self.reading()
         if positions is not None and reading is not None and reading.logits != "model":
             fused = reading.logits == "weights" and targets is not None
@@ -458,27 +492,6 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         """The language model's own `generate`, with its arguments and results."""
         return self.pretrained_model.generate(*args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The language model's weights under their own names, and the value head's as `v_head.*`.
-
-        With an adapter only the value head's: the adapter is saved by peft.
-        """
-        state = {} if self.is_peft_model else self.pretrained_model.state_dict(*args, **kwargs)
-        for key, value in self.v_head.state_dict(*args, **kwargs).items():
-            state[f"v_head.{key}"] = value
-        return state
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load what `state_dict` returned."""
-        head = {k.removeprefix("v_head."): v for k, v in state_dict.items() if k[:7] == "v_head."}
-        body = {k: v for k, v in state_dict.items() if k[:7] != "v_head."}
-        self.v_head.load_state_dict(head, strict=strict, assign=assign)
-        if self.is_peft_model:
-            strict = False
-        return self.pretrained_model.load_state_dict(body, strict=strict, assign=assign)
-
     def merged(self, *, untied: bool = False) -> AutoModelForCausalLMWithValueHead:
         """A copy without an adapter: the adapter's weights are added to those that it adapts.
 
@@ -510,26 +523,25 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         Args:
             save_directory: created if absent.
             state_dict: weights to write instead of the model's own, named as in `state_dict`
-                (those that a distributed run has gathered, for example).
+                (those that a distributed run has gathered, for example). Of a policy with an
+                adapter those of the value head alone will do.
             push_to_hub: upload the folder as well; `repo_id` and the like as keywords.
-            kwargs: go to `PreTrainedModel.save_pretrained`, `max_shard_size` for example.
+            kwargs: go to `save_pretrained` of the model, `max_shard_size` for example.
+
+        Raises:
+            UsageError: there is no such keyword.
         """
-        hub_kwargs = {
-            key: kwargs.pop(key)
-            for key in ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
-            if push_to_hub and key in kwargs
-        }
-        state = dict(self.state_dict() if state_dict is None else state_dict)
-        head = {key: state.pop(key) for key in list(state) if key.startswith("v_head.")}
+        hub_kwargs = {key: kwargs.pop(key) for key in UPLOADING if push_to_hub and key in kwargs}
+        kwargs = check_saving(self.pretrained_model, kwargs)
+        state = plain_names(self.state_dict() if state_dict is None else state_dict)
+        head = {key: state.pop(key) for key in list(state) if key.startswith(HEAD)}
+        weights = state if state_dict is not None and state else None
         if self.is_peft_model:
             own = [
                 name for name in self.pretrained_model.peft_config if name != self.rm_adapter_name
             ]
             kwargs.setdefault("selected_adapters", own)  # without its score, a reward's is useless
-            self.pretrained_model.save_pretrained(save_directory, **kwargs)
-        else:
-            weights = state if state_dict is not None else None
-            self.pretrained_model.save_pretrained(save_directory, state_dict=weights, **kwargs)
+        self.pretrained_model.save_pretrained(save_directory, state_dict=weights, **kwargs)
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in head.items()},
             Path(save_directory) / VALUE_HEAD_FILE,
@@ -539,3 +551,19 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             PushToHubMixin.push_to_hub(
                 self, hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs
             )
+
+
+def plain_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A policy's state with the language model's own names for its weights, as in files."""
+    return {key.removeprefix(BODY): value for key, value in state.items()}
+
+
+def _take_plain_names(policy: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Rename, in a state that is being loaded, weights with the language model's own names.
+
+    That is how TRL and earlier releases named them.
+    """
+    own = {*cast(nn.Module, policy.pretrained_model).state_dict(keep_vars=True)}
+    for key in [key for key in state if key.startswith(prefix)]:
+        if (name := key.removeprefix(prefix)) in own:
+            state[prefix + BODY + name] = state.pop(key)

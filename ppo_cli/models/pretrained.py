@@ -325,8 +325,9 @@ def find_value_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:
     def locate(file: str) -> str | None:
         return _located(name, file, hub)
 
-    if (ours := locate(VALUE_HEAD_FILE)) is not None:
-        return _read_value_head(ours)
+    for file in (VALUE_HEAD_FILE, "value_head.bin"):  # LLaMA-Factory writes either
+        if (alone := locate(file)) is not None:
+            return _read_value_head(alone)
     for weights in WEIGHT_FILES:
         if (index := locate(f"{weights}.index.json")) is not None:
             placed = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]

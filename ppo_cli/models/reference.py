@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,6 +53,23 @@ def create_adapter_reference(
     return copy.deepcopy(model, memo).requires_grad_(False).eval()
 
 
+@contextmanager
+def adapter_off(policy: AutoModelForCausalLMWithValueHead) -> Iterator[None]:
+    """Switch a policy's adapter off inside the block. What trains stays what it is.
+
+    peft by itself lets the adapter train after the block, even one that was loaded frozen.
+    """
+    model = policy.pretrained_model
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter in frozen:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+
+
 def starts_as_its_base(policy: AutoModelForCausalLMWithValueHead) -> bool:
     """Whether a policy with its adapter off is and stays the policy as it starts: the reference.
 
@@ -58,7 +77,7 @@ def starts_as_its_base(policy: AutoModelForCausalLMWithValueHead) -> bool:
     """
 
     def base() -> Tensor:
-        with policy.pretrained_model.disable_adapter():
+        with adapter_off(policy):
             return sample_logits(policy)
 
     dtype, before = precision(policy.pretrained_model), base()

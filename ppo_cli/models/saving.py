@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from ppo_cli.errors import ModelError, is_out_of_memory
 from ppo_cli.models.capabilities import precision, same
 from ppo_cli.models.plain_forward import sample_logits
-from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.models.policy import HEAD, AutoModelForCausalLMWithValueHead, plain_names
 from ppo_cli.models.processor import copy_processor
 from ppo_cli.models.quantization import is_quantized
 from ppo_cli.models.reference import create_adapter_reference
@@ -180,9 +180,9 @@ def _write(
     policy: AutoModelForCausalLMWithValueHead, folder: Path, stored: torch.dtype | None
 ) -> None:
     """Write a policy, in the dtype of the stored weights where that changes none of them."""
-    weights = policy.state_dict()
+    weights = plain_names(policy.state_dict())
     lower = {} if stored is None else {key: value.to(stored) for key, value in weights.items()}
-    body = [key for key in lower if not key.startswith("v_head.")]
+    body = [key for key in lower if not key.startswith(HEAD)]
     if not body or not all(torch.equal(lower[k].to(weights[k].dtype), weights[k]) for k in body):
         policy.save_pretrained(folder)
         return

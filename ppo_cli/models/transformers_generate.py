@@ -98,7 +98,7 @@ def from_generation_kwargs(
         stopping_criteria: end a batch's rows, besides their limits.
         stop_strings: texts that end a response, which includes the token that completes one.
         tokenizer: decodes responses to find `stop_strings`.
-        kwargs: other keywords, but those of the response's length (`new_token_limits`).
+        kwargs: other keywords, but those of the response's length (`without_lengths`).
 
     Returns:
         `SamplingParams` where they say it all, else `GenerateSettings`.
@@ -143,22 +143,85 @@ def _plain_settings(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
     return {name: as_type(plain[name]) for name, as_type in types.items()}
 
 
+LENGTHS = ("max_new_tokens", "max_length")
+OF_THE_SAMPLER = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids")
+
+
+def keywords(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of `generate`, those that a `generation_config` among them sets included.
+
+    What neither sets keeps its default here, so the distribution stays the policy's own.
+
+    Raises:
+        UsageError: a keyword is not for sampling responses to queries.
+    """
+    config = given.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise UsageError(
+            f"generation_config must be a GenerationConfig, got {type(config).__name__}"
+        )
+    for name in OF_THE_SAMPLER:
+        if name in given:
+            raise UsageError(f"{name}: queries are padded and masked here, leave it out")
+    settings = {} if config is None else _set_in(config)
+    settings |= {key: value for key, value in given.items() if key != "generation_config"}
+    if settings.pop("return_dict_in_generate", False):
+        raise UsageError(
+            "return_dict_in_generate: responses are tensors here. For scores call the model's own "
+            "generate: model.generate(query.unsqueeze(0), return_dict_in_generate=True, ...)"
+        )
+    return settings
+
+
+def _set_in(config: GenerationConfig) -> dict[str, Any]:
+    """The settings of a configuration that differ from the default."""
+    default = vars(GenerationConfig())
+    return {
+        key: value
+        for key, value in vars(config).items()
+        if key in default and value != default[key] and not key.startswith("_")
+    }
+
+
+def without_lengths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those of the response's length."""
+    return {key: value for key, value in settings.items() if key not in LENGTHS}
+
+
 def new_token_limits(
     queries: Sequence[Tensor],
     length_sampler: Callable[[], int] | None,
-    generation_kwargs: dict[str, Any],
+    given: Mapping[str, Any],
+    own: GenerationConfig | None = None,
 ) -> list[int]:
-    """Limits on the new tokens of each query; removes their keywords from `generation_kwargs`."""
-    new = generation_kwargs.pop("max_new_tokens", None)
-    total = generation_kwargs.pop("max_length", None)
-    config = generation_kwargs.get("generation_config")
+    """Limits on the new tokens of each query.
+
+    Args:
+        queries: B tensors of token ids.
+        length_sampler: called for each query, and wins over what is given.
+        given: keywords of `generate`.
+        own: the model's own configuration, for a limit where nothing else sets one.
+
+    Raises:
+        UsageError: a limit is not a whole number of 1 or more.
+    """
     if length_sampler is not None:
-        return [int(length_sampler()) for _ in queries]
-    if new is None and total is None:
-        new = getattr(config, "max_new_tokens", None)
-    if new is None and total is not None:
-        return [max(total - query.numel(), 1) for query in queries]
-    return [int(new if new is not None else DEFAULT_NEW_TOKENS)] * len(queries)
+        return [_limit(length_sampler(), "what length_sampler returns") for _ in queries]
+    sources = (given, keywords(given), {} if own is None else _set_in(own))
+    for settings in sources:
+        if settings.get("max_new_tokens") is not None:
+            return [_limit(settings["max_new_tokens"], "max_new_tokens")] * len(queries)
+        if settings.get("max_length") is not None:
+            total = _limit(settings["max_length"], "max_length")
+            return [max(total - query.numel(), 1) for query in queries]
+    return [DEFAULT_NEW_TOKENS] * len(queries)
+
+
+def _limit(value: Any, name: str) -> int:
+    number = float(value)
+    if number < 1 or number != int(number):
+        raise UsageError(f"{name} must be a whole number of 1 or more, got {value}")
+    return int(number)
 
 
 def generate_responses(

@@ -21,11 +21,11 @@ from ppo_cli.utils.device import mixed_precision, resolve_device
 from ppo_cli.utils.hub import first_line
 
 
-def require(name: str, value: Any, types: type | tuple[type, ...]) -> None:
-    """Raise `ValueError` unless `value` is of one of `types`."""
+def require(name: str, value: Any, types: type | tuple[type, ...], hint: str = "") -> None:
+    """Raise `ValueError` unless `value` is of one of `types`; the message ends with `hint`."""
     if not isinstance(value, types):
         names = [t.__name__ for t in (types if isinstance(types, tuple) else (types,))]
-        raise ValueError(f"{name} must be a {' or '.join(names)}, got {type(value).__name__}")
+        raise ValueError(f"{name} must be a {' or '.join(names)}, got {type(value).__name__}{hint}")
 
 
 def make_accelerator(config: PPOConfig) -> Accelerator:

@@ -12,7 +12,12 @@ from ppo_cli.errors import UsageError
 from ppo_cli.models.encoder_decoder import decoder_start
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.stop_tokens import end_tokens
-from ppo_cli.models.transformers_generate import GenerateSettings, from_generation_kwargs
+from ppo_cli.models.transformers_generate import (
+    GenerateSettings,
+    from_generation_kwargs,
+    keywords,
+    without_lengths,
+)
 
 
 def generation_settings(
@@ -21,15 +26,21 @@ def generation_settings(
     """The caller's keywords of `transformers`' `generate`, completed.
 
     Args:
-        given: the caller's settings; they win.
+        given: the caller's settings; they win over those in their `generation_config`.
         tokenizer: its pad and end tokens are used; it decodes for `stop_strings`.
         policy: the model itself; its end tokens are used.
-        temperature: the sampling temperature, unless a `generation_config` is given.
+        temperature: the sampling temperature, unless one is given.
 
     Raises:
-        UsageError: the caller would begin responses with other tokens than the model's own.
+        UsageError: a setting is none of sampling, has no effect here, or would begin responses with
+            other tokens than the model's own.
     """
-    settings = {"pad_token_id": tokenizer.pad_token_id, "tokenizer": tokenizer, **given}
+    settings = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "tokenizer": tokenizer,
+        "temperature": temperature,
+    }
+    settings |= keywords(given)
     start = decoder_start(policy)
     if (own := settings.pop("decoder_start_token_id", start)) != start:
         raise UsageError(
@@ -38,14 +49,9 @@ def generation_settings(
         )
     if "decoder_input_ids" in settings:
         raise UsageError("decoder_input_ids cannot be given: put the text into the queries")
-    if "generation_config" not in given:
-        settings.setdefault("temperature", temperature)
-    ends = getattr(given.get("generation_config"), "eos_token_id", None)
-    if "eos_token_id" in given:
-        ends = given["eos_token_id"]
-    elif ends is None:
-        ends = end_tokens(tokenizer, model=policy) or None
-    return from_generation_kwargs(**settings | {"eos_token_id": ends})
+    if "eos_token_id" not in settings:
+        settings["eos_token_id"] = end_tokens(tokenizer, model=policy) or None
+    return from_generation_kwargs(**without_lengths(settings))
 
 
 def with_start(rows: Sequence[Tensor], start: float | None) -> list[Tensor]:

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
+from ppo_cli.errors import UsageError
 from ppo_cli.kernels.switch import is_enabled
 from ppo_cli.kernels.tied_embeddings import GradientPieces, gradient_in_pieces
 from ppo_cli.ppo.config import PPOConfig
@@ -26,10 +27,29 @@ BYTES_AT_ONCE_ON_GPU = 2**26  # more, because the kernels of a small step end be
 
 
 def make_optimizer(model: torch.nn.Module, config: PPOConfig) -> Adam:
-    """Adam over the trainable parameters, fused where the device has it."""
+    """Adam over the trainable parameters, fused where the device has it.
+
+    Raises:
+        UsageError: none is trainable.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise UsageError("no parameter of the model trains: requires_grad is False for all of them")
     fused = {p.device.type for p in trainable} <= {"cpu", "cuda"}
     return Adam(trainable, lr=config.learning_rate, fused=fused)
+
+
+def stepped_parameters(optimizer: Any) -> list[Tensor]:
+    """The parameters that an optimizer holds."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def clear_other_gradients(model: torch.nn.Module, optimizer: Any) -> None:
+    """Free the gradients of parameters that the optimizer does not hold; they would pile up."""
+    held = set(stepped_parameters(optimizer))
+    for parameter in model.parameters():
+        if parameter not in held:
+            parameter.grad = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +116,7 @@ class OptimizerStep:
         _PartialStep(self._inner, nothing_moves).move(new)
 
     def after_backward(self, *, unless: Tensor) -> None:
-        """Clip the gradients, if that is configured, and step.
+        """Clip the gradients of what is stepped, if that is configured, and step.
 
         Args:
             unless: scalar bool on the device: whether the step is cancelled.
@@ -106,7 +126,8 @@ class OptimizerStep:
                 if parameter.grad is not None:
                     parameter.grad = processes.total(parameter.grad) / processes.count()
         if self.config.max_grad_norm is not None:
-            parameters = self.policy.parameters()
+            held = set(stepped_parameters(self.optimizer))
+            parameters = [p for p in self.policy.parameters() if p in held]
             self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
         self._move(unless=unless)
 

@@ -69,6 +69,11 @@ STATISTICS: dict[str, Statistic] = {
 }
 
 
+def is_array(key: str) -> bool:
+    """Whether a statistic of `PPOTrainer.step` is an array; unknown ones are not."""
+    return key in STATISTICS and STATISTICS[key].is_array
+
+
 # The keys that `ppo-cli train` adds in a run's metrics, except those of evaluations.
 RUN_STATISTICS: dict[str, Statistic] = {
     "env/reward_mean": Statistic("mean score: of the classifier, or the sum of the terms"),

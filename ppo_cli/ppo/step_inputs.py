@@ -87,6 +87,34 @@ def _joined(parts: Sequence[list[Tensor] | None]) -> Any:
     return [tensor for part in lists for tensor in part] if lists else None
 
 
+def as_rows(tensors: Any) -> Any:
+    """Tensors without a dimension, as `squeeze()` makes them of one token, with one."""
+    if not isinstance(tensors, list):
+        return tensors
+    return [
+        row.reshape(1) if isinstance(row, Tensor) and row.dim() == 0 else row for row in tensors
+    ]
+
+
+def check_ids(rows: Tensor, vocabulary: int | None, name: str) -> None:
+    """Raise `ValueError` where rows (B, T) hold ids that the model has no embedding for.
+
+    Args:
+        rows: token ids.
+        vocabulary: number of ids of the model; None where it is not known.
+        name: of the rows, for the message.
+    """
+    wrong = rows < 0
+    if vocabulary is not None:
+        wrong = wrong | (rows >= vocabulary)
+    if wrong.any():
+        i, place = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} {i}: the token id {int(rows[i, place])} is not in the model's vocabulary of "
+            f"{vocabulary}: use the model's tokenizer, or resize_token_embeddings for new tokens"
+        )
+
+
 def checked_batch(
     queries: Any, responses: Any, scores: Any, response_masks: Any, batch_size: int
 ) -> Tensor:
@@ -112,6 +140,9 @@ def checked_batch(
                 raise ValueError(f"Elements in {name} must be tensors - got {type(item)}")
             if item.dim() > 1:
                 raise ValueError(f"{name} must be 1-dimensional - got shape {tuple(item.shape)}")
+            is_ids = name in ("queries", "responses")
+            if is_ids and (item.is_floating_point() or item.dtype == torch.bool):
+                raise ValueError(f"{name} must be token ids, integers - got {item.dtype}")
     for i, score in enumerate(scores):
         if score.numel() != 1 or not bool(score.isfinite().all()):
             raise ValueError(f"scores[{i}] must be one finite number - got {score.tolist()}")

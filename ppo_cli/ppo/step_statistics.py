@@ -14,7 +14,7 @@ from ppo_cli.ppo.advantages import masked_mean, masked_var
 from ppo_cli.ppo.experience import Experience
 from ppo_cli.ppo.forward import TokenOutputs
 from ppo_cli.ppo.losses import MinibatchLoss, kl_penalty
-from ppo_cli.ppo.statistics import STATISTICS
+from ppo_cli.ppo.statistics import is_array
 from ppo_cli.utils.device import fetch, send
 
 MEAN_RATIO, MEAN_K3 = "mean ratio", "mean k3"
@@ -108,7 +108,7 @@ def minibatch_arrays(
 def join_minibatches(minibatches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Statistics of several mini-batches: scalars stacked, arrays joined."""
     return {
-        key: (torch.cat if STATISTICS[f"ppo/{key}"].is_array else torch.stack)(
+        key: (torch.cat if is_array(f"ppo/{key}") else torch.stack)(
             [stats[key] for stats in minibatches]
         )
         for key in minibatches[0]
@@ -148,9 +148,10 @@ def step_statistics(
     }
     for key, value in updates.items():
         name = f"ppo/{key}"
-        stats[name] = value if STATISTICS[name].is_array else value.mean()
-    error, variance = stats["ppo/val/error"], stats["ppo/returns/var"]
-    stats["ppo/val/var_explained"] = torch.where(variance > 0, 1 - error / variance, 0.0)
+        stats[name] = value if is_array(name) else value.mean(0)
+    if {"ppo/val/error", "ppo/returns/var"} <= stats.keys():  # a replaced loss may have others
+        error, variance = stats["ppo/val/error"], stats["ppo/returns/var"]
+        stats["ppo/val/var_explained"] = torch.where(variance > 0, 1 - error / variance, 0.0)
     return stats
 
 
@@ -177,8 +178,7 @@ def to_numbers(stats: Mapping[str, Any]) -> dict[str, Any]:
     }
     numbers: dict[str, Any] = {}
     for key, value in {**stats, **arrays}.items():
-        is_array = key in STATISTICS and STATISTICS[key].is_array
-        if not is_array and np.size(value) == 1:
+        if not is_array(key) and np.size(value) == 1:
             value = float(np.asarray(value).item())
         numbers[key] = value
     return numbers

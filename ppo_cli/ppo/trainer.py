@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,24 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from ppo_cli.errors import UsageError
 from ppo_cli.kernels.patches import fast_layers
 from ppo_cli.models.encoder_decoder import decoder_start
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.models.reference import adapter_off
 from ppo_cli.models.sampling import check_sampling, sample_responses
 from ppo_cli.models.sharding import free, gathered, whole_copy, without_weights
 from ppo_cli.models.transformers_generate import new_token_limits
 from ppo_cli.ppo.accelerator import make_accelerator, record_surroundings, require
+from ppo_cli.ppo.classic_methods import ClassicMethods, pad_right, replaced_methods
+from ppo_cli.ppo.classic_step import classic_step, refuse_beside_methods
 from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.dataloader import make_dataloader
 from ppo_cli.ppo.device_cache import PPODecorators
@@ -35,26 +45,26 @@ from ppo_cli.ppo.forward import check_noise, check_reading
 from ppo_cli.ppo.generation import generation_settings, with_start
 from ppo_cli.ppo.kl_controller import make_kl_controller
 from ppo_cli.ppo.learning_rate import AdaptiveLearningRate, follow, make_scheduler
-from ppo_cli.ppo.modes import dropout_off, head_alone
-from ppo_cli.ppo.optimizer_step import make_optimizer
+from ppo_cli.ppo.modes import dropout_off, dropout_off_in_all_modes, head_alone
+from ppo_cli.ppo.optimizer_step import make_optimizer, stepped_parameters
 from ppo_cli.ppo.reference import make_reference, prepare_reference
 from ppo_cli.ppo.scores import PotentialCalibration, RunningMoments, scale_scores
 from ppo_cli.ppo.sharding import begin_sharded, refuse_unshardable, sharding_errors
-from ppo_cli.ppo.step_inputs import StepInputs, step_inputs
+from ppo_cli.ppo.step_inputs import StepInputs, as_rows, check_ids, step_inputs
 from ppo_cli.ppo.step_statistics import (
     Stopwatch,
     length_statistics,
     step_statistics,
     to_numbers,
 )
-from ppo_cli.ppo.step_warnings import step_warnings
+from ppo_cli.ppo.step_warnings import step_warnings, training_warning
 from ppo_cli.ppo.trackers import send_statistics
 from ppo_cli.ppo.update import Update
 from ppo_cli.utils import processes
 from ppo_cli.utils.random_state import RandomStream, numpy_state, set_numpy_state
 
 
-class PPOTrainer:
+class PPOTrainer(ClassicMethods):
     """Proximal Policy Optimization of a causal language model.
 
     Args:
@@ -70,6 +80,8 @@ class PPOTrainer:
         num_shared_layers: with `ref_model=None`: freeze this many lower layers and share them
             between policy and reference.
         lr_scheduler: stepped once per `step()`; None for the one that `config` asks for.
+        training_data_collator: makes the rows that a replaced `batched_forward_pass` reads, of
+            dictionaries with `input_ids` and `attention_mask`; `step` itself lays out its own.
 
     Attributes:
         accelerator: the `accelerate.Accelerator` that places and wraps everything.
@@ -78,6 +90,8 @@ class PPOTrainer:
         running: the moments of all scores so far, for `use_score_scaling`.
         current_step: number of `step()` calls so far.
         sampling: the random numbers of `generate`; each process has its own.
+        data_collator: `training_data_collator`, or one that pads on the right.
+        model_params: the parameters that the optimizer steps.
         advises: whether `step()` warns, once each, of negative KL and of skipped mini-batches.
 
     Raises:
@@ -95,9 +109,11 @@ class PPOTrainer:
         data_collator: Callable | None = None,
         num_shared_layers: int | None = None,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        training_data_collator: Callable | None = None,
     ) -> None:
         require("config", config, PPOConfig)
-        require("model", model, AutoModelForCausalLMWithValueHead)
+        wrap = ": pass AutoModelForCausalLMWithValueHead.from_pretrained(model)"
+        require("model", model, AutoModelForCausalLMWithValueHead, wrap)
         require("tokenizer", tokenizer, PreTrainedTokenizerBase)
         if lr_scheduler is not None:
             require("lr_scheduler", lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
@@ -107,7 +123,9 @@ class PPOTrainer:
         config.check_batch_arithmetic()
         self.config = config
         self.tokenizer = tokenizer
+        self.model = model
         self.accelerator = make_accelerator(config)
+        self.data_collator = self._training_collator(training_data_collator)
         PPODecorators.optimize_device_cache = config.optimize_device_cache
         self.is_peft_model = model.is_peft_model
         self.is_distributed = self.accelerator.num_processes > 1
@@ -120,6 +138,8 @@ class PPOTrainer:
             model.enable_input_require_grads()
         if optimizer is None:
             optimizer = make_optimizer(model, config)
+        if message := training_warning(model, optimizer):
+            warnings.warn(message, stacklevel=2)
         self._schedule = self._adaptation = None  # of the learning rate, as `config` says
         if lr_scheduler is None:
             self._schedule = make_scheduler(config, optimizer)
@@ -132,13 +152,17 @@ class PPOTrainer:
         self.dataset = dataset
         dataloader = None
         if dataset is not None:
-            dataloader = self.prepare_dataloader(dataset, data_collator, model)
+            dataloader = self.prepare_dataloader(dataset, data_collator)
+            if self.accelerator.dataloader_config.dispatch_batches is None:
+                # The main process would hand out the batches of a stream, which takes tensors.
+                self.accelerator.dataloader_config.dispatch_batches = False
         with sharding_errors(model):
             prepared = self.accelerator.prepare(model, optimizer, dataloader, lr_scheduler)
         self.model, self.optimizer, self.dataloader, self.lr_scheduler = prepared
         if isinstance(self.model, DistributedDataParallel):
             # A broadcast in each forward; processes may need different numbers of forwards.
             self.model.broadcast_buffers = False
+        self.model_params = stepped_parameters(self.optimizer)
         if lr_scheduler is None:
             self.lr_scheduler = self._schedule  # accelerate would step it once per process
         self.ref_model = prepare_reference(reference, self.accelerator)
@@ -156,6 +180,32 @@ class PPOTrainer:
         self.sampling = RandomStream(
             config.seed + self.accelerator.process_index, self.accelerator.device
         )
+
+    def _training_collator(self, given: Callable | None) -> Callable:
+        """The collator of `prepare_model_inputs`.
+
+        Raises:
+            UsageError: one was given that nothing would use.
+        """
+        if given is None:
+            return partial(pad_right, pad_token_id=self._pad_token_id)
+        plain = (DataCollatorForLanguageModeling, DataCollatorWithPadding)
+        if type(given) not in plain and "batched_forward_pass" not in replaced_methods(self):
+            raise UsageError(
+                "training_data_collator makes rows for a batched_forward_pass that a class of "
+                "yours replaces: leave it out, step lays out its own rows"
+            )
+        return given
+
+    @property
+    def current_device(self) -> torch.device:
+        """The device of the models, and of what `step` is best given."""
+        return self.accelerator.device
+
+    @property
+    def optional_peft_ctx(self) -> Callable[[], AbstractContextManager[None]]:
+        """Makes a context in which the policy's adapter is off, if it is its own reference."""
+        return self.adapter_off
 
     # ------------------------------------------------------------------ sampling
 
@@ -180,17 +230,20 @@ class PPOTrainer:
             generate_ref_response: also sample from the reference.
             uniforms: (B, R) random numbers in [0, 1) that decide the tokens, R the largest number
                 of new tokens; None for those of `sampling`.
-            generation_kwargs: settings of `transformers`' `generate`. By default sampling is pure:
-                the configuration's `temperature`, no top-k, no top-p, whatever the model's own
-                `generation_config` says; pass a `generation_config` to use one. Without an
-                `eos_token_id` in either, every end token of tokenizer and model ends a response.
+            generation_kwargs: settings of `transformers`' `generate`, a `generation_config` among
+                them; keywords win over what that sets. What neither sets does not shape the
+                distribution, whatever the model's own `generation_config` says: sampling has the
+                trainer's `temperature`, no top-k and no top-p. Without an `eos_token_id` every end
+                token of tokenizer and model ends a response, and without a length the model's own
+                `max_new_tokens` or `max_length` does, or 20 new tokens.
 
         Returns:
             For one query a (1, length) tensor, for a list a list of 1-D tensors, each with its end
             token if one was drawn. With `generate_ref_response` a pair: policy's, reference's.
 
         Raises:
-            ValueError: a query is empty, not 1-D, or too long for the model.
+            ValueError: a query is empty, not 1-D, or too long for the model, or a setting has no
+                effect here.
         """
         single = isinstance(query_tensor, Tensor)
         queries: list[Tensor] = [query_tensor] if single else list(query_tensor)  # type: ignore[list-item]
@@ -199,10 +252,13 @@ class PPOTrainer:
                 "query_tensor must be a tensor of shape (query_length,) or a list of them"
             )
         policy = self.accelerator.unwrap_model(self.model)
-        start = decoder_start(policy)
+        if queries:
+            rows = torch.nn.utils.rnn.pad_sequence(queries, batch_first=True)
+            check_ids(rows, self._vocabulary_size, "query")
+        start, own = decoder_start(policy), policy.generation_config
         # What counts in max_length beside new tokens: of an encoder-decoder the start token.
         before = queries if start is None else [query[:1] for query in queries]
-        limits = new_token_limits(before, length_sampler, generation_kwargs)
+        limits = new_token_limits(before, length_sampler, generation_kwargs, own)
         settings = generation_settings(
             generation_kwargs,
             tokenizer=self.tokenizer,
@@ -227,7 +283,7 @@ class PPOTrainer:
         response = sample(self.model)
         if not generate_ref_response:
             return response
-        with self._reference() as reference:
+        with self.reference_active() as reference:
             return response, sample(reference)
 
     def gathered(self, *, reference: bool = True) -> AbstractContextManager[None]:
@@ -258,14 +314,14 @@ class PPOTrainer:
             yield
             return
         free(self.model)
-        with self.accelerator.unwrap_model(self.model).pretrained_model.disable_adapter():
+        with adapter_off(self.accelerator.unwrap_model(self.model)):
             try:
                 yield
             finally:
                 free(self.model)
 
     @contextmanager
-    def _reference(self) -> Iterator[Any]:
+    def reference_active(self) -> Iterator[Any]:
         """The reference, usable inside the block: `ref_model`, or the policy, its adapter off."""
         with self.adapter_off():
             yield self.model if self.ref_model is None else self.ref_model
@@ -296,6 +352,8 @@ class PPOTrainer:
                         move the weights
             move kl_coef, if kl is off target                   make_kl_controller
 
+        Where a class replaces one of the methods of `ClassicMethods`, the step is made of them.
+
         KL from the reference is taken once, before the update, for each sampled token (for `full`:
         over the whole vocabulary). It lowers the rewards; with `kl_in_loss` it does not, and is a
         term of each mini-batch's loss instead, from the policy as it is then.
@@ -321,7 +379,12 @@ class PPOTrainer:
                 response token of the whole batch counts, or a start token is missing.
         """
         clock = Stopwatch()
-        config, kl_coef = self.config, self.kl_ctl.value
+        config = self.config
+        queries, responses, response_masks, potentials = (
+            as_rows(part) for part in (queries, responses, response_masks, potentials)
+        )
+        if replaced := replaced_methods(self):
+            refuse_beside_methods(self, replaced, potentials)
         start = decoder_start(self.accelerator.unwrap_model(self.model))
         batch = step_inputs(
             queries,
@@ -330,12 +393,35 @@ class PPOTrainer:
             response_masks,
             potentials,
             batch_size=config.batch_size,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=self._pad_token_id,
             device=self.accelerator.device,
             decoder_start=start,
         )
+        check_ids(batch.tokens.input_ids, self._vocabulary_size, "queries and responses")
+        if batch.tokens.encoder is not None:
+            check_ids(batch.tokens.encoder.ids, self._vocabulary_size, "queries")
         batch = self._scaled(batch)
         self._push_if_best(batch.scores)
+        if replaced:
+            with self._modes_of_a_step(), dropout_off_in_all_modes(self.model):
+                found = classic_step(self, queries, responses, response_masks, batch.scores, clock)
+        else:
+            found = self._learn(batch, clock)
+        stats = self._numbers(found)
+        self._warn(stats)
+        pairs = zip(queries, responses, strict=True)
+        begin = 0 if start is None else 1
+        lengths = [(len(query), len(response) - begin) for query, response in pairs]
+        lengths = processes.gather_list(lengths)
+        for name, those in zip(("queries", "responses"), zip(*lengths, strict=True), strict=True):
+            stats = stats | length_statistics(name, list(those)) | stats  # a class may have its own
+        clock.lap("calc_stats")
+        self._after_step(stats)
+        return {**stats, **clock.times, "time/ppo/total": clock.total}
+
+    def _learn(self, batch: StepInputs, clock: Stopwatch) -> dict[str, Any]:
+        """The update of `step`: statistics as tensors and floats."""
+        config, kl_coef = self.config, self.kl_ctl.value
         update = Update(
             policy=self.model,
             optimizer=self.optimizer,
@@ -350,7 +436,7 @@ class PPOTrainer:
             before = read_probabilities(
                 batch.tokens,
                 policy=self.model,
-                reference=self._reference,
+                reference=self.reference_active,
                 forward=update.forward_before,
                 config=config,
             )
@@ -362,26 +448,13 @@ class PPOTrainer:
             updates = update.run(experience)
             clock.lap("optimize_step")
 
-        stats = self._numbers(
-            step_statistics(
-                experience, before.kl_penalties, kl_rewards, batch.scores, kl_coef, updates
-            )
+        return step_statistics(
+            experience, before.kl_penalties, kl_rewards, batch.scores, kl_coef, updates
         )
-        self._warn(stats)
-        pairs = zip(queries, responses, strict=True)
-        begin = 0 if start is None else 1
-        lengths = [(len(query), len(response) - begin) for query, response in pairs]
-        lengths = processes.gather_list(lengths)
-        for name, those in zip(("queries", "responses"), zip(*lengths, strict=True), strict=True):
-            stats |= length_statistics(name, list(those))
-        clock.lap("calc_stats")
-        self._after_step(stats)
-        return {**stats, **clock.times, "time/ppo/total": clock.total}
 
     def _settle_before_sharding(self, model: AutoModelForCausalLMWithValueHead, ref: Any) -> None:
         """Ask what will be asked of policy and reference while each process has them whole."""
         with processes.agreed():
-            self.model = model
             with self._modes_of_a_step():
                 refuse_unshardable(model)
             for one in filter(None, (model, ref)):
@@ -394,7 +467,7 @@ class PPOTrainer:
     def _modes_of_a_step(self) -> Iterator[None]:
         """No dropout, in the warm-up only the value head learns, fast products of matrices."""
         check_reading(self.model)  # before the warm-up freezes parameters
-        checkpointing = self.config.gradient_checkpointing
+        checkpointing = self.recomputes_activations
         dropout = dropout_off(self.model, keep_training_mode=checkpointing)
         warm_up = head_alone(self.model) if self._is_warming_up else nullcontext()
         free(self.model)
@@ -405,6 +478,17 @@ class PPOTrainer:
                 yield
             finally:
                 free(self.model)
+
+    @property
+    def _vocabulary_size(self) -> int | None:
+        size: int | None = self.accelerator.unwrap_model(self.model).vocabulary_size
+        return size
+
+    @property
+    def _pad_token_id(self) -> int:
+        """Tokenizer's pad token; 0 where there is none, or the model has no embedding for it."""
+        pad, size = self.tokenizer.pad_token_id, self._vocabulary_size
+        return 0 if pad is None or (size is not None and pad >= size) else pad
 
     @property
     def _is_warming_up(self) -> bool:
@@ -481,7 +565,9 @@ class PPOTrainer:
         data_collator: Callable | None = None,
         model: AutoModelForCausalLMWithValueHead | None = None,
     ) -> torch.utils.data.DataLoader:
-        """Shuffled batches of `batch_size` rows, without a shorter last one.
+        """Batches of `batch_size` rows, without a shorter last one.
+
+        They are shuffled, but for an `IterableDataset`, whose order is its own.
 
         With `remove_unused_columns` a Hugging Face dataset loses its columns, apart from the
         arguments of the model's forward and label, query and response.

@@ -18,9 +18,9 @@ from ppo_cli.ppo.config import PPOConfig
 from ppo_cli.ppo.experience import Experience
 from ppo_cli.ppo.forward import TokenOutputs, token_forward
 from ppo_cli.ppo.losses import minibatch_loss
-from ppo_cli.ppo.optimizer_step import OptimizerStep
+from ppo_cli.ppo.optimizer_step import OptimizerStep, clear_other_gradients
 from ppo_cli.ppo.packing import TokenBatch
-from ppo_cli.ppo.statistics import STATISTICS
+from ppo_cli.ppo.statistics import is_array
 from ppo_cli.ppo.step_statistics import (
     MEAN_K3,
     MEAN_RATIO,
@@ -106,7 +106,7 @@ class Update:
             if is_last:
                 break
         joined = join_minibatches(collected)
-        arrays = {key: value for key, value in joined.items() if STATISTICS[f"ppo/{key}"].is_array}
+        arrays = {key: value for key, value in joined.items() if is_array(f"ppo/{key}")}
         everyone = processes.gather_rows(torch.stack(list(arrays.values()), dim=1))
         return joined | dict(zip(arrays, everyone.unbind(1), strict=True))
 
@@ -150,6 +150,7 @@ class Update:
         if not step.is_within_backward:
             step.after_backward(unless=is_cancelled)
         self.optimizer.zero_grad(set_to_none=True)
+        clear_other_gradients(self.policy, self.optimizer)
         return collected, is_past_limit
 
     def _minibatch(

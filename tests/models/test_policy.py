@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ppo_cli.errors import ModelError, ModelNotFoundError, UsageError
-from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead, plain_names
 from ppo_cli.models.pretrained import VALUE_HEAD_FILE
 from ppo_cli.models.reference import create_reference_model
 from tests.conftest import EOS, SMALL, VOCABULARY, make_gpt2
@@ -177,6 +177,40 @@ def test_labels_give_a_loss_and_a_cache_comes_back_where_asked() -> None:
     torch.testing.assert_close(rest, logits[:, 4:], rtol=1e-4, atol=1e-5)
 
 
+def test_keywords_about_the_form_of_the_result_change_nothing() -> None:
+    policy, ids = make_policy(), torch.tensor([[1, 2, 3]])
+    expected = policy(ids)
+    for keywords in (
+        {"output_hidden_states": True, "return_dict": True, "use_cache": False},
+        {"output_hidden_states": False},
+        {"return_dict": False},
+    ):
+        torch.testing.assert_close(policy(ids, **keywords), expected)
+
+
+@pytest.mark.parametrize("file", ["value_head.bin", VALUE_HEAD_FILE])
+def test_a_value_head_that_lies_beside_the_model_is_read(file: str, tmp_path: Path) -> None:
+    make_gpt2().save_pretrained(tmp_path)
+    head = {"v_head.summary.weight": torch.ones(1, 16), "v_head.summary.bias": torch.ones(1)}
+    if file.endswith("bin"):
+        torch.save(head, tmp_path / file)
+    else:
+        save_file(head, tmp_path / file)
+    assert Policy.from_pretrained(tmp_path).v_head.summary.weight.eq(1).all()
+
+
+def test_a_value_head_of_ones_own_takes_the_place_of_the_first() -> None:
+    policy = make_policy()
+    policy.v_head = torch.nn.Sequential(
+        torch.nn.Linear(16, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1)
+    )  # type: ignore[assignment]
+    assert policy.device.type == "cpu"
+    assert not policy.is_sequential_parallel
+    cast(Any, policy.pretrained_model).hf_device_map = {"transformer": 0, "lm_head": 1}
+    assert policy.is_sequential_parallel
+    assert policy(torch.tensor([[1, 2]]))[2].shape == (1, 2)
+
+
 def test_generate_is_the_models_own() -> None:
     policy = make_policy()
     arguments = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": EOS}
@@ -269,7 +303,8 @@ def trl_folder(policy: Policy, folder: Path, form: str) -> None:
     policy.save_pretrained(folder)
     (folder / VALUE_HEAD_FILE).unlink()
     (folder / "model.safetensors").unlink()
-    state = {k: v.clone() for k, v in policy.state_dict().items() if k != "lm_head.weight"}
+    state = {k: v.clone() for k, v in plain_names(policy.state_dict()).items()}
+    del state["lm_head.weight"]
     kind = "safetensors" if "safetensors" in form else "bin"
     stem = "model" if kind == "safetensors" else "pytorch_model"
 
@@ -340,20 +375,53 @@ def test_a_model_object_is_taken_as_it_is() -> None:
     assert policy.v_head.dropout.p == 0.2
 
 
-def test_state_dict_names_are_plain_with_the_head_beside_them_and_load_back() -> None:
+def test_a_state_has_the_names_of_the_parameters_and_loads_strictly() -> None:
     policy, other = make_policy(0), make_policy(1)
     state = policy.state_dict()
-    assert set(state) == {
-        *policy.pretrained_model.state_dict(),
-        "v_head.summary.weight",
-        "v_head.summary.bias",
-    }
-    assert "transformer.wte.weight" in state
+    named = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
+    assert set(state) == named
+    assert "pretrained_model.transformer.wte.weight" in state
     result = other.load_state_dict(state)
     assert list(result.missing_keys) == list(result.unexpected_keys) == []
     assert_same_outputs(other, policy)
-    with pytest.raises(RuntimeError, match=r"summary\.bias"):
-        other.load_state_dict({k: v for k, v in state.items() if k != "v_head.summary.bias"})
+    for missing in ("v_head.summary.bias", "pretrained_model.transformer.ln_f.bias"):
+        with pytest.raises(RuntimeError, match=missing):
+            other.load_state_dict({k: v for k, v in state.items() if k != missing})
+    with pytest.raises(RuntimeError, match=r"transformer\.h\.9"):
+        other.load_state_dict({**state, "transformer.h.9.weight": torch.zeros(1)})
+
+
+def test_a_state_with_the_names_of_trl_loads() -> None:
+    policy, other, inside = make_policy(0), make_policy(1), make_policy(2)
+    state = dict(policy.pretrained_model.state_dict())
+    state |= {f"v_head.{key}": value for key, value in policy.v_head.state_dict().items()}
+    other.load_state_dict(state)
+    assert_same_outputs(other, policy)
+    both = torch.nn.ModuleDict({"actor": inside})
+    both.load_state_dict({f"actor.{key}": value for key, value in state.items()})
+    assert_same_outputs(inside, policy)
+
+
+def in_dict(policy: Any) -> Any:
+    return torch.nn.ModuleDict({"actor": policy})
+
+
+@pytest.mark.parametrize("wrap", [in_dict, torch.optim.swa_utils.AveragedModel])
+@pytest.mark.parametrize("is_adapted", [False, True], ids=["whole", "adapter"])
+def test_a_policy_inside_another_module_saves_and_loads(
+    wrap: Callable[..., Any], is_adapted: bool
+) -> None:
+    policies = [make_policy(seed) for seed in (0, 1)]
+    if is_adapted:
+        adapted = [Policy.from_pretrained(make_gpt2(), peft_config=lora()) for _ in range(2)]
+        policies = [with_trained_adapter(adapted[0]), adapted[1]]
+    first, second = map(wrap, policies)
+    state = first.state_dict()
+    named = {name for name, _ in first.named_parameters(remove_duplicate=False)}
+    assert named <= set(state)
+    second.load_state_dict(state)
+    inner = [getattr(w, "module", None) or w["actor"] for w in (first, second)]
+    assert_same_outputs(inner[1], inner[0])
 
 
 # ---------------------------------------------------------------- refusals
@@ -674,13 +742,20 @@ def test_an_adapter_folder_of_trl_0_11_comes_back_with_its_value_head(
     assert_same_outputs(Policy.from_pretrained(tmp_path / "adapter"), policy)
 
 
-def test_the_state_of_an_adapted_policy_is_its_value_head(base_folder: Path) -> None:
+def test_the_state_of_an_adapted_policy_has_its_adapter(base_folder: Path, tmp_path: Path) -> None:
     policy = with_trained_adapter(Policy.from_pretrained(base_folder, peft_config=lora()))
-    state = policy.state_dict()
-    assert set(state) == {"v_head.summary.weight", "v_head.summary.bias"}
+    state = {key: value.clone() for key, value in policy.state_dict().items()}
     other = Policy.from_pretrained(base_folder, peft_config=lora())
-    other.load_state_dict(state)
+    head = {key: value for key, value in state.items() if key.startswith("v_head.")}
+    other.load_state_dict(head, strict=False)
     assert torch.equal(other.v_head.summary.weight, policy.v_head.summary.weight)
+    with pytest.raises(RuntimeError, match="lora_A"):
+        other.load_state_dict(head)
+    other.load_state_dict(state)
+    assert_same_outputs(other, policy)
+    fresh = Policy.from_pretrained(base_folder, peft_config=lora())
+    fresh.save_pretrained(tmp_path, state_dict=state)
+    assert_same_outputs(Policy.from_pretrained(tmp_path), policy)
 
 
 @pytest.mark.parametrize("targets", [["c_attn"], ["c_attn", "lm_head"]])

@@ -18,7 +18,15 @@ from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.sampling import sample_responses, to_texts
 from ppo_cli.models.sampling_params import SamplingParams
 from ppo_cli.models.transformers_generate import GenerateSettings, from_generation_kwargs
-from tests.conftest import EOS, SMALL, make_gpt2, make_tokenizer
+from tests.conftest import (
+    EOS,
+    SMALL,
+    VOCABULARY,
+    make_gpt2,
+    make_policy,
+    make_tokenizer,
+    make_trainer,
+)
 
 QUERIES = [torch.tensor(ids) for ids in ([5], [7, 8, 9, 10, 11], [1, 2], [3, 30, 40], [60])]
 
@@ -297,6 +305,67 @@ def test_a_generation_config_that_is_passed_is_used_and_keywords_change_it() -> 
     assert [r.tolist() for r in used] == greedy
     changed = sample(model, QUERIES, [6] * 5, generation_config=only_best, top_k=0)
     assert [r.tolist() for r in changed] != greedy
+
+
+EVERY = list(range(VOCABULARY))
+
+
+@pytest.mark.parametrize(
+    ("config", "keywords", "lengths"),
+    [
+        ({"max_new_tokens": 3}, {}, [3] * 5),
+        ({"max_new_tokens": 3}, {"max_new_tokens": 5}, [5] * 5),
+        ({"max_length": 9}, {}, [9 - len(query) for query in QUERIES]),
+        ({"max_length": 9}, {"max_new_tokens": 2}, [2] * 5),
+        ({"max_new_tokens": 3}, {"max_length": 9}, [9 - len(query) for query in QUERIES]),
+        ({"max_new_tokens": 3}, {"length_sampler": lambda: 4.0}, [4] * 5),
+        ({"eos_token_id": EVERY, "max_new_tokens": 3}, {}, [1] * 5),
+        ({"eos_token_id": EVERY, "max_new_tokens": 3}, {"eos_token_id": -1}, [3] * 5),
+        ({}, {}, [6] * 5),
+    ],
+    ids=str,
+)
+def test_a_generation_config_sets_ends_and_lengths_and_nothing_else(
+    config: dict[str, Any], keywords: dict[str, Any], lengths: list[int]
+) -> None:
+    policy = make_policy()
+    policy.generation_config.update(max_new_tokens=6, do_sample=False, top_k=1)
+    trainer, uniforms = make_trainer(policy), torch.rand(5, 9)
+
+    def sampled(**settings: Any) -> list[list[int]]:
+        rest = {"eos_token_id": -1, **settings, **keywords}
+        if "generation_config" in settings and "eos_token_id" in config:
+            rest = {**settings, **keywords}
+        found = trainer.generate(
+            QUERIES, batch_size=5, return_prompt=False, uniforms=uniforms, **rest
+        )
+        return [row.tolist() for row in found]
+
+    found = sampled(generation_config=GenerationConfig(**config))
+    assert [len(row) for row in found] == lengths
+    longest = sampled(max_new_tokens=max(lengths))
+    assert found == [row[:n] for row, n in zip(longest, lengths, strict=True)], "pure as without"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of 1 or more, got 0"),
+        ({"max_new_tokens": -1}, "got -1"),
+        ({"max_new_tokens": 2.5}, "got 2.5"),
+        ({"max_length": 0}, "max_length must be"),
+        ({"length_sampler": lambda: 0}, "what length_sampler returns must be"),
+        ({"generation_config": {"max_new_tokens": 3}}, "must be a GenerationConfig, got dict"),
+        ({"return_dict_in_generate": True}, "call the model's own generate"),
+        ({"attention_mask": torch.ones(1, 3)}, "attention_mask: queries are padded and masked"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_followed_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_trainer().generate(QUERIES, **settings)
 
 
 def test_an_error_while_sampling_leaves_mode_and_generation_config_as_they_were() -> None:

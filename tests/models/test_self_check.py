@@ -512,8 +512,10 @@ class Noise(nn.Module):
 
 def test_noise_that_cannot_be_switched_off_is_refused_with_checkpointing() -> None:
     policy = make_policy()
-    policy.pretrained_model.transformer.h[0].mlp.dropout = Noise()
+    noise = policy.pretrained_model.transformer.h[0].mlp.dropout = Noise()
+    noise.gradient_checkpointing = False
     make_trainer(policy).step(*make_batch())
+    noise.gradient_checkpointing = True
     trainer = make_trainer(policy, gradient_checkpointing=True)
     with pytest.raises(ModelError, match=r"noise in training mode.*gradient_checkpointing"):
         trainer.step(*make_batch())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ CASES: dict[str, dict[str, Any]] = {
     "potentials": {"potentials": True, "lam": 0.8, "skewed": True},
     "shared layers": {"num_shared_layers": 1},
     "adapter": {"adapter": True, "skewed": True},
+    "methods of 0.11.4": {"classic": True, "skewed": True, "mini_batch_size": 4},
+    "methods of 0.11.4, accumulated": {
+        "classic": True, "masks": True, "mini_batch_size": 2, "gradient_accumulation_steps": 2,
+        "kl_penalty": "full", "advantage_norm": "mini_batch", "early_stopping": True,
+    },
     "adapter in its warm-up": {"adapter": True, "value_warmup_steps": 1, "mini_batch_size": 4},
     "encoder-decoder": {"encoder_decoder": True, "skewed": True, "mini_batch_size": 4},
 }  # fmt: skip
@@ -113,7 +118,7 @@ def learnt(name: str, **accelerator: Any) -> tuple[torch.Tensor, list[dict[str, 
     weights.
     """
     case = dict(CASES[name])
-    kinds = ("even", "skewed", "reversed", "masks", "potentials", "encoder_decoder")
+    kinds = ("even", "skewed", "reversed", "masks", "potentials", "encoder_decoder", "classic")
     given = {kind: case.pop(kind, False) for kind in kinds}
     policy = make_seq2seq_policy() if given["encoder_decoder"] else make_policy()
     if case.pop("adapter", False):
@@ -133,6 +138,8 @@ def learnt(name: str, **accelerator: Any) -> tuple[torch.Tensor, list[dict[str, 
     tokenizer = make_seq2seq_tokenizer() if policy.is_encoder_decoder else None
     settings |= {"tokenizer": tokenizer, "accelerator_kwargs": accelerator}
     trainer = make_trainer(policy, optimizer=sgd, **settings)
+    if given["classic"] and count > 1:  # one replaced method makes the step call them all
+        trainer.record_step_stats = partial(trainer.record_step_stats)  # type: ignore[method-assign]
     stats = []
     for step in range(STEPS):
         whole, extra = batch_of(given, step)
@@ -169,7 +176,9 @@ def test_two_halves_of_a_batch_make_the_update_of_the_whole(
         for expected, found in zip(stats, its_stats, strict=True):
             assert expected.keys() == found.keys()
             for key, value in expected.items():
-                if not key.startswith("time/"):
+                if not key.startswith("time/") and not (
+                    CASES[name].get("classic") and "/var" in key
+                ):
                     same = np.sort(np.ravel(found[key])), np.sort(np.ravel(value))
                     np.testing.assert_allclose(*same, rtol=2e-4, atol=2e-5, err_msg=key)
 

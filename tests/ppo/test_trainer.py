@@ -10,6 +10,7 @@ import itertools
 import random
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import GenerationConfig
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -24,6 +26,7 @@ from ppo_cli.ppo.statistics import STATISTICS
 from ppo_cli.training.state import _scale_learning_rate
 from tests.conftest import (
     EOS,
+    VOCABULARY,
     make_batch,
     make_gpt2,
     make_policy,
@@ -100,6 +103,73 @@ def test_gradient_checkpointing_recomputes_and_changes_no_number() -> None:  # 4
     torch.testing.assert_close(finals[0], finals[1])
 
 
+def test_checkpointing_that_was_switched_on_at_the_model_recomputes_as_well() -> None:
+    calls, finals = [], []
+    for is_on in (False, True):
+        policy = make_policy(resid_pdrop=0.5)
+        trainer = make_trainer(policy, ppo_epochs=1)
+        trainer.step(*make_batch())  # its self-check
+        if is_on:
+            trainer.model.gradient_checkpointing_enable()
+        seen: list[int] = []
+        policy.pretrained_model.transformer.h[0].ln_1.register_forward_pre_hook(
+            lambda *_, seen=seen: seen.append(1)
+        )
+        trainer.model.train()
+        trainer.step(*make_batch())
+        calls.append(len(seen))
+        finals.append(weights(policy))
+    assert calls[1] > calls[0]
+    torch.testing.assert_close(finals[0], finals[1])
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_a_pad_token_that_the_model_does_not_know_is_not_read() -> None:
+    finals = []
+    for pad in (EOS, VOCABULARY):  # a new token, without resize_token_embeddings
+        tokenizer = make_tokenizer(VOCABULARY + 1, pad=pad)
+        trainer = make_trainer(tokenizer=tokenizer)
+        queries, responses, scores = make_batch()
+        found = trainer.generate(queries, max_new_tokens=2, do_sample=False, batch_size=8)
+        trainer.step(queries, responses, scores)
+        finals.append((weights(trainer.model), found))
+    torch.testing.assert_close(*finals)
+
+
+def test_responses_of_one_token_may_have_no_dimension() -> None:
+    stats = []
+    for shape in ((1,), ()):
+        queries = [torch.tensor(3).reshape(shape) for _ in range(8)]
+        responses = [torch.tensor(i).reshape(shape) for i in range(8)]
+        masks = [torch.tensor(int(i > 0)).reshape(shape) for i in range(8)]
+        found = make_trainer().step(queries, responses, make_batch()[2], masks)
+        stats.append({k: v for k, v in found.items() if not k.startswith("time/")})
+    np.testing.assert_equal(*stats)
+
+
+@pytest.mark.parametrize(
+    ("response", "message"),
+    [
+        (
+            torch.tensor([1, VOCABULARY]),
+            "0: the token id 80 is not in the model's vocabulary of 80",
+        ),
+        (torch.tensor([1, -100]), "0: the token id -100 is not in the model's vocabulary"),
+        (torch.tensor([1.0]), "responses must be token ids, integers - got torch.float32"),
+        (torch.tensor([True]), "responses must be token ids, integers - got torch.bool"),
+    ],
+    ids=str,
+)
+def test_what_is_no_token_id_is_refused_by_name(response: torch.Tensor, message: str) -> None:
+    queries, responses, scores = make_batch()
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match=message):
+        trainer.step(queries, [response, *responses[1:]], scores)
+    if not response.is_floating_point() and response.dtype != torch.bool:
+        with pytest.raises(ValueError, match=f"query {message}"):
+            trainer.generate([response])
+
+
 def test_dropout_is_off_while_sampling_and_modes_are_kept() -> None:  # 3, 5
     policy = make_policy(resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5)
     trainer = make_trainer(policy)
@@ -120,6 +190,23 @@ def test_first_epoch_has_ratio_one_with_dropout_in_the_model() -> None:  # 3
     policy.train()
     stats = make_trainer(policy, ppo_epochs=1).step(*make_batch())
     np.testing.assert_allclose(stats["ppo/policy/ratio"], 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_adapted", [False, True], ids=["whole", "adapter"])
+def test_accelerates_own_state_keeps_a_policy(is_adapted: bool, tmp_path: Path) -> None:
+    def make() -> PPOTrainer:
+        adapter = LoraConfig(target_modules=["c_attn"]) if is_adapted else None
+        policy = AutoModelForCausalLMWithValueHead.from_pretrained(
+            make_gpt2(), peft_config=adapter, summary_dropout_prob=0.0
+        )
+        return make_trainer(policy)
+
+    trainer, other = make(), make()
+    trainer.step(*make_batch())
+    trainer.accelerator.save_state(tmp_path)
+    other.accelerator.load_state(tmp_path)
+    torch.testing.assert_close(weights(other.model), weights(trainer.model))
+    assert not torch.equal(weights(make().model), weights(trainer.model))
 
 
 def test_gradients_are_clipped_on_every_step() -> None:  # 6

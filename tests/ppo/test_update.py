@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from ppo_cli import AutoModelForCausalLMWithValueHead, PPOTrainer
+from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_cli.errors import UsageError
 from ppo_cli.kernels import tied_embeddings
 from ppo_cli.kernels.tied_embeddings import TiedGradient
 from ppo_cli.models import capabilities
@@ -26,6 +28,7 @@ from tests.conftest import (
     make_gpt2,
     make_policy,
     make_silent_policy,
+    make_tokenizer,
     make_trainer,
     weights,
 )
@@ -258,6 +261,111 @@ def test_an_optimizer_of_other_weights_leaves_the_embeddings_alone(
     trainer.step(*make_batch())
     assert torch.equal(before, embeddings)
     assert not torch.equal(weights(policy), weights(make_policy()))
+
+
+PARTS: dict[str, Callable[[Any], Any]] = {
+    "value head": lambda policy: policy.v_head,
+    "last block": lambda policy: policy.pretrained_model.transformer.h[-1],
+}
+
+
+class WithMethods(PPOTrainer):
+    """Its step is made of the methods of 0.11.4."""
+
+    def record_step_stats(self, kl_coef: float, **data: Any) -> dict[str, Any]:
+        return super().record_step_stats(kl_coef, **data)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("kind", [PPOTrainer, WithMethods])
+def test_gradients_that_the_optimizer_does_not_hold_shrink_no_step(
+    part: str, kind: type[PPOTrainer]
+) -> None:
+    """An optimizer of a part moves it as where nothing else has a gradient."""
+    finals = []
+    for is_frozen in (False, True):
+        policy = make_policy()
+        held = list(PARTS[part](policy).parameters())
+        if is_frozen:
+            for parameter in set(policy.parameters()) - set(held):
+                parameter.requires_grad_(False)
+        config = PPOConfig(batch_size=8, mini_batch_size=2, ppo_epochs=2, max_grad_norm=0.05)
+        config.gradient_accumulation_steps = 2
+        optimizer = torch.optim.SGD(held, lr=0.5)
+        trainer = kind(config, policy, make_policy(), make_tokenizer(), optimizer=optimizer)
+        for seed in range(2):
+            trainer.step(*make_batch(seed=seed))
+        assert all(parameter.grad is None for parameter in policy.parameters())
+        finals.append(weights(policy))
+    torch.testing.assert_close(*finals, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(finals[0], weights(make_policy()))
+
+
+def adapted(**settings: Any) -> AutoModelForCausalLMWithValueHead:
+    adapter = LoraConfig(target_modules=["c_attn"], init_lora_weights=False)
+    model = get_peft_model(make_gpt2(), adapter)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(settings.get(name.rsplit(".", 3)[1], False))
+    return AutoModelForCausalLMWithValueHead(model)
+
+
+def frozen() -> AutoModelForCausalLMWithValueHead:
+    policy = make_policy()
+    policy.pretrained_model.requires_grad_(False)
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("make", "steps", "message"),
+    [
+        (
+            adapted,
+            None,
+            "only the value head trains: .* adapter is frozen .*is_trainable=True",
+        ),
+        (frozen, None, "only the value head trains: the language model's weights are frozen"),
+        (make_policy, "head", "only the value head trains: .* weights are not in the optimizer"),
+        (make_policy, "other", "nothing trains: .* weights are not in the optimizer"),
+    ],
+)
+def test_it_is_said_where_the_language_model_does_not_train(
+    make: Callable[[], Any], steps: str | None, message: str
+) -> None:
+    policy, optimizer = make(), None
+    if steps is not None:
+        held = (
+            policy.v_head.parameters() if steps == "head" else [torch.nn.Parameter(torch.ones(1))]
+        )
+        optimizer = torch.optim.Adam(held)
+    before = weights(policy.pretrained_model)
+    with pytest.warns(UserWarning, match=message):
+        trainer = make_trainer(policy, optimizer=optimizer)
+    trainer.step(*make_batch())
+    assert torch.equal(before, weights(policy.pretrained_model))
+
+
+@pytest.mark.parametrize("settings", [{}, {"value_warmup_steps": 1}], ids=str)
+def test_the_reference_does_not_set_free_what_is_frozen_in_an_adapter(
+    settings: dict[str, Any],
+) -> None:
+    """peft lets a whole adapter train once it was off."""
+    policy = adapted(lora_B=not settings, lora_A=bool(settings))
+    with torch.no_grad():  # the adapter changes nothing yet, so the policy is its own reference
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    trainer = make_trainer(policy, **settings)
+    assert trainer.ref_model is None
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    trainer.step(*make_batch())
+    moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
+    assert bool([name for name in moved if "lora_B" in name]) is not bool(settings)
+    assert not [name for name in moved if "lora_A" in name]
+
+
+def test_a_policy_without_anything_to_train_is_refused() -> None:
+    with pytest.raises(UsageError, match="no parameter of the model trains"):
+        make_trainer(make_policy().requires_grad_(False))  # type: ignore[arg-type]
 
 
 def test_moments_are_made_before_the_first_forward_and_move_nothing(
