@@ -323,7 +323,6 @@ EVERY = list(range(VOCABULARY))
         ({"eos_token_id": EVERY, "max_new_tokens": 3}, {"eos_token_id": -1}, [3] * 5),
         ({}, {}, [6] * 5),
     ],
-    ids=str,
 )
 def test_a_generation_config_sets_ends_and_lengths_and_nothing_else(
     config: dict[str, Any], keywords: dict[str, Any], lengths: list[int]
@@ -359,7 +358,6 @@ def test_a_generation_config_sets_ends_and_lengths_and_nothing_else(
         ({"return_dict_in_generate": True}, "call the model's own generate"),
         ({"attention_mask": torch.ones(1, 3)}, "attention_mask: queries are padded and masked"),
     ],
-    ids=str,
 )
 def test_settings_that_cannot_be_followed_are_refused(
     settings: dict[str, Any], message: str
