@@ -59,12 +59,10 @@ from ppo_cli.models.pretrained import (
 from ppo_cli.models.quantization import dequantized, is_quantized
 from ppo_cli.models.reward_adapter import adapter_active, load_reward_adapter
 from ppo_cli.models.sharding import gathered
+from ppo_cli.models.state_names import HEAD, PolicyState, plain_names, take_plain_names
 from ppo_cli.models.value_head import ValueHead
 from ppo_cli.utils.device import modes_kept
 from ppo_cli.utils.hub import adapter_errors, first_line, loading_errors
-
-BODY, HEAD = "pretrained_model.", "v_head."
-"""How the names of a policy's parameters begin."""
 
 
 class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
@@ -120,7 +118,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             init_strategy=v_head_init_strategy,
             initializer_range=v_head_initializer_range,
         ).to(self._base_model.device)
-        self.register_load_state_dict_pre_hook(_take_plain_names)
+        self.register_load_state_dict_pre_hook(take_plain_names)
 
     @classmethod
     def from_pretrained(
@@ -511,6 +509,15 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
         plain.v_head = twin.v_head
         return plain
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The state by the names of the parameters, as of any module; old names read it, too."""
+        state = super().state_dict(*args, **kwargs)
+        if args or kwargs.get("destination") is not None or kwargs.get("prefix"):
+            return state  # a part of another module's
+        own = PolicyState(state)
+        own._metadata = getattr(state, "_metadata", None)  # type: ignore[attr-defined]
+        return own
+
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -551,19 +558,3 @@ class AutoModelForCausalLMWithValueHead(nn.Module, PushToHubMixin):
             PushToHubMixin.push_to_hub(
                 self, hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs
             )
-
-
-def plain_names(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A policy's state with the language model's own names for its weights, as in files."""
-    return {key.removeprefix(BODY): value for key, value in state.items()}
-
-
-def _take_plain_names(policy: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Rename, in a state that is being loaded, weights with the language model's own names.
-
-    That is how TRL and earlier releases named them.
-    """
-    own = {*cast(nn.Module, policy.pretrained_model).state_dict(keep_vars=True)}
-    for key in [key for key in state if key.startswith(prefix)]:
-        if (name := key.removeprefix(prefix)) in own:
-            state[prefix + BODY + name] = state.pop(key)

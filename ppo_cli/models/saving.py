@@ -16,10 +16,11 @@ from transformers.utils import logging as transformers_logging
 from ppo_cli.errors import ModelError, is_out_of_memory
 from ppo_cli.models.capabilities import precision, same
 from ppo_cli.models.plain_forward import sample_logits
-from ppo_cli.models.policy import HEAD, AutoModelForCausalLMWithValueHead, plain_names
+from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.processor import copy_processor
 from ppo_cli.models.quantization import is_quantized
 from ppo_cli.models.reference import create_adapter_reference
+from ppo_cli.models.state_names import HEAD, plain_names
 from ppo_cli.utils.files import settle, writing
 from ppo_cli.utils.inventory import UNFINISHED_MODEL, Inventory
 

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +23,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ppo_cli.errors import ModelError, ModelNotFoundError, UsageError
-from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead, plain_names
+from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.models.pretrained import VALUE_HEAD_FILE
 from ppo_cli.models.reference import create_reference_model
+from ppo_cli.models.state_names import plain_names
 from tests.conftest import EOS, SMALL, VOCABULARY, make_gpt2
 
 Policy = AutoModelForCausalLMWithValueHead
@@ -910,3 +912,18 @@ def test_a_run_moved_to_another_folder_still_loads(tmp_path: Path) -> None:
     policy.save_pretrained(tmp_path / "a")
     shutil.move(tmp_path / "a", tmp_path / "b")
     assert_same_outputs(Policy.from_pretrained(tmp_path / "b"), policy)
+
+
+def test_a_state_is_read_by_old_names_and_holds_new_ones(tmp_path: Path) -> None:
+    policy = make_policy()
+    state = policy.state_dict()
+    assert {name for name, _ in policy.named_parameters()} <= {*state}
+    assert state["transformer.wte.weight"] is state["pretrained_model.transformer.wte.weight"]
+    assert state["v_head.summary.bias"].equal(policy.v_head.summary.bias)
+    with pytest.raises(KeyError, match=r"transformer\.h\.9"):
+        state["transformer.h.9"]
+    torch.save(state, tmp_path / "state.bin")
+    saved = torch.load(tmp_path / "state.bin", weights_only=True)
+    assert type(saved) is OrderedDict and [*saved] == [*state]
+    part = torch.nn.ModuleDict({"actor": policy}).state_dict()
+    assert [*part] == [f"actor.{key}" for key in state]

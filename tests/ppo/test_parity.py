@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ppo_cli import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from ppo_cli.models.policy import plain_names
 from tests.conftest import make_tokenizer
 
 DATA = Path(__file__).parents[1] / "fixtures" / "parity"
@@ -71,7 +70,7 @@ def test_step_gives_what_trl_gave(case: str) -> None:
             np.testing.assert_allclose(stats[key], expected, err_msg=key, **TOLERANCE)
         compare_arrays(stats, tensors, number, step)
 
-    final = plain_names(policy.state_dict())
+    final = policy.state_dict()
     for name, expected in tensors.items():
         if name.startswith("policy_final/"):
             actual = final[name.removeprefix("policy_final/")].cpu()
