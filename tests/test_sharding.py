@@ -60,12 +60,10 @@ from tests.conftest import (
     weights,
 )
 from tests.models.test_reward_adapter import make_reward_model
-from tests.ppo.test_processes import CASES, SIZE, batch_of, learnt, learnt_alone
+from tests.ppo.test_processes import CASES, SIZE, batch_of, learnt
 from tests.world import in_world
 
 # Of its cases those that say least about shards are left out.
-pytestmark = pytest.mark.xdist_group("processes")  # what one process learns is kept
-
 LEFT_OUT = {
     "even", "skewed to the other side", "several mini-batches", "score clip", "absolute KL",
     "whitened rewards", "first scores scale", "adaptive rate", "groups of responses", "schedule",
@@ -236,13 +234,7 @@ def logprobs_in_bfloat16() -> tuple[torch.Tensor, torch.Tensor | None]:
         return found, None if policy is None else token_forward(policy, tokens).logprobs
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("sharding")
-
-
-@pytest.fixture(scope="module")
-def whole(home: Path) -> PPOTrainer:
+def made_whole(home: Path) -> PPOTrainer:
     """A trainer in one process, saved; beside it a reward adapter."""
     make_gpt2().save_pretrained(home / "base")
     make_reward_model(str(home / "base")).save_pretrained(home / "reward")
@@ -251,10 +243,19 @@ def whole(home: Path) -> PPOTrainer:
     return trainer
 
 
-@pytest.fixture(scope="module")
-def shards(home: Path, whole: PPOTrainer) -> list[dict[str, Any]]:
-    """What two processes found."""
-    return in_world(in_shards, home)
+def test_two_processes_with_shards_do_what_one_does(tmp_path: Path) -> None:
+    """One test, because workers of a suite would each start processes of their own."""
+    whole = made_whole(tmp_path)
+    shards = in_world(in_shards, tmp_path)
+    check_each_process_holds_its_part_of_each_layer(shards)
+    check_shards_make_the_update_of_the_whole(shards)
+    check_an_adapter_trains_after_a_warm_up_with_its_base_as_reference(shards)
+    check_a_reward_adapter_samplers_and_environments_work_in_shards(shards, tmp_path)
+    check_weights_and_moments_go_from_any_number_of_processes_to_any(tmp_path, whole, shards)
+    check_shards_that_are_missing_changed_or_strange_are_damage(tmp_path)
+    check_bfloat16_is_for_products_alone(shards)
+    check_what_is_saved_is_whole(tmp_path, shards)
+    check_a_sharded_run_is_the_run_of_one_process_that_goes_on(tmp_path, shards)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -267,7 +268,7 @@ def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     )
 
 
-def test_a_reward_adapter_samplers_and_environments_work_in_shards(
+def check_a_reward_adapter_samplers_and_environments_work_in_shards(
     shards: list[dict[str, Any]], home: Path
 ) -> None:
     expected = scores_of_an_adapter(home)
@@ -276,7 +277,7 @@ def test_a_reward_adapter_samplers_and_environments_work_in_shards(
     assert [process["texts"] for process in shards] == [[1, 1], [2, 2]]
 
 
-def test_each_process_holds_its_part_of_each_layer(shards: list[dict[str, Any]]) -> None:
+def check_each_process_holds_its_part_of_each_layer(shards: list[dict[str, Any]]) -> None:
     assert len(NAMES) >= 25
     for process in shards:
         assert process["groups"] == 3  # two layers, and the rest
@@ -286,24 +287,24 @@ def test_each_process_holds_its_part_of_each_layer(shards: list[dict[str, Any]])
         assert process["fast paths"]["packing"] == "used"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_shards_make_the_update_of_the_whole(name: str, shards: list[dict[str, Any]]) -> None:
-    update, _ = learnt_alone(name)
-    assert update.norm() > 1e-4
-    assert relative_error(shards[0][name][0], update) <= 1e-5
+def check_shards_make_the_update_of_the_whole(shards: list[dict[str, Any]]) -> None:
+    for name in NAMES:
+        update, _ = learnt(name)
+        assert update.norm() > 1e-4, name
+        assert relative_error(shards[0][name][0], update) <= 1e-5, name
 
 
-@pytest.mark.parametrize("name", ["new adapter", "new adapter, layers kept for the backward pass"])
-def test_an_adapter_trains_after_a_warm_up_with_its_base_as_reference(
-    name: str, shards: list[dict[str, Any]]
+def check_an_adapter_trains_after_a_warm_up_with_its_base_as_reference(
+    shards: list[dict[str, Any]],
 ) -> None:
     policy = adapted()
     start = weights(policy)
     moved = weights(trained(policy, 3)[1]) - start
-    assert relative_error(shards[0][name] - start, moved) <= 1e-5
+    for name in ("new adapter", "new adapter, layers kept for the backward pass"):
+        assert relative_error(shards[0][name] - start, moved) <= 1e-5, name
 
 
-def test_weights_and_moments_go_from_any_number_of_processes_to_any(
+def check_weights_and_moments_go_from_any_number_of_processes_to_any(
     home: Path, whole: PPOTrainer, shards: list[dict[str, Any]]
 ) -> None:
     expected = shards[0]["saved"]
@@ -315,9 +316,7 @@ def test_weights_and_moments_go_from_any_number_of_processes_to_any(
     assert equal(restored(home / "shards", trained(make_policy(seed=1), 0)[0]), expected)
 
 
-def test_shards_that_are_missing_changed_or_strange_are_damage(
-    home: Path, shards: list[dict[str, Any]]
-) -> None:
+def check_shards_that_are_missing_changed_or_strange_are_damage(home: Path) -> None:
     path = checkpoint_of(home / "shards", 1)
     first, second = sorted(path.glob("*.safetensors"))
     content = first.read_bytes()
@@ -333,7 +332,7 @@ def test_shards_that_are_missing_changed_or_strange_are_damage(
     assert find_damage(path) is None
 
 
-def test_bfloat16_is_for_products_alone(shards: list[dict[str, Any]]) -> None:
+def check_bfloat16_is_for_products_alone(shards: list[dict[str, Any]]) -> None:
     found, exact = shards[0]["bf16"]
     assert 1e-4 < (found - exact).abs().max() < 0.5
     assert not torch.equal(found, found.bfloat16().float())
@@ -415,7 +414,7 @@ def test_sharding_that_accelerate_does_not_do_is_refused(
         settle_sharding(accelerator, fsdp2())
 
 
-def test_what_is_saved_is_whole(home: Path, shards: list[dict[str, Any]]) -> None:
+def check_what_is_saved_is_whole(home: Path, shards: list[dict[str, Any]]) -> None:
     policy = AutoModelForCausalLMWithValueHead.from_pretrained(home / "model")
     for found, (key, expected) in zip(
         policy.parameters(), list(shards[0]["saved"].items()), strict=False
@@ -425,7 +424,7 @@ def test_what_is_saved_is_whole(home: Path, shards: list[dict[str, Any]]) -> Non
     assert all(value.isfinite().all() and value.any() for value in adapter.values())
 
 
-def test_a_sharded_run_is_the_run_of_one_process_that_goes_on(
+def check_a_sharded_run_is_the_run_of_one_process_that_goes_on(
     home: Path, shards: list[dict[str, Any]]
 ) -> None:
     export_model(RunDirectory(home / "run"), home / "exported")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ from tests.conftest import (
     weights,
 )
 from tests.world import in_world
-
-pytestmark = pytest.mark.xdist_group("processes")
 
 STEPS = 2
 Batch = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
@@ -151,36 +149,31 @@ def learnt(name: str, **accelerator: Any) -> tuple[torch.Tensor, list[dict[str, 
     return (start if whole is None else weights(whole) - start), stats
 
 
-learnt_alone = cache(learnt)
+def learnt_in_all() -> dict[str, Any]:
+    return {name: learnt(name) for name in CASES}
 
 
-def learnt_in_all(names: list[str]) -> dict[str, Any]:
-    """For the cases that go well; the error's text for others."""
-    return {name: learnt(name) for name in names}
+def test_two_halves_of_a_batch_make_the_update_of_the_whole() -> None:
+    """One test, because workers of a suite would each start processes of their own."""
+    two_processes = in_world(learnt_in_all)
+    for name in CASES:
+        check(name, [process[name] for process in two_processes])
 
 
-@pytest.fixture(scope="module")
-def two_processes() -> list[dict[str, Any]]:
-    return in_world(learnt_in_all, list(CASES))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_two_halves_of_a_batch_make_the_update_of_the_whole(
-    name: str, two_processes: list[dict[str, Any]]
-) -> None:
-    whole, stats = learnt_alone(name)
-    assert whole.norm() > 1e-4
-    for process in two_processes:
-        update, its_stats = process[name]
-        assert (update - whole).norm() <= 1e-5 * whole.norm()
+def check(name: str, processes: list[tuple[torch.Tensor, list[dict[str, Any]]]]) -> None:
+    whole, stats = learnt(name)
+    assert whole.norm() > 1e-4, name
+    for update, its_stats in processes:
+        assert (update - whole).norm() <= 1e-5 * whole.norm(), name
         for expected, found in zip(stats, its_stats, strict=True):
-            assert expected.keys() == found.keys()
+            assert expected.keys() == found.keys(), name
             for key, value in expected.items():
                 if not key.startswith("time/") and not (
                     CASES[name].get("classic") and "/var" in key
                 ):
                     same = np.sort(np.ravel(found[key])), np.sort(np.ravel(value))
-                    np.testing.assert_allclose(*same, rtol=2e-4, atol=2e-5, err_msg=key)
+                    note = f"{name}: {key}"
+                    np.testing.assert_allclose(*same, rtol=2e-4, atol=2e-5, err_msg=note)
 
 
 def logged(folder: str) -> tuple[int, list[str], list[float]]:
