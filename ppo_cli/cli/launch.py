@@ -112,7 +112,8 @@ def _passed_on(members: Sequence[Member]) -> Iterator[set[int]]:
 
     handlers = {number: signal.getsignal(number) for number in PASSED_ON}
     for number, handler in handlers.items():
-        if handler is not signal.SIG_IGN:  # nohup
+        # nohup has SIGHUP ignored; a background job of a script SIGINT, which `train` takes.
+        if handler is not signal.SIG_IGN or number == signal.SIGINT:
             signal.signal(number, pass_on)
     try:
         yield passed
