@@ -43,17 +43,13 @@ class Likelihoods:
     @classmethod
     def joined(cls, parts: Sequence[Likelihoods]) -> Likelihoods:
         """The likelihoods of several batches, as of one."""
-        return cls(*(np.concatenate(rows) for rows in zip(*map(_fields, parts), strict=True)))
+        fields = (vars(part).values() for part in parts)
+        return cls(*(np.concatenate(rows) for rows in zip(*fields, strict=True)))
 
     @property
     def total_tokens(self) -> int:
         """Tokens of all responses, at least 1."""
         return max(int(self.tokens.sum()), 1)
-
-
-def _fields(likelihoods: Likelihoods) -> tuple[np.ndarray, ...]:
-    found = likelihoods
-    return found.kl, found.entropy, found.reference_nll, found.tokens
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,7 @@ class OptimizerStep:
             return
         new = [
             parameter
-            for group in self._inner.param_groups
-            for parameter in group["params"]
+            for parameter in stepped_parameters(self._inner)
             if parameter.requires_grad and not self._inner.state.get(parameter)
         ]
         for parameter in new:

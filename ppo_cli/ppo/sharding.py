@@ -188,19 +188,16 @@ def _check_plugin(plugin: FullyShardedDataParallelPlugin, precision: str) -> Non
 
 def refuse_unshardable(model: AutoModelForCausalLMWithValueHead) -> None:
     """Raise `UsageError` for a model that cannot be sharded, after its self-check."""
-    why = None
+    uneven, why = ", so processes may need different numbers of forward passes", None
     if is_quantized(model.pretrained_model):
         why = "its weights are quantised"
     elif rope_switch(model.config) is not None:
-        why = "it reads long and short sequences apart (longrope)"
+        why = f"it reads long and short sequences apart (longrope){uneven}"
     elif model.reading().rows == "equal":
-        why = "it reads sequences of different lengths apart"
+        why = f"it reads sequences of different lengths apart{uneven}"
     if why is not None:
         raise UsageError(
-            f"{model_name(model)} cannot be sharded (FSDP2): {why}, so processes may need "
-            "different numbers of forward passes: use one process or DDP"
-            if "apart" in why
-            else f"{model_name(model)} cannot be sharded (FSDP2): {why}: use one process or DDP"
+            f"{model_name(model)} cannot be sharded (FSDP2): {why}: use one process or DDP"
         )
 
 

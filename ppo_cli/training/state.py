@@ -13,6 +13,7 @@ from ppo_cli.data.prompts import LengthSampler
 from ppo_cli.errors import PPOCliError
 from ppo_cli.evaluation.history import Evaluation, EvaluationHistory, over_limit
 from ppo_cli.models.sharding import is_sharded
+from ppo_cli.ppo.optimizer_step import stepped_parameters
 from ppo_cli.ppo.trainer import PPOTrainer
 from ppo_cli.reporting.summary import Weights
 from ppo_cli.training.checkpoint import (
@@ -115,8 +116,7 @@ class TrainingState:
             PPOCliError: there is no whole checkpoint.
         """
         checkpoint = processes.on_main(whole_checkpoint, self._directory.checkpoints)
-        groups = self._trainer.optimizer.param_groups
-        trained = [weight for group in groups for weight in group["params"]]
+        trained = stepped_parameters(self._trainer.optimizer)
         state = load_checkpoint(checkpoint, self._policy, trained)
         self._directory.records.check_names(state["records"])
         if rollbacks is not None:

@@ -67,13 +67,8 @@ def is_main() -> bool:
 
 def rows(total: int) -> slice:
     """This process's share of `total` rows: neighbours, as many as the others have or one less."""
-    return share(total, index(), count())
-
-
-def share(total: int, part: int, parts: int) -> slice:
-    """The rows of one of several parts of `total` rows."""
-    bounds = [i * total // parts for i in (part, part + 1)]
-    return slice(*bounds)
+    first, end = (i * total // count() for i in (index(), index() + 1))
+    return slice(first, end)
 
 
 def gather(value: T) -> list[T]:
