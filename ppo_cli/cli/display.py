@@ -112,6 +112,7 @@ class LiveDisplay:
         self._left = "-:--"
         self._status = ""
         self._report: StepReport | None = None
+        self._first_score = ""
         self._evaluation: _ShownEvaluation | None = None
 
     def __enter__(self) -> Display:
@@ -131,6 +132,7 @@ class LiveDisplay:
     def show(self, report: StepReport) -> None:
         """Draw a step."""
         self._report, self._status = report, ""
+        self._first_score = self._first_score or _score(report)
         self._evaluation = _ShownEvaluation.of(report) or self._evaluation
         self._left = self._remaining.after(report)
         self._live.update(self._view())
@@ -138,7 +140,7 @@ class LiveDisplay:
     def _view(self) -> RenderableType:
         parts: list[RenderableType] = []
         if (report := self._report) is not None:
-            parts += [self._head(report), self._columns(_step_figures(report))]
+            parts += [self._head(report), self._columns(_step_figures(report, self._first_score))]
             if (evaluation := self._evaluation) is not None:
                 parts.append(self._columns(_evaluation_figures(evaluation)))
             parts += [self._cut(line) for line in sample_lines(report.samples, SHOWN_SAMPLES)]
@@ -185,11 +187,15 @@ class LiveDisplay:
         return Group(*map(_figures_table, rows))
 
 
-def _step_figures(report: StepReport) -> dict[str, str]:
+def _score(report: StepReport) -> str:
+    return f"{report.stats['env/reward_mean']:+.2f}"
+
+
+def _step_figures(report: StepReport, first_score: str) -> dict[str, str]:
     s = report.stats
     pace = Pace.of([s])
     return {
-        "mean score": f"{s['env/reward_mean']:+.3f}",
+        "mean score": f"{first_score} -> {_score(report)}",
         "KL": f"{s['objective/kl']:.2f}",
         "KL coef": f"{s['objective/kl_coef']:.3f}",
         "loss": f"{s['ppo/loss/total']:+.4f}",

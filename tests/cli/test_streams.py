@@ -268,7 +268,7 @@ def test_an_ascii_stream_has_rules_and_bars_of_its_own_and_text_as_escapes(home:
 
 
 FIGURES = {
-    "env/reward_mean": (1.25, "+1.250"),
+    "env/reward_mean": (1.25, "+1.25"),
     "objective/kl": (12.34, "12.34"),
     "objective/kl_coef": (0.071, "0.071"),
     "ppo/loss/total": (-0.1234, "-0.1234"),
@@ -298,11 +298,13 @@ def test_the_live_display_shows_every_figure_at_every_width(width: int, encoding
     stats = HIDDEN_FIGURES | {key: value for key, (value, _) in FIGURES.items()}
     sample = Sample("This film " * 20, "was good. " * 20, 1.5, 0.8)
     with display:
+        display.show(StepReport(119, 200, stats | {"env/reward_mean": -0.5}, [sample]))
         display.show(StepReport(120, 200, stats, [sample], best=120))
     out.flush()
     assert isinstance(out.buffer, io.BytesIO)
     last = out.buffer.getvalue().decode(encoding).rpartition("step 120/200")[2]
     text = re.sub(r"\x1b\[[0-9?]*[A-Za-z]", "", last)
+    assert "-0.50" in text.split()  # of the first step, to see the improvement
     assert [shown for _, shown in FIGURES.values() if shown not in text.split()] == []
     for name in ("mean score", "tokens/s", "perplexity", "distinct-2", "50%/25%/25%", "left"):
         assert name in " ".join(text.split())
