@@ -8,7 +8,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-gpu stress zoo check lint types package matrix format embedded bench bench-gpu scaling install clean
+.PHONY: demo test test-gpu stress zoo check lint types package matrix format embedded bench bench-gpu scaling docs-outputs install clean
 
 install: $(READY)
 
@@ -67,6 +67,10 @@ check: lint types package test
 # Rebuilds the embedded models from a seed and checks their quality.
 embedded: $(READY)
 	$(BIN)/python -m ppo_cli.data.embedded.build
+
+# Makes the outputs and pictures of README.md and docs/ anew from real runs: ten minutes on two cores.
+docs-outputs: $(READY)
+	$(BIN)/python docs/make_outputs.py
 
 # make bench PEER=/path/to/python compares with TRL 0.11.4 installed there; SHORT=1 takes minutes.
 bench: $(READY)
