@@ -58,7 +58,18 @@ def parameters(name: str, arguments: list[str]) -> dict[str, Any]:
 def test_a_command_that_makes_an_output_parses_and_reads_a_run_that_is_made(name: str) -> None:
     for program, *arguments in steps(COMMANDS[name]):
         if program != "ppo-cli":
-            assert program in {"python", "screen", "cat", "grep", "sed", "cp", "make", "[", "short"}
+            assert program in {
+                "python",
+                "screen",
+                "cat",
+                "grep",
+                "sed",
+                "cp",
+                "make",
+                "[",
+                "short",
+                "fold",
+            }
             continue
         values = parameters(*arguments[:1], arguments[1:])  # type: ignore[arg-type]
         read = [*(values.get("models") or ()), *(values.get("runs") or ())]
