@@ -84,6 +84,12 @@ def test_what_does_not_parse_is_noticed() -> None:
         parameters("compare", ["ppo-good", "--sampels", "3"])
 
 
+@pytest.mark.parametrize("name", script.RUNS)
+def test_a_page_says_how_a_run_was_made(name: str) -> None:
+    texts = [" ".join(page.read_text().replace("\\\n", " ").split()) for page in script.PAGES]
+    assert any(f"ppo-cli train {script.RUNS[name]}" in text for text in texts)
+
+
 def test_every_picture_has_its_command_and_every_output_a_block() -> None:
     pictures = {path.name for path in (ROOT / "docs").glob("*.[ps][nv]g")}
     assert pictures == {*script.PICTURES, *script.MEASURED}
