@@ -35,8 +35,8 @@ FOLDER = ROOT / "build" / "outputs"
 RUNS = {
     "ppo-good": "--sentiment positive --seed 1",
     "ppo-bad": "--sentiment negative --seed 1",
-    "no-penalty": "--seed 1 --steps 24 --set ppo.desired_kl=0.1 --set ppo.init_kl_coef=0 "
-    "--set run.kl_ceiling=null --set run.kl_limit=null --set run.eval_every=8",
+    "no-penalty": "--seed 1 --steps 48 --set ppo.desired_kl=0.1 --set ppo.init_kl_coef=0 "
+    "--set run.kl_ceiling=null --set run.kl_limit=null --set run.eval_every=16",
     "too-fast": "--seed 1 --steps 24 --set ppo.lr_scheduler_type=constant "
     "--set ppo.learning_rate=0.01 --set run.kl_limit=null --set run.on_divergence=stop",
 }
