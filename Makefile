@@ -10,7 +10,7 @@ RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-positive demo-negative test test-gpu stress zoo check lint types package matrix format embedded bench bench-gpu scaling install clean
+.PHONY: demo demo-positive demo-negative test test-gpu stress zoo check lint types package matrix format embedded bench bench-gpu scaling docs-outputs install clean
 
 install: $(READY)
 
@@ -82,6 +82,10 @@ check: lint types package test
 # Rebuilds the embedded models from a seed and checks their quality.
 embedded: $(READY)
 	$(BIN)/python -m ppo_cli.data.embedded.build
+
+# Makes the outputs and pictures of README.md and docs/ anew from real runs: ten minutes on two cores.
+docs-outputs: $(READY)
+	$(BIN)/python docs/make_outputs.py
 
 # make bench PEER=/path/to/python compares with TRL 0.11.4 installed there; SHORT=1 takes minutes.
 bench: $(READY)

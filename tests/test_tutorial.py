@@ -1,4 +1,7 @@
-"""The classic tutorial's notebook, its code in its order: only imports and model names differ."""
+"""The classic tutorial's notebook, its code in its order: only imports and model names differ.
+
+Then the code of docs/tutorial.md.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ from ppo_cli import (
 )
 from ppo_cli.data.embedded import TRAIN_SEED, classifier_folder, policy_folder
 from ppo_cli.data.embedded.grammar import reviews
+from tests.test_outputs import ROOT, script
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:transformers.*")
@@ -167,3 +171,32 @@ def test_the_notebook_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     table = compare_models_on_dataset(model_1, ref_model)
     assert table.shape == (8, 5)
     assert np.isfinite(table[["rewards (before)", "rewards (after)"]].to_numpy()).all()
+
+
+SMALLER = {
+    "STEPS = 60": "STEPS = 2",
+    "batch_size=64": "batch_size=16",
+    "reviews(4000,": "reviews(64,",
+    "reviews(256,": "reviews(16,",
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:transformers.*")
+def test_the_code_of_the_page_runs_in_an_empty_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    code = script.program(page)
+    for old, new in SMALLER.items():
+        assert old in code
+        code = code.replace(old, new)
+    exec(compile(code, "tutorial.md", "exec"), {})
+    outputs = capsys.readouterr().out.split(script.END)
+    assert outputs.pop() == "" and len(outputs) == page.count(script.PYTHON)
+    assert all(text.strip() for text in outputs)
+    assert any("step 2: mean reward " in text for text in outputs)
+    assert outputs[-1].startswith("tuned: mean reward ")
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {"tutorial-good", "tutorial-bad", "tutorial.png"}
+    plt.close("all")

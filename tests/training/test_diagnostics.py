@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -439,3 +440,41 @@ def test_a_healthy_run_of_the_embedded_model_has_no_warnings(
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     assert run("run.steps=4") == []
+
+
+def every_warning() -> list[str]:
+    """Each warning of a run, and each message about a step that fails, in every form."""
+    found = [text for settings, fault, *_ in FAULTS.values()
+             for text in advice(configuration(*settings), fault)[0]]  # fmt: skip
+    skipped = only_in("ppo/policy/skipped", range(9, 12), 0.5)
+    for change in (BOTH, ALONE, STILL, LOST, skipped):
+        found += advice(configuration(), change)[1]
+    budget = configuration("run.kl_budget=4", "run.kl_limit=9")
+    found += [str(budget_warning(kl, budget)) for kl in (3.3, 4.7)]
+    found.append(str(sampling_warning(configuration("rollout.top_p=0.9"))))
+    weights = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(weights.bias, float("inf"))
+    for fail in (
+        lambda: check_texts(["the same"] * 8, budget),
+        lambda: check_numbers({"objective/kl": 9.5}, budget),
+        lambda: check_numbers({"ppo/loss/total": float("nan")}, budget),
+        lambda: check_weights(weights, budget),
+    ):
+        with pytest.raises(DivergenceError) as caught:
+            fail()
+        found.append(str(caught.value))
+    return found
+
+
+def test_every_warning_is_treated_in_the_documents() -> None:
+    page = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
+    text = " ".join(page.read_text(encoding="utf-8").split())
+    sections = text[text.index("## Warnings of a run") : text.index("## Out of memory")]
+    treated = {words.lower() for words in re.findall(r'\*\*"(.+?)"\*\*', sections)}
+    said = [message.lower() for message in every_warning()]
+    assert len(said) > 20
+    assert [text for text in said if not any(words in text for words in treated)] == []
+    by_the_reward = {"the classifier", "raised"}
+    assert {
+        words for words in treated - by_the_reward if not any(words in x for x in said)
+    } == set()
