@@ -56,6 +56,7 @@ package: $(READY)
 
 # Builds the documents into build/docs as a site; a warning, such as of a dead link, is an error.
 docs: $(READY)
+	rm -rf build/docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
 	@echo "the site is at build/docs/index.html"
 

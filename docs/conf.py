@@ -24,6 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from docutils import nodes  # noqa: E402
 from docutils.utils.math import latex2mathml  # noqa: E402
 from references import with_references  # noqa: E402
+from sphinx.util import logging  # noqa: E402
 
 import ppo_cli  # noqa: E402
 
@@ -166,7 +167,11 @@ def describe(app: Any, name: str, template: str, context: dict[str, Any], doctre
 
 def show_math(self: Any, node: Any, block: bool = False) -> None:
     """MathML, which browsers draw themselves: no script, and none from another server."""
-    self.body.append(latex2mathml.tex2mathml(node.astext(), as_block=block))
+    formula = re.sub(r"\\dots\b", r"\\ldots", node.astext())
+    try:
+        self.body.append(latex2mathml.tex2mathml(formula, as_block=block))
+    except Exception as error:
+        logging.getLogger(__name__).warning("%s: %s", node.astext(), error, location=node)
     raise nodes.SkipNode
 
 

@@ -44,29 +44,57 @@ def with_references(text: str) -> str:
 
 
 def commands(_: str = "") -> str:
-    """Every command with its arguments and options, under the headings of its help."""
-    tree = typer.main.get_command(app)
-    return "\n\n".join(command_section(name, one) for name, one in tree.commands.items())  # type: ignore[attr-defined]
+    """Every command with its arguments and options, in the groups of its help."""
+    tree: Any = typer.main.get_command(app)
+    return "\n\n".join(command_section(name, one) for name, one in tree.commands.items())
 
 
 def command_section(name: str, command: Any) -> str:
-    """A command's help: what it does, its usage, and a table for each panel of its parameters."""
-    context = typer.Context(command, info_name=f"ppo-cli {name}")
-    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
-    parts = [f"## `{name}`", paragraphs(command.help), f"```\n{usage}\n```"]
-    panels: dict[str, list[str]] = {}
-    for parameter in command.params:
-        if (record := parameter.get_help_record(context)) is not None:
-            kind = "Options" if parameter.param_type_name == "option" else "Arguments"
-            names, meaning = record
-            rows = panels.setdefault(getattr(parameter, "rich_help_panel", None) or kind, [])
-            rows.append(row(f"`{names}`", " ".join(meaning.split())))
-    for panel, rows in panels.items():
-        head = table("argument" if panel == "Arguments" else "option", "meaning")
-        parts.append("\n".join([f"**{panel}**\n", *head, *rows]))
+    """A command's help: what it does, its usage, a table for each group, examples."""
+    arguments = [one for one in command.params if one.param_type_name == "argument"]
+    usage = " ".join(["ppo-cli", name, "[OPTIONS]", *map(metavar, arguments)])
+    parts = [f"## `{name}`", paragraphs(command.help), f"```text\n{usage}\n```"]
+    groups: dict[str, list[str]] = {}
+    for one in command.params:
+        if not one.hidden:
+            kind = "Arguments" if one in arguments else getattr(one, "rich_help_panel", None)
+            groups.setdefault(kind or "Options", []).append(row(f"`{names_of(one)}`", about(one)))
+    for group, rows in groups.items():
+        head = table("argument" if group == "Arguments" else "option", "meaning")
+        parts.append("\n".join([f"**{group}**\n", *head, *rows]))
     if command.epilog:
-        parts.append(f"```text\n{command.epilog.strip()}\n```")
+        examples = "\n".join(line.strip() for line in command.epilog.splitlines())
+        parts.append(f"```\n{examples}\n```")
     return "\n\n".join(parts)
+
+
+def metavar(argument: Any) -> str:
+    shown = str(argument.metavar or argument.name.upper())
+    return shown if argument.required or shown.startswith("[") else f"[{shown}]"
+
+
+def names_of(parameter: Any) -> str:
+    """`-n, --num-samples N`, `--chat/--no-chat` or `MODEL`."""
+    if parameter.param_type_name == "argument":
+        return metavar(parameter).strip("[]")
+    names = "/".join([", ".join(parameter.opts), *parameter.secondary_opts])
+    return names if parameter.is_flag else f"{names} {parameter.metavar or 'VALUE'}"
+
+
+def about(parameter: Any) -> str:
+    """What a parameter does, its limits, and its default if the text does not name it."""
+    text = " ".join((parameter.help or "").split())
+    holder = getattr(parameter, "type", parameter)  # older releases of typer have click's types
+    low, high = (getattr(holder, side, None) for side in ("min", "max"))
+    if low is not None and (high is None or high > PRACTICALLY_UNLIMITED):
+        text += f" At least {low:g}." if low else ""
+    elif low is not None:
+        text += f" {low:g} to {high:g}."
+    default = getattr(parameter.default, "value", parameter.default)
+    if isinstance(default, bool):
+        default = next(iter(parameter.opts if default else parameter.secondary_opts), None)
+    is_shown = isinstance(default, (str, int, float)) and "Default: " not in text
+    return f"{text} Default: `{default}`." if is_shown else text
 
 
 def keys(section: str) -> str:
@@ -75,7 +103,8 @@ def keys(section: str) -> str:
     kind = schema["properties"][section]
     name = next(map(section_of, alternatives(kind)))
     rows = list(key_rows(schema, schema["$defs"][name], ""))
-    return "\n".join([*table("key", "value", "default", "meaning"), *rows])
+    about = schema["properties"][section]["description"]
+    return "\n".join([f"{about}\n", *table("key", "value", "default", "meaning"), *rows])
 
 
 def key_rows(schema: Mapping[str, Any], section: Mapping[str, Any], prefix: str) -> Iterator[str]:
