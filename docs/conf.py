@@ -99,6 +99,7 @@ PICTURE = re.compile(
 )
 SHELL = re.compile(r"^```\n(?=(?:\$ )?(?:ppo-cli|pip|make|git|export|torchrun|accelerate) )", re.M)
 NAME = re.compile(r'(?<=<td><p><code class="docutils literal notranslate"><span class="pre">)[^<]+')
+ACCENT = re.compile(r"(\\(?:hat|bar|tilde)\{[^{}]*\})(?=[_^])")
 SECTION = re.compile(r"^## (.+)\n\n((?:- .*\n(?:  .*\n)*)+)", re.MULTILINE)
 
 
@@ -167,7 +168,8 @@ def describe(app: Any, name: str, template: str, context: dict[str, Any], doctre
 
 def show_math(self: Any, node: Any, block: bool = False) -> None:
     """MathML, which browsers draw themselves: no script, and none from another server."""
-    formula = re.sub(r"\\dots\b", r"\\ldots", node.astext())
+    formula = node.astext().replace(r"\dots", r"\ldots")
+    formula = ACCENT.sub(r"\1{}", formula)  # else what is below an accent is set below the letter
     try:
         self.body.append(latex2mathml.tex2mathml(formula, as_block=block))
     except Exception as error:

@@ -148,9 +148,6 @@ def block_of(page: str, start: str) -> Block:
 
 
 def run(command: Command) -> None:
-
-    t0 = time.time()
-    c0 = time.process_time()
     arguments = [*command.words[1:], *SMALL.get(command.words[1], ())]
     if "--best-of-n" in arguments:
         arguments += ["--best-of-n", "1,2"]

@@ -175,7 +175,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     """How responses are sampled, and how long they may be."""
     reward: RewardConfig = RewardConfig()
-    """What responses are scored with: a classifier, or several terms with weights; and penalties."""
+    """What responses are scored with: a classifier, or terms with weights; and penalties."""
     ppo: PPOSettings = Field(default_factory=PPOSettings)
     """The algorithm; fields of TRL 0.11's PPOConfig."""
     run: RunSettings = RunSettings()
