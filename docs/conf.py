@@ -60,6 +60,7 @@ html_theme = "furo"
 html_title = "ppo-cli"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = [("site.js", {"defer": "defer"})]
 html_favicon = "_static/icon.svg"
 html_math_renderer = "mathml"
 html_show_sphinx = False
@@ -154,12 +155,16 @@ def mark_tables(app: Any, doctree: Any) -> None:
             table["classes"].append("keys")
 
 
-def describe(app: Any, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
-    """Give a page its first paragraph as its description, for search engines."""
+def finish(app: Any, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Give a page its first paragraph as its description, and mend what the theme leaves open."""
     for paragraph in doctree.findall(nodes.paragraph) if doctree else ():
         text = shorten(paragraph.astext(), 160, placeholder=" ...")
         context["metatags"] += f'<meta name="description" content="{escape(text)}" />'
         break
+    if tree := context.get("furo_navigation_tree"):
+        context["furo_navigation_tree"] = tree.replace(
+            'role="heading"', 'role="heading" aria-level="2"'
+        )
     if "body" in context:  # long names in tables may break where words end
         context["body"] = NAME.sub(
             lambda found: re.sub(r"(?<=[._/])(?=\w)", "<wbr>", found[0]), context["body"]
@@ -180,7 +185,7 @@ def show_math(self: Any, node: Any, block: bool = False) -> None:
 def setup(app: Any) -> None:
     app.connect("source-read", read)
     app.connect("doctree-read", mark_tables)
-    app.connect("html-page-context", describe)
+    app.connect("html-page-context", finish, priority=900)  # after the theme
     app.add_html_math_renderer(
         "mathml",
         inline_renderers=(show_math, None),

@@ -157,7 +157,7 @@ def section_of(kind: Mapping[str, Any]) -> str:
 def statistics(prefixes: str) -> str:
     """The table of the statistics whose keys begin with one of these."""
     found = [
-        row(f"`{key}`", one.explanation + ("; array" if one.is_array else ""))
+        row(f"`{key}`", one.explanation)
         for key, one in all_statistics().items()
         if key.startswith(tuple(prefixes.split()))
     ]

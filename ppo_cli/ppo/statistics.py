@@ -30,7 +30,8 @@ class Statistic(NamedTuple):
     @property
     def explanation(self) -> str:
         """The meaning, and what else there is to say."""
-        return f"{self.meaning}. {self.detail}" if self.detail else self.meaning
+        meaning = f"{self.meaning}; array" if self.is_array else self.meaning
+        return f"{meaning}. {self.detail}" if self.detail else meaning
 
 
 STATISTICS: dict[str, Statistic] = {
