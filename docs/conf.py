@@ -101,6 +101,7 @@ PICTURE = re.compile(
 SHELL = re.compile(r"^```\n(?=(?:\$ )?(?:ppo-cli|pip|make|git|export|torchrun|accelerate) )", re.M)
 NAME = re.compile(r'(?<=<td><p><code class="docutils literal notranslate"><span class="pre">)[^<]+')
 ACCENT = re.compile(r"(\\(?:hat|bar|tilde)\{[^{}]*\})(?=[_^])")
+WORDS = re.compile(r"(?<=[._/])(?=\w)")
 SECTION = re.compile(r"^## (.+)\n\n((?:- .*\n(?:  .*\n)*)+)", re.MULTILINE)
 
 
@@ -166,9 +167,8 @@ def finish(app: Any, name: str, template: str, context: dict[str, Any], doctree:
             'role="heading"', 'role="heading" aria-level="2"'
         )
     if "body" in context:  # long names in tables may break where words end
-        context["body"] = NAME.sub(
-            lambda found: re.sub(r"(?<=[._/])(?=\w)", "<wbr>", found[0]), context["body"]
-        )
+        body = context["body"].replace("</strong> -- ", "</strong> – ")  # of parameters
+        context["body"] = NAME.sub(lambda found: WORDS.sub("<wbr>", found[0]), body)
 
 
 def show_math(self: Any, node: Any, block: bool = False) -> None:
