@@ -50,12 +50,12 @@ class PPOConfig(PPOSettings):
     reward_model: str | None = "sentiment-analysis:lvwerra/distilbert-imdb"
     """For trackers alone."""
     remove_unused_columns: bool = True
-    """Take columns out of a dataset that the trainer does not read."""
+    """Leave out the dataset's columns but label, query, response and what the model takes."""
     push_to_hub_if_best_kwargs: dict[str, Any] = field(default_factory=dict)
     """Push the policy to the hub when the mean score is the best so far, with these arguments of
     `push_to_hub`; `repo_id` is one of them. Empty for no pushing."""
     steps: Count = 20000
-    """Number of samples in all, for `total_ppo_epochs`; the loop around the trainer ends a run."""
+    """Number of samples in all: falling learning rates and warm-up count on it. It ends no loop."""
     compare_steps: Count = 1
     """Number of steps between the comparisons for `push_to_hub_if_best_kwargs`."""
     dataset_num_proc: Count | None = None
