@@ -9,7 +9,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-gpu stress zoo check lint types package docs docs-links matrix format embedded bench bench-gpu scaling install clean
+.PHONY: demo test test-gpu stress zoo check lint types package matrix format embedded bench bench-gpu scaling install clean
 
 install: $(READY)
 
@@ -53,6 +53,8 @@ types: $(READY)
 # Builds wheel and sdist into dist/, checks what they hold, and trains a step with the wheel alone.
 package: $(READY)
 	$(BIN)/python tests/package.py
+
+.PHONY: docs docs-links
 
 # Builds the documents into build/docs as a site; a warning, such as of a dead link, is an error.
 docs: $(READY)

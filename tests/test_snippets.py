@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,6 @@ NOT_RUN = {
     r" train ": "one run is enough; the configurations of the others are loaded",
     r" compare .*(--rows 1|--format)": "tests/test_cli.py compares so",
     r"my-chat-run": "needs a run of a chat model; tests/test_chat.py has one",
-    r" short( |$)": "a run that the page starts; the same commands run with ppo-good",
     r" push .*--private": "uploads; tests/training/test_sharing.py does so to a stand-in",
     r" runs experiments": "a folder of the reader's",
     r" --reward r.py:short": "tests/test_cli.py scores with a function",
@@ -131,7 +129,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / file).write_text(block_of(page, "def short").code)
     with contextlib.chdir(folder):
         run(next(command for command in COMMANDS if command.line == TRAINED))
-        shutil.copytree("ppo-good", "ppo-bad")
+        for name in {"ppo-bad", *outputs()} - {"ppo-good"}:
+            Path(name).symlink_to("ppo-good")
         torch.manual_seed(0)
         language_model = AutoModelForCausalLM.from_pretrained(POLICY)
         adapter = get_peft_model(language_model, LoraConfig(task_type="CAUSAL_LM", r=2))
@@ -143,6 +142,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             "my-reward-adapter"
         )
         yield folder
+
+
+def outputs() -> set[str]:
+    """The run directories that commands of the documents make here."""
+    found = re.findall(r" train .*--output ([\w-]+)(?=\s|$)", "\n".join(c.line for c in COMMANDS))
+    return set(found)
 
 
 def block_of(page: str, start: str) -> Block:
