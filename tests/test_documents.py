@@ -10,6 +10,7 @@ import ast
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,35 @@ def test_every_page_is_in_the_contents() -> None:
     listed = LINK.findall((ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
     pages = {page.name for page in ROOT.glob("docs/*.md")} - {"index.md"}
     assert sorted(pages - set(listed)) == []
+
+
+def test_a_page_becomes_one_of_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    conf = load(ROOT / "docs" / "conf.py")
+    repository = f"{conf.REPOSITORY}/blob/HEAD"
+    links = {
+        "../ppo_cli/core.py": f"{repository}/ppo_cli/core.py",
+        "../CONTRIBUTING.md": "contributing.md",
+        "training.md": "training.md",
+        "https://example.org": "https://example.org",
+    }
+    assert {target: conf.place(ROOT / "docs", target) for target in links} == links
+    assert conf.place(ROOT, "docs/training.md") == "training.md"
+    picture = (
+        '<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="a-dark.png">\n'
+        '  <img alt="Loss" src="a.png">\n</picture>'
+    )
+    found = conf.PICTURE.search(picture)
+    shown = conf.pictures(**found.groupdict())
+    assert re.findall(r"\{image\} (\S+)\n:class: (\S+)\n:alt: Loss", shown) == [
+        ("a.png", "only-light"),
+        ("a-dark.png", "only-dark"),
+    ]
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert [caption for caption, _ in conf.SECTION.findall(index)] == re.findall(
+        r"^## (.+)$", index, re.MULTILINE
+    )
 
 
 KEY = re.compile(r"`(policy|prompts|rollout|reward|ppo|run)\.(?!(?:yaml|py|json)\b)([a-z_]+)\b")
