@@ -1,6 +1,7 @@
 # make demo   set up and run the main job on the embedded default
 # make test   set up and run the tests
-# make check  format, lint, types, package, tests: what a change has to pass
+# make docs   the documents as a site, in build/docs
+# make check  format, lint, types, package, documents, tests: what a change has to pass
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -68,6 +69,18 @@ types: $(READY)
 package: $(READY)
 	$(BIN)/python tests/package.py
 
+.PHONY: docs docs-links
+
+# Builds the documents into build/docs as a site; a warning, such as of a dead link, is an error.
+docs: $(READY)
+	rm -rf build/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
+	@echo "the site is at build/docs/index.html"
+
+# Asks every address that the documents link to.
+docs-links: $(READY)
+	$(BIN)/python -m sphinx --builder linkcheck --quiet docs build/docs-links
+
 # Runs the tests with the lowest and the newest versions that pyproject.toml allows; minutes to hours.
 # make matrix MATRIX="--pin torch==2.13.0 tests/ppo" picks a build of torch and some of the tests.
 matrix: $(READY)
@@ -77,7 +90,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-check: lint types package test
+check: lint types package docs test
 
 # Rebuilds the embedded models from a seed and checks their quality.
 embedded: $(READY)

@@ -1,28 +1,40 @@
 """The documents: links, named functions and tables of keys agree with what is there.
 
-`python tests/test_documents.py` writes the tables of docs/configuration.md anew.
+`python tests/test_documents.py`, as `python docs/references.py`, writes the tables that are made
+from the code anew.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ppo_cli.config.schema import RunConfig, json_schema
-from ppo_cli.evaluation.quality import explained_statistics
-from ppo_cli.ppo.statistics import RUN_STATISTICS, STATISTICS
 
 ROOT = Path(__file__).parent.parent
-CONFIGURATION = ROOT / "docs" / "configuration.md"
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/benchmarks/*.md")})
 LINK = re.compile(r"\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 NAMED = re.compile(r"`([\w.]+)(?:\(\))?` in \[`?[^\]]+`?\]\(([^)\s]+\.py)\)")
 IDS = [path.relative_to(ROOT).as_posix() for path in PAGES]
+
+
+def load(file: Path) -> Any:
+    """A file outside the packages as a module."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+references = load(ROOT / "docs" / "references.py")
 
 
 def prose(page: Path) -> str:
@@ -83,28 +95,71 @@ def test_readme_is_short() -> None:
 def test_every_statistic_is_explained() -> None:
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     explained = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
-    assert sorted(explained) == sorted([*STATISTICS, *RUN_STATISTICS, *explained_statistics()])
+    assert sorted(explained) == sorted(references.all_statistics())
 
 
-def test_every_configuration_key_is_explained() -> None:
-    text = CONFIGURATION.read_text(encoding="utf-8")
-    assert text == with_tables(text), "write them anew: python tests/test_documents.py"
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_what_is_made_from_the_code_is_up_to_date(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text == references.with_references(text), "write it anew: python docs/references.py"
 
 
-def with_tables(text: str) -> str:
-    """docs/configuration.md with the table of each section that it has a heading for."""
+def test_every_part_that_can_be_made_from_the_code_stands_in_a_page() -> None:
+    made = {
+        name
+        for page in ROOT.glob("docs/*.md")
+        for name in references.REGION.findall(page.read_text(encoding="utf-8"))
+    }
+    sections = {f"keys {section}" for section in RunConfig.model_fields}
+    assert {name for name, _ in made} >= {"commands", *sections}
+
+
+def test_every_key_has_a_description() -> None:
     schema = json.loads(json_schema())
-    for section, kind in schema["properties"].items():
-        table = "\n".join([*HEAD, *rows(schema, kind)])
-        heading = re.escape(f"### `{section}`")
-        text, count = re.subn(
-            rf"(^{heading}\n\n)\| key.*?(?=\n\n|\n\Z)",
-            lambda found, table=table: found[1] + table,
-            text,
-            flags=re.MULTILINE | re.DOTALL,
-        )
-        assert count == 1, f"docs/configuration.md has no table of {section}"
-    return text
+    described = [
+        (f"{name}.{key}", "description" in value)
+        for name, section in schema["$defs"].items()
+        for key, value in section.get("properties", {}).items()
+    ]
+    assert len(described) > 150
+    assert [key for key, is_described in described if not is_described] == []
+    sections = schema["properties"].items()
+    assert [key for key, value in sections if "description" not in value] == []
+
+
+def test_every_page_is_in_the_contents() -> None:
+    listed = LINK.findall((ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    pages = {page.name for page in ROOT.glob("docs/*.md")} - {"index.md"}
+    assert sorted(pages - set(listed)) == []
+
+
+def test_a_page_becomes_one_of_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    conf = load(ROOT / "docs" / "conf.py")
+    repository = f"{conf.REPOSITORY}/blob/HEAD"
+    links = {
+        "../ppo_cli/core.py": f"{repository}/ppo_cli/core.py",
+        "../CONTRIBUTING.md": "contributing.md",
+        "training.md": "training.md",
+        "https://example.org": "https://example.org",
+    }
+    assert {target: conf.place(ROOT / "docs", target) for target in links} == links
+    assert conf.place(ROOT, "docs/training.md") == "training.md"
+    picture = (
+        '<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="a-dark.png">\n'
+        '  <img alt="Loss" src="a.png">\n</picture>'
+    )
+    found = conf.PICTURE.search(picture)
+    shown = conf.pictures(**found.groupdict())
+    assert re.findall(r"\{image\} (\S+)\n:class: (\S+)\n:alt: Loss", shown) == [
+        ("a.png", "only-light"),
+        ("a-dark.png", "only-dark"),
+    ]
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert [caption for caption, _ in conf.SECTION.findall(index)] == re.findall(
+        r"^## (.+)$", index, re.MULTILINE
+    )
 
 
 KEY = re.compile(r"`(policy|prompts|rollout|reward|ppo|run)\.(?!(?:yaml|py|json)\b)([a-z_]+)\b")
@@ -117,42 +172,5 @@ def test_every_key_that_a_page_names_is_there(page: Path) -> None:
     assert [f"{section}.{key}" for section, key in found if key not in known[section]] == []
 
 
-HEAD = ("| key | default | meaning |", "|---|---|---|")
-
-
-def rows(schema: dict[str, Any], kind: dict[str, Any], prefix: str = "") -> list[str]:
-    """A table's row for each key of a section, those of a section inside it behind its own."""
-    found = []
-    name = next(map(section_of, alternatives(kind)))
-    for key, value in schema["$defs"][name]["properties"].items():
-        meaning = " ".join(value["description"].split()).replace("|", "\\|")
-        inner = [option for option in alternatives(value) if "enum" in option]
-        values = [str(item) for option in inner for item in option["enum"]]
-        choice = f" One of {', '.join(f'`{item}`' for item in values)}." if values[1:] else ""
-        needed = key in schema["$defs"][name].get("required", ())
-        default = json.dumps(value["default"]) if "default" in value else "{}"
-        default = "required" if needed else default
-        found.append(f"| `{prefix}{key}` | `{default}` | {meaning}{choice} |")
-        for option in alternatives(value):
-            if section_of(option):
-                dots = "[]." if "items" in option else "."
-                found += rows(schema, option, f"{prefix}{key}{dots}")
-    return found
-
-
-def alternatives(kind: dict[str, Any]) -> list[dict[str, Any]]:
-    """The forms that a value may have."""
-    return sorted(
-        kind.get("anyOf", kind.get("oneOf", [kind])), key=lambda option: not section_of(option)
-    )
-
-
-def section_of(kind: dict[str, Any]) -> str:
-    """The name of the section that a value is, or a list of; empty for another value."""
-    return kind.get("$ref", kind.get("items", {}).get("$ref", "")).rpartition("/")[2]
-
-
 if __name__ == "__main__":
-    CONFIGURATION.write_text(
-        with_tables(CONFIGURATION.read_text(encoding="utf-8")), encoding="utf-8"
-    )
+    references.main()

@@ -26,8 +26,8 @@ SYNTAX = {"&&", "||", ">", "|"}
 
 
 def commands_of(text: str) -> list[str]:
-    """Commands in the fenced blocks without a language, and in code within sentences."""
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    """Commands in the fenced blocks without a language or of a shell, and in sentences."""
+    blocks = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines = [line.removeprefix("$ ") for line in lines]
     inline = re.findall(r"`((?:ppo-cli|--set) [^`]+)`", text.replace("\n", " "))

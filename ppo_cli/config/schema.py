@@ -169,12 +169,17 @@ class RunConfig(Section):
     """All settings of a training run."""
 
     policy: PolicyConfig = PolicyConfig()
+    """The model to tune: how it is loaded, what of it is trained, and its adapter."""
     prompts: PromptsConfig = PromptsConfig()
+    """Where the prompts come from, and which texts are used and how much of each."""
     rollout: RolloutConfig = RolloutConfig()
+    """How responses are sampled, and how long they may be."""
     reward: RewardConfig = RewardConfig()
+    """What responses are scored with: a classifier, or terms with weights; and penalties."""
     ppo: PPOSettings = Field(default_factory=PPOSettings)
     """The algorithm; fields of TRL 0.11's PPOConfig."""
     run: RunSettings = RunSettings()
+    """Length of the run, output, checkpoints, evaluations, and what ends it."""
 
     @property
     def output(self) -> Path:

@@ -274,7 +274,12 @@ def evaluation_statistics(policy: Quality, reference: Quality) -> dict[str, floa
 
 def explained_statistics() -> dict[str, Statistic]:
     """The keys of `evaluation_statistics`, and what they mean."""
-    own = {f"eval/{m.key}": Statistic(m.meaning) for m in MEASURES}
+    own = {
+        f"eval/{m.key}": Statistic(
+            m.meaning, detail="Only with a classifier." if m.needs_classifier else ""
+        )
+        for m in MEASURES
+    }
     return own | {
         f"eval/reference_{m.key}": Statistic(f"the reference's: {m.meaning}")
         for m in MEASURES

@@ -38,19 +38,34 @@ class PPOConfig(PPOSettings):
     """Without a budget: keep KL per response below this many nats with a coefficient of
     `init_kl_coef` or more. None for no ceiling."""
     exp_name: str = os.path.basename(sys.argv[0]).removesuffix(".py")
+    """Name of the experiment, for trackers; the program's unless set."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the trainer's random numbers: sampling, order of rows and mini-batches."""
     task_name: str | None = None
+    """For trackers alone."""
     model_name: str | None = "gpt2"
+    """For trackers and the model card; the trainer does not load it."""
     query_dataset: str | None = "stanfordnlp/imdb"
+    """For trackers alone."""
     reward_model: str | None = "sentiment-analysis:lvwerra/distilbert-imdb"
+    """For trackers alone."""
     remove_unused_columns: bool = True
+    """Leave out the dataset's columns but label, query, response and what the model takes."""
     push_to_hub_if_best_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Push the policy to the hub when the mean score is the best so far, with these arguments of
+    `push_to_hub`; `repo_id` is one of them. Empty for no pushing."""
     steps: Count = 20000
+    """Number of samples in all: falling learning rates and warm-up count on it. It ends no loop."""
     compare_steps: Count = 1
+    """Number of steps between the comparisons for `push_to_hub_if_best_kwargs`."""
     dataset_num_proc: Count | None = None
+    """For trackers alone."""
     forward_batch_size: Count | None = None
+    """Old name of `mini_batch_size`."""
     optimize_cuda_cache: bool | None = None
+    """Old name of `optimize_device_cache`."""
     world_size: int | None = None
+    """Number of processes; filled in by the trainer, like those below."""
     is_encoder_decoder: bool | None = None
     is_peft_model: bool | None = None
     global_backward_batch_size: int | None = None

@@ -338,7 +338,7 @@ class PPOTrainer(ClassicMethods):
     ) -> dict[str, Any]:
         """One PPO step on a batch.
 
-        As pseudocode, with the function of each line:
+        As pseudocode, with the function of each line::
 
             old, ref = policy and reference over the batch      experience.read_probabilities
             kl = old.logprobs - ref.logprobs                    losses.kl_penalty
