@@ -8,17 +8,25 @@ import typer
 def config(
     name: Annotated[
         str | None,
-        typer.Argument(help="Name or file of a configuration. Without it: list those that ship."),
+        typer.Argument(
+            metavar="[CONFIG]", help="Name, YAML file or run directory. Default: list the names."
+        ),
     ] = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of a configuration.")
     ] = False,
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value (repeats)."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a value (repeats)."),
     ] = None,
 ) -> None:
-    """Show a configuration with every key resolved."""
+    """Show a configuration with every key resolved.
+
+    Examples:
+        ppo-cli config
+        ppo-cli config tiny --set ppo.init_kl_coef=0.1
+        ppo-cli config --schema
+    """
     from ppo_cli.cli.console import write_result
     from ppo_cli.config.loading import DEFAULT_CONFIG, load_config, shipped_configs
     from ppo_cli.config.schema import json_schema

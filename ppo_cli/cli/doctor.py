@@ -8,7 +8,12 @@ import typer
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
-    """Say what this machine and installation have, and what is wrong with them."""
+    """Say what this machine and installation have, and what is wrong with them.
+
+    Examples:
+        ppo-cli doctor
+        ppo-cli doctor --json
+    """
     from ppo_cli.cli.console import print_tables, write_json
     from ppo_cli.reporting.machine_report import machine_tables
     from ppo_cli.training.doctor import examine

@@ -22,21 +22,37 @@ def export(
     merged: Annotated[
         bool,
         typer.Option(
-            "--merged/--adapter", help="The whole model, or the adapter alone as peft saves it."
+            "--merged/--adapter",
+            rich_help_panel=options.OUTPUT,
+            help="The whole model, or the adapter alone as peft saves it.",
         ),
     ] = True,
     dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="Type of the weights. Default: the run's.")
+        Dtype | None,
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            rich_help_panel=options.OUTPUT,
+            help="float32, bfloat16 or float16. Default: the run's.",
+        ),
     ] = None,
     trl: Annotated[
         bool,
         typer.Option(
-            "--trl", help="Also put the value head where TRL up to 0.11 reads it: in the weights."
+            "--trl",
+            rich_help_panel=options.OUTPUT,
+            help="Also put the value head where TRL up to 0.11 reads it: in the weights.",
         ),
     ] = False,
     trust_remote_code: options.Trust = None,
 ) -> None:
-    """Write a run's model to a folder of its own, for transformers, peft or TRL."""
+    """Write a run's model to a folder of its own, for transformers, peft or TRL.
+
+    Examples:
+        ppo-cli export ppo-good model
+        ppo-cli export ppo-good model --dtype bfloat16
+        ppo-cli export ppo-good adapter --adapter
+    """
     from pathlib import Path
 
     from ppo_cli.cli.console import hush, note

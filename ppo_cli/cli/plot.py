@@ -24,6 +24,7 @@ def plot(
         str | None,
         typer.Option(
             "--output",
+            metavar="FILE",
             help=".png, .svg or .pdf. Default: training.png, with --frontier frontier.png, in the "
             "first run.",
         ),
@@ -40,7 +41,13 @@ def plot(
         ),
     ] = False,
 ) -> None:
-    """Draw loss and mean reward, or any other metric, of one or several runs."""
+    """Draw loss and mean reward, or any other metric, of one or several runs.
+
+    Examples:
+        ppo-cli plot ppo-good ppo-bad --output both.png
+        ppo-cli plot ppo-good --metric objective/kl --metric eval/score --terminal
+        ppo-cli plot ppo-good --frontier
+    """
     from pathlib import Path
 
     from ppo_cli.cli.console import check_output, console, write_result

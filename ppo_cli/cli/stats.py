@@ -16,7 +16,7 @@ def stats(
     ] = None,
     step: Annotated[
         int | None,
-        typer.Option("--step", min=1, help="Step to show. Default: the last."),
+        typer.Option("--step", metavar="N", min=1, help="Step to show. Default: the last."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
