@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ppo_cli.cli import streams
+from ppo_cli.cli import completion, streams
 from ppo_cli.cli.compare import compare
 from ppo_cli.cli.config import config
 from ppo_cli.cli.doctor import doctor
@@ -155,6 +155,8 @@ def main() -> NoReturn:
 
 def _run() -> int:
     command = typer.main.get_command(app)
+    if completion.VARIABLE in os.environ:
+        return completion.answer(command)
     try:
         result = command.main(prog_name="ppo-cli", standalone_mode=False)
         sys.stdout.flush()

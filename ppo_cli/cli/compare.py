@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ppo_cli.cli import options
+from ppo_cli.cli import completion, options
 
 GAP_NOT_REACHED = 3
 
@@ -22,7 +22,11 @@ class Format(StrEnum):
 def compare(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MODEL MODEL...", help="Run directories, model folders or hub ids."),
+        typer.Argument(
+            metavar="MODEL MODEL...",
+            autocompletion=completion.models,
+            help="Run directories, model folders or hub ids.",
+        ),
     ] = None,
     prompts: Annotated[
         str | None,

@@ -4,12 +4,16 @@ from typing import Annotated
 
 import typer
 
+from ppo_cli.cli import completion
+
 
 def config(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="[CONFIG]", help="Name, YAML file or run directory. Default: list the names."
+            metavar="[CONFIG]",
+            autocompletion=completion.configurations,
+            help="Name, YAML file or run directory. Default: list the names.",
         ),
     ] = None,
     schema: Annotated[
@@ -17,7 +21,12 @@ def config(
     ] = False,
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a value (repeats)."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            autocompletion=completion.settings,
+            help="Change a value (repeats).",
+        ),
     ] = None,
 ) -> None:
     """Show a configuration with every key resolved.

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ppo_cli.cli import options
+from ppo_cli.cli import completion, options
 
 
 class Dtype(StrEnum):
@@ -17,7 +17,9 @@ class Dtype(StrEnum):
 
 
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", autocompletion=completion.runs, help="Run directory.")
+    ],
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder to write; new or empty.")],
     merged: Annotated[
         bool,

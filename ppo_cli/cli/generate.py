@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ppo_cli.cli import options
+from ppo_cli.cli import completion, options
 
 if TYPE_CHECKING:
     from ppo_cli.evaluation.generate import Request
@@ -24,7 +24,11 @@ class Format(StrEnum):
 def generate(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="Run directories, model folders or hub ids."),
+        typer.Argument(
+            metavar="MODEL...",
+            autocompletion=completion.models,
+            help="Run directories, model folders or hub ids.",
+        ),
     ],
     prompt: Annotated[
         list[str] | None,

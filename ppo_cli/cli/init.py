@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ppo_cli.cli import completion
+
 if TYPE_CHECKING:
     from ppo_cli.config.starting import Answers
 
@@ -27,6 +29,7 @@ def init(
         typer.Option(
             "--model",
             metavar="MODEL",
+            autocompletion=completion.classifiers,
             help="Model to tune: folder, hub id or embedded.",
             rich_help_panel=CHOICES,
         ),
@@ -51,6 +54,7 @@ def init(
         typer.Option(
             "--reward",
             metavar="MODEL",
+            autocompletion=completion.classifiers,
             help="Classifier: folder, hub id or embedded.",
             rich_help_panel=CHOICES,
         ),
@@ -58,7 +62,11 @@ def init(
     sentiment: Annotated[
         str | None,
         typer.Option(
-            "--sentiment", metavar="LABEL", help="Label to steer towards.", rich_help_panel=CHOICES
+            "--sentiment",
+            metavar="LABEL",
+            autocompletion=completion.labels,
+            help="Label to steer towards.",
+            rich_help_panel=CHOICES,
         ),
     ] = None,
     adapter: Annotated[
@@ -82,6 +90,7 @@ def init(
         typer.Option(
             "--from",
             metavar="CONFIG",
+            autocompletion=completion.configurations,
             help="Configuration that gives all other settings. Default: by the model.",
             rich_help_panel=CHOICES,
         ),
@@ -89,7 +98,11 @@ def init(
     assignments: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Any other value (repeats).", rich_help_panel=CHOICES
+            "--set",
+            metavar="KEY=VALUE",
+            autocompletion=completion.settings,
+            help="Any other value (repeats).",
+            rich_help_panel=CHOICES,
         ),
     ] = None,
     every_key: Annotated[

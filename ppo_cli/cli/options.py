@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ppo_cli.cli import completion
+
 PROMPTS, SAMPLING, SCORES, OUTPUT = "Prompts", "Sampling", "Scores", "Output"
 MACHINE = "Machine"
 
@@ -14,6 +16,7 @@ Device = Annotated[
     typer.Option(
         "--device",
         metavar="DEVICE",
+        autocompletion=completion.devices,
         help="auto, cpu, cuda, cuda:N or mps.",
         rich_help_panel=MACHINE,
     ),
@@ -34,6 +37,7 @@ Sentiment = Annotated[
     typer.Option(
         "--sentiment",
         metavar="LABEL",
+        autocompletion=completion.labels,
         help="Label to score. Default: the run's.",
         rich_help_panel=SCORES,
     ),
@@ -43,6 +47,7 @@ Classifier = Annotated[
     typer.Option(
         "--classifier",
         metavar="MODEL",
+        autocompletion=completion.classifiers,
         help="Classifier: folder, hub id or embedded. Default: the run's.",
         rich_help_panel=SCORES,
     ),

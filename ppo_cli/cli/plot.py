@@ -4,16 +4,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ppo_cli.cli import completion
+
 if TYPE_CHECKING:
     from ppo_cli.training.run_directory import RunDirectory
 
 
 def plot(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", autocompletion=completion.runs, help="Run directories."),
+    ],
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            "--metric", metavar="KEY", help="Metric to draw (repeats). Default: loss, reward."
+            "--metric",
+            metavar="KEY",
+            autocompletion=completion.metrics,
+            help="Metric to draw (repeats). Default: loss, reward.",
         ),
     ] = None,
     smooth: Annotated[

@@ -4,9 +4,13 @@ from typing import Annotated
 
 import typer
 
+from ppo_cli.cli import completion
+
 
 def push(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", autocompletion=completion.runs, help="Run directory.")
+    ],
     repository: Annotated[
         str, typer.Argument(metavar="OWNER/NAME", help="Model repository on the hub.")
     ],

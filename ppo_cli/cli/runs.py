@@ -4,12 +4,15 @@ from typing import Annotated
 
 import typer
 
+from ppo_cli.cli import completion
+
 
 def runs(
     places: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[DIR | RUN RUN...]",
+            autocompletion=completion.runs,
             help="Folder to search, four folders deep (default: this one), or runs to compare.",
         ),
     ] = None,

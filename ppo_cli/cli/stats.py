@@ -4,9 +4,13 @@ from typing import Annotated
 
 import typer
 
+from ppo_cli.cli import completion
+
 
 def stats(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", autocompletion=completion.runs, help="Run directory.")
+    ],
     objective: Annotated[
         bool | None,
         typer.Option(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ppo_cli.cli import options
+from ppo_cli.cli import completion, options
 from ppo_cli.cli.reward_options import consent, reward_lines
 from ppo_cli.cli.streams import say_at_once
 from ppo_cli.errors import DivergenceError, Interrupted, PPOCliError, UsageError
@@ -37,6 +37,7 @@ def train(
         typer.Option(
             "--config",
             metavar="CONFIG",
+            autocompletion=completion.configurations,
             help="Name (see 'ppo-cli config'), YAML file, or run directory. Default: tiny.",
             rich_help_panel=REQUEST,
         ),
@@ -46,6 +47,7 @@ def train(
         typer.Option(
             "--sentiment",
             metavar="LABEL",
+            autocompletion=completion.labels,
             help="positive, negative or another label of the classifier. Default: positive, or the "
             "configuration's.",
             rich_help_panel=REQUEST,
@@ -66,6 +68,7 @@ def train(
         typer.Option(
             "--output",
             metavar="DIR",
+            autocompletion=completion.runs,
             help="Run directory. Default: ppo-good, ppo-bad or ppo-LABEL.",
             rich_help_panel=options.OUTPUT,
         ),
@@ -105,6 +108,7 @@ def train(
         typer.Option(
             "--device",
             metavar="DEVICE",
+            autocompletion=completion.devices,
             help="auto, cpu, cuda, cuda:N or mps. Default: auto.",
             rich_help_panel=options.MACHINE,
         ),
@@ -114,6 +118,7 @@ def train(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
+            autocompletion=completion.settings,
             help="Change a key of the configuration, such as ppo.init_kl_coef=0.1 (repeats).",
             rich_help_panel=REQUEST,
         ),
@@ -123,6 +128,7 @@ def train(
         typer.Option(
             "--track",
             metavar="NAME,...",
+            autocompletion=completion.trackers,
             help="Send all metrics to aim, clearml, comet_ml, dvclive, mlflow, swanlab, "
             "tensorboard, trackio, wandb, or none (repeats).",
             rich_help_panel=options.OUTPUT,

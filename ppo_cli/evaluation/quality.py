@@ -19,7 +19,7 @@ from ppo_cli.evaluation.samples import (
     mean_rewards,
     mean_score,
 )
-from ppo_cli.ppo.statistics import Statistic
+from ppo_cli.ppo.statistics import RUN_STATISTICS, STATISTICS, Statistic
 from ppo_cli.utils.ngrams import distinct, most_common, repetition
 
 
@@ -280,3 +280,8 @@ def explained_statistics() -> dict[str, Statistic]:
         for m in MEASURES
         if m.of_reference
     }
+
+
+def all_statistics() -> dict[str, Statistic]:
+    """Every key that a step, a run or an evaluation has, and what it means."""
+    return STATISTICS | RUN_STATISTICS | explained_statistics()
