@@ -140,6 +140,7 @@ def compare(
     import math
 
     from ppo_cli.cli.console import (
+        busy,
         check_outputs,
         hush,
         note,
@@ -166,14 +167,15 @@ def compare(
     outputs = {"--output": output, "--html": html}
     check_outputs(outputs, [*models, prompts, classifier])
 
-    with light_imports():
-        from ppo_cli.cli import requests
-        from ppo_cli.evaluation.compare import compare as compare_models
-        from ppo_cli.reporting import comparison_tables
-    from ppo_cli.kernels.kernel_caches import limit_kernel_caches
-    from ppo_cli.reporting.comparison_page import comparison_html
+    with busy():
+        with light_imports():
+            from ppo_cli.cli import requests
+            from ppo_cli.evaluation.compare import compare as compare_models
+            from ppo_cli.reporting import comparison_tables
+        from ppo_cli.kernels.kernel_caches import limit_kernel_caches
+        from ppo_cli.reporting.comparison_page import comparison_html
 
-    hush()
+        hush()
     limit_kernel_caches()
     try:
         request = requests.resolve(

@@ -14,11 +14,12 @@ def doctor(
         ppo-cli doctor
         ppo-cli doctor --json
     """
-    from ppo_cli.cli.console import print_tables, write_json
+    from ppo_cli.cli.console import busy, print_tables, write_json
     from ppo_cli.reporting.machine_report import machine_tables
     from ppo_cli.training.doctor import examine
 
-    report = examine()
+    with busy("looking at the machine and its packages"):
+        report = examine()
     if as_json:
         write_json(report.as_dict(), indent=2)
     else:

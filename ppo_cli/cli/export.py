@@ -57,16 +57,17 @@ def export(
     """
     from pathlib import Path
 
-    from ppo_cli.cli.console import hush, note
+    from ppo_cli.cli.console import busy, hush, note
     from ppo_cli.training.run_directory import RunDirectory
 
     directory = RunDirectory.existing(run)
 
-    import torch
+    with busy():
+        import torch
 
-    from ppo_cli.training.export import export_model
+        from ppo_cli.training.export import export_model
 
-    hush()
+        hush()
     exported = export_model(
         directory,
         Path(folder),

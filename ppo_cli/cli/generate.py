@@ -158,6 +158,7 @@ def generate(
         ppo-cli generate ppo-good --interactive
     """
     from ppo_cli.cli.console import (
+        busy,
         check_output,
         hush,
         note,
@@ -190,15 +191,16 @@ def generate(
             raise UsageError(f"--interactive answers one line at a time: leave out {odd[0]}")
     check_output(output, [*models, prompts, classifier])
 
-    with light_imports():
-        from ppo_cli.cli import requests
-        from ppo_cli.evaluation.generate import generate as generate_samples
-        from ppo_cli.evaluation.generate import load_classifier
-        from ppo_cli.models.sampling_params import SamplingParams
-    from ppo_cli.kernels.kernel_caches import limit_kernel_caches
-    from ppo_cli.training.run_directory import RunDirectory
+    with busy():
+        with light_imports():
+            from ppo_cli.cli import requests
+            from ppo_cli.evaluation.generate import generate as generate_samples
+            from ppo_cli.evaluation.generate import load_classifier
+            from ppo_cli.models.sampling_params import SamplingParams
+        from ppo_cli.kernels.kernel_caches import limit_kernel_caches
+        from ppo_cli.training.run_directory import RunDirectory
 
-    hush()
+        hush()
     limit_kernel_caches()
     if score is None:
         is_scored = bool(classifier or reward)

@@ -204,7 +204,7 @@ def train(
         ppo-cli train --set policy.model=gpt2 --set prompts.source=reviews.csv --output my-run
         ppo-cli train --output my-run --resume
     """
-    from ppo_cli.cli.console import hush, note, print_tables, write_json
+    from ppo_cli.cli.console import busy, hush, note, print_tables, write_json
     from ppo_cli.cli.launch import launch
     from ppo_cli.config.trackers import as_names, check_installed
     from ppo_cli.kernels.switch import configured
@@ -242,22 +242,23 @@ def train(
     if launches:
         return launch(num_processes or 1)
     kernels = configured(settings.policy.kernels)
-    # The request is known to be sound; only now come the imports that take seconds.
-    from ppo_cli.cli.display import make_display
-    from ppo_cli.reporting.tables import summary_table
-    from ppo_cli.training.build import build_training
-    from ppo_cli.training.fast_paths import report as fast_path_lines
-    from ppo_cli.utils import processes
-    from ppo_cli.utils.device import resolve_device
-
-    hush()
-    display = make_display(quiet)
     if not quiet:
         note(
             f"policy {settings.policy.model}, {settings.reward.describe()}, "
             f"prompts {settings.prompts.name} -> {settings.output}"
         )
         note(*reward_lines(settings.reward))
+    # The request is known to be sound; only now come the imports that take seconds.
+    with busy(quiet=quiet):
+        from ppo_cli.cli.display import make_display
+        from ppo_cli.reporting.tables import summary_table
+        from ppo_cli.training.build import build_training
+        from ppo_cli.training.fast_paths import report as fast_path_lines
+        from ppo_cli.utils import processes
+        from ppo_cli.utils.device import resolve_device
+
+        hush()
+    display = make_display(quiet)
     with kernels, _StopSignals(quiet or launcher.index() > 0) as stop:
         training = build_training(
             settings,
