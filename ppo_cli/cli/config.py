@@ -1,5 +1,7 @@
 """`ppo-cli config`."""
 
+from itertools import takewhile
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -43,9 +45,18 @@ def config(
     if schema:
         write_result(json_schema(), None)
     elif name is None:
-        for shipped, path in shipped_configs().items():
-            about = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-            default = " (default)" if shipped == DEFAULT_CONFIG else ""
-            write_result(f"{shipped}{default}: {about}", None)
+        from ppo_cli.cli.console import print_tables
+        from ppo_cli.reporting.layout import Explained
+
+        abouts = {name: _about(path) for name, path in shipped_configs().items()}
+        names = {name: f"{name} (default)" if name == DEFAULT_CONFIG else name for name in abouts}
+        print_tables([Explained([(names[name], "", about) for name, about in abouts.items()])])
     else:
         write_result(load_config(name, assignments=assignments or ()).to_yaml(), None)
+
+
+def _about(path: Path) -> str:
+    """The first sentence of the comment at the top of a file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = takewhile(lambda line: line.startswith("#"), lines)
+    return " ".join(line.lstrip("# ") for line in comment).partition(". ")[0].rstrip(".") + "."

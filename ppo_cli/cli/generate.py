@@ -270,9 +270,9 @@ def generate(
         ]
         write_result("\n".join(lines), output)
     else:
-        from ppo_cli.reporting.tables import generation_table
+        from ppo_cli.reporting.tables import generated_texts
 
-        print_tables([generation_table(results, scorer is not None)], output)
+        print_tables([generated_texts(results, scorer is not None)], output)
     return 0
 
 
