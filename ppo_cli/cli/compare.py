@@ -174,6 +174,7 @@ def compare(
             from ppo_cli.reporting import comparison_tables
         from ppo_cli.kernels.kernel_caches import limit_kernel_caches
         from ppo_cli.reporting.comparison_page import comparison_html
+        from ppo_cli.reporting.explanations import POINTER
 
         hush()
     limit_kernel_caches()
@@ -208,6 +209,7 @@ def compare(
     )
     if format is Format.table:
         print_tables(comparison_tables.comparison_tables(result, rows), output)
+        note(POINTER)
     elif format is Format.json:
         write_json(result.as_dict(), output=output, indent=2)
     elif format is Format.csv:
