@@ -94,7 +94,8 @@ class Measure:
             return Statistic(
                 f"the reference's: {self.meaning}", unit=self.unit, formula=self.formula
             )
-        texts = self.unit, self.formula, self.healthy, self.remedy
+        detail = "Only with a classifier." if self.needs_classifier else ""
+        texts = detail, self.unit, self.formula, self.healthy, self.remedy
         return Statistic(self.meaning, False, False, *texts)
 
 

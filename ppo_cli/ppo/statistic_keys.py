@@ -18,6 +18,7 @@ class Statistic(NamedTuple):
         meaning: what it is, in a few words.
         objective: whether it is about the optimised objective.
         is_array: whether it is an array, a number for each sequence or token.
+        detail: what does not fit into a few words, in sentences.
         unit: of its value.
         formula: how it is computed, or where it comes from; empty where the meaning says it.
         healthy: what it does in a run that is well; empty where that depends on the run alone.
@@ -27,10 +28,25 @@ class Statistic(NamedTuple):
     meaning: str
     objective: bool = False
     is_array: bool = False
+    detail: str = ""
     unit: str = ""
     formula: str = ""
     healthy: str = ""
     remedy: str = ""
+
+    @property
+    def explanation(self) -> str:
+        """All of it, in sentences, for the documents."""
+        meaning = f"{self.meaning}; array" if self.is_array else self.meaning
+        parts = {
+            "": self.detail.rstrip("."),
+            "Unit: ": self.unit,
+            "Formula: ": self.formula,
+            "Healthy: ": self.healthy,
+            "If not: ": self.remedy,
+        }
+        sentences = [f"{name}{text}" for name, text in parts.items() if text]
+        return ". ".join([meaning, *sentences]) + "."
 
 
 STATISTICS: dict[str, Statistic] = {
@@ -38,6 +54,10 @@ STATISTICS: dict[str, Statistic] = {
         "KL penalty per sequence, before the coefficient",
         objective=True,
         unit="nats per response",
+        detail=(
+            "It is taken before the update, with the policy that sampled. As an estimate from "
+            "samples it may be slightly negative; ppo.kl_penalty=full makes it exact."
+        ),
         formula=(
             "log p(policy) - log p(reference) of each token drawn, summed over the response, "
             "mean over the batch (ppo.kl_penalty changes the form)"
@@ -63,6 +83,7 @@ STATISTICS: dict[str, Statistic] = {
         objective=True,
         is_array=True,
         unit="nats",
+        detail="They are those of the policy that sampled, and 0 outside the response.",
         formula="log p(token) under the policy that sampled it",
     ),
     "objective/ref_logprobs": Statistic(
@@ -84,6 +105,7 @@ STATISTICS: dict[str, Statistic] = {
         "minus the log-probability of a response, mean",
         objective=True,
         unit="nats per response",
+        detail="Of a whole response.",
         formula="-log p(response) when it was sampled, mean over the batch",
         healthy=(
             "falls slowly, as the policy prefers some responses; it grows with the length of "
@@ -138,6 +160,7 @@ STATISTICS: dict[str, Statistic] = {
         "half the squared log-ratio per token, averaged",
         objective=True,
         unit="nats per token",
+        detail="It says how far the step moved the policy.",
         formula="half the mean of (log-ratio of new and old policy)^2",
         healthy=(
             "small and steady, about ppo.desired_kl with the adaptive learning rate; over 0.2 "
@@ -168,6 +191,7 @@ STATISTICS: dict[str, Statistic] = {
         "fraction of mini-batches over ratio_threshold, skipped",
         objective=True,
         unit="a share, 0 to 1",
+        detail="Nothing is learnt from those.",
         formula="share of mini-batches whose mean ratio exceeds ppo.ratio_threshold",
         healthy="0",
         remedy="lower ppo.learning_rate or ppo.ppo_epochs",
@@ -359,6 +383,7 @@ RUN_STATISTICS: dict[str, Statistic] = {
     "env/probability_mean": Statistic(
         "mean probability of the wanted label",
         unit="a share, 0 to 1",
+        detail="There is one only with a classifier.",
         formula="mean of the classifier's P(label)",
         healthy="rises towards 1",
         remedy="as for env/reward_mean",
@@ -366,6 +391,7 @@ RUN_STATISTICS: dict[str, Statistic] = {
     "env/score_scale": Statistic(
         "what scores are divided by: their standard deviation",
         unit="score",
+        detail="Only with ppo.use_score_scaling.",
         formula=(
             "standard deviation of the scores so far, or of the first ppo.score_scaling_samples"
         ),
@@ -375,6 +401,7 @@ RUN_STATISTICS: dict[str, Statistic] = {
     "env/missing_eos_penalty": Statistic(
         "mean penalty for no end before the limit",
         unit="score",
+        detail="Only if it is on.",
         formula="reward.missing_eos_penalty where no end token was drawn",
         healthy="falls towards 0",
         remedy="never falls: raise rollout.output_max_length, or set rollout.stop",
@@ -382,6 +409,7 @@ RUN_STATISTICS: dict[str, Statistic] = {
     "env/length_cost": Statistic(
         "mean penalty for the length",
         unit="score",
+        detail="Only if it is on.",
         formula=(
             "reward.length_cost for each token by which the length differs from "
             "reward.target_length"
@@ -392,18 +420,21 @@ RUN_STATISTICS: dict[str, Statistic] = {
     "env/repetition_cost": Statistic(
         "mean penalty for repeated word pairs",
         unit="score",
+        detail="Only if it is on.",
         formula="reward.repetition_cost times the share of repeated word pairs",
         healthy="falls towards 0",
     ),
     "env/shaped_reward_mean": Statistic(
         "mean score minus the penalties",
         unit="score",
+        detail="Only if a penalty is on.",
         formula="env/reward_mean minus the penalties",
         healthy="rises with env/reward_mean",
     ),
     "env/rewards/NAME/mean": Statistic(
         "mean of this term, times its weight",
         unit="score",
+        detail="These add up to env/reward_mean.",
         formula="weight x score of the term, mean over the batch",
         healthy="no term makes up all of env/reward_mean",
         remedy="change the weights of the terms",
@@ -425,10 +456,15 @@ RUN_STATISTICS: dict[str, Statistic] = {
     "eval/rewards/NAME": Statistic(
         "mean of this term, times its last weight",
         unit="score",
+        detail="These add up to eval/score.",
     ),
     "sampling/logprob_gap": Statistic(
         "mean gap of engine's and policy's log-probabilities",
         unit="nats per token",
+        detail=(
+            "Of the tokens that the engine drew. Only with a rollout.engine other than "
+            "transformers."
+        ),
         formula="mean of |log p(engine) - log p(policy)|",
         healthy="below 0.05",
         remedy="set policy.precision=fp32, or rollout.engine=transformers",
@@ -436,6 +472,7 @@ RUN_STATISTICS: dict[str, Statistic] = {
     "sampling/kl": Statistic(
         "KL of the engine from the policy per token (k3)",
         unit="nats per token",
+        detail="Never negative. Only with a rollout.engine other than transformers.",
         formula="mean of exp(-x) - 1 + x, x the gap (k3)",
         healthy="near 0",
         remedy="as for sampling/logprob_gap",

@@ -65,7 +65,7 @@ def explanations(
 def as_dict(about: Statistic, value: float | None) -> dict[str, Any]:
     """What is known of a statistic, and its value in a run unless that is None."""
     texts = {
-        "meaning": about.meaning,
+        "meaning": f"{about.meaning}. {about.detail}" if about.detail else about.meaning,
         "unit": about.unit,
         "formula": about.formula,
         "healthy": about.healthy,
