@@ -24,6 +24,7 @@ def answer(command: Any) -> int:
     """Answer the shell that asks, and return the exit code; of any error nothing is said."""
     out = io.StringIO()
     begun = _join_words() if os.environ[VARIABLE] == "complete_bash" else ""
+    os.environ["COLUMNS"] = "9999"  # a text that is wrapped would be several answers in fish
     try:
         with redirect_stdout(out), redirect_stderr(io.StringIO()):
             code = command.main(prog_name="ppo-cli", standalone_mode=False)
@@ -199,5 +200,9 @@ def _paths(incomplete: str, about: Callable[[os.DirEntry], str]) -> list[Answer]
 
 def _entries(folder: str) -> Iterable[os.DirEntry]:
     """What is in a folder, by name; names that a shell could not show are left out."""
-    with os.scandir(folder) as entries:
-        return sorted((e for e in entries if e.name.isprintable()), key=lambda entry: entry.name)
+    try:
+        with os.scandir(folder) as entries:
+            printable = [entry for entry in entries if entry.name.isprintable()]
+    except OSError:
+        return []
+    return sorted(printable, key=lambda entry: entry.name)

@@ -75,7 +75,11 @@ def busy(what: str = LOADING, *, quiet: bool = False) -> Iterator[None]:
         note(what)
         yield
     else:
-        with console(stderr=True).status(what):
+        from rich.live import Live
+        from rich.spinner import Spinner
+
+        with Live(Spinner("dots", what), console=console(stderr=True), transient=True) as live:
+            live.refresh()  # now: what follows may not let another thread draw it
             yield
 
 

@@ -17,6 +17,7 @@ from ppo_cli.utils.text import escape_controls
 
 GAP, EDGES = 3, 2  # columns between two columns of a table, and at both its sides together
 LEAST_TEXT = 24  # columns of text beside names and figures
+MODEL = "model"  # the head of the names of those who wrote texts
 NARROW = 64  # columns below which an explanation stands under what it explains
 
 Line = Sequence[str]
@@ -101,23 +102,18 @@ class FittingTable:
 
     def _blocks(self) -> Iterator[RenderableType]:
         """Each row, or each column, as a block: its name, then a line for each of its cells."""
-        rows = [[*map(str, line)] for line in self.lines]
         if self.by_row:
-            parts = [
-                (f"{self.heads[0]} {row[0]}", zip(self.heads[1:], row[1:], strict=True))
-                for row in rows
-            ]
+            titles = [f"{self.heads[0]} {line[0]}" for line in self.lines]
+            parts = [(self.heads[1:], line[1:]) for line in self.lines]
         else:
-            names = [row[0] for row in rows]
-            parts = [
-                (head, zip(names, (row[i] for row in rows), strict=True))
-                for i, head in enumerate(self.heads)
-                if i
-            ]
-        for title, entries in parts:
+            titles = [*self.heads[1:]]
+            rows = [line[0] for line in self.lines]
+            parts = [(rows, [line[i + 1] for line in self.lines]) for i in range(len(titles))]
+        for title, (names, values) in zip(titles, parts, strict=True):
             grid = Table.grid(padding=(0, 2, 0, 0))
-            for name, value in entries:
-                grid.add_row(cell(name), cell(value)) if value else None
+            for name, value in zip(names, values, strict=True):
+                if value:
+                    grid.add_row(cell(name), cell(value))
             yield Text("")
             yield cell(title.strip(), style="bold")
             yield Padding(grid, (0, 0, 0, 2))
@@ -150,13 +146,14 @@ class Texts:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         texts = [said for _, group in self.groups for said in group]
-        names = max(cell_len(escape_controls(said.name)) for said in texts)
+        written = [escape_controls(said.name) for said in texts]
+        names = max(map(cell_len, [*written, MODEL] if self.heads else written))
         heads = self.heads or [""] * len(texts[0].figures)
         columns = zip(heads, *(said.figures for said in texts), strict=True)
         figures = [max(map(cell_len, column)) for column in columns]
         is_wide = options.max_width - 2 - names - sum(figures) - 2 * len(figures) >= LEAST_TEXT + 2
         if self.heads and is_wide:
-            yield _row("model", self.heads, cell("response"), names, figures, style="dim")
+            yield _row(MODEL, self.heads, cell("response"), names, figures, style="dim")
         for number, (heading, group) in enumerate(self.groups):
             if number or (self.heads and is_wide):
                 yield Text("")

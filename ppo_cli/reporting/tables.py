@@ -117,8 +117,11 @@ def frontier_table(trail: Trail, curve: BestOfN | None) -> Group:
                 ", ".join(mark for mark in marks if mark),
             )
         )
-    heads = ("step", "KL", "score", "best-of-n there", "share", "")
-    table = FittingTable(heads, lines, by_row=True, texts=(5,))
+    rows: list[tuple[str, ...]] = [("step", "KL", "score", "best-of-n there", "share", "mark")]
+    rows += lines
+    if curve is None:
+        rows = [(*row[:3], row[5]) for row in rows]
+    table = FittingTable(rows[0], rows[1:], by_row=True, texts=(len(rows[0]) - 1,))
     return below(f"{trail.name}: score against KL on held-out prompts", table)
 
 
