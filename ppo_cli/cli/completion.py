@@ -22,10 +22,12 @@ MAX_BYTES = 1 << 18  # of a run's metrics that are read
 
 def answer(command: Any) -> int:
     """Answer the shell that asks, and return the exit code; of any error nothing is said."""
-    out = io.StringIO()
-    begun = _join_words() if os.environ[VARIABLE] == "complete_bash" else ""
+    out, begun = io.StringIO(), ""
+    is_bash = os.environ[VARIABLE] == "complete_bash"
     os.environ["COLUMNS"] = "9999"  # a text that is wrapped would be several answers in fish
     try:
+        if is_bash:
+            begun = _join_words()
         with redirect_stdout(out), redirect_stderr(io.StringIO()):
             code = command.main(prog_name="ppo-cli", standalone_mode=False)
     except SystemExit as end:
@@ -33,7 +35,7 @@ def answer(command: Any) -> int:
     except Exception:
         return 1
     lines = out.getvalue()
-    if os.environ[VARIABLE] == "complete_bash":
+    if is_bash:
         lines = "".join(f"{_escaped(li.removeprefix(begun))}\n" for li in lines.splitlines() if li)
     sys.stdout.write(lines)
     return int(code or 0)
