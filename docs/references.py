@@ -21,8 +21,8 @@ import typer
 
 from ppo_cli.cli.app import app
 from ppo_cli.config.schema import json_schema
-from ppo_cli.evaluation.quality import explained_statistics
-from ppo_cli.ppo.statistics import RUN_STATISTICS, STATISTICS, Statistic
+from ppo_cli.evaluation.quality import all_statistics
+from ppo_cli.ppo.statistics import Statistic
 
 DOCS = Path(__file__).parent
 REGION = re.compile(r"(?<=<!-- generated: )([\w/ ]+)( -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
@@ -157,16 +157,24 @@ def section_of(kind: Mapping[str, Any]) -> str:
 def statistics(prefixes: str) -> str:
     """The table of the statistics whose keys begin with one of these."""
     found = [
-        row(f"`{key}`", one.explanation)
+        row(f"`{key}`", explanation(one))
         for key, one in all_statistics().items()
         if key.startswith(tuple(prefixes.split()))
     ]
     return "\n".join([*table("key", "meaning"), *found])
 
 
-def all_statistics() -> dict[str, Statistic]:
-    """Every key that a step or a run records."""
-    return STATISTICS | RUN_STATISTICS | explained_statistics()
+def explanation(one: Statistic) -> str:
+    """What is known of a statistic, a line for each part."""
+    meaning = f"{one.meaning}; array" if one.is_array else one.meaning
+    parts = {
+        "Unit": one.unit,
+        "Formula": one.formula and f"`{one.formula}`",
+        "Healthy": one.healthy,
+        "If not": one.remedy,
+    }
+    lines = [f"*{name}:* {text}" for name, text in parts.items() if text]
+    return "<br>".join([". ".join(filter(None, [meaning, one.detail])), *lines])
 
 
 def table(*names: str) -> list[str]:

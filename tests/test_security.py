@@ -361,7 +361,7 @@ def test_tables_show_text_as_it_is() -> None:
     )
     for text in (
         shown(list(comparison_tables.comparison_tables(comparison, 2))),
-        shown([tables.generation_table([Generated(EVIL, SAMPLES)], True)]),
+        shown([tables.generated_texts([Generated(EVIL, SAMPLES)], True)]),
         shown([tables.summary_table(summary)]),  # type: ignore[arg-type]
         shown(tables.statistics_tables({"h": [(EVIL, 1.0, "m")]}, EVIL)),
         "\n".join(terminal_chart({EVIL: [{"step": 1, EVIL: 1.0}]}, EVIL)),

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
-from ppo_cli.cli import streams
+from ppo_cli.cli import completion, streams
 from ppo_cli.cli.compare import compare
 from ppo_cli.cli.config import config
 from ppo_cli.cli.doctor import doctor
 from ppo_cli.cli.export import export
 from ppo_cli.cli.generate import generate
+from ppo_cli.cli.help import Group, register
 from ppo_cli.cli.init import init
 from ppo_cli.cli.plot import plot
 from ppo_cli.cli.push import push
@@ -40,7 +40,7 @@ from ppo_cli.utils import launcher
 from ppo_cli.utils.text import escape_controls
 
 
-class _Group(TyperGroup):
+class _Group(Group):
     """Shows the help where no command is given, and skips its own options where one is.
 
     Typer would import pydantic to check options that are not given. That takes as long as typer
@@ -97,10 +97,16 @@ SMALLER = {
     "compare": "lower --samples, --max-new-tokens or the numbers of --best-of-n, or use smaller "
     "models",
 }
-for command in (
-    train, generate, compare, plot, stats, runs, export, push, init, config, doctor
-):  # fmt: skip
-    app.command()(command)
+COMMANDS = {
+    "Train": (train,),
+    "Look": (compare, generate, plot, stats, runs),
+    "Share": (export, push),
+    "Set up": (init, config, doctor),
+}
+"""The commands by their groups in the help."""
+for group, commands in COMMANDS.items():
+    for command in commands:
+        register(app, command, group)
 
 
 def _version(wanted: bool) -> None:
@@ -149,6 +155,8 @@ def main() -> NoReturn:
 
 def _run() -> int:
     command = typer.main.get_command(app)
+    if completion.VARIABLE in os.environ:
+        return completion.answer(command)
     try:
         result = command.main(prog_name="ppo-cli", standalone_mode=False)
         sys.stdout.flush()
@@ -176,7 +184,7 @@ def _usage_message(error: Exception, command: Any) -> str | None:
     if not message:
         return None
     context = getattr(error, "ctx", None)
-    if "No such command" in message and isinstance(command, TyperGroup) and context is not None:
+    if "No such command" in message and isinstance(command, Group) and context is not None:
         names = command.list_commands(context)
         typed = message.partition("'")[2].partition("'")[0]
         if "Did you mean" not in message:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ppo_cli.cli import options
+from ppo_cli.cli import completion, options
 
 GAP_NOT_REACHED = 3
 
@@ -22,33 +22,52 @@ class Format(StrEnum):
 def compare(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MODEL MODEL...", help="Run directories, model folders or hub ids."),
+        typer.Argument(
+            metavar="MODEL MODEL...",
+            autocompletion=completion.models,
+            help="Run directories, model folders or hub ids.",
+        ),
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
-            "--prompts", metavar="FILE", help="Prompts. Default: the run's held-out prompts."
+            "--prompts",
+            metavar="FILE",
+            help="Prompts. Default: the run's held-out prompts.",
+            rich_help_panel=options.PROMPTS,
         ),
     ] = None,
     column: options.Column = "text",
     chat: options.Chat = None,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, max=1_000_000, help="Number of prompts.")
+        int,
+        typer.Option(
+            "--samples",
+            metavar="N",
+            min=1,
+            max=1_000_000,
+            help="Number of prompts.",
+            rich_help_panel=options.PROMPTS,
+        ),
     ] = 32,
     rows: Annotated[
         int,
         typer.Option(
             "--rows",
+            metavar="N",
             min=0,
-            help="Examples: of the first prompts, of the largest gains, of the largest losses.",
+            help="Texts to show: of the first prompts, of the largest gains and losses.",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = 3,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
             "--max-new-tokens",
+            metavar="N",
             min=1,
             help="Length limit of a response, tokens. Default: the run's.",
+            rich_help_panel=options.SAMPLING,
         ),
     ] = None,
     seed: options.Seed = 0,
@@ -57,6 +76,7 @@ def compare(
         typer.Option(
             "--reference/--no-reference",
             help="Also compare with the run's reference. KL is measured from it either way.",
+            rich_help_panel=options.SAMPLING,
         ),
     ] = True,
     best_of_n: Annotated[
@@ -65,6 +85,7 @@ def compare(
             "--best-of-n",
             metavar="N,N...",
             help="Also compare with the best of n responses from the reference: 1,2,4,8,16.",
+            rich_help_panel=options.SAMPLING,
         ),
     ] = None,
     sentiment: options.Sentiment = None,
@@ -72,11 +93,24 @@ def compare(
     reward: options.Reward = None,
     device: options.Device = "auto",
     trust_remote_code: options.Trust = None,
-    format: Annotated[Format, typer.Option("--format", help="Output format.")] = Format.table,
+    format: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="table, json, csv or markdown.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = Format.table,
     output: options.Output = None,
     html: Annotated[
         str | None,
-        typer.Option("--html", metavar="FILE", help="Also write one self-contained page."),
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Also write one self-contained page.",
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = None,
     min_gap: Annotated[
         float | None,
@@ -84,16 +118,29 @@ def compare(
             "--min-gap",
             metavar="X",
             help="Exit 3 unless the first mean score exceeds the second by X.",
+            rich_help_panel=options.SCORES,
         ),
     ] = None,
     schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON Schema of --format json.")
+        bool,
+        typer.Option(
+            "--schema",
+            help="Print the JSON Schema of --format json.",
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = False,
 ) -> int:
-    """Compare models on the same prompts: scores, KL, diversity and fluency side by side."""
+    """Compare models on the same prompts: scores, KL, diversity and fluency side by side.
+
+    Examples:
+        ppo-cli compare ppo-good
+        ppo-cli compare ppo-good ppo-bad --samples 64 --html report.html
+        ppo-cli compare ppo-good gpt2 --min-gap 0.5 --format json --output scores.json
+    """
     import math
 
     from ppo_cli.cli.console import (
+        busy,
         check_outputs,
         hush,
         note,
@@ -120,14 +167,16 @@ def compare(
     outputs = {"--output": output, "--html": html}
     check_outputs(outputs, [*models, prompts, classifier])
 
-    with light_imports():
-        from ppo_cli.cli import requests
-        from ppo_cli.evaluation.compare import compare as compare_models
-        from ppo_cli.reporting import comparison_tables
-    from ppo_cli.kernels.kernel_caches import limit_kernel_caches
-    from ppo_cli.reporting.comparison_page import comparison_html
+    with busy():
+        with light_imports():
+            from ppo_cli.cli import requests
+            from ppo_cli.evaluation.compare import compare as compare_models
+            from ppo_cli.reporting import comparison_tables
+        from ppo_cli.kernels.kernel_caches import limit_kernel_caches
+        from ppo_cli.reporting.comparison_page import comparison_html
+        from ppo_cli.reporting.explanations import POINTER
 
-    hush()
+        hush()
     limit_kernel_caches()
     try:
         request = requests.resolve(
@@ -160,6 +209,7 @@ def compare(
     )
     if format is Format.table:
         print_tables(comparison_tables.comparison_tables(result, rows), output)
+        note(POINTER)
     elif format is Format.json:
         write_json(result.as_dict(), output=output, indent=2)
     elif format is Format.csv:

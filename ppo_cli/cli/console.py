@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +18,7 @@ from ppo_cli.utils.files import is_same_place, refuse_special, write_text
 from ppo_cli.utils.inventory import refuse_owned
 from ppo_cli.utils.text import escape_controls, json_text
 
+LOADING = "loading torch and transformers"  # what a command with a model does first
 TABLE_WIDTH = 80  # least width of tables, in columns; a narrower screen wraps their lines
 
 
@@ -62,6 +64,23 @@ def note(*lines: str) -> None:
     target = console(stderr=True)
     for line in lines:
         target.print(escape_controls(line), soft_wrap=True)
+
+
+@contextmanager
+def busy(what: str = LOADING, *, quiet: bool = False) -> Iterator[None]:
+    """Say what will take seconds: a spinner, which goes away; a line where there is no terminal."""
+    if quiet:
+        yield
+    elif is_plain(sys.stderr):
+        note(what)
+        yield
+    else:
+        from rich.live import Live
+        from rich.spinner import Spinner
+
+        with Live(Spinner("dots", what), console=console(stderr=True), transient=True) as live:
+            live.refresh()  # now: what follows may not let another thread draw it
+            yield
 
 
 def hush() -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ppo_cli.cli import options
+from ppo_cli.cli import completion, options
 
 
 class Dtype(StrEnum):
@@ -17,38 +17,57 @@ class Dtype(StrEnum):
 
 
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", autocompletion=completion.runs, help="Run directory.")
+    ],
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder to write; new or empty.")],
     merged: Annotated[
         bool,
         typer.Option(
-            "--merged/--adapter", help="The whole model, or the adapter alone as peft saves it."
+            "--merged/--adapter",
+            rich_help_panel=options.OUTPUT,
+            help="The whole model, or the adapter alone as peft saves it.",
         ),
     ] = True,
     dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="Type of the weights. Default: the run's.")
+        Dtype | None,
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            rich_help_panel=options.OUTPUT,
+            help="float32, bfloat16 or float16. Default: the run's.",
+        ),
     ] = None,
     trl: Annotated[
         bool,
         typer.Option(
-            "--trl", help="Also put the value head where TRL up to 0.11 reads it: in the weights."
+            "--trl",
+            rich_help_panel=options.OUTPUT,
+            help="Also put the value head where TRL up to 0.11 reads it: in the weights.",
         ),
     ] = False,
     trust_remote_code: options.Trust = None,
 ) -> None:
-    """Write a run's model to a folder of its own, for transformers, peft or TRL."""
+    """Write a run's model to a folder of its own, for transformers, peft or TRL.
+
+    Examples:
+        ppo-cli export ppo-good model
+        ppo-cli export ppo-good model --dtype bfloat16
+        ppo-cli export ppo-good adapter --adapter
+    """
     from pathlib import Path
 
-    from ppo_cli.cli.console import hush, note
+    from ppo_cli.cli.console import busy, hush, note
     from ppo_cli.training.run_directory import RunDirectory
 
     directory = RunDirectory.existing(run)
 
-    import torch
+    with busy():
+        import torch
 
-    from ppo_cli.training.export import export_model
+        from ppo_cli.training.export import export_model
 
-    hush()
+        hush()
     exported = export_model(
         directory,
         Path(folder),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ppo_cli.cli import options
+from ppo_cli.cli import completion, options
 
 if TYPE_CHECKING:
     from ppo_cli.evaluation.generate import Request
@@ -24,18 +24,28 @@ class Format(StrEnum):
 def generate(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="Run directories, model folders or hub ids."),
+        typer.Argument(
+            metavar="MODEL...",
+            autocompletion=completion.models,
+            help="Run directories, model folders or hub ids.",
+        ),
     ],
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", metavar="TEXT", help="Prompt (repeats). Default: 'This movie'."),
+        typer.Option(
+            "--prompt",
+            metavar="TEXT",
+            help="Prompt (repeats). Default: This movie.",
+            rich_help_panel=options.PROMPTS,
+        ),
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
             "--prompts",
             metavar="FILE",
-            help="As prompts.source: .txt, .csv, .jsonl, .parquet ...; - for stdin.",
+            help="Prompts in a file: .txt, .csv, .jsonl, .parquet ...; - for standard input.",
+            rich_help_panel=options.PROMPTS,
         ),
     ] = None,
     column: options.Column = "text",
@@ -43,7 +53,10 @@ def generate(
     system: Annotated[
         str | None,
         typer.Option(
-            "--system", metavar="TEXT", help="With --chat: system prompt. Default: the run's."
+            "--system",
+            metavar="TEXT",
+            help="With --chat: system prompt. Default: the run's.",
+            rich_help_panel=options.PROMPTS,
         ),
     ] = None,
     interactive: Annotated[
@@ -51,35 +64,74 @@ def generate(
         typer.Option(
             "--interactive",
             help="Read prompts from the terminal, one a line; with --chat one conversation.",
+            rich_help_panel=options.PROMPTS,
         ),
     ] = False,
     num_samples: Annotated[
         int,
         typer.Option(
-            "-n", "--num-samples", min=1, max=10_000, help="Samples per prompt and model."
+            "-n",
+            "--num-samples",
+            metavar="N",
+            min=1,
+            max=10_000,
+            help="Samples per prompt and model.",
+            rich_help_panel=options.SAMPLING,
         ),
     ] = 1,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Length limit of a response, tokens.")
+        int,
+        typer.Option(
+            "--max-new-tokens",
+            metavar="N",
+            min=1,
+            help="Length limit of a response, tokens.",
+            rich_help_panel=options.SAMPLING,
+        ),
     ] = 30,
     temperature: Annotated[
-        float, typer.Option("--temperature", help="Above 0; lower values sample likelier tokens.")
+        float,
+        typer.Option(
+            "--temperature",
+            metavar="X",
+            help="Above 0; lower values sample likelier tokens.",
+            rich_help_panel=options.SAMPLING,
+        ),
     ] = 1.0,
     top_k: Annotated[
-        int, typer.Option("--top-k", min=0, help="Sample from the k likeliest tokens; 0: off.")
+        int,
+        typer.Option(
+            "--top-k",
+            metavar="K",
+            min=0,
+            help="Sample from the k likeliest tokens; 0: off.",
+            rich_help_panel=options.SAMPLING,
+        ),
     ] = 0,
     top_p: Annotated[
-        float, typer.Option("--top-p", help="Nucleus sampling: above 0, up to 1 (off).")
+        float,
+        typer.Option(
+            "--top-p",
+            metavar="P",
+            help="Nucleus sampling: above 0, up to 1 (off).",
+            rich_help_panel=options.SAMPLING,
+        ),
     ] = 1.0,
     seed: options.Seed = 0,
     reference: Annotated[
         bool,
-        typer.Option("--reference/--no-reference", help="Also sample from the run's reference."),
+        typer.Option(
+            "--reference/--no-reference",
+            help="Also sample from the run's reference.",
+            rich_help_panel=options.SAMPLING,
+        ),
     ] = False,
     score: Annotated[
         bool | None,
         typer.Option(
-            "--score/--no-score", help="Score each sample. Default: if MODEL is a run directory."
+            "--score/--no-score",
+            help="Score each sample. Default: if MODEL is a run directory.",
+            rich_help_panel=options.SCORES,
         ),
     ] = None,
     sentiment: options.Sentiment = None,
@@ -87,11 +139,26 @@ def generate(
     reward: options.Reward = None,
     device: options.Device = "auto",
     trust_remote_code: options.Trust = None,
-    format: Annotated[Format, typer.Option("--format", help="Output format.")] = Format.table,
+    format: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="table, text or jsonl.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = Format.table,
     output: options.Output = None,
 ) -> int:
-    """Generate text with tuned models, and score it."""
+    """Generate text with tuned models, and score it.
+
+    Examples:
+        ppo-cli generate ppo-good --reference --prompt "This movie" -n 3
+        ppo-cli generate ppo-good --prompts prompts.csv --format jsonl --output samples.jsonl
+        ppo-cli generate ppo-good --interactive
+    """
     from ppo_cli.cli.console import (
+        busy,
         check_output,
         hush,
         note,
@@ -124,15 +191,16 @@ def generate(
             raise UsageError(f"--interactive answers one line at a time: leave out {odd[0]}")
     check_output(output, [*models, prompts, classifier])
 
-    with light_imports():
-        from ppo_cli.cli import requests
-        from ppo_cli.evaluation.generate import generate as generate_samples
-        from ppo_cli.evaluation.generate import load_classifier
-        from ppo_cli.models.sampling_params import SamplingParams
-    from ppo_cli.kernels.kernel_caches import limit_kernel_caches
-    from ppo_cli.training.run_directory import RunDirectory
+    with busy():
+        with light_imports():
+            from ppo_cli.cli import requests
+            from ppo_cli.evaluation.generate import generate as generate_samples
+            from ppo_cli.evaluation.generate import load_classifier
+            from ppo_cli.models.sampling_params import SamplingParams
+        from ppo_cli.kernels.kernel_caches import limit_kernel_caches
+        from ppo_cli.training.run_directory import RunDirectory
 
-    hush()
+        hush()
     limit_kernel_caches()
     if score is None:
         is_scored = bool(classifier or reward)
@@ -202,9 +270,9 @@ def generate(
         ]
         write_result("\n".join(lines), output)
     else:
-        from ppo_cli.reporting.tables import generation_table
+        from ppo_cli.reporting.tables import generated_texts
 
-        print_tables([generation_table(results, scorer is not None)], output)
+        print_tables([generated_texts(results, scorer is not None)], output)
     return 0
 
 

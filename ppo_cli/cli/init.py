@@ -8,65 +8,130 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ppo_cli.cli import completion
+
 if TYPE_CHECKING:
     from ppo_cli.config.starting import Answers
 
 DEFAULT_FILE = "ppo.yaml"
+CHOICES, FILE = "Choices", "File"
 
 
 def init(
     file: Annotated[
-        str, typer.Argument(metavar="[FILE]", help="File to write; - for standard output.")
+        str,
+        typer.Argument(
+            metavar="[FILE]", help=f"File to write; - for standard output. Default: {DEFAULT_FILE}."
+        ),
     ] = DEFAULT_FILE,
     model: Annotated[
-        str | None, typer.Option("--model", help="Model to tune: folder, hub id or 'embedded'.")
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            autocompletion=completion.classifiers,
+            help="Model to tune: folder, hub id or embedded.",
+            rich_help_panel=CHOICES,
+        ),
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option("--prompts", help="Texts: file, folder, dataset on the hub or 'embedded'."),
+        typer.Option(
+            "--prompts",
+            metavar="DATA",
+            help="Texts: file, folder, dataset on the hub or embedded.",
+            rich_help_panel=CHOICES,
+        ),
     ] = None,
-    column: Annotated[str | None, typer.Option("--column", help="Column of the texts.")] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            "--column", metavar="NAME", help="Column of the texts.", rich_help_panel=CHOICES
+        ),
+    ] = None,
     reward: Annotated[
         str | None,
-        typer.Option("--reward", help="Classifier: folder, hub id or 'embedded'."),
+        typer.Option(
+            "--reward",
+            metavar="MODEL",
+            autocompletion=completion.classifiers,
+            help="Classifier: folder, hub id or embedded.",
+            rich_help_panel=CHOICES,
+        ),
     ] = None,
     sentiment: Annotated[
-        str | None, typer.Option("--sentiment", help="Label to steer towards.")
+        str | None,
+        typer.Option(
+            "--sentiment",
+            metavar="LABEL",
+            autocompletion=completion.labels,
+            help="Label to steer towards.",
+            rich_help_panel=CHOICES,
+        ),
     ] = None,
     adapter: Annotated[
         bool | None,
-        typer.Option("--adapter/--no-adapter", help="Train a low-rank adapter only."),
+        typer.Option(
+            "--adapter/--no-adapter", help="Train a low-rank adapter only.", rich_help_panel=CHOICES
+        ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Number of PPO steps.")
+        int | None,
+        typer.Option(
+            "--steps", metavar="N", min=1, help="Number of PPO steps.", rich_help_panel=CHOICES
+        ),
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", metavar="DIR", help="Run directory.")
+        str | None,
+        typer.Option("--output", metavar="DIR", help="Run directory.", rich_help_panel=CHOICES),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
             "--from",
-            metavar="NAME|FILE.yaml",
+            metavar="CONFIG",
+            autocompletion=completion.configurations,
             help="Configuration that gives all other settings. Default: by the model.",
+            rich_help_panel=CHOICES,
         ),
     ] = None,
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other value (repeats)."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            autocompletion=completion.settings,
+            help="Any other value (repeats).",
+            rich_help_panel=CHOICES,
+        ),
     ] = None,
     every_key: Annotated[
-        bool, typer.Option("--all", help="List all keys, those with their defaults in comments.")
+        bool,
+        typer.Option(
+            "--all",
+            help="List all keys, those with their defaults in comments.",
+            rich_help_panel=FILE,
+        ),
     ] = False,
     ask: Annotated[
         bool,
-        typer.Option("--ask/--no-ask", help="At a terminal, ask for what no option gives."),
+        typer.Option(
+            "--ask/--no-ask",
+            help="At a terminal, ask for what no option gives.",
+            rich_help_panel=FILE,
+        ),
     ] = True,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file that exists.")
+        bool, typer.Option("--overwrite", help="Replace a file that exists.", rich_help_panel=FILE)
     ] = False,
 ) -> None:
-    """Write a commented configuration for `train --config`."""
+    """Write a commented configuration for 'train --config'.
+
+    Examples:
+        ppo-cli init
+        ppo-cli init my.yaml --model gpt2 --prompts reviews.csv --adapter --no-ask
+        ppo-cli init - --from gpt2-imdb --all
+    """
     from ppo_cli.cli.console import check_output, note, write_result
     from ppo_cli.config.starting import Answers, base_of, starting_config
     from ppo_cli.errors import UsageError

@@ -4,16 +4,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ppo_cli.cli import completion
+
 if TYPE_CHECKING:
     from ppo_cli.training.run_directory import RunDirectory
 
 
 def plot(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", autocompletion=completion.runs, help="Run directories."),
+    ],
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            "--metric", metavar="KEY", help="Metric to draw (repeats). Default: loss, reward."
+            "--metric",
+            metavar="KEY",
+            autocompletion=completion.metrics,
+            help="Metric to draw (repeats). Default: loss, reward.",
         ),
     ] = None,
     smooth: Annotated[
@@ -24,6 +32,7 @@ def plot(
         str | None,
         typer.Option(
             "--output",
+            metavar="FILE",
             help=".png, .svg or .pdf. Default: training.png, with --frontier frontier.png, in the "
             "first run.",
         ),
@@ -40,7 +49,13 @@ def plot(
         ),
     ] = False,
 ) -> None:
-    """Draw loss and mean reward, or any other metric, of one or several runs."""
+    """Draw loss and mean reward, or any other metric, of one or several runs.
+
+    Examples:
+        ppo-cli plot ppo-good ppo-bad --output both.png
+        ppo-cli plot ppo-good --metric objective/kl --metric eval/score --terminal
+        ppo-cli plot ppo-good --frontier
+    """
     from pathlib import Path
 
     from ppo_cli.cli.console import check_output, console, write_result

@@ -4,9 +4,13 @@ from typing import Annotated
 
 import typer
 
+from ppo_cli.cli import completion
+
 
 def push(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", autocompletion=completion.runs, help="Run directory.")
+    ],
     repository: Annotated[
         str, typer.Argument(metavar="OWNER/NAME", help="Model repository on the hub.")
     ],
@@ -27,7 +31,12 @@ def push(
         bool, typer.Option("--dry-run", help="List what would be uploaded, upload nothing.")
     ] = False,
 ) -> int:
-    """Upload a run's model, card and metrics to the hub."""
+    """Upload a run's model, card and metrics to the hub.
+
+    Examples:
+        ppo-cli push ppo-good me/gpt2-cheerful --dry-run
+        ppo-cli push ppo-good me/gpt2-cheerful --private
+    """
     from ppo_cli.cli.console import console, note, print_tables, write_result
     from ppo_cli.reporting.tables import upload_table
     from ppo_cli.training.run_directory import RunDirectory

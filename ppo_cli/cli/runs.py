@@ -4,18 +4,27 @@ from typing import Annotated
 
 import typer
 
+from ppo_cli.cli import completion
+
 
 def runs(
     places: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[DIR | RUN RUN...]",
+            autocompletion=completion.runs,
             help="Folder to search, four folders deep (default: this one), or runs to compare.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """List run directories, or say how some of them differ."""
+    """List run directories, or say how some of them differ.
+
+    Examples:
+        ppo-cli runs
+        ppo-cli runs experiments --json
+        ppo-cli runs ppo-good ppo-bad
+    """
     from ppo_cli.cli.console import note, print_tables, write_json
     from ppo_cli.reporting.run_tables import difference_tables, run_table
     from ppo_cli.training.run_list import differences, find_runs, summarise

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 MIN_COLUMNS = 20  # of tables and charts
 ESCAPES = "ppo_cli.escapes"  # the error handler of both streams
-IN_ASCII = {"⏎": r"\n"}  # for characters that this program adds to text
+IN_ASCII = {"⏎": r"\n", "…": "..."}  # for characters that this program adds to text
 
 
 def settle() -> None:

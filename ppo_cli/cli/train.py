@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ppo_cli.cli import options
+from ppo_cli.cli import completion, options
 from ppo_cli.cli.reward_options import consent, reward_lines
 from ppo_cli.cli.streams import say_at_once
 from ppo_cli.errors import DivergenceError, Interrupted, PPOCliError, UsageError
@@ -27,6 +27,7 @@ Overrides = Mapping[tuple[str, str], Any]
 SAME_SIGNAL = 1.0
 """Seconds within which a signal to one of several processes counts once: a launcher passes on what
 the terminal or the batch system has sent to the process as well."""
+REQUEST, TRAINING, TRIAL = "Model, data and reward", "Training", "Resuming and trying out"
 HANGUP = {signal.SIGHUP} if hasattr(signal, "SIGHUP") else set()  # Windows has none
 
 
@@ -35,16 +36,21 @@ def train(
         str | None,
         typer.Option(
             "--config",
-            metavar="NAME|FILE.yaml",
-            help="Configuration, or the run.yaml of a run. Default: tiny.",
+            metavar="CONFIG",
+            autocompletion=completion.configurations,
+            help="Name (see 'ppo-cli config'), YAML file, or run directory. Default: tiny.",
+            rich_help_panel=REQUEST,
         ),
     ] = None,
     sentiment: Annotated[
         str | None,
         typer.Option(
             "--sentiment",
-            metavar="positive|negative|LABEL",
-            help="Label to steer towards. Default: the configuration's, positive.",
+            metavar="LABEL",
+            autocompletion=completion.labels,
+            help="positive, negative or another label of the classifier. Default: positive, or the "
+            "configuration's.",
+            rich_help_panel=REQUEST,
         ),
     ] = None,
     reward: Annotated[
@@ -54,6 +60,7 @@ def train(
             metavar="FILE.py:FUNCTION[=WEIGHT]",
             help="Score with this Python function or URL instead of the classifier; with "
             "--sentiment, besides it (repeats).",
+            rich_help_panel=REQUEST,
         ),
     ] = None,
     output: Annotated[
@@ -61,35 +68,70 @@ def train(
         typer.Option(
             "--output",
             metavar="DIR",
+            autocompletion=completion.runs,
             help="Run directory. Default: ppo-good, ppo-bad or ppo-LABEL.",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Number of PPO steps.")
+        int | None,
+        typer.Option(
+            "--steps",
+            metavar="N",
+            min=1,
+            help="Number of PPO steps. Default: the configuration's.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of all random numbers.")
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            min=0,
+            max=2**32 - 1,
+            help="Seed of all random numbers. Default: the configuration's.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     kl: Annotated[
         float | None,
         typer.Option(
-            "--kl", metavar="NATS", help="KL per response to end at, with the best score there."
+            "--kl",
+            metavar="NATS",
+            help="KL per response to end at, with the best score there.",
+            rich_help_panel=TRAINING,
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            autocompletion=completion.devices,
+            help="auto, cpu, cuda, cuda:N or mps. Default: auto.",
+            rich_help_panel=options.MACHINE,
+        ),
     ] = None,
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value (repeats)."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            autocompletion=completion.settings,
+            help="Change a key of the configuration, such as ppo.init_kl_coef=0.1 (repeats).",
+            rich_help_panel=REQUEST,
+        ),
     ] = None,
     track: Annotated[
         list[str] | None,
         typer.Option(
             "--track",
-            metavar="TRACKER,...",
-            help="Send all metrics to tensorboard, wandb, trackio, mlflow, comet_ml, aim, clearml, "
-            "dvclive, swanlab, or none (repeats).",
+            metavar="NAME,...",
+            autocompletion=completion.trackers,
+            help="Send all metrics to aim, clearml, comet_ml, dvclive, mlflow, swanlab, "
+            "tensorboard, trackio, wandb, or none (repeats).",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
     num_processes: Annotated[
@@ -100,27 +142,40 @@ def train(
             max=1024,
             metavar="N",
             help="Share the run's batches among N processes of this machine, one a GPU.",
+            rich_help_panel=options.MACHINE,
         ),
     ] = None,
     trust_remote_code: options.Trust = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the run directory's newest checkpoint.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue from the run directory's newest checkpoint.",
+            rich_help_panel=TRIAL,
+        ),
     ] = False,
     allow_changed_inputs: Annotated[
         bool,
         typer.Option(
             "--allow-changed-inputs",
             help="With --resume: continue although a model or the prompts have changed.",
+            rich_help_panel=TRIAL,
         ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a run directory that exists.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace a run directory that exists.",
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
             help="Load and check everything, say what the run will take, write nothing.",
+            rich_help_panel=TRIAL,
         ),
     ] = False,
     measure: Annotated[
@@ -128,15 +183,28 @@ def train(
         typer.Option(
             "--measure/--no-measure",
             help="With --dry-run: make a few small steps, to say time and memory.",
+            rich_help_panel=TRIAL,
         ),
     ] = True,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Show no progress.", rich_help_panel=options.OUTPUT)
+    ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as one JSON object.")
+        bool,
+        typer.Option(
+            "--json", help="Print the summary as one JSON object.", rich_help_panel=options.OUTPUT
+        ),
     ] = False,
 ) -> int:
-    """Tune a language model with PPO towards a sentiment, or a reward of your own."""
-    from ppo_cli.cli.console import hush, note, print_tables, write_json
+    """Tune a language model with PPO towards a sentiment, or a reward of your own.
+
+    Examples:
+        ppo-cli train --sentiment positive --seed 1
+        ppo-cli train --config gpt2-imdb --kl 4 --dry-run
+        ppo-cli train --set policy.model=gpt2 --set prompts.source=reviews.csv --output my-run
+        ppo-cli train --output my-run --resume
+    """
+    from ppo_cli.cli.console import busy, hush, note, print_tables, write_json
     from ppo_cli.cli.launch import launch
     from ppo_cli.config.trackers import as_names, check_installed
     from ppo_cli.kernels.switch import configured
@@ -174,22 +242,23 @@ def train(
     if launches:
         return launch(num_processes or 1)
     kernels = configured(settings.policy.kernels)
-    # The request is known to be sound; only now come the imports that take seconds.
-    from ppo_cli.cli.display import make_display
-    from ppo_cli.reporting.tables import summary_table
-    from ppo_cli.training.build import build_training
-    from ppo_cli.training.fast_paths import report as fast_path_lines
-    from ppo_cli.utils import processes
-    from ppo_cli.utils.device import resolve_device
-
-    hush()
-    display = make_display(quiet)
     if not quiet:
         note(
             f"policy {settings.policy.model}, {settings.reward.describe()}, "
             f"prompts {settings.prompts.name} -> {settings.output}"
         )
         note(*reward_lines(settings.reward))
+    # The request is known to be sound; only now come the imports that take seconds.
+    with busy(quiet=quiet):
+        from ppo_cli.cli.display import make_display
+        from ppo_cli.reporting.tables import summary_table
+        from ppo_cli.training.build import build_training
+        from ppo_cli.training.fast_paths import report as fast_path_lines
+        from ppo_cli.utils import processes
+        from ppo_cli.utils.device import resolve_device
+
+        hush()
+    display = make_display(quiet)
     with kernels, _StopSignals(quiet or launcher.index() > 0) as stop:
         training = build_training(
             settings,

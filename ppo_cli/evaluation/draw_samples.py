@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ppo_cli.data.chat import Message
@@ -145,15 +147,17 @@ def score_rollout(
         columns: B rows of data columns, for rewards.
         end_ids: tokens that end a response, likewise.
     """
+    ended = _ended(rollout.responses, end_ids)
     if reward is None:
-        pairs = zip(query_texts, rollout.response_texts, strict=True)
+        rows = zip(query_texts, rollout.response_texts, rollout.messages, ended, strict=True)
         return [
-            Sample(*texts, None, None, messages, continues=rollout.continues)
-            for texts, messages in zip(pairs, rollout.messages, strict=True)
+            Sample(query, response, None, None, messages, continues=rollout.continues, ended=end)
+            for query, response, messages, end in rows
         ]
     batch = RewardBatch.of(rollout, query_texts, columns, end_ids)
     scorer = RewardSum.of(reward)
-    return samples_of(batch, scorer.score(batch), has_terms=scorer.is_composed)
+    samples = samples_of(batch, scorer.score(batch), has_terms=scorer.is_composed)
+    return [replace(sample, ended=end) for sample, end in zip(samples, ended, strict=True)]
 
 
 def samples_of(batch: RewardBatch, scores: Scores, *, has_terms: bool) -> list[Sample]:
@@ -172,3 +176,14 @@ def samples_of(batch: RewardBatch, scores: Scores, *, has_terms: bool) -> list[S
         strict=True,
     )
     return [Sample(*row) for row in rows]
+
+
+def _ended(responses: Sequence[Tensor], end_ids: Collection[int]) -> list[bool]:
+    """Whether the last token of each response is one that ends responses."""
+    lengths = [len(response) for response in responses]
+    if not sum(lengths):
+        return [False] * len(lengths)
+    ids = torch.cat(list(responses)).tolist()  # all at once: a GPU is waited for once
+    ends = np.cumsum(lengths)
+    pairs = zip(lengths, ends, strict=True)
+    return [bool(length) and ids[end - 1] in end_ids for length, end in pairs]

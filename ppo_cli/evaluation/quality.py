@@ -19,7 +19,7 @@ from ppo_cli.evaluation.samples import (
     mean_rewards,
     mean_score,
 )
-from ppo_cli.ppo.statistics import Statistic
+from ppo_cli.ppo.statistics import RUN_STATISTICS, STATISTICS, Statistic
 from ppo_cli.utils.ngrams import distinct, most_common, repetition
 
 
@@ -69,6 +69,7 @@ class Measure:
         of_reference: whether a run's metrics also hold the reference's, as `eval/reference_KEY`.
         document_key: its key in the document of `compare`; empty for `key`.
         description: its description in that document's JSON Schema; empty for `meaning`.
+        unit, formula, healthy, remedy: as in `Statistic`.
     """
 
     key: str
@@ -82,6 +83,20 @@ class Measure:
     of_reference: bool = False
     document_key: str = ""
     description: str = ""
+    unit: str = ""
+    formula: str = ""
+    healthy: str = ""
+    remedy: str = ""
+
+    def statistic(self, *, of_reference: bool = False) -> Statistic:
+        """The measure as a statistic of a run, of the policy or of the reference."""
+        if of_reference:
+            return Statistic(
+                f"the reference's: {self.meaning}", unit=self.unit, formula=self.formula
+            )
+        detail = "Only with a classifier." if self.needs_classifier else ""
+        texts = detail, self.unit, self.formula, self.healthy, self.remedy
+        return Statistic(self.meaning, False, False, *texts)
 
 
 def _on_target(samples: Sequence[Sample], _: Likelihoods) -> float:
@@ -106,6 +121,10 @@ MEASURES: tuple[Measure, ...] = (
         of_reference=True,
         document_key="mean_score",
         description="The score, its mean.",
+        unit="score",
+        formula="mean over the held-out prompts",
+        healthy="above the reference's (eval/reference_score), and level at the end",
+        remedy="as for env/reward_mean",
     ),
     Measure(
         "probability",
@@ -116,6 +135,10 @@ MEASURES: tuple[Measure, ...] = (
         needs_classifier=True,
         document_key="mean_probability",
         description="Probability of the label, its mean; null without a classifier.",
+        unit="a share, 0 to 1",
+        formula="mean of the classifier's P(label)",
+        healthy="rises towards 1",
+        remedy="as for env/reward_mean",
     ),
     Measure(
         "on_target",
@@ -126,6 +149,10 @@ MEASURES: tuple[Measure, ...] = (
         needs_classifier=True,
         description="Share of samples to which the label has a probability over a half; null "
         "without a classifier.",
+        unit="a share, 0 to 1",
+        formula="share with P(label) > 0.5",
+        healthy="rises towards 1",
+        remedy="as for env/reward_mean",
     ),
     Measure(
         "kl",
@@ -137,6 +164,16 @@ MEASURES: tuple[Measure, ...] = (
         of_each=lambda _, likelihoods: likelihoods.kl,
         description="KL from the reference, nats per response; null where there is no comparing "
         "the two.",
+        unit="nats per response",
+        formula=(
+            "sum over a response's tokens of the exact KL between the next-token distributions "
+            "of policy and reference, mean"
+        ),
+        healthy=(
+            "a few nats for short responses; the less for the same score, the better (ppo-cli "
+            "plot RUN --frontier)"
+        ),
+        remedy="too high: --kl N, a higher ppo.init_kl_coef, or weights of an earlier step",
     ),
     Measure(
         "entropy",
@@ -145,6 +182,10 @@ MEASURES: tuple[Measure, ...] = (
         2,
         lambda _, likelihoods: float(likelihoods.entropy.sum()) / likelihoods.total_tokens,
         description="Of the model's next token, nats.",
+        unit="nats per token",
+        formula="-sum over the vocabulary of p log p, mean over response tokens",
+        healthy="somewhat below the reference's",
+        remedy="far below: raise ppo.init_kl_coef or set ppo.ent_coef",
     ),
     Measure(
         "perplexity",
@@ -155,6 +196,13 @@ MEASURES: tuple[Measure, ...] = (
         needs_reference=True,
         of_reference=True,
         description="Of the responses under the reference; null where that cannot read them.",
+        unit="no unit",
+        formula="exp(-mean log p(token) under the reference)",
+        healthy="near the reference's own (eval/reference_perplexity)",
+        remedy=(
+            "far above: the text is odd to the reference; raise ppo.init_kl_coef. Far below: it "
+            "is monotonous; see distinct_2"
+        ),
     ),
     # Li et al. 2016 (https://arxiv.org/abs/1510.03055).
     Measure(
@@ -164,6 +212,13 @@ MEASURES: tuple[Measure, ...] = (
         3,
         lambda samples, _: distinct(_texts(samples), 1),
         description="Share of different words among all. Falls with the number of samples.",
+        unit="a share, 0 to 1",
+        formula=(
+            "different words / words of all responses (Li et al. 2016); falls with the number of "
+            "samples"
+        ),
+        healthy="not far below the reference's; the default run keeps four fifths of it",
+        remedy="raise ppo.init_kl_coef, or set ppo.ent_coef",
     ),
     Measure(
         "distinct_2",
@@ -174,6 +229,13 @@ MEASURES: tuple[Measure, ...] = (
         of_reference=True,
         description="Share of different pairs of words among all. Falls with the number of "
         "samples.",
+        unit="a share, 0 to 1",
+        formula=(
+            "different word pairs / word pairs of all responses (Li et al. 2016); falls with the "
+            "number of samples"
+        ),
+        healthy="not far below the reference's; the default run keeps four fifths of it",
+        remedy="raise ppo.init_kl_coef, or set ppo.ent_coef",
     ),
     Measure(
         "repetition",
@@ -182,6 +244,10 @@ MEASURES: tuple[Measure, ...] = (
         3,
         lambda samples, _: repetition(_texts(samples)),
         description="Share of a response's word pairs that it contains already, mean.",
+        unit="a share, 0 to 1",
+        formula="share of a response's word pairs that it had before, mean (Welleck et al. 2020)",
+        healthy="near the reference's",
+        remedy="reward.repetition_cost, or a higher ppo.init_kl_coef",
     ),
     Measure(
         "most_common",
@@ -190,6 +256,10 @@ MEASURES: tuple[Measure, ...] = (
         3,
         lambda samples, _: most_common(_texts(samples)),
         description="Share of samples that the most frequent response makes up.",
+        unit="a share, 0 to 1",
+        formula="share of the most frequent response",
+        healthy="near 0; 1 is collapse",
+        remedy="raise ppo.init_kl_coef; run.collapse_limit ends such a run",
     ),
     Measure(
         "length",
@@ -198,6 +268,10 @@ MEASURES: tuple[Measure, ...] = (
         1,
         lambda _, likelihoods: float(likelihoods.tokens.mean()),
         description="Tokens per response, an end-of-text token included.",
+        unit="tokens",
+        formula="mean, an end-of-text token included",
+        healthy="near the reference's, unless the reward is about length",
+        remedy="as for tokens/responses_len_mean",
     ),
 )
 
@@ -274,14 +348,14 @@ def evaluation_statistics(policy: Quality, reference: Quality) -> dict[str, floa
 
 def explained_statistics() -> dict[str, Statistic]:
     """The keys of `evaluation_statistics`, and what they mean."""
-    own = {
-        f"eval/{m.key}": Statistic(
-            m.meaning, detail="Only with a classifier." if m.needs_classifier else ""
-        )
-        for m in MEASURES
-    }
+    own = {f"eval/{m.key}": m.statistic() for m in MEASURES}
     return own | {
-        f"eval/reference_{m.key}": Statistic(f"the reference's: {m.meaning}")
+        f"eval/reference_{m.key}": m.statistic(of_reference=True)
         for m in MEASURES
         if m.of_reference
     }
+
+
+def all_statistics() -> dict[str, Statistic]:
+    """Every key that a step, a run or an evaluation has, and what it means."""
+    return STATISTICS | RUN_STATISTICS | explained_statistics()

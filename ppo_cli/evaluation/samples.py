@@ -21,6 +21,7 @@ class Sample:
         reward: in training what PPO learned from, None elsewhere: `rewards` add up to it.
         messages: the conversation that the response answers; None for a text.
         continues: whether the response continues the query, where that is a text.
+        ended: whether the model ended the response itself, rather than the limit on its length.
     """
 
     query: str
@@ -31,6 +32,7 @@ class Sample:
     rewards: Mapping[str, float | None] = field(default_factory=dict)
     reward: float | None = None
     continues: bool = True
+    ended: bool = True
 
     @property
     def gap(self) -> str:
@@ -40,7 +42,7 @@ class Sample:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `messages`, `rewards` and `reward` only where there are any."""
         values = asdict(self)
-        del values["continues"]
+        del values["continues"], values["ended"]
         if self.messages is None:
             del values["messages"]
         if self.reward is None:

@@ -7,7 +7,6 @@ import io
 from collections.abc import Callable, Sequence
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ppo_cli.evaluation import quality
@@ -19,11 +18,12 @@ from ppo_cli.evaluation.comparison_result import (
     Comparison,
     ModelResult,
     PairedDifference,
+    Row,
 )
-from ppo_cli.reporting.tables import below, cell, titled_table
+from ppo_cli.reporting.layout import FittingTable, Said, Texts, cell
+from ppo_cli.reporting.tables import below, marked, splits_word
 from ppo_cli.utils.text import markdown_text, spreadsheet_text
 
-MODELS_ABREAST = 4  # columns of models that fit into 80 characters
 SHARE_TITLE = "each model beside best-of-n from the reference"
 BEST_HEADS = ("n", "KL at most", "score", "95 % interval")
 ANSWER_COLUMNS = ("query", "model", "response", "score", "probability", "kl", "tokens")
@@ -43,22 +43,22 @@ def comparison_tables(comparison: Comparison, rows: int) -> list[RenderableType]
     tables: list[RenderableType] = []
     total = len(comparison.rows)
     if shown := min(rows, total):
-        tables.append(_side_by_side(comparison, shown))
+        tables.append(_first_rows(comparison, shown))
     for title, changes in changed_parts(comparison):
         tables.append(_changed(comparison, title, changes))
-    for start in range(0, len(comparison.models), MODELS_ABREAST):
-        models = comparison.models[start : start + MODELS_ABREAST]
-        heads = ("", *(model.model for model in models))
-        lines = measures(comparison.label, models)
-        tables.append(_table(f"means over {total} prompts", heads, lines))
-    paired = [paired_line(item) for item in comparison.differences]
-    tables.append(_table("paired differences in score", PAIRED_HEADS, paired))
+    heads = ("", *(model.model for model in comparison.models))
+    means = FittingTable(heads, measures(comparison.label, comparison.models))
+    tables.append(below(f"means over {total} prompts", means))
+    paired = FittingTable(
+        PAIRED_HEADS, [paired_line(item) for item in comparison.differences], by_row=True
+    )
+    tables.append(below("paired differences in score", paired))
     if comparison.best_of_n is not None:
         curve = comparison.best_of_n
-        tables.append(_table(best_of_title(curve), BEST_HEADS, best_of_lines(curve)))
-        for start in range(0, len(comparison.shares), MODELS_ABREAST):
-            shares = comparison.shares[start : start + MODELS_ABREAST]
-            tables.append(_table(SHARE_TITLE, share_heads(shares), share_lines(shares)))
+        best = FittingTable(BEST_HEADS, best_of_lines(curve), by_row=True)
+        tables.append(below(best_of_title(curve), best))
+        shares = FittingTable(share_heads(comparison.shares), share_lines(comparison.shares))
+        tables.append(below(SHARE_TITLE, shares))
         if notes := [cell(note) for note in share_notes(comparison)]:
             tables[-1] = Group(tables[-1], *notes)
     return tables
@@ -229,45 +229,39 @@ def comparison_csv(comparison: Comparison) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def _side_by_side(comparison: Comparison, shown: int) -> Table:
-    total = len(comparison.rows)
-    table = titled_table(f"{comparison.title}; {shown} of {total} prompts")
-    table.add_column("query", ratio=3)
-    for model in comparison.models:
-        table.add_column(cell(model.model), ratio=4)
-    for i, row in enumerate(comparison.rows[:shown]):
-        answers = [_answer(answer) for answer in row.responses]
-        table.add_row(cell(row.query), *answers, end_section=i < shown - 1)
-    return table
+def _first_rows(comparison: Comparison, shown: int) -> Group:
+    groups = [_group(comparison, row, row.responses) for row in comparison.rows[:shown]]
+    title = f"{comparison.title}; {shown} of {len(comparison.rows)} prompts"
+    return Group(cell(title, style="italic"), Text(""), Texts(groups), Text(""))
 
 
-def _changed(comparison: Comparison, title: str, changes: Sequence[Change]) -> Table:
-    table = titled_table(title)
-    table.add_column("change", justify="right", no_wrap=True)
-    table.add_column("query", ratio=3)
-    for name in (comparison.changes.first, comparison.changes.second):
-        table.add_column(cell(name), ratio=5)
-    for i, change in enumerate(changes):
-        by, query, first, second = changed_line(comparison, change)
-        last = i == len(changes) - 1
-        table.add_row(
-            f"{by:+.2f}", cell(query), _answer(first), _answer(second), end_section=not last
-        )
-    return table
+def _changed(comparison: Comparison, title: str, changes: Sequence[Change]) -> Group:
+    groups = []
+    for change in changes:
+        by, _, *answers = changed_line(comparison, change)
+        heading, said = _group(comparison, comparison.rows[change.row], answers)
+        groups.append((f"{by:+.2f}  {heading}", said))
+    return Group(cell(title, style="italic"), Text(""), Texts(groups), Text(""))
 
 
-def _answer(answer: Answer) -> Text:
-    return cell(answer.response.strip() + " ").append(f"{answer.score:.2f}", style="bold cyan")
+def _group(comparison: Comparison, row: Row, answers: Sequence[Answer]) -> tuple[str, list[Said]]:
+    """A prompt, and what models answer to it; ellipses mark what is a part."""
+    is_split = _continues(comparison) and any(
+        splits_word(row.query, answer.response) for answer in answers
+    )
+    said = []
+    for answer in answers:
+        begins = not (is_split and splits_word(row.query, answer.response))
+        is_whole = answer.tokens < comparison.max_new_tokens
+        text = marked(answer.response, begins=begins, ends=is_whole)
+        said.append(Said(answer.model, [f"{answer.score:.2f}"], text))
+    return marked(row.query, ends=not is_split), said
 
 
-def _table(title: str, heads: Sequence[str], lines: Sequence[Line]) -> Group:
-    """Names on the left, numbers on the right."""
-    table = titled_table(None)
-    for i, head in enumerate(heads):
-        table.add_column(cell(head), justify="right" if i else "left")
-    for line in lines:
-        table.add_row(*(cell(value) for value in line))
-    return below(title, table)
+def _continues(comparison: Comparison) -> bool:
+    """Whether responses go on where their queries end: some of them begin with a space then."""
+    texts = (answer.response for row in comparison.rows for answer in row.responses)
+    return any(text[:1].isspace() for text in texts)
 
 
 def _markdown_table(heads: Sequence[str], lines: Sequence[Line], right: bool = True) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ppo_cli.reporting.tables import cell
+from ppo_cli.reporting.layout import cell
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ppo_cli.reporting.tables import cell
+from ppo_cli.reporting.layout import cell
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from ppo_cli.evaluation.quality import MEASURES
-from ppo_cli.reporting.tables import below, cell, titled_table
+from ppo_cli.reporting.layout import FittingTable, cell
+from ppo_cli.reporting.tables import below
 from ppo_cli.utils.text import shortened
 
 MAX_VALUE = 60  # characters of a setting in a table
@@ -70,21 +70,21 @@ class RunDifferences:
 
 def run_table(runs: Sequence[RunSummary]) -> Group:
     """One row a run, and the notes below."""
-    table = titled_table(None)
-    for heading in ("run", "label", "steps", "score", "KL", "state"):
-        table.add_column(
-            heading, justify="right" if heading in ("steps", "score", "KL") else "left"
-        )
+    lines = []
     for run in runs:
         planned = "?" if run.planned_steps is None else str(run.planned_steps)
-        table.add_row(
-            cell(run.path),
-            cell(run.label or "-"),
-            f"{run.steps}/{planned}",
-            _shown(run.results.get("score"), 2),
-            _shown(run.results.get("kl"), 2),
-            cell(f"{run.state} at step {run.steps}" if _is_cut(run) else run.state),
+        lines.append(
+            (
+                run.path,
+                run.label or "-",
+                f"{run.steps}/{planned}",
+                _shown(run.results.get("score"), 2),
+                _shown(run.results.get("kl"), 2),
+                f"{run.state} at step {run.steps}" if _is_cut(run) else run.state,
+            )
         )
+    heads = ("run", "label", "steps", "score", "KL", "state")
+    table = FittingTable(heads, lines, by_row=True, texts=(1, 5))
     notes = [cell(f"{run.path}: {run.note}") for run in runs if run.note]
     return Group(table, *notes)
 
@@ -118,14 +118,9 @@ def _is_cut(run: RunSummary) -> bool:
     return run.state in ("interrupted", "diverged", "running")
 
 
-def _columns(runs: Sequence[RunSummary], rows: Mapping[str, Sequence[str]]) -> Table:
-    table = titled_table(None)
-    table.add_column("")
-    for run in runs:
-        table.add_column(cell(run.path), justify="right")
-    for key, values in rows.items():
-        table.add_row(cell(key), *map(cell, values))
-    return table
+def _columns(runs: Sequence[RunSummary], rows: Mapping[str, Sequence[str]]) -> FittingTable:
+    heads = ("", *(run.path for run in runs))
+    return FittingTable(heads, [(key, *values) for key, values in rows.items()])
 
 
 def _shown(value: float | None, places: int) -> str:
