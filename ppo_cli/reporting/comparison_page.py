@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from ppo_cli.evaluation import quality
 from ppo_cli.evaluation.best_of_n import BestOfN
-from ppo_cli.evaluation.comparison_result import Answer, Comparison, Row
+from ppo_cli.evaluation.comparison_result import Answer, Comparison
 from ppo_cli.reporting import comparison_tables as tables
 from ppo_cli.reporting import page_charts as charts
 from ppo_cli.reporting.frontier import Trail
@@ -32,7 +32,8 @@ from ppo_cli.utils.text import escape_controls
 LONG_NAME = 32  # characters, over which a path is shown by its last part
 LEVELS = 7  # of a score's colour
 WORDS, PAIRS = 8, 5  # most changed ones that are listed, more frequent and less
-ABREAST = 3  # columns of a table that fit a telephone
+ABREAST, ABREAST_LETTERS = 2, 18  # models, and letters of their names, that fit a telephone
+MANY = 200  # prompts, over which a browser draws only those in sight
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,7 @@ def comparison_html(comparison: Comparison, details: PageDetails | None = None) 
         verdict=verdict(comparison, names),
         tiles=_tiles(comparison, names),
         measures=tables.measures(comparison.label, comparison.models),
-        meanings={
-            m.name.format(label=comparison.label): m.meaning for m in quality.MEASURES
-        },
+        meanings={m.name.format(label=comparison.label): m.meaning for m in quality.MEASURES},
         histograms=charts.histograms(comparison, names),
         intervals=charts.interval_rows(comparison) if several else None,
         paired=[tables.paired_line(item) for item in comparison.differences],
@@ -87,7 +86,8 @@ def comparison_html(comparison: Comparison, details: PageDetails | None = None) 
         grams=_grams(grams),
         tables=tables,
         level=_levels(comparison),
-        stack=len(names) > ABREAST,
+        stack=len(names) > ABREAST or sum(map(len, names)) > ABREAST_LETTERS,
+        many=len(comparison.rows) > MANY,
         settings=_settings(comparison, details),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -25,6 +25,10 @@ CURVES = (
     ("Mean reward", "env/reward_mean"),
     ("KL from the reference, nats", "objective/kl"),
 )
+PALE = (
+    "Pale lines: the evaluations during training, from the reference on, on the run's own held-out "
+    "prompts."
+)
 COLOURS = 6  # that the style sheet has for models
 
 
@@ -122,7 +126,7 @@ def histograms(comparison: Comparison, names: Sequence[str]) -> tuple[Axis, list
     found = []
     for i, name in enumerate(names):
         bars = [
-            (round(100 * k / BINS, 2), round(100 / BINS, 2), round(100 * n / counts.max(), 1))
+            (round(100 * k / BINS, 2), round(90 / BINS, 2), round(100 * n / counts.max(), 1))
             for k, n in enumerate(counts[i].tolist())
             if n
         ]
@@ -159,7 +163,10 @@ def frontier_chart(
     ]
     if all(name == REFERENCE for *_, name in models):
         return None
-    colours = {m.model: colour(i, name) for i, (m, name) in enumerate(zip(comparison.models, names))}
+    colours = {
+        m.model: colour(i, name)
+        for i, (m, name) in enumerate(zip(comparison.models, names, strict=True))
+    }
     points = curve.points if curve else []
     xs = [kl for kl, *_ in models] + [point.kl for point in points]
     ys = [score for _, score, *_ in models]
@@ -174,7 +181,7 @@ def frontier_chart(
         upper = place([(p.kl, p.score_interval.high) for p in points])
         lower = place([(p.kl, p.score_interval.low) for p in reversed(points)])
         line = place([(p.kl, p.score) for p in points])
-        dots = [(x.at(p.kl), 100 - y.at(p.score), f"best of {p.n}") for p in points]
+        dots = [(x.at(p.kl), 100 - y.at(p.score), f"{p.n:,}") for p in points]
         lines.append(
             Line("best of n from the reference", "best", line, band=f"{upper} {lower}", dots=dots)
         )
@@ -185,7 +192,7 @@ def frontier_chart(
         dot = (x.at(kl), 100 - y.at(score), f"{name}: score {score:.2f} at a KL of {kl:.2f}")
         lines.append(Line(name, hue, dots=[dot]))
     text = "; ".join(f"{name}: KL {kl:.2f}, score {score:.2f}" for kl, score, _, name in models)
-    note = "Pale lines: the evaluations during training, from the reference on." if trails else ""
+    note = PALE if trails else ""
     return Chart("Mean score", "KL from the reference, nats per response", x, y, lines, text, note)
 
 

@@ -43,7 +43,9 @@ def verdict(comparison: Comparison, names: Sequence[str]) -> Verdict:
         sentence, best = _of_many(comparison, named)
     if best != len(named) - 1 and _repetitive(comparison, best):
         sentence += f", but {'its' if best == 0 else 'their'} text became repetitive"
-    return Verdict(f"{sentence[:1].upper()}{sentence[1:]}.", _remarks(comparison, named))
+    if sentence.startswith("the reference"):  # a model's name keeps its own first letter
+        sentence = f"T{sentence[1:]}"
+    return Verdict(f"{sentence}.", _remarks(comparison, named))
 
 
 def is_clear(difference: PairedDifference) -> bool:
@@ -53,7 +55,7 @@ def is_clear(difference: PairedDifference) -> bool:
 
 def _of_one_prompt(comparison: Comparison, names: Sequence[str]) -> str:
     means = _means(comparison, [0, *range(1, len(names))], names, of="score")
-    return f"one prompt shows nothing in general: on it {names[0]} has a {means}"
+    return f"One prompt shows nothing in general: on it {names[0]} has a {means}"
 
 
 def _of_two(comparison: Comparison, names: Sequence[str]) -> str:
@@ -67,7 +69,7 @@ def _of_two(comparison: Comparison, names: Sequence[str]) -> str:
     means = _means(comparison, [0, 1], names)
     if not is_clear(item):
         return (
-            f"there is no clear difference between {first} and {second}: {means} over {total} "
+            f"There is no clear difference between {first} and {second}: {means} over {total} "
             f"prompts, and the 95 % interval of the difference in score, "
             f"{item.difference.low:+.2f} to {item.difference.high:+.2f}, includes zero"
         )
@@ -151,12 +153,11 @@ def headline(comparison: Comparison) -> str:
 
 
 def _wins(comparison: Comparison, other: int, than: str = "") -> str:
-    item, rows = comparison.differences[other - 1], comparison.rows
-    tied = any(row.responses[0].score == row.responses[other].score for row in rows)
+    item = comparison.differences[other - 1]
     rate, word = item.win_rate, "better"
     if item.difference.mean < 0:
         rate, word = 1 - rate, "worse"
-    return f"{word}{than} on {rate:.0%} of {len(rows)} prompts{' (ties count half)' * tied}"
+    return f"{word}{than} on {rate:.0%} of {len(comparison.rows)} prompts"
 
 
 def _kl(model: ModelResult) -> str:
@@ -178,14 +179,28 @@ def _remarks(comparison: Comparison, names: Sequence[str]) -> list[str]:
     for i, name in enumerate(names[:-1] if len(names) > 1 else names):
         if found := _repetitive(comparison, i):
             remarks.append(f"Repetition, {name}: {found}.")
-    for item in comparison.shares[:1]:
-        if item.share is not None:
-            remarks.append(
-                f"Without training, the best of n responses from the reference has a mean score of "
-                f"{item.best_of_n_score:.2f} at the same KL; {names[0]} has {item.score:.2f}, "
-                f"{item.share:.0%} of that gain."
-            )
-    return remarks
+    return remarks + _best_of_n(comparison, names[0])
+
+
+def _best_of_n(comparison: Comparison, name: str) -> list[str]:
+    """What the first model would have had without training, if that was measured."""
+    curve, item = comparison.best_of_n, next(iter(comparison.shares), None)
+    if curve is None or item is None:
+        return []
+    best = "Without training, the best of"
+    if item.share is not None:
+        return [
+            f"{best} n responses from the reference has a mean score of "
+            f"{item.best_of_n_score:.2f} at the same KL; {name} has {item.score:.2f}, "
+            f"{item.share:.0%} of that gain."
+        ]
+    last = curve.points[-1]
+    if item.share_at_most is None or item.score > last.score:
+        return []
+    return [
+        f"{best} {last.n:,} responses from the reference has a mean score of {last.score:.2f} at "
+        f"a lower KL, {last.kl:.1f} nats at most; {name} has {item.score:.2f}."
+    ]
 
 
 def _repetitive(comparison: Comparison, which: int) -> str | None:
