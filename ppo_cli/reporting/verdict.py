@@ -141,15 +141,19 @@ def headline(comparison: Comparison) -> str:
     """Key of the measure that a sentence quotes.
 
     The label's mean probability, which is easier to read than the score, where there is one label
-    and the models are in the same order by both.
+    and the probability, as it is written, does not deny what the score says.
     """
-    found = [model.quality.values.get("probability") for model in comparison.models]
-    known = [value for value in found if value is not None]
-    if comparison.terms or len(known) < len(found):
+    known = [
+        (-model.quality["score"], round(probability, 2))
+        for model in comparison.models
+        if (probability := model.quality.values.get("probability")) is not None
+    ]
+    if comparison.terms or len(known) < len(comparison.models):
         return "score"
-    scores = [model.quality["score"] for model in comparison.models]
-    ranks = [sorted(range(len(v)), key=v.__getitem__) for v in (scores, known)]
-    return "probability" if ranks[0] == ranks[1] else "score"
+    by_score = [probability for _, probability in sorted(known)]
+    is_same_order = by_score == sorted(by_score, reverse=True)
+    hides = by_score[0] == by_score[-1] and any(map(is_clear, comparison.differences))
+    return "probability" if is_same_order and not hides else "score"
 
 
 def _wins(comparison: Comparison, other: int, than: str = "") -> str:
