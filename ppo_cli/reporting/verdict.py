@@ -102,7 +102,7 @@ def _of_many(comparison: Comparison, names: Sequence[str]) -> tuple[str, int]:
     if names[-1] == "the reference":
         wins = f", {_wins(comparison, total - 1, than=' than the reference')}"
     else:
-        wins = f" over {len(comparison.rows)} prompts"
+        wins = f", on {len(comparison.rows)} prompts"
     does = _superlative(comparison)
     return f"{names[0]} {does} of {total} models: {means}{wins}{_kl(comparison.models[0])}", 0
 

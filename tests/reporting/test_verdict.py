@@ -59,7 +59,7 @@ def said(scores: dict[str, list[float]], **settings: Any) -> str:
         ),
         (
             {"same": HIGH, "reference": HIGH},
-            {"texts": dict.fromkeys(("same", "reference"), [f"word {i}" for i in range(10)])},
+            {"texts": {name: [f"w{i}" for i in range(10)] for name in ("same", "reference")}},
             "same and the reference wrote the same responses to all 10 prompts.",
         ),
         (
@@ -106,8 +106,8 @@ def said(scores: dict[str, list[float]], **settings: Any) -> str:
         (
             {"a": HIGH, **{f"m{i}": [v - i for v in HIGH] for i in range(1, 5)}},
             {},
-            "a writes the most positive text of 5 models: mean P(POSITIVE) 0.95, against 0.88 (m1), "
-            "0.74 (m2) and 2 others over 10 prompts, at a KL of 3.6 nats.",
+            "a writes the most positive text of 5 models: mean P(POSITIVE) 0.95, against 0.88 "
+            "(m1), 0.74 (m2) and 2 others, on 10 prompts, at a KL of 3.6 nats.",
         ),
         (
             {"good": HIGH, "reference": MIXED},
