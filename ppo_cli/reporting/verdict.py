@@ -222,7 +222,7 @@ def _repetitive(comparison: Comparison, which: int) -> str | None:
             f"{own['repetition']:.0%} of a response's word pairs occur in it before "
             f"({comparison.models[-1].model}: {base['repetition']:.0%})"
         )
-    if own["distinct_2"] <= base["distinct_2"] / 2:
+    if own["distinct_2"] < base["distinct_2"] / 2:
         return (
             f"{own['distinct_2']:.0%} of its word pairs are different ones "
             f"({comparison.models[-1].model}: {base['distinct_2']:.0%})"
