@@ -64,7 +64,7 @@ def check_wheel(wheel: Path) -> None:
     refuse("missing in the wheel", expected.keys() - code.keys())
     refuse("strange in the wheel", code.keys() - expected.keys())
     require(code == expected, "a file of the wheel is not the one of the checkout")
-    for ending in ("/py.typed", "/BUILD.json", ".safetensors", ".yaml"):
+    for ending in ("/py.typed", "/BUILD.json", ".safetensors", ".yaml", ".html", ".css", ".js"):
         require(any(name.endswith(ending) for name in code), f"no *{ending} in the wheel")
     require(f"{info}licenses/LICENSE" in held, "the wheel has no licence")
     check_metadata(Parser().parsestr(held[f"{info}METADATA"].decode()))

@@ -159,6 +159,7 @@ def test_compare_min_gap_and_files(home: Path) -> None:
     page = (home / "page.html").read_text()
     assert page.startswith("<!doctype html>")
     assert "://" not in page
+    assert "<h2>Training</h2>" in page and "--min-gap 99 --html page.html" in page
     assert (home / "table.md").read_text().startswith("| query | ppo-good | ppo-bad | reference |")
 
 

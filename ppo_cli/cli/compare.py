@@ -1,11 +1,15 @@
 """`ppo-cli compare`."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ppo_cli.cli import completion, options
+
+if TYPE_CHECKING:
+    from ppo_cli.evaluation.generate import Request
+    from ppo_cli.reporting.comparison_page import PageDetails
 
 GAP_NOT_REACHED = 3
 
@@ -108,7 +112,7 @@ def compare(
         typer.Option(
             "--html",
             metavar="FILE",
-            help="Also write one self-contained page.",
+            help="Also write a report: one page with a verdict, charts, all responses.",
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
@@ -217,9 +221,56 @@ def compare(
     else:
         write_result(comparison_tables.comparison_markdown(result), output)
     if html is not None:
-        write_result(comparison_html(result), html)
+        own_score = request.is_reward_of_run and sentiment is None
+        write_result(comparison_html(result, _page_details(models, request, own_score)), html)
     if min_gap is not None and not result.gap >= min_gap:
         names = [model.model for model in result.models[:2]]
         note(f"{names[0]} exceeds {names[1]} by {result.gap:.3f}, less than --min-gap {min_gap:g}")
         return GAP_NOT_REACHED
     return 0
+
+
+def _page_details(models: list[str], request: "Request", own_score: bool) -> "PageDetails":
+    """What the report has from the run directories among the models, and its settings.
+
+    Evaluations during training and best-of-n of a run are left out where they are of another score
+    than the one that is compared. What is damaged is noted and left out.
+
+    Args:
+        models: as they were named.
+        request: made from them.
+        own_score: whether the first run's reward scores the responses.
+    """
+    import shlex
+    import sys
+    from datetime import date
+
+    from ppo_cli.cli.console import note
+    from ppo_cli.errors import UsageError, without_secrets
+    from ppo_cli.reporting import frontier
+    from ppo_cli.reporting.comparison_page import PageDetails
+    from ppo_cli.training.provenance import code
+    from ppo_cli.training.run_directory import RunDirectory
+
+    runs, trails, curve = {}, [], None
+    for directory in map(RunDirectory, dict.fromkeys(models)):
+        if not directory.is_run():
+            continue
+        name = str(directory.path)
+        try:
+            runs[name] = directory.records.metrics()
+            config = directory.config()
+            if not own_score or request.run is None or config.reward != request.run.reward:
+                continue
+            curve = curve or frontier.read_curve([directory.path])
+            if any(key in row for row in runs[name] for key in frontier.KEYS):
+                trails.append(frontier.trail(name, runs[name], config.run))
+        except UsageError as error:
+            note(f"left out of the report: {error}")
+    settings = {
+        "Device": str(request.device),
+        "Versions": ", ".join(f"{name} {version}" for name, version in code()["versions"].items()),
+        "Command": without_secrets(shlex.join(["ppo-cli", *sys.argv[1:]])),
+        "Written on": date.today().isoformat(),
+    }
+    return PageDetails(runs, trails, curve, settings)

@@ -197,6 +197,11 @@ class Row:
     messages: list[dict[str, Any]] | None
     """The conversation; null for a text."""
 
+    @property
+    def change(self) -> float:
+        """Score of the first model minus that of the last one."""
+        return self.responses[0].score - self.responses[-1].score
+
 
 @dataclass(frozen=True)
 class Comparison:
