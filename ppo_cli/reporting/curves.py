@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -179,9 +179,9 @@ def group_labels(groups: Sequence[Sequence[str]], labels: Sequence[str] | None =
 
 
 def _own_labels(groups: Sequence[Sequence[str]]) -> list[str]:
-    ends = dict(_shortest_ends([name for names in groups for name in names]))
-    lists = [", ".join(ends[name] for name in names) for names in groups]
-    short = [_shared_name([ends[name] for name in names]) or ", ".join(names) for names in groups]
+    ends = _shortest_ends(groups)
+    lists = [", ".join(names) for names in ends]
+    short = [_shared_name(names) or full for names, full in zip(ends, lists, strict=True)]
     whole = [s if short.count(s) == 1 else full for s, full in zip(short, lists, strict=True)]
     counts = [f" ({len(names)} seeds)" if len(names) > 1 else "" for names in groups]
     cut = [
@@ -193,16 +193,22 @@ def _own_labels(groups: Sequence[Sequence[str]]) -> list[str]:
     return cut
 
 
-def _shortest_ends(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each path with its shortest end that no other of them has."""
+def _shortest_ends(groups: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The shortest ends of paths that no other path has; in a group, of as many folders each."""
+    every = [name for names in groups for name in names]
     # "." and ".." are no names to read
-    parts = {n: Path(n if Path(n).name.strip(".") else os.path.abspath(n)).parts for n in names}
-    for name, own in parts.items():
-        others = [part for other, part in parts.items() if other != name]
-        count = 1
-        while count < len(own) and any(part[-count:] == own[-count:] for part in others):
-            count += 1
-        yield name, escape_controls(str(Path(*own[-count:])))
+    parts = {n: Path(n if Path(n).name.strip(".") else os.path.abspath(n)).parts for n in every}
+
+    def depth(name: str) -> int:
+        own, others = parts[name], [part for other, part in parts.items() if other != name]
+        counts = range(1, len(own))
+        return next((n for n in counts if all(p[-n:] != own[-n:] for p in others)), len(own))
+
+    ends = []
+    for names in groups:
+        count = max(map(depth, names))
+        ends.append([escape_controls(str(Path(*parts[name][-count:]))) for name in names])
+    return ends
 
 
 def _shared_name(names: Sequence[str]) -> str:

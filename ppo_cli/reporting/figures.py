@@ -98,7 +98,11 @@ def _fonts() -> list[str]:
     from matplotlib.font_manager import fontManager
 
     installed = {font.name for font in fontManager.ttflist}
-    return ["DejaVu Sans", *(name for name in FURTHER_FONTS if name in installed)]
+    return [
+        "DejaVu Sans",
+        *(name for name in FURTHER_FONTS if name in installed),
+        "sans-serif",
+    ]
 
 
 def _add_description(svg: Path, description: str) -> None:

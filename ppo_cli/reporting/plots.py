@@ -151,7 +151,10 @@ def _draw_panel(
         panel.text(0.5, 0.5, "no finite value", transform=panel.transAxes, ha="center", color=GREY)
         panel.set_yticks([])
     elif len(values := np.unique(everything[np.isfinite(everything)])) == 1:
-        notes.append(f"constant: {values[0]:.6g}")
+        if panel.dataLim.height == 0:  # the default would show digits that mean nothing
+            room = abs(values[0]) / 2 or 0.5
+            panel.set_ylim(values[0] - room, values[0] + room)
+        notes.append(f"constant: {values[0]:.6g}" if len(everything) > 1 else "")
     if how.log and is_known:
         notes.append(_set_log_scale(panel, everything))
     title, label = TITLES.get(metric, (f"{shown} over time", shown))
@@ -212,13 +215,13 @@ def _set_log_scale(panel: Any, values: np.ndarray) -> str:
     linear = linear_below(np.concatenate([values, *drawn, *bands]).astype(float))
     if linear is not None:
         panel.set_yscale("symlog", linthresh=linear)
-        return f"log scale, but linear from {-linear:g} to {linear:g}: some values are not above 0"
+        return f"log scale; linear within ±{linear:g}, as there are values of 0 or less"
     known = values[np.isfinite(values)]
     if not known.any():
         return "linear scale: all values are 0"
     panel.set_yscale("log")
     if known.max() < 10 * known.min():  # there may be no power of ten to label
-        panel.yaxis.set_major_locator(MaxNLocator())
+        panel.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
         panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.yaxis.set_minor_locator(NullLocator())
     return "log scale"
@@ -245,7 +248,8 @@ def _legend(figure: Any, groups: Sequence[Group]) -> list[Any]:
     ]
     for _, label in COMPANIONS.values():
         if any(f"{group.label}, {label}" in lines for group in groups):
-            keys.append(Line2D([], [], color=GREY, linestyle="--", label=label, **HOLLOW))
+            style = "--" if len(groups) <= CROWD else "none"
+            keys.append(Line2D([], [], color=GREY, linestyle=style, label=label, **HOLLOW))
     return keys
 
 

@@ -102,7 +102,7 @@ class _Scale:
         self._linear = linear_below(values) if self._log else None
         self.note = " log scale" if self._log else " linear scale: all values are 0" if log else ""
         if self._linear is not None:
-            self.note += f", but linear from {-self._linear:g} to {self._linear:g}"
+            self.note += f"; linear within {self._linear:g} of 0, as there are values of 0 or less"
 
     def place(self, values: np.ndarray) -> np.ndarray:
         """A number for each value, which rises with it."""
@@ -195,9 +195,13 @@ def _legend(groups: Sequence[Group], curves: Sequence[Curve], width: int) -> lis
     """Symbol and label of each curve, as many abreast as the width allows."""
     entries = []
     for number, (group, curve) in enumerate(zip(groups, curves, strict=True)):
-        label = _named(group) + ("" if len(curve.values) else ": no finite value")
+        suffix = "" if len(curve.values) else ": no finite value"
+        room = max(width - AXIS_WIDTH - 2 - len(suffix), 8)
+        label = cut_middle(_named(group), room)
+        if cell_len(label) > room:  # characters of two columns
+            label = cut_middle(label, room // 2)
         entry = Text(" ").append(_symbol(number), style=_colour(number))
-        entries.append(entry.append(f" {cut_middle(label, max(width - AXIS_WIDTH - 3, 8))}"))
+        entries.append(entry.append(f" {label}{suffix}"))
     widest = max(cell_len(entry.plain) for entry in entries) + 2
     abreast = max((width - AXIS_WIDTH) // widest, 1)
     lines = []
