@@ -157,40 +157,42 @@ def linear_below(values: np.ndarray) -> float | None:
 
 
 def group_labels(groups: Sequence[Sequence[str]], labels: Sequence[str] | None = None) -> list[str]:
-    """A label for each group of runs: `labels`, or what tells the names of the runs apart.
+    """A label for each group of runs: of `labels`, or what tells the names of the runs apart.
+
+    That of several runs ends in their number.
 
     Raises:
         UsageError: see `group_runs`.
     """
-    own = _own_labels(groups)
+    counts = [f" ({len(names)} seeds)" if len(names) > 1 else "" for names in groups]
+    names = _own_names(groups)
+    own = [
+        cut_middle(name, LABEL_WIDTH - len(count)) + count
+        for name, count in zip(names, counts, strict=True)
+    ]
+    if len({*own}) < len(own):  # what tells them apart was cut out
+        own = [name + count for name, count in zip(names, counts, strict=True)]
     if labels is None:
         return own
     if len(labels) != len(own):
         raise UsageError(
-            f"--labels has {len(labels)} for {len(own)} curves ({', '.join(own)}): give one for "
-            "each, in this order"
+            f"--labels has {len(labels)} for {len(own)} curve{'s' if len(own) > 1 else ''} "
+            f"({', '.join(own)}): give one for each, in this order"
         )
     given = [escape_controls(label.strip()) for label in labels]
     for label in given:
         if not label or given.count(label) > 1:
             what = f"'{label}' twice" if label else "an empty label"
             raise UsageError(f"--labels has {what}: give each curve a label of its own")
-    return given
+    return [label + count for label, count in zip(given, counts, strict=True)]
 
 
-def _own_labels(groups: Sequence[Sequence[str]]) -> list[str]:
+def _own_names(groups: Sequence[Sequence[str]]) -> list[str]:
+    """Distinct names of groups: what the names of a group's runs share, or all of them."""
     ends = _shortest_ends(groups)
     lists = [", ".join(names) for names in ends]
     short = [_shared_name(names) or full for names, full in zip(ends, lists, strict=True)]
-    whole = [s if short.count(s) == 1 else full for s, full in zip(short, lists, strict=True)]
-    counts = [f" ({len(names)} seeds)" if len(names) > 1 else "" for names in groups]
-    cut = [
-        cut_middle(name, LABEL_WIDTH - len(count)) + count
-        for name, count in zip(whole, counts, strict=True)
-    ]
-    if len({*cut}) < len(cut):  # what tells them apart was cut out
-        return [name + count for name, count in zip(whole, counts, strict=True)]
-    return cut
+    return [s if short.count(s) == 1 else full for s, full in zip(short, lists, strict=True)]
 
 
 def _shortest_ends(groups: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -31,7 +31,21 @@ from ppo_cli.utils.text import json_text
 CURVE_FILE = "frontier.json"
 PICTURE = "frontier.png"
 KEYS = ("eval/score", "eval/kl", "eval/reference_score")
-BLACK = {"color": "black"}
+BLACK: dict[str, Any] = {"color": "black"}
+BEST: dict[str, Any] = {
+    "marker": "*",
+    "markersize": 14,
+    "markeredgecolor": "white",
+    "linestyle": "none",
+}
+# hollow: the best evaluation may be the last, too
+LAST: dict[str, Any] = {
+    "marker": "s",
+    "markersize": 11,
+    "markerfacecolor": "none",
+    "markeredgewidth": 1.5,
+    "linestyle": "none",
+}
 SEEDS_CAPTION = (
     "Of several seeds: thin, each seed, with its best and last evaluation; strong, the mean of "
     "their evaluations after the same step."
@@ -168,9 +182,8 @@ def plot_frontier(
         keys += panel.plot([0.0] * len(start), start, "D", label="reference", zorder=5, **BLACK)
         if curve is not None:
             keys.append(_draw_curve(panel, curve))
-        for mark, label in (("*", "best evaluation"), ("s", "last evaluation")):
-            style: dict[str, Any] = {"markersize": 7 if mark == "s" else 13, "linestyle": "none"}
-            keys.append(Line2D([], [], marker=mark, color=GREY, label=label, **style))
+        for mark, label in ((BEST, "best evaluation"), (LAST, "last evaluation")):
+            keys.append(Line2D([], [], color=GREY, label=label, **mark))
         several = any(len(runs) > 1 for runs in members)
         add_footer(figure, keys, SEEDS_CAPTION if several else "")
         if curve is not None:
@@ -206,12 +219,9 @@ def _draw_trail(panel: Any, one: Trail, look: Mapping[str, Any], thin: bool) -> 
     color = look["color"]
     if not thin:
         panel.plot(kl[1:], score[1:], "o", color=color, markersize=4)
-    panel.plot(last.kl, last.score, "s", color=color, markersize=7, zorder=6, markeredgecolor="w")
+    panel.plot(last.kl, last.score, color=color, zorder=8, **LAST)
     if one.best is not None:
-        panel.plot(
-            one.best.kl, one.best.score, "*", color=color, markersize=16, zorder=7,
-            markeredgecolor="white",
-        )  # fmt: skip
+        panel.plot(one.best.kl, one.best.score, color=color, zorder=7, **BEST)
 
 
 def _draw_mean(panel: Any, runs: Sequence[Trail], look: Mapping[str, Any]) -> None:

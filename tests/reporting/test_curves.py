@@ -126,6 +126,7 @@ def test_labels_that_do_not_fit_are_refused(labels: list[str], words: str) -> No
     with pytest.raises(UsageError, match=words):
         group_labels([["a"], ["b"]], labels)
     assert group_labels([["a"], ["b"]], ["x\x1b", " y "]) == ["x\\x1b", "y"]
+    assert group_labels([["a", "b"]], ["x"]) == ["x (2 seeds)"]
 
 
 def test_a_metric_that_no_run_has_is_refused_with_the_nearest_one() -> None:

@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ppo_cli.cli.plot import Seeds, plot
+from ppo_cli.config.loading import load_config
 from ppo_cli.errors import UsageError
 from ppo_cli.reporting.plots import plot_training
+from ppo_cli.training.run_directory import RunDirectory
+from tests.conftest import SMALL_RUN
 
 LOSS, SCORE = "ppo/loss/total", "env/reward_mean"
 
@@ -305,3 +309,63 @@ def test_a_long_run_is_a_small_file(tmp_path: Path) -> None:
     rows = [{"step": i + 1, LOSS: value} for i, value in enumerate(noise)]
     plot_training({"good": rows}, tmp_path / "x.svg", [LOSS])
     assert (tmp_path / "x.svg").stat().st_size < 500_000
+
+
+TINY = ["tiny-1", "tiny-2", "tiny-4"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with three seeds of one configuration and one run of another."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed, rate in (*((f"tiny-{n}", n, 0.1) for n in (1, 2, 4)), ("fast", 1, 0.2)):
+        directory = RunDirectory(name)
+        settings = [f"run.seed={seed}", f"ppo.learning_rate={rate}"]
+        directory.create(load_config(SMALL_RUN, assignments=settings), False)
+        directory.records.append("metrics.jsonl", run(12, **{SCORE: float(seed)}))
+        directory.unlock()
+    return tmp_path
+
+
+def test_the_command_gathers_seeds_unless_each_is_asked_for(folder: Path) -> None:
+    def command(**options: Any) -> list[str]:
+        def draw(output: Path) -> None:
+            plot([*TINY, "fast", "tiny-2"], output=str(output), **options)
+
+        figure = figure_of(draw=draw)
+        return [*legend_of(figure), figure.get_suptitle(), figure.axes[0].get_yscale()]
+
+    assert command() == ["tiny (3 seeds)", "fast", "", "linear"]
+    labelled = command(labels='"0.1, all",0.2', title="T", log=True, metric=[SCORE])
+    assert labelled == ["0.1, all (3 seeds)", "0.2", "T", "log"]
+    assert command(seeds=Seeds.each)[:4] == [*TINY, "fast"]
+    with pytest.raises(UsageError, match=r"3 for 2 curves \(tiny \(3 seeds\), fast\)"):
+        command(labels="a,b,c")
+
+
+def test_the_band_is_of_the_kind_that_is_asked_for(folder: Path) -> None:
+    def band(**options: Any) -> list[float]:
+        def draw(output: Path) -> None:
+            plot(TINY, metric=[SCORE], output=str(output), **options)
+
+        ((band,),) = [panel.collections for panel in figure_of(draw=draw).axes]
+        return sorted({round(float(y), 6) for _, y in band.get_paths()[0].vertices})
+
+    assert band() == band(seeds=Seeds.range) == [1.0, 4.0]
+    error = (14 / 6 / 3) ** 0.5  # of 1, 2, 4 about 7/3: squares 16/9 + 1/9 + 25/9, over 2, over 3
+    assert band(seeds=Seeds.se) == pytest.approx([7 / 3 - error, 7 / 3 + error], abs=1e-6)
+
+
+def test_the_command_draws_in_the_terminal(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    runs = [*TINY, "fast"]
+    plot(runs, terminal=True, metric=[SCORE], title="Two rates", labels="slow,fast")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Two rates" and lines[2].startswith("PPO mean reward")
+    assert lines[-1].split() == [*"o mean of slow (3 seeds) x fast".split()]
+    assert max(map(len, lines)) <= 80
+    plot(["fast"], terminal=True, metric=[LOSS], log=True, smooth=12)
+    assert "log scale" in capsys.readouterr().out
+    for wrong in ({"output": "x.png"}, {"seeds": Seeds.se}):
+        with pytest.raises(UsageError, match=f"the mean alone: leave --{next(iter(wrong))}"):
+            plot(runs, terminal=True, **wrong)  # type: ignore[arg-type]
+    assert not (folder / "x.png").exists()
