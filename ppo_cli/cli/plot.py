@@ -138,7 +138,7 @@ def _print_charts(
     if screen.is_terminal:
         screen.print(*lines, sep="\n", soft_wrap=True)
     else:
-        write_result("\n".join(line.plain for line in lines), None)
+        write_result("\n".join(line.plain.rstrip() for line in lines), None)
 
 
 def _plot_frontier(

@@ -195,7 +195,8 @@ def _best_and_last(runs: Sequence[Trail]) -> str:
     best = [one.best.step for one in runs if one.best is not None]
     last = [one.evaluations[-1].step for one in runs]
     parts = [
-        f"{name} at step {min(steps)}" + (f" to {max(steps)}" if min(steps) < max(steps) else "")
+        f"{name} at step"
+        + (f"s {min(steps)} to {max(steps)}" if min(steps) < max(steps) else f" {steps[0]}")
         for name, steps in (("best", best), ("last", last))
         if steps
     ]

@@ -161,11 +161,18 @@ def _draw_panel(
     name_axes(panel, title, "PPO step", label, "; ".join(filter(None, notes)))
 
 
-def _draw(panel: Any, curve: Curve, look: dict[str, Any], marked: bool = False, **how: Any) -> None:
+def _draw(
+    panel: Any,
+    curve: Curve,
+    look: dict[str, Any],
+    marked: bool = False,
+    few: int = FEW,
+    **how: Any,
+) -> None:
     """Draw a curve; mark its values where they are few, or where one stands alone in a gap."""
     known = np.isfinite(np.pad(curve.values, 1, constant_values=np.nan))
     alone = known[1:-1] & ~known[:-2] & ~known[2:]
-    marker = "o" if marked or known.sum() <= FEW or alone.any() else None
+    marker = "o" if marked or known.sum() <= few or alone.any() else None
     panel.plot(curve.steps, curve.values, marker=marker, markersize=4, **look, **how)
 
 
@@ -184,7 +191,7 @@ def _draw_group(
     """
     smoothed = [curve.smoothed(how.window) for curve in curves]
     for curve in smoothed:
-        _draw(panel, curve, look, linewidth=0.8, alpha=0.45)
+        _draw(panel, curve, look, few=1, linewidth=0.8, alpha=0.45)
     mean, edges = mean_and_band(smoothed, how.band)
     _draw(panel, mean, look, marked, linewidth=2.2, label=group.label)
     if not len(mean.steps):

@@ -131,7 +131,7 @@ def test_seeds_share_a_colour_and_their_mean_is_strong(tmp_path: Path) -> None:
     assert [len(line.get_xdata()) for line in thin] == [4, 3]
     assert {line.get_color() for line in [mean, *thin]} == {"#0072B2"}
     shown = [text.replace("\n", " ") for text in legend_of(figure)]
-    assert shown[0].startswith("tiny (2 seeds): best at step 10 to 30, last at step 20 to")
+    assert shown[0].startswith("tiny (2 seeds): best at steps 10 to 30, last at steps 20 to")
     assert "thin, each seed" in texts(figure)
     shown = legend_of(frontier_of(trails, None, labels=["A", "B", "C"]))
     assert [text[:2] for text in shown[:3]] == ["A:", "B:", "C:"]

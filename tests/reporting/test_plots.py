@@ -361,7 +361,7 @@ def test_the_command_draws_in_the_terminal(folder: Path, capsys: pytest.CaptureF
     plot(runs, terminal=True, metric=[SCORE], title="Two rates", labels="slow,fast")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Two rates" and lines[2].startswith("PPO mean reward")
-    assert lines[-1].split() == [*"o mean of slow (3 seeds) x fast".split()]
+    assert lines[-1].split() == [*["o", "mean", "of", "slow", "(3", "seeds)", "x", "fast"]]
     assert max(map(len, lines)) <= 80
     plot(["fast"], terminal=True, metric=[LOSS], log=True, smooth=12)
     assert "log scale" in capsys.readouterr().out
