@@ -78,7 +78,7 @@ def plot(
 
     if terminal:
         _refuse(
-            "prints a table of each run" if frontier else "prints, of several seeds the mean alone",
+            "prints a table of each run" if frontier else "writes no file and draws no band",
             "--terminal",
             {"--output": output, "--seeds se": seeds is Seeds.se}
             | ({"--seeds": seeds, "--title": title, "--labels": labels} if frontier else {}),

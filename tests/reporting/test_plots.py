@@ -366,6 +366,6 @@ def test_the_command_draws_in_the_terminal(folder: Path, capsys: pytest.CaptureF
     plot(["fast"], terminal=True, metric=[LOSS], log=True, smooth=12)
     assert "log scale" in capsys.readouterr().out
     for wrong in ({"output": "x.png"}, {"seeds": Seeds.se}):
-        with pytest.raises(UsageError, match=f"the mean alone: leave --{next(iter(wrong))}"):
+        with pytest.raises(UsageError, match=f"no band: leave --{next(iter(wrong))}"):
             plot(runs, terminal=True, **wrong)  # type: ignore[arg-type]
     assert not (folder / "x.png").exists()
