@@ -45,7 +45,8 @@ from ppo_cli.models.model_card import trainer_card
 from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_cli.reporting import comparison_tables, tables
 from ppo_cli.reporting.comparison_page import comparison_html
-from ppo_cli.reporting.plots import plot_training, terminal_chart
+from ppo_cli.reporting.plots import plot_training
+from ppo_cli.reporting.terminal_chart import terminal_chart
 from ppo_cli.rewards.sentiment import SentimentReward
 from ppo_cli.utils.files import refuse_special, write_text
 from ppo_cli.utils.text import (
@@ -364,7 +365,7 @@ def test_tables_show_text_as_it_is() -> None:
         shown([tables.generated_texts([Generated(EVIL, SAMPLES)], True)]),
         shown([tables.summary_table(summary)]),  # type: ignore[arg-type]
         shown(tables.statistics_tables({"h": [(EVIL, 1.0, "m")]}, EVIL)),
-        "\n".join(terminal_chart({EVIL: [{"step": 1, EVIL: 1.0}]}, EVIL)),
+        "\n".join(line.plain for line in terminal_chart({EVIL: [{"step": 1, EVIL: 1.0}]}, EVIL)),
     ):
         assert not SEEN.search(text)
         assert "[red]" in text

@@ -1,6 +1,7 @@
 """`ppo-cli plot`."""
 
-from typing import TYPE_CHECKING, Annotated
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -8,6 +9,14 @@ from ppo_cli.cli import completion
 
 if TYPE_CHECKING:
     from ppo_cli.training.run_directory import RunDirectory
+
+
+class Seeds(StrEnum):
+    """How runs that differ in the seed alone are drawn."""
+
+    range = "range"
+    se = "se"
+    each = "each"
 
 
 def plot(
@@ -27,6 +36,24 @@ def plot(
     smooth: Annotated[
         int | None,
         typer.Option("--smooth", min=1, metavar="W", help="Steps in the moving average; 1: none."),
+    ] = None,
+    seeds: Annotated[
+        Seeds | None,
+        typer.Option(
+            "--seeds",
+            help="Runs that differ in the seed alone: their mean in a band from the lowest to the "
+            "highest (range, the default) or of one standard error (se), or each as a curve.",
+        ),
+    ] = None,
+    log: Annotated[bool, typer.Option("--log", help="Logarithmic scale of the values.")] = False,
+    title: Annotated[str | None, typer.Option("--title", help="Title over the picture.")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            metavar="A,B,...",
+            help="Names in the legend, one for each curve. Default: what tells the runs apart.",
+        ),
     ] = None,
     output: Annotated[
         str | None,
@@ -56,38 +83,82 @@ def plot(
         ppo-cli plot ppo-good --metric objective/kl --metric eval/score --terminal
         ppo-cli plot ppo-good --frontier
     """
+    import csv
     from pathlib import Path
 
-    from ppo_cli.cli.console import check_output, console, write_result
-    from ppo_cli.errors import UsageError
-    from ppo_cli.reporting.plots import DEFAULT_METRICS, plot_training, terminal_chart
+    from ppo_cli.cli.console import check_output, write_result
+    from ppo_cli.reporting.plots import DEFAULT_METRICS, plot_training
     from ppo_cli.training.run_directory import RunDirectory
+    from ppo_cli.training.run_list import seed_groups
 
-    directories = [RunDirectory.existing(run) for run in dict.fromkeys(runs)]
+    if terminal:
+        _refuse(
+            "prints a table of each run" if frontier else "writes no file and draws no band",
+            "--terminal",
+            {"--output": output, "--seeds se": seeds is Seeds.se}
+            | ({"--seeds": seeds, "--title": title, "--labels": labels} if frontier else {}),
+        )
     if frontier:
-        if metric or smooth:
-            raise UsageError(
-                "--frontier draws eval/score against eval/kl, each evaluation as it is: leave "
-                "--metric and --smooth out"
-            )
-        _plot_frontier(directories, output, terminal)
+        _refuse(
+            "draws eval/score against eval/kl, each evaluation as it is",
+            "--frontier",
+            {"--metric": metric, "--smooth": smooth, "--log": log, "--seeds se": seeds is Seeds.se},
+        )
+    directories = [RunDirectory.existing(run) for run in dict.fromkeys(runs)]
+    groups = [[d] for d in directories] if seeds is Seeds.each else seed_groups(directories)
+    look: dict[str, Any] = {
+        "groups": [[str(directory.path) for directory in group] for group in groups],
+        "labels": next(csv.reader([" ".join(labels.split())])) if labels is not None else None,
+    }
+    if frontier:
+        _plot_frontier(directories, output, terminal, look | {"title": title})
         return
-    metrics = tuple(metric or DEFAULT_METRICS)
+    metrics = tuple(dict.fromkeys(metric or DEFAULT_METRICS))
     records = {str(directory.path): directory.records.metrics() for directory in directories}
     if terminal:
-        screen = console(stderr=False)
-        ascii_only = screen.options.ascii_only
-        charts = [terminal_chart(records, m, screen.width, ascii_only=ascii_only) for m in metrics]
-        lines = [line for chart in charts for line in chart]
-        write_result("\n".join(lines).lstrip("\n"), None)
+        _print_charts(records, metrics, title, look | {"smooth": smooth or 1, "log": log})
         return
     target = Path(output) if output else directories[0].plot
     check_output(str(target), runs, allowed=[directory.plot for directory in directories])
-    plot_training(records, target, metrics, smooth)
+    look |= {"title": title, "log": log, "band": "se" if seeds is Seeds.se else "range"}
+    plot_training(records, target, metrics, smooth, **look)
     write_result(str(target), None)
 
 
-def _plot_frontier(directories: "list[RunDirectory]", output: str | None, terminal: bool) -> None:
+def _refuse(what: str, option: str, others: dict[str, Any]) -> None:
+    """Raise `UsageError` where an option that does `what` leaves no use for another."""
+    from ppo_cli.errors import UsageError
+
+    if given := [name for name, value in others.items() if value]:
+        raise UsageError(f"{option} {what}: leave {' and '.join(given)} out")
+
+
+def _print_charts(
+    records: dict[str, Any], metrics: "tuple[str, ...]", title: str | None, look: dict[str, Any]
+) -> None:
+    from rich.text import Text
+
+    from ppo_cli.cli.console import console, write_result
+    from ppo_cli.reporting.terminal_chart import terminal_chart
+    from ppo_cli.utils.text import escape_controls
+
+    screen = console(stderr=False)
+    ascii_only = screen.options.ascii_only
+    charts = [
+        terminal_chart(records, metric, screen.width, ascii_only=ascii_only, **look)
+        for metric in metrics
+    ]
+    lines = [Text(escape_controls(title)), Text()] if title else []
+    lines += [line for chart in charts for line in [*chart, Text()]][:-1]
+    if screen.is_terminal:
+        screen.print(*lines, sep="\n", soft_wrap=True)
+    else:
+        write_result("\n".join(line.plain.rstrip() for line in lines), None)
+
+
+def _plot_frontier(
+    directories: "list[RunDirectory]", output: str | None, terminal: bool, look: dict[str, Any]
+) -> None:
     from pathlib import Path
 
     from ppo_cli.cli.console import check_output, note, print_tables, write_result
@@ -106,7 +177,7 @@ def _plot_frontier(directories: "list[RunDirectory]", output: str | None, termin
     if terminal:
         print_tables([frontier_table(trail, curve) for trail in trails])
     else:
-        frontier.plot_frontier(trails, curve, target)
+        frontier.plot_frontier(trails, curve, target, **look)
         write_result(str(target), None)
     if curve is None:
         note(f"without best-of-n, the curve to beat: {frontier.HOW_TO_GET_IT}")

@@ -5,23 +5,51 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from ppo_cli.config.schema import RunSettings
 from ppo_cli.errors import UsageError
 from ppo_cli.evaluation.best_of_n import BestOfN
 from ppo_cli.evaluation.history import Evaluation, EvaluationHistory
-from ppo_cli.reporting.plots import COLOURS, drawing, legend_labels
+from ppo_cli.reporting.curves import LABEL_WIDTH, group_labels
+from ppo_cli.reporting.figures import (
+    GREY,
+    add_footer,
+    add_title,
+    drawing,
+    looks,
+    name_axes,
+    wrapped,
+)
 from ppo_cli.utils.files import refuse_stream, write_text
 from ppo_cli.utils.text import json_text
 
 CURVE_FILE = "frontier.json"
 PICTURE = "frontier.png"
 KEYS = ("eval/score", "eval/kl", "eval/reference_score")
+BLACK: dict[str, Any] = {"color": "black"}
+BEST: dict[str, Any] = {
+    "marker": "*",
+    "markersize": 14,
+    "markeredgecolor": "white",
+    "linestyle": "none",
+}
+# hollow: the best evaluation may be the last, too
+LAST: dict[str, Any] = {
+    "marker": "s",
+    "markersize": 11,
+    "markerfacecolor": "none",
+    "markeredgewidth": 1.5,
+    "linestyle": "none",
+}
+SEEDS_CAPTION = (
+    "Of several seeds: thin, each seed, with its best and last evaluation; strong, the mean of "
+    "their evaluations after the same step."
+)
 LABEL_GAP = 24  # between labels of the curve, in points (1/72 inch)
 HOW_TO_GET_IT = (
     "train with --set 'run.best_of_n=[1,2,4,8,16,32,64]' for it, or with that and --resume add it "
@@ -100,60 +128,122 @@ def read_curve(folders: Sequence[Path]) -> BestOfN | None:
     return None
 
 
-def plot_frontier(trails: Sequence[Trail], curve: BestOfN | None, output: Path) -> None:
+def plot_frontier(
+    trails: Sequence[Trail],
+    curve: BestOfN | None,
+    output: Path,
+    *,
+    groups: Sequence[Sequence[str]] | None = None,
+    labels: Sequence[str] | None = None,
+    title: str | None = None,
+) -> None:
     """Draw each run's evaluations, from the reference on; mark the best and the last.
 
+    Of runs that differ in the seed alone, each is thin, and the mean of their evaluations after the
+    same step is strong.
+
+    Args:
+        trails: of the runs.
+        curve: best-of-n; None without it.
+        output: `.png`, `.svg` or `.pdf`.
+        groups: names of the runs that differ in the seed alone, group by group; None for each run
+            alone.
+        labels: of the groups; None for what tells the names of the runs apart.
+        title: over the picture.
+
     Raises:
-        UsageError: `output` has no ending of a picture.
+        UsageError: `output` has no ending of a picture, or the labels do not fit.
     """
-    with drawing(output, 7.2, 5.2) as figure:
+    from matplotlib.lines import Line2D
+
+    groups = [[one.name] for one in trails] if groups is None else groups
+    named = {one.name: one for one in trails}
+    members = [[named[name] for name in names] for names in groups]
+    shown = group_labels(groups, labels)
+    about = _description(members, shown)
+    with drawing(output, 7.2, 4.6, title or "Score against KL", about) as figure:
+        add_title(figure, title)
         panel = figure.subplots()
-        panel.set_title("Score against KL on held-out prompts", fontsize=12, loc="left")
-        panel.set_xlabel("KL from the reference (nats per response)")
-        panel.set_ylabel("mean score")
-        labels = legend_labels(one.name for one in trails)
-        for one, colour in zip(trails, cycle(COLOURS), strict=False):
-            _draw_trail(panel, one, labels[one.name], colour)
+        name_axes(
+            panel,
+            "Score against KL on held-out prompts",
+            "KL from the reference (nats per response)",
+            "mean score",
+        )
+        keys = []
+        for runs, label, look in zip(members, shown, looks(), strict=False):
+            for one in runs:
+                _draw_trail(panel, one, look, thin=len(runs) > 1)
+            if len(runs) > 1:
+                _draw_mean(panel, runs, look)
+            text = wrapped(f"{label}: {_best_and_last(runs)}", LABEL_WIDTH + 10)
+            keys.append(Line2D([], [], linewidth=2, label=text, **look))
         start = sorted({one.reference_score for one in trails})
-        zeros = [0.0] * len(start)
-        panel.plot(zeros, start, "D", color="black", markersize=6, label="reference", zorder=5)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
+        keys += panel.plot([0.0] * len(start), start, "D", label="reference", zorder=5, **BLACK)
         if curve is not None:
-            _draw_curve(panel, curve)
-        panel.plot([], [], "*", color="#666666", markersize=13, label="best evaluation")
-        panel.plot([], [], "s", color="#666666", markersize=7, label="last evaluation")
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+            keys.append(_draw_curve(panel, curve))
+        for mark, label in ((BEST, "best evaluation"), (LAST, "last evaluation")):
+            keys.append(Line2D([], [], color=GREY, label=label, **mark))
+        several = any(len(runs) > 1 for runs in members)
+        add_footer(figure, keys, SEEDS_CAPTION if several else "")
         if curve is not None:
             _label_points(figure, panel, curve)
 
 
-def _draw_trail(panel: Any, one: Trail, run: str, colour: str) -> None:
+def _best_and_last(runs: Sequence[Trail]) -> str:
+    """The steps of the best and the last evaluation of one run, or the range of several."""
+    best = [one.best.step for one in runs if one.best is not None]
+    last = [one.evaluations[-1].step for one in runs]
+    parts = [
+        f"{name} at step"
+        + (f"s {min(steps)} to {max(steps)}" if min(steps) < max(steps) else f" {steps[0]}")
+        for name, steps in (("best", best), ("last", last))
+        if steps
+    ]
+    return ", ".join(parts)
+
+
+def _description(members: Sequence[Sequence[Trail]], labels: Sequence[str]) -> str:
+    """The picture in words: score and KL of each run's last evaluation."""
+    sentences = []
+    for runs, label in zip(members, labels, strict=True):
+        ends = [f"score {e.score:.3g} at KL {e.kl:.3g}" for e in (r.evaluations[-1] for r in runs)]
+        sentences.append(f"{label}: {_best_and_last(runs)}, {'; '.join(ends)}.")
+    return f"Mean score against KL from the reference, at each evaluation. {' '.join(sentences)}"
+
+
+def _draw_trail(panel: Any, one: Trail, look: Mapping[str, Any], thin: bool) -> None:
     kl = [0.0, *(e.kl for e in one.evaluations)]
     score = [one.reference_score, *(e.score for e in one.evaluations)]
     last = one.evaluations[-1]
-    steps = f"last: step {last.step}"
+    panel.plot(kl, score, **look, linewidth=0.7 if thin else 1.3, alpha=0.4 if thin else 0.8)
+    color = look["color"]
+    if not thin:
+        panel.plot(kl[1:], score[1:], "o", color=color, markersize=4)
+    panel.plot(last.kl, last.score, color=color, zorder=8, **LAST)
     if one.best is not None:
-        steps = f"best: step {one.best.step}, {steps}"
-    panel.plot(kl, score, color=colour, linewidth=1.3, alpha=0.8, label=f"{run}\n({steps})")
-    panel.plot(kl[1:], score[1:], "o", color=colour, markersize=4)
-    panel.plot(last.kl, last.score, "s", color=colour, markersize=8, zorder=6)
-    if one.best is not None:
-        panel.plot(
-            one.best.kl, one.best.score, "*", color=colour, markersize=16, zorder=7,
-            markeredgecolor="white",
-        )  # fmt: skip
+        panel.plot(one.best.kl, one.best.score, color=color, zorder=7, **BEST)
 
 
-def _draw_curve(panel: Any, curve: BestOfN) -> None:
+def _draw_mean(panel: Any, runs: Sequence[Trail], look: Mapping[str, Any]) -> None:
+    """Draw the mean of runs after each step at which all have an evaluation."""
+    by_step = [{e.step: (e.kl, e.score) for e in one.evaluations} for one in runs]
+    common = sorted(set.intersection(*map(set, by_step)))
+    start = [(0.0, one.reference_score) for one in runs]
+    points = [start, *([steps[step] for steps in by_step] for step in common)]
+    kl, score = np.mean(points, axis=1).T
+    panel.plot(kl, score, linewidth=2.2, marker="o", markersize=4, **look)
+
+
+def _draw_curve(panel: Any, curve: BestOfN) -> Any:
     kl = [point.kl for point in curve.points]
     low = [point.score_interval.low for point in curve.points]
     high = [point.score_interval.high for point in curve.points]
     panel.fill_between(kl, low, high, color="black", alpha=0.08, linewidth=0)
-    panel.plot(
-        kl, [point.score for point in curve.points], color="black", linewidth=1.5, marker="o",
-        markersize=4, label="best of n from the reference",
-    )  # fmt: skip
+    scores = [point.score for point in curve.points]
+    label = "best of n from the reference"
+    (line,) = panel.plot(kl, scores, linewidth=1.5, marker="o", markersize=4, label=label, **BLACK)
+    return line
 
 
 def _label_points(figure: Any, panel: Any, curve: BestOfN) -> None:

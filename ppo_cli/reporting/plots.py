@@ -1,26 +1,35 @@
-"""Figures and terminal charts of a run's metrics."""
+"""Pictures of metrics: a panel per metric, a curve per run, or the mean and band of its seeds."""
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 import numpy as np
 
-from ppo_cli.errors import UsageError, did_you_mean
-from ppo_cli.utils.files import replacing
+from ppo_cli.reporting.curves import (
+    Band,
+    Curve,
+    Group,
+    Runs,
+    curves_of,
+    group_runs,
+    linear_below,
+    mean_and_band,
+)
+from ppo_cli.reporting.figures import (
+    GREY,
+    add_footer,
+    add_title,
+    drawing,
+    looks,
+    name_axes,
+    wrapped,
+)
 from ppo_cli.utils.text import escape_controls
-
-Runs = Mapping[str, Sequence[Mapping[str, Any]]]
-"""Name of a run -> its metrics, one dictionary a step."""
-Curves = dict[str, tuple[np.ndarray, np.ndarray]]
-"""Name of a run -> steps and values of one metric."""
 
 DEFAULT_METRICS = ("ppo/loss/total", "env/reward_mean")
 TITLES = {
@@ -35,20 +44,25 @@ TITLES = {
 # Metric of a panel -> another metric that is drawn in it if a run has it, and its label.
 COMPANIONS = {"env/reward_mean": ("eval/score", "held-out")}
 SPARSE = "eval/"  # prefix of metrics that only some steps have: drawn as points and lines
-ENDINGS = (".png", ".svg", ".pdf")
-# The palette of Okabe and Ito, which colour-blind readers can distinguish.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-GREY = "#666666"
+CROWD = 4  # with more curves, those of single steps are paler and companions are not joined
+FEW = 10  # up to so many values, each is marked
+MANY = 2000  # points of a band at most; matplotlib itself simplifies long lines
+PANEL_WIDTH, PANEL_HEIGHT = 5.6, 3.6  # inches
 HOLLOW: dict[str, Any] = {
-    "linewidth": 1.2,
-    "linestyle": "--",
+    "linewidth": 1.0,
     "marker": "o",
+    "markersize": 5,
     "markerfacecolor": "white",
 }
-BARS, AXES = " ▁▂▃▄▅▆▇█", "│└─"
-ASCII_BARS, ASCII_AXES = " ...:::##", "|+-"
-AXIS_WIDTH = 12  # columns left of a chart's bars
-LABEL_WIDTH = 40  # characters of a legend's line
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """How curves are drawn: see `plot_training`."""
+
+    window: int
+    band: Band
+    log: bool
 
 
 def plot_training(
@@ -56,218 +70,224 @@ def plot_training(
     output: Path,
     metrics: Sequence[str] = DEFAULT_METRICS,
     smooth: int | None = None,
+    *,
+    groups: Sequence[Sequence[str]] | None = None,
+    labels: Sequence[str] | None = None,
+    title: str | None = None,
+    log: bool = False,
+    band: Band = "range",
 ) -> None:
-    """Draw one panel per metric, one colour per run: the raw line pale, its moving average over it.
+    """Draw a panel per metric and a curve per run or group: the raw line pale, its average over it.
+
+    Of a group, each run is a thin line, and their mean a strong one in a band. The mean is of the
+    steps that all runs of the group have. What a panel cannot show is said in it.
 
     Args:
         runs: metrics of each run.
         output: `.png`, `.svg` or `.pdf`.
         metrics: keys of the metrics.
         smooth: steps in the moving average; None for a twentieth of the longest run.
+        groups: names of the runs that differ in the seed alone, group by group; None for each run
+            alone.
+        labels: of the groups; None for what tells the names of the runs apart.
+        title: over the panels.
+        log: draw values logarithmically; near 0 linearly, where some are not above 0.
+        band: edges of the band.
 
     Raises:
-        UsageError: another ending, or a metric that a run does not have.
+        UsageError: another ending, a metric that no run has, or labels that do not fit.
     """
-    curves = {metric: _curves(runs, metric) for metric in metrics}
-    columns = min(len(metrics), 2)
-    rows = math.ceil(len(metrics) / columns)
-    labels = legend_labels(runs)
-    with drawing(output, 5.6 * columns, 3.8 * rows) as figure:
-        panels = figure.subplots(rows, columns, squeeze=False).flat
-        longest = max(len(steps) for curve in curves.values() for steps, _ in curve.values())
-        window = min(smooth or max(longest // 20, 1), longest)
-        for (metric, curve), panel in zip(curves.items(), panels, strict=False):
+    shown = group_runs(runs, groups, labels)
+    panels = {metric: curves_of(shown, metric) for metric in dict.fromkeys(metrics)}
+    curves = [c for own in panels.values() for group in own for c in group]
+    longest = max(len(curve.steps) for curve in curves)
+    window = min(smooth or max(longest // 20, 1), longest)
+    columns = _columns(len(panels))
+    rows = math.ceil(len(panels) / columns)
+    about = _description(shown, panels)
+    width, height = PANEL_WIDTH * columns, PANEL_HEIGHT * rows
+    with drawing(output, width, height, title or "Metrics of PPO training", about) as figure:
+        add_title(figure, title)
+        axes = figure.subplots(rows, columns, squeeze=False).flat
+        for (metric, found), panel in zip(panels.items(), axes, strict=False):
             own_window = (smooth or 1) if metric.startswith(SPARSE) else window
-            _draw_panel(panel, metric, curve, labels, own_window)
-            for name, colour in zip(curve, _cycle(COLOURS), strict=False):
-                _draw_companion(panel, metric, labels[name], runs[name], colour)
-        for panel in panels:  # an odd number of metrics leaves one empty
-            panel.set_visible(False)
-        _add_legend(figure, labels.values())
-        if window > 1:
-            figure.supxlabel(
-                f"pale: each step; strong: mean of {window} steps",
-                fontsize=8,
-                color=GREY,
-                x=0.99,
-                ha="right",
-            )
+            _draw_panel(panel, metric, shown, found, _Drawing(own_window, band, log))
+            first, last = min(c.steps[0] for c in curves), max(c.steps[-1] for c in curves)
+            margin = max((last - first) * (0.04 if last - first < FEW else 0.01), 0.5)
+            panel.set_xlim(first - margin, last + margin)
+        for panel in axes:  # more places than metrics
+            panel.remove()
+        add_footer(figure, _legend(figure, shown), _caption(shown, window, band))
 
 
-@contextmanager
-def drawing(output: Path, width: float, height: float) -> Iterator[Any]:
-    """Make a figure, sizes in inches, and save it when the block ends.
-
-    matplotlib's warnings are hidden: a font that lacks a character of a run's name is not the
-    user's concern.
-
-    Raises:
-        UsageError: `output` has no ending of a picture.
-    """
-    check_ending(output)
-    # Importing matplotlib logs a warning where it cannot cache its list of fonts.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # With a user's own TeX setting, names would have to be valid TeX.
-    with warnings.catch_warnings(), matplotlib.rc_context({"text.usetex": False}):
-        warnings.simplefilter("ignore")
-        figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
-        FigureCanvasAgg(figure)
-        yield figure
-        with replacing(output) as unfinished:
-            figure.savefig(unfinished, format=output.suffix[1:].lower())
+def _columns(panels: int) -> int:
+    """Panels abreast."""
+    return panels if panels < 3 else 2 if panels == 4 else 3
 
 
 def _draw_panel(
-    panel: Any, metric: str, curve: Curves, labels: Mapping[str, str], window: int
+    panel: Any, metric: str, groups: Sequence[Group], found: list[list[Curve]], how: _Drawing
 ) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    shown = plain(metric)
+    shown = escape_controls(metric)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    everything = np.concatenate([c.values for curves in found for c in curves])
+    is_known = np.isfinite(everything).any()
+    notes = [_missing(groups, found) if is_known else ""]
+    faint = 0.3 if len(groups) <= CROWD else 0.12
+    for group, curves, look in zip(groups, found, looks(), strict=False):
+        marked = metric.startswith(SPARSE)
+        if len(group.runs) > 1 and len(curves) > 1:
+            notes.append(_draw_group(panel, group, curves, look, how, marked))
+        for curve in curves if len(group.runs) == 1 or len(curves) == 1 else ():
+            smoothed = curve.smoothed(how.window)
+            if how.window > 1:
+                _draw(panel, curve, look, linewidth=1, alpha=faint)
+            _draw(panel, smoothed, look, marked, linewidth=2, label=group.label)
+        style = "--" if len(groups) <= CROWD else "none"
+        _draw_companion(panel, metric, group, color=look["color"], linestyle=style)
+    if not is_known:
+        panel.text(0.5, 0.5, "no finite value", transform=panel.transAxes, ha="center", color=GREY)
+        panel.set_yticks([])
+    elif len(values := np.unique(everything[np.isfinite(everything)])) == 1:
+        if panel.dataLim.height == 0:  # the default would show digits that mean nothing
+            room = abs(values[0]) / 2 or 0.5
+            panel.set_ylim(values[0] - room, values[0] + room)
+        notes.append(f"constant: {values[0]:.6g}" if len(everything) > 1 else "")
+    if how.log and is_known:
+        notes.append(_set_log_scale(panel, everything))
     title, label = TITLES.get(metric, (f"{shown} over time", shown))
-    panel.set_title(title, fontsize=12, loc="left")
-    panel.set_xlabel("PPO step")
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    panel.set_ylabel(label)
-    for (name, (steps, values)), colour in zip(curve.items(), _cycle(COLOURS), strict=False):
-        marker = "o" if metric.startswith(SPARSE) or len(steps) == 1 else None
-        if window > 1:
-            panel.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
-        panel.plot(
-            steps,
-            moving_average(values, window),
-            color=colour,
-            linewidth=2,
-            label=labels[name],
-            marker=marker,
-        )
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.margins(x=0.01)
+    name_axes(panel, title, "PPO step", label, "; ".join(filter(None, notes)))
 
 
-def _draw_companion(
-    panel: Any, metric: str, run: str, rows: Sequence[Mapping[str, Any]], colour: str
+def _draw(
+    panel: Any,
+    curve: Curve,
+    look: dict[str, Any],
+    marked: bool = False,
+    few: int = FEW,
+    **how: Any,
 ) -> None:
-    """Draw the companion of a metric: hollow points, joined by a dashed line."""
+    """Draw a curve; mark its values where they are few, or where one stands alone in a gap."""
+    known = np.isfinite(np.pad(curve.values, 1, constant_values=np.nan))
+    alone = known[1:-1] & ~known[:-2] & ~known[2:]
+    marker = "o" if marked or known.sum() <= few or alone.any() else None
+    panel.plot(curve.steps, curve.values, marker=marker, markersize=4, **look, **how)
+
+
+def _draw_group(
+    panel: Any,
+    group: Group,
+    curves: Sequence[Curve],
+    look: dict[str, Any],
+    how: _Drawing,
+    marked: bool,
+) -> str:
+    """Draw runs that differ in the seed: each a thin line, their mean strong, in a band.
+
+    Returns:
+        A note if there is no mean.
+    """
+    smoothed = [curve.smoothed(how.window) for curve in curves]
+    for curve in smoothed:
+        _draw(panel, curve, look, few=1, linewidth=0.8, alpha=0.45)
+    mean, edges = mean_and_band(smoothed, how.band)
+    _draw(panel, mean, look, marked, linewidth=2.2, label=group.label)
+    if not len(mean.steps):
+        return f"no mean: {group.label} have no step in common"
+    # of each stretch the outermost edges
+    starts = np.unique(np.linspace(0, len(mean.steps), MANY, endpoint=False).astype(int))
+    low, high = np.fmin.reduceat(edges[0], starts), np.fmax.reduceat(edges[1], starts)
+    steps = mean.steps[starts]
+    panel.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    return ""
+
+
+def _draw_companion(panel: Any, metric: str, group: Group, **look: Any) -> None:
+    """Draw the companion of a metric as hollow points; of several seeds their mean."""
     key, label = COMPANIONS.get(metric, ("", ""))
-    if points := [(row["step"], row[key]) for row in rows if key in row]:
-        panel.plot(
-            *zip(*points, strict=True), color=colour, label=f"{run}, {label}", zorder=3, **HOLLOW
-        )
+    if curves := group.curves(key):
+        mean, _ = mean_and_band(curves, "range")
+        named = {"label": f"{group.label}, {label}", "zorder": 3}
+        panel.plot(mean.steps, mean.values, **HOLLOW, **look, **named)
 
 
-def _add_legend(figure: Any, runs: Collection[str]) -> None:
-    """Add a legend below the panels: one entry per run, one per companion. The figure grows."""
+def _set_log_scale(panel: Any, values: np.ndarray) -> str:
+    """Draw the panel's values logarithmically; return a note on the scale."""
+    from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
+
+    drawn = [line.get_ydata() for line in panel.get_lines()]
+    bands = [path.vertices[:, 1] for part in panel.collections for path in part.get_paths()]
+    linear = linear_below(np.concatenate([values, *drawn, *bands]).astype(float))
+    if linear is not None:
+        panel.set_yscale("symlog", linthresh=linear)
+        return f"log scale; linear within ±{linear:g}, as there are values of 0 or less"
+    known = values[np.isfinite(values)]
+    if not known.any():
+        return "linear scale: all values are 0"
+    panel.set_yscale("log")
+    if known.max() < 10 * known.min():  # there may be no power of ten to label
+        panel.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_minor_locator(NullLocator())
+    return "log scale"
+
+
+def _missing(groups: Sequence[Group], found: list[list[Curve]]) -> str:
+    """Which groups have no value of a metric to draw."""
+    absent = [
+        group.label
+        for group, curves in zip(groups, found, strict=True)
+        if not any(np.isfinite(curve.values).any() for curve in curves)
+    ]
+    return f"no values: {', '.join(absent)}" if absent else ""
+
+
+def _legend(figure: Any, groups: Sequence[Group]) -> list[Any]:
+    """One entry per group, one per companion."""
     from matplotlib.lines import Line2D
 
-    lines = {line.get_label(): line for panel in figure.axes for line in panel.get_lines()}
-    keys = [lines[run] for run in runs]
+    lines = {line.get_label() for panel in figure.axes for line in panel.get_lines()}
+    keys = [
+        Line2D([], [], linewidth=2, label=wrapped(group.label), **look)
+        for group, look in zip(groups, looks(), strict=False)
+    ]
     for _, label in COMPANIONS.values():
-        if any(f"{run}, {label}" in lines for run in runs):
-            keys.append(Line2D([], [], color=GREY, label=label, **HOLLOW))
-    widest = max(len(line) for run in runs for line in run.split("\n"))
-    width, height = figure.get_size_inches()
-    abreast = max(min(int(width / (0.6 + 0.08 * widest)), len(keys)), 1)  # inches, at this size
-    figure.legend(
-        handles=keys, loc="outside lower center", ncols=abreast, frameon=False, fontsize=9
-    )
-    further = sum(run.count("\n") + 1 for run in runs) // abreast - 1
-    figure.set_size_inches(width, height + 0.18 * max(further, 0))
+        if any(f"{group.label}, {label}" in lines for group in groups):
+            style = "--" if len(groups) <= CROWD else "none"
+            keys.append(Line2D([], [], color=GREY, linestyle=style, label=label, **HOLLOW))
+    return keys
 
 
-def check_ending(output: Path) -> None:
-    """Raise `UsageError` unless `output` has the ending of a picture."""
-    if output.suffix.lower() not in ENDINGS:
-        raise UsageError(f"{output}: a picture ends in {', '.join(ENDINGS)}")
-
-
-def moving_average(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values at each place, of fewer at the start; skips NaN and inf."""
-    array = np.asarray(values, dtype=np.float64)
-    finite = np.isfinite(array)
-
-    def window_sums(terms: np.ndarray) -> np.ndarray:
-        sums = np.cumsum(np.insert(terms, 0, 0.0))
-        ends = np.arange(1, len(terms) + 1)
-        return sums[ends] - sums[np.maximum(ends - window, 0)]
-
-    counts = window_sums(finite.astype(np.float64))
-    sums = window_sums(np.where(finite, array, 0.0))
-    return np.divide(sums, counts, out=np.full(len(array), np.nan), where=counts > 0)
-
-
-def terminal_chart(
-    runs: Runs, metric: str, width: int = 72, height: int = 8, ascii_only: bool = False
-) -> list[str]:
-    """Lines of a bar chart, one chart per run; each column is the mean of consecutive steps."""
-    lines: list[str] = []
-    bars, axes = (ASCII_BARS, ASCII_AXES) if ascii_only else (BARS, AXES)
-    for name, (steps, values) in _curves(runs, metric).items():
-        kept = np.isfinite(values)
-        steps, values = steps[kept], values[kept]
-        name, shown = escape_controls(name), escape_controls(metric)
-        if not len(values):
-            lines += ["", f"{shown}, {name}: no finite value"]
-            continue
-        columns = [
-            part.mean()
-            for part in np.array_split(values, min(max(width - AXIS_WIDTH, 1), len(values)))
-        ]
-        low, high = min(columns), max(columns)
-        span = (high - low) or 1.0
-        levels = [1 + (value - low) / span * (height * 8 - 1) for value in columns]
-        title, _ = TITLES.get(metric, (shown, shown))
-        lines += ["", f"{title} ({shown}), {name}"]
-        for row in range(height - 1, -1, -1):
-            edge = high if row == height - 1 else low if row == 0 else None
-            label = " " * 10 if edge is None else f"{edge:10.4g}"
-            cells = "".join(bars[int(min(max(level - row * 8, 0), 8))] for level in levels)
-            lines.append(f"{label} {axes[0]}{cells}")
-        lines.append(f"{'':10} {axes[1]}{axes[2] * len(columns)}")
-        lines.append(f"{'':{AXIS_WIDTH}}step {steps[0]} to {steps[-1]}")
-    return lines
-
-
-def _curves(runs: Runs, metric: str) -> Curves:
-    curves: Curves = {}
-    for name, rows in runs.items():
-        kept = [(row["step"], row[metric]) for row in rows if metric in row]
-        if not kept:
-            keys = [key for key in {k: None for row in rows for k in row} if key != "step"]
-            near = did_you_mean(metric, keys)
-            raise UsageError(
-                f"{name} has no metric '{metric}'.{near}"
-                + ("" if near else f" It has {', '.join(keys)}")
+def _caption(groups: Sequence[Group], window: int, band: Band) -> str:
+    """What pale and strong lines and bands are, and where a mean ends before its runs."""
+    several = [group for group in groups if len(group.runs) > 1]
+    parts = []
+    if window > 1 and len(several) < len(groups):
+        parts.append(f"Pale: each step; strong: mean of the last {window} steps.")
+    if several:
+        edges = {"range": "from the lowest to the highest seed", "se": "mean ± standard error"}
+        smoothed = f" Each is a mean of the last {window} steps." if window > 1 else ""
+        parts.append(
+            f"Of several seeds: thin, each seed; strong, their mean; band, {edges[band]}.{smoothed}"
+        )
+    for group in several:
+        ends = group.last_steps()
+        if min(ends) < max(ends):
+            parts.append(
+                f"The mean of {group.label} ends with its shortest run, at step {min(ends)}."
             )
-        steps, values = zip(*kept, strict=True)
-        curves[name] = (np.asarray(steps), np.asarray(values, dtype=np.float64))
-    return curves
+    return " ".join(parts)
 
 
-def _cycle(colours: Sequence[str]) -> Any:
-    while True:
-        yield from colours
-
-
-def legend_labels(names: Iterable[str]) -> dict[str, str]:
-    """Paths of runs -> their shortest distinct ends, wrapped for a legend."""
-    parts = {name: Path(name).parts for name in names}
-    labels = {}
-    for name, own in parts.items():
-        others = [part for other, part in parts.items() if other != name]
-        count = 1
-        while count < len(own) and any(part[-count:] == own[-count:] for part in others):
-            count += 1
-        end = escape_controls(str(Path(*own[-count:])))
-        labels[name] = plain(*wrap(end, LABEL_WIDTH))
-    return labels
-
-
-def plain(*lines: str) -> str:
-    """Text for matplotlib, without `$` as mathematics and a leading `_`, which hides a label."""
-    shown = "\n".join(map(escape_controls, lines))
-    return shown.replace("$", r"\$").lstrip("_") or "run"
+def _description(groups: Sequence[Group], panels: dict[str, list[list[Curve]]]) -> str:
+    """The picture in words: the last value of each curve."""
+    sentences = []
+    for metric, found in panels.items():
+        ends = []
+        for group, curves in zip(groups, found, strict=True):
+            last = [f"{curve.values[-1]:.4g} at step {curve.steps[-1]}" for curve in curves]
+            ends += [f"{group.label}: {', '.join(last)}"] if last else []
+        sentences.append(f"{escape_controls(metric)}. {'; '.join(ends)}.")
+    return f"Curves over PPO steps; their last values. {' '.join(sentences)}"

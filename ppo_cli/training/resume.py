@@ -115,6 +115,18 @@ def resumed_config(directory: RunDirectory, wanted: RunConfig) -> tuple[RunConfi
     return wanted.model_copy(update={"run": run}), list(changes.values())
 
 
+def learns_alike(a: RunConfig, b: RunConfig) -> bool:
+    """Whether two configurations differ in nothing but the seed and what a resumed run may change.
+
+    Of that, the number of steps counts if the learning rate depends on it.
+    """
+    free = {*CHANGEABLE, "run.seed"}
+    if a.ppo.rate_depends_on_steps:
+        free.remove("run.steps")
+    changes = _differences(a.model_dump(mode="json"), b.model_dump(mode="json"))
+    return all(_is_under(_general(key), free) for key in changes)
+
+
 def locate_inputs(
     directory: RunDirectory, config: RunConfig, allow_changed: bool
 ) -> tuple[RunConfig, Inputs | None]:

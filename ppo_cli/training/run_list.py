@@ -12,6 +12,7 @@ from ppo_cli.errors import PPOCliError, UsageError
 from ppo_cli.evaluation.history import Evaluation, EvaluationHistory
 from ppo_cli.reporting.run_tables import RunDifferences, RunSummary
 from ppo_cli.training.provenance import flat_record
+from ppo_cli.training.resume import learns_alike
 from ppo_cli.training.run_directory import CONFIG_FILE, RunDirectory
 from ppo_cli.utils.inventory import CHECKPOINTS, MARKER
 
@@ -86,6 +87,33 @@ def differences(folders: Sequence[str | Path]) -> RunDifferences:
         runs=[summarise(folder) for folder in folders],
         settings={k: v for k, v in _differing(settings).items() if k != "run.output"},
         code=_differing(code),
+    )
+
+
+def seed_groups(directories: Sequence[RunDirectory]) -> list[list[RunDirectory]]:
+    """Gather runs that differ in the seed alone, in the order of each group's first run.
+
+    Two runs with the same seed are no repeats of each other, and stay apart.
+    """
+    groups: list[list[RunDirectory]] = []
+    for directory in directories:
+        for group in groups:
+            if all(_differ_in_seed_alone(directory, other) for other in group):
+                group.append(directory)
+                break
+        else:
+            groups.append([directory])
+    return groups
+
+
+def _differ_in_seed_alone(a: RunDirectory, b: RunDirectory) -> bool:
+    first, second = (run.config() for run in (a, b))
+    files = [
+        {k: v for k, v in _flat(run.recorded().get("inputs") or {}).items() if ".files." in k}
+        for run in (a, b)
+    ]
+    return (
+        first.run.seed != second.run.seed and learns_alike(first, second) and files[0] == files[1]
     )
 
 

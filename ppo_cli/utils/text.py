@@ -95,6 +95,14 @@ def shortened(text: str, width: int) -> str:
     return text if len(text) <= width else text[: max(width - 3, 0)] + "..."
 
 
+def cut_middle(text: str, width: int) -> str:
+    """`text` cut to `width` characters; three dots in the middle show that it was cut."""
+    if len(text) <= width:
+        return text
+    kept = max(width - 3, 0)
+    return f"{text[: kept // 2]}...{text[len(text) - (kept - kept // 2) :]}"
+
+
 def _escaped(text: str, escape: Callable[[str], str]) -> str:
     """Replace the hidden characters of `text` by `escape(character)`."""
     if text.isascii() and text.isprintable():

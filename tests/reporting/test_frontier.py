@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ppo_cli.cli.plot import plot
+from ppo_cli.cli.plot import Seeds, plot
 from ppo_cli.config.loading import load_config
 from ppo_cli.errors import UsageError
 from ppo_cli.evaluation.best_of_n import BestOfN, BestOfPoint, kl_bound
@@ -28,6 +28,7 @@ from ppo_cli.training.build import build_training
 from ppo_cli.training.records import METRICS_FILE
 from ppo_cli.training.run_directory import RunDirectory
 from tests.conftest import SMALL_RUN
+from tests.reporting.test_plots import figure_of, legend_of, texts
 from tests.test_security import SEEN, shown
 
 WAY = {10: (1.0, 0.5), 20: (2.0, 2.5), 30: (1.5, 3.5), 40: (9.0, 50.0)}  # step: score, KL
@@ -100,29 +101,49 @@ def test_between_its_points_the_curve_is_straight_and_beyond_them_unknown() -> N
     assert curve.share_at(0.0, 0.5) is None
 
 
-def svg(path: Path, *args: Any) -> str:
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        plot_frontier(*args, path)
-    return path.read_text(encoding="utf-8")
+def frontier_of(*args: Any, **kwargs: Any) -> Any:
+    return figure_of(*args, draw=plot_frontier, **kwargs)
 
 
 def test_the_picture_names_runs_steps_and_n(tmp_path: Path) -> None:
     trails = [trail_of(make_run(tmp_path / name)) for name in ("ppo$x$", "b\u202e")]
-    text = svg(tmp_path / "p.svg", trails, make_curve(1, 2, 8, 64))
-    for words in ("ppo$x$", "best: step 20, last: step 40", "n=64", ">8<", "best of n", "KL from"):
+    figure = frontier_of(trails, make_curve(1, 2, 8, 64), title="Two $runs")
+    text = texts(figure).replace(r"\$", "$")
+    for words in ("ppo$x$: best at step 20, last at step 40", "b\\u202e: best", "n=64", "\n8\n",
+                  "best of n", "KL from", "Two $runs"):  # fmt: skip
         assert words in text, words
     assert not SEEN.search(text)
-    assert "best of n" not in svg(tmp_path / "p.svg", trails, None)
-    assert {"#0072b2", "#d55e00"} <= set(text.lower().replace(";", " ").split())
+    assert "best of n" not in texts(frontier_of(trails, None))
+    assert {"#0072B2", "#D55E00"} <= {line.get_color() for line in figure.axes[0].get_lines()}
+
+
+def test_seeds_share_a_colour_and_their_mean_is_strong(tmp_path: Path) -> None:
+    ways = [{10: (1.0, 2.0), 20: (2.0, 4.0), 30: (3.0, 6.0)}, {10: (3.0, 4.0), 20: (2.0, 8.0)}]
+    trails = [
+        trail_of(make_run(tmp_path / f"tiny-{i}", way, reference=i))
+        for i, way in enumerate([*ways, WAY])
+    ]
+    names = [one.name for one in trails]
+    figure = frontier_of(trails, None, groups=[names[:2], names[2:]])
+    by_width = sorted(figure.axes[0].get_lines(), key=lambda line: line.get_linewidth())
+    mean, thin = by_width[-1], by_width[:2]
+    assert mean.get_xydata().tolist() == [[0.0, 0.5], [3.0, 2.0], [6.0, 2.0]]  # KL, score
+    assert [len(line.get_xdata()) for line in thin] == [4, 3]
+    assert {line.get_color() for line in [mean, *thin]} == {"#0072B2"}
+    shown = [text.replace("\n", " ") for text in legend_of(figure)]
+    assert shown[0].startswith("tiny (2 seeds): best at steps 10 to 30, last at steps 20 to")
+    assert "thin, each seed" in texts(figure)
+    shown = legend_of(frontier_of(trails, None, labels=["A", "B", "C"]))
+    assert [text[:2] for text in shown[:3]] == ["A:", "B:", "C:"]
+    with pytest.raises(UsageError, match="1 for 3 curves"):
+        frontier_of(trails, None, labels=["A"])
 
 
 def test_labels_of_the_curve_keep_apart(tmp_path: Path) -> None:
-    crowd = make_curve(*range(1, 65))
-    text = svg(tmp_path / "p.svg", [trail_of(make_run(tmp_path / "run"))], crowd)
-    assert "n=64" in text and ">63<" not in text
-    assert 1 < sum(f">{n}<" in text for n in range(2, 64)) < 20
+    figure = frontier_of([trail_of(make_run(tmp_path / "run"))], make_curve(*range(1, 65)))
+    labels = [text.get_text() for text in figure.axes[0].texts if text.get_text()]
+    assert "n=64" in labels and "63" not in labels
+    assert 2 < len(labels) < 21
 
 
 def test_the_command_writes_a_picture_or_a_table(
@@ -147,9 +168,15 @@ def test_the_command_writes_a_picture_or_a_table(
     assert ["10", "0.50", "1.000", f"{there:.3f}", f"{1.2 / (there + 0.2):.2f}"] in cells
     assert ["20", "2.50", "2.000", "-", "-", "best"] in cells
     assert ["40", "50.00", "9.000", "-", "-", "last"] in cells
-    for wrong in ({"metric": ["eval/kl"]}, {"smooth": 3}):
-        with pytest.raises(UsageError, match="--metric and --smooth"):
-            plot(["run"], frontier=True, **wrong)  # type: ignore[arg-type]
+    wrong: dict[str, Any]
+    for wrong in ({"metric": ["eval/kl"]}, {"smooth": 3}, {"log": True}, {"seeds": Seeds.se}):
+        with pytest.raises(
+            UsageError, match=f"each evaluation as it is: leave --{next(iter(wrong))}"
+        ):
+            plot(["run"], frontier=True, **wrong)
+    for wrong in ({"title": "T"}, {"labels": "x"}, {"seeds": Seeds.each}, {"output": "x.png"}):
+        with pytest.raises(UsageError, match=f"a table of each run: leave --{next(iter(wrong))}"):
+            plot(["run"], frontier=True, terminal=True, **wrong)
     with pytest.raises(UsageError, match=r"\.png, \.svg, \.pdf"):
         plot(["run"], frontier=True, output="x.gif")
     assert not Path("x.gif").exists()

@@ -12,7 +12,7 @@ from ppo_cli.cli.runs import runs
 from ppo_cli.config.loading import load_config
 from ppo_cli.errors import UsageError
 from ppo_cli.training.run_directory import RunDirectory
-from ppo_cli.training.run_list import differences, find_runs, summarise
+from ppo_cli.training.run_list import differences, find_runs, seed_groups, summarise
 from tests.conftest import SMALL_RUN
 
 
@@ -135,3 +135,29 @@ def test_tables_and_json_of_runs(
     Path("empty").mkdir()
     runs(["empty"], as_json=False)
     assert "no run directories in empty" in capsys.readouterr().err
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_group(tmp_path: Path) -> None:
+    def named(*settings: str, seed: int, name: str, inputs: Any = None) -> RunDirectory:
+        run = make_run(tmp_path / name, 1, f"run.seed={seed}", *settings)
+        run.record(run.config(), {"inputs": inputs} if inputs else None)
+        return run
+
+    other = {"policy.model": {"name": "x", "files": {"model.safetensors": "sha256 0"}}}
+    falling = "ppo.lr_scheduler_type=linear"
+    runs = [
+        named(seed=0, name="a0"),
+        named("ppo.learning_rate=0.5", seed=1, name="b1"),
+        named("run.device=cpu", "run.keep=7", "run.steps=9", seed=1, name="a1"),
+        named(seed=0, name="a0-again"),
+        named("ppo.learning_rate=0.5", seed=2, name="b2"),
+        named(seed=3, name="a3-of-another-model", inputs=other),
+        named(falling, seed=0, name="c0"),
+        named(falling, "run.steps=9", seed=1, name="c1-longer"),
+        named(falling, seed=2, name="c2"),
+    ]
+    found = [[run.path.name for run in group] for group in seed_groups(runs)]
+    assert found == [
+        ["a0", "a1"], ["b1", "b2"], ["a0-again"], ["a3-of-another-model"], ["c0", "c2"],
+        ["c1-longer"],
+    ]  # fmt: skip
