@@ -26,6 +26,7 @@ from ppo_cli.cli.plot import plot
 from ppo_cli.cli.push import push
 from ppo_cli.cli.runs import runs
 from ppo_cli.cli.stats import stats
+from ppo_cli.cli.sweep import sweep
 from ppo_cli.cli.train import train
 from ppo_cli.errors import (
     Interrupted,
@@ -98,7 +99,7 @@ SMALLER = {
     "models",
 }
 for command in (
-    train, generate, compare, plot, stats, runs, export, push, init, config, doctor
+    train, sweep, generate, compare, plot, stats, runs, export, push, init, config, doctor
 ):  # fmt: skip
     app.command()(command)
 

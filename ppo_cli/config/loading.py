@@ -29,8 +29,7 @@ RECORDED = "config"
 
 
 def shipped_configs(kind: str = "") -> dict[str, Path]:
-    """Name -> file of every configuration that ships with the program, or `sweeps` of every sweep.
-    """
+    """Name -> file of every configuration that ships, or of those in its folder `kind`."""
     here = Path(ppo_cli.__file__).parent
     for folder in (here / "configs", here.parent / "configs"):
         if folder.is_dir():

@@ -60,6 +60,16 @@ def _check_key(key: str) -> str:
     return key
 
 
+def _check_step(low: float, high: float, step: float) -> None:
+    if not 0 < step <= high - low:
+        raise ValueError(f"step ({step}) must be above 0 and at most high - low")
+    count = (high - low) / step
+    if not math.isclose(count, round(count), rel_tol=0, abs_tol=1e-6):
+        raise ValueError(
+            f"high ({high}) is not reached from low ({low}) in steps of {step}: change one of them"
+        )
+
+
 Number = Annotated[Any, BeforeValidator(_check_number), WithJsonSchema({"type": "number"})]
 Key = Annotated[str, AfterValidator(_check_key)]
 
@@ -82,26 +92,22 @@ class Parameter(Section):
     def _whole(self) -> Parameter:
         ends = {"low": self.low, "high": self.high}
         if self.choices is not None:
-            if given := [k for k in (*ends, "step", "log") if getattr(self, k) not in (None, False)]:
+            if given := [
+                k for k in (*ends, "step", "log") if getattr(self, k) not in (None, False)
+            ]:
                 raise ValueError(f"choices and {given[0]} exclude each other: leave one out")
             return self
         if missing := [key for key, value in ends.items() if value is None]:
             raise ValueError(f"{missing[0]} is missing: give low and high, or a list of values")
-        if self.low >= self.high:
-            raise ValueError(f"high ({self.high}) must exceed low ({self.low})")
-        if self.log and self.low <= 0:
-            raise ValueError(f"low ({self.low}) must be above 0 where log is true")
+        low, high = self.ends
+        if low >= high:
+            raise ValueError(f"high ({high}) must exceed low ({low})")
+        if self.log and low <= 0:
+            raise ValueError(f"low ({low}) must be above 0 where log is true")
         if self.log and self.step is not None:
             raise ValueError("step and log exclude each other: leave one out")
-        if self.step is not None and not 0 < self.step <= self.high - self.low:
-            raise ValueError(f"step ({self.step}) must be above 0 and at most high - low")
         if self.step is not None:
-            count = (self.high - self.low) / self.step
-            if not math.isclose(count, round(count), rel_tol=0, abs_tol=1e-6):
-                raise ValueError(
-                    f"high ({self.high}) is not reached from low ({self.low}) in steps of "
-                    f"{self.step}: change one of them"
-                )
+            _check_step(low, high, self.step)
         return self
 
     @property
@@ -111,8 +117,8 @@ class Parameter(Section):
             return self.choices
         if self.step is None:
             return None
-        count = round((self.high - self.low) / self.step)
-        return [self.low + number * self.step for number in range(count + 1)]
+        low, high = self.ends
+        return [low + number * self.step for number in range(round((high - low) / self.step) + 1)]
 
     @property
     def ends(self) -> list[Any]:
