@@ -127,7 +127,7 @@ def check_objective(settings: "SweepSettings") -> None:
     }
     near = did_you_mean(key, known)
     # A reward of several terms has metrics of their own names.
-    if key not in known and not key.startswith(("eval/reward/", "env/reward/", "reward/")):
+    if key not in known and not key.startswith(("eval/rewards/", "env/rewards/")):
         raise UsageError(
             f"{settings.name}: objective: no run has the metric '{key}'.{near} "
             "docs/metrics.md and 'ppo-cli stats RUN' list them"

@@ -55,9 +55,9 @@ class PlainSweepDisplay(SweepDisplay):
     def show(self, progress: Progress) -> None:
         """Print a line, and a second one where a trial is the best so far."""
         spec = self._sweep.settings.sweep
-        line = progress_line(progress.trial, spec)
+        line = progress_line(progress.what, progress.trial, spec)
         if progress.what == "waits":
-            line += "  (another process still writes to it: waiting)"
+            line += " for another process, which still writes to it"
         self._console.print(line, soft_wrap=True, markup=False)
         if progress.what != "ended":
             return

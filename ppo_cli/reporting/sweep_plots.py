@@ -16,7 +16,7 @@ from ppo_cli.reporting.sweep_tables import (
     TrialResult,
 )
 
-LABELLED = 40  # trials at most whose points have their number
+LABEL_GAP = 18  # between numbers at points, in points (1/72 inch)
 
 
 def pareto_front(trials: Sequence[TrialResult], maximises: bool) -> list[TrialResult]:
@@ -76,15 +76,22 @@ def plot_sweep_frontier(summary: SweepSummary, output: Path) -> bool:
         panel.set_xlim(left=0 if sweep.objective != SCORE else None)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-        _number_points(panel, points)
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        _number_points(figure, panel, points)
     return True
 
 
-def _number_points(panel: Any, points: Sequence[TrialResult]) -> None:
-    for trial in points[:LABELLED]:
+def _number_points(figure: Any, panel: Any, points: Sequence[TrialResult]) -> None:
+    """Write the trials' numbers at their points, the best first; leave out those that overlap."""
+    figure.draw_without_rendering()  # sets the limits of the axes
+    numbered: list[tuple[float, float]] = []
+    for trial in points:
+        x, y = panel.transData.transform((trial.kl, trial.value)) * 72 / figure.dpi
+        if any(abs(x - a) < LABEL_GAP and abs(y - b) < LABEL_GAP / 2 for a, b in numbered):
+            continue
+        numbered.append((x, y))
         panel.annotate(
-            str(trial.number), (trial.kl, trial.value), xytext=(5, 4), fontsize=8,
+            str(trial.number), (trial.kl, trial.value), xytext=(6, 4), fontsize=8,
             textcoords="offset points", color=GREY,
         )  # fmt: skip
 

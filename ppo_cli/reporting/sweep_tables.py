@@ -37,7 +37,8 @@ class TrialResult:
         by_seed: seed -> value of each run that ended.
         step, steps: the step that value and kl are of, in the first run; its number of steps.
         reference_score: mean score of the untrained model on the same prompts.
-        seconds: time in steps, all runs together.
+        seconds, wall: time in steps, and from the beginning of its processes to their end, of all
+            runs together.
         why: why it failed.
     """
 
@@ -52,6 +53,7 @@ class TrialResult:
     steps: int | None = None
     reference_score: float | None = None
     seconds: float = 0.0
+    wall: float = 0.0
     why: str = ""
 
     @property
@@ -238,20 +240,22 @@ def trials_csv(trials: Sequence[TrialResult], sweep: SweepConfig) -> str:
     return out.getvalue()
 
 
-def progress_line(trial: TrialResult, sweep: SweepConfig) -> str:
-    """A trial under way or at its end, in one line."""
-    what = ", ".join(f"{_short(k, sweep.parameters)} {shown_value(v)}"
-                     for k, v in trial.parameters.items())  # fmt: skip
-    line = f"trial {trial.number:>3}  {_state(trial)}"
-    if trial.step is not None:
-        line += f"  step {trial.step}/{trial.steps}  {sweep.objective} {number(trial.value)}"
+def progress_line(what: str, trial: TrialResult, sweep: SweepConfig) -> str:
+    """What happened to a trial, in one line: begins, waits, evaluated or ended."""
+    state = f"step {trial.step}/{trial.steps}" if what == "evaluated" else what
+    line = f"trial {trial.number:>3}  {_state(trial) if what == 'ended' else state}"
+    if trial.value is not None:
+        line += f"  {sweep.objective} {number(trial.value)}"
         line += "" if trial.kl is None else f"  kl {trial.kl:.2f}"
-    return f"{line}  {what}" + (f"  {shortened(trial.why, MAX_WHY)}" if trial.why else "")
+    if what == "begins":
+        values = trial.parameters.items()
+        line += "".join(f"  {_short(k, sweep.parameters)} {shown_value(v)}" for k, v in values)
+    return f"{line}  {shortened(trial.why, MAX_WHY)}" if trial.why else line
 
 
 def time_left(trials: Sequence[TrialResult], planned: int, jobs: int) -> str | None:
     """The time that the trials which are not begun will take, as text; None before one ended."""
-    taken = [trial.seconds for trial in trials if trial.state in (FINISHED, PRUNED)]
+    taken = [trial.wall for trial in trials if trial.state in (FINISHED, PRUNED)]
     left = planned - sum(trial.state != RUNNING for trial in trials)
     return duration(sum(taken) / len(taken) * left / jobs) if taken and sum(taken) else None
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import DEVNULL, Popen
@@ -67,6 +68,7 @@ class ActiveTrial:
         self._seen = 0  # step of the newest evaluation that was read of the run
         self._read: tuple[int, int] | None = None  # time and size of the metrics that were read
         self._is_pruned = False
+        self._started = 0.0
         self.stopped_by: int | None = None
         folder = str(directory.trial(trial.number))
         self.result = TrialResult(trial.number, dict(trial.params), folder)
@@ -142,6 +144,8 @@ class ActiveTrial:
         code = None if self._process is None else self._process.poll()
         if code is not None:
             self._process = None
+            taken = self.result.wall + time.monotonic() - self._started
+            self.result = dataclasses.replace(self.result, wall=taken)
         return code
 
     def ended(self, code: int) -> TrialResult | None:
@@ -149,7 +153,8 @@ class ActiveTrial:
 
         Also None where the sweep itself stopped it: then it goes on when the sweep is resumed.
         """
-        if code == 0:
+        if _has_ended(self._runs[self._seed]):  # perhaps before a signal reached it
+            self._is_pruned = False
             return self.whole()
         if self._is_pruned:
             return self._pruned()
@@ -218,6 +223,7 @@ class ActiveTrial:
             arguments.append("--resume")
         elif run.path.is_dir():  # a kill left it without a checkpoint
             arguments.append("--overwrite")
+        self._started = time.monotonic()
         with log.open("ab") as out:
             # A group of its own: the signals of the terminal reach the sweep alone.
             self._process = Popen(
