@@ -153,14 +153,11 @@ class ActiveTrial:
 
         Also None where the sweep itself stopped it: then it goes on when the sweep is resumed.
         """
-        if _has_ended(self._runs[self._seed]):  # perhaps before a signal reached it
-            self._is_pruned = False
-            return self.whole()
+        if (result := self.whole()) is not None:  # perhaps before a signal reached it
+            return result
         if self._is_pruned:
             return self._pruned()
-        if self.stopped_by is not None:
-            return None
-        return self.failed(self.failure(code))
+        return None if code == 0 or self.stopped_by else self.failed(self.failure(code))
 
     def whole(self) -> TrialResult | None:
         """What it came to if all its runs have ended; else None."""
@@ -286,7 +283,7 @@ class ActiveTrial:
 
 
 def _has_ended(run: RunDirectory) -> bool:
-    return run.path.is_dir() and run.is_run() and summarise(run.path).state in DONE
+    return run.is_run() and summarise(run.path).state in DONE
 
 
 def _message(log: Path, start: int) -> str:
