@@ -162,15 +162,15 @@ def _say_what_it_takes(
             "run": dict(run),
         })  # fmt: skip
         return
+    seeds = len(settings.seeds)
     pruned = "" if settings.sweep.pruner == "none" else ", less what is pruned"
     note(
-        f"{count} trials x {len(settings.seeds)} seeds = {runs} runs, {at_once} at a time",
-        f"about {seconds(each * runs / at_once)} ({seconds(each)} a run, with a {at_once}th of "
-        f"the cores){pruned}" if at_once > 1 else
-        f"about {seconds(each * runs)} ({seconds(each)} a run){pruned}",
+        f"{count} trials x {seeds} seed{'s' if seeds > 1 else ''} = {runs} runs, {at_once} at a "
+        "time",
+        f"about {seconds(each * runs / at_once)}, {seconds(each)} a run{pruned}",
         f"about {size(disk)} of disk a run; keep: {settings.sweep.keep} decides what stays",
         "nothing was written",
-    )  # fmt: skip
+    )
 
 
 def _resume_command(settings: "SweepSettings", file: str, jobs: int) -> str:

@@ -24,7 +24,7 @@ from ppo_cli.reporting.sweep_tables import (
 if TYPE_CHECKING:
     from ppo_cli.sweep.run import Progress, Sweep
 
-FURTHER_LINES = 6  # of the terminal, beside the rows of the table
+FURTHER_LINES = 9  # of the terminal, beside the rows of the table
 
 
 class SweepDisplay:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +16,11 @@ from rich.text import Text
 from ppo_cli.config.sweep import SCORE, SweepConfig
 from ppo_cli.reporting.estimate import seconds as duration
 from ppo_cli.reporting.tables import below, cell, titled_table
-from ppo_cli.utils.text import shortened, spreadsheet_text
+from ppo_cli.utils.text import escape_controls, shortened, spreadsheet_text
 
 FINISHED, PRUNED, FAILED, RUNNING = "finished", "pruned", "failed", "running"
 ORDER = {FINISHED: 0, PRUNED: 1, RUNNING: 2, FAILED: 3}
+HEADING_WIDTH = 10  # columns
 MAX_WHY = 300  # characters of a reason
 FEW_FOR_IMPORTANCE = 50  # PED-ANOVA looks at the best tenth; optuna advises five trials there
 
@@ -146,7 +148,8 @@ def trial_table(
     table.add_column(_short(sweep.objective, ()), justify="right", no_wrap=True)
     table.add_column("KL", justify="right", no_wrap=True)
     for key in sweep.parameters:
-        table.add_column(cell(_short(key, sweep.parameters)), justify="right", overflow="fold")
+        heading = Text("\n".join(map(escape_controls, _heading(_short(key, sweep.parameters)))))
+        table.add_column(heading, justify="right", overflow="fold")
     table.add_column("state")
     for trial in trials:
         is_over = trial.state == FINISHED and not trial.keeps(sweep.max_kl)
@@ -278,6 +281,16 @@ def _short(key: str, among: Any) -> str:
     """The last part of a key where no other of `among` ends in it."""
     last = key.replace("/", ".").rpartition(".")[2]
     return key if sum(other.rpartition(".")[2] == last for other in among) > 1 else last
+
+
+def _heading(key: str) -> list[str]:
+    """A key in lines that end after an underscore or a dot, so that its column is narrow."""
+    lines = [""]
+    for part in re.findall(r"[^_.]*[_.]?", key):
+        if lines[-1] and len(lines[-1] + part) > HEADING_WIDTH:
+            lines.append("")
+        lines[-1] += part
+    return lines
 
 
 def _state(trial: TrialResult) -> str:

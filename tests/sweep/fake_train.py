@@ -118,7 +118,7 @@ pruner: none
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> type[FakeTrain]:
-    """Runs are made by `FakeTrain`; the sweep looks after them without a pause, and draws nothing."""
+    """Runs are made by `FakeTrain`; the sweep looks after them at once, and draws nothing."""
     FakeTrain.started, FakeTrain.trainings = [], []
     FakeTrain.outcome = staticmethod(by_kl_coef)
     monkeypatch.setattr(sweep_trial, "Popen", FakeTrain)

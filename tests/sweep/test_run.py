@@ -177,8 +177,8 @@ def test_a_wrong_request_of_a_run_stops_the_sweep_at_once(tmp_path: Path) -> Non
 
 
 def test_values_that_do_not_go_together_fail_without_a_run(tmp_path: Path) -> None:
-    space = "parameters: {ppo.batch_size: [16, 32], ppo.mini_batch_size: [16, 32]}\nsampler: grid\ntrials: 4"
-    summary = run(make_sweep(tmp_path, space))
+    space = "parameters: {ppo.batch_size: [16, 32], ppo.mini_batch_size: [16, 32]}\n"
+    summary = run(make_sweep(tmp_path, space + "sampler: grid\ntrials: 4"))
     assert (summary.count("finished"), summary.count("failed")) == (3, 1)
     assert "batch_size (16) must be a multiple" in summary.trials[-1].why
     assert len(FakeTrain.started) == 3
