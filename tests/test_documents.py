@@ -1,6 +1,6 @@
 """The documents: links, named functions and tables of keys agree with what is there.
 
-`python tests/test_documents.py` writes the tables of docs/configuration.md anew.
+`python tests/test_documents.py` writes the tables of docs/configuration.md and docs/sweep.md anew.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 
 from ppo_cli.config.schema import RunConfig, json_schema
+from ppo_cli.config.sweep import sweep_schema
 from ppo_cli.evaluation.quality import explained_statistics
 from ppo_cli.ppo.statistics import RUN_STATISTICS, STATISTICS
 
 ROOT = Path(__file__).parent.parent
 CONFIGURATION = ROOT / "docs" / "configuration.md"
+SWEEP = ROOT / "docs" / "sweep.md"
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/benchmarks/*.md")})
 LINK = re.compile(r"\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 NAMED = re.compile(r"`([\w.]+)(?:\(\))?` in \[`?[^\]]+`?\]\(([^)\s]+\.py)\)")
@@ -91,6 +93,22 @@ def test_every_configuration_key_is_explained() -> None:
     assert text == with_tables(text), "write them anew: python tests/test_documents.py"
 
 
+def test_every_key_of_a_sweep_is_explained() -> None:
+    text = SWEEP.read_text(encoding="utf-8")
+    assert text == with_sweep_table(text), "write them anew: python tests/test_documents.py"
+
+
+def with_sweep_table(text: str) -> str:
+    """docs/sweep.md with the table of a sweep's keys, which is its first one."""
+    root = json.loads(sweep_schema())
+    schema = {**root, "$defs": {**root["$defs"], "Sweep": root}}
+    parameter = rows(schema, {"$ref": "#/$defs/Parameter"}, "parameters.KEY.")
+    table = "\n".join([*HEAD, *rows(schema, {"$ref": "#/$defs/Sweep"}), *parameter])
+    start = "\n".join(HEAD)
+    before, _, after = text.partition(start)
+    return before + table + after[re.search(r"\n\n", after).start() :]  # type: ignore[union-attr]
+
+
 def with_tables(text: str) -> str:
     """docs/configuration.md with the table of each section that it has a heading for."""
     schema = json.loads(json_schema())
@@ -156,3 +174,4 @@ if __name__ == "__main__":
     CONFIGURATION.write_text(
         with_tables(CONFIGURATION.read_text(encoding="utf-8")), encoding="utf-8"
     )
+    SWEEP.write_text(with_sweep_table(SWEEP.read_text(encoding="utf-8")), encoding="utf-8")
