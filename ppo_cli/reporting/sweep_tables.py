@@ -257,10 +257,14 @@ def progress_line(what: str, trial: TrialResult, sweep: SweepConfig) -> str:
 
 
 def time_left(trials: Sequence[TrialResult], planned: int, jobs: int) -> str | None:
-    """The time that the trials which are not begun will take, as text; None before one ended."""
+    """The time that the trials which have not ended will take, as text; None where unknown."""
     taken = [trial.wall for trial in trials if trial.state in (FINISHED, PRUNED)]
     left = planned - sum(trial.state != RUNNING for trial in trials)
-    return duration(sum(taken) / len(taken) * left / jobs) if taken and sum(taken) else None
+    return (
+        duration(sum(taken) / len(taken) * left / jobs)
+        if left > 0 and sum(taken, 0.0) > 0
+        else None
+    )
 
 
 def number(value: float | None, digits: int = 4) -> str:

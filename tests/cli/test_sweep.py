@@ -100,7 +100,7 @@ def test_the_live_table_shows_trials_under_way_and_the_best(
 
     from ppo_cli.cli import sweep_display
 
-    screen = Console(width=80, height=16, force_terminal=True, file=sys.stderr)
+    screen = Console(width=80, height=13, force_terminal=True, file=sys.stderr)
     plain = Console(width=80, color_system=None)
     monkeypatch.setattr(sweep_display, "is_plain", lambda _: False)
     monkeypatch.setattr(sweep_display, "console", lambda **_: screen)
@@ -117,7 +117,7 @@ def test_the_live_table_shows_trials_under_way_and_the_best(
     assert call("space.yaml", "--trials", "7")[0] == 0
     assert "running" in views[1] and "0 of 7 trials ended" in views[0]
     assert "best so far: trial" in views[-1] and "more are not shown" in views[-1]
-    assert max(view.count("\n") for view in views) <= 16
+    assert max(view.count("\n") for view in views) <= 13
 
 
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from ppo_cli.config.loading import load_config
 from ppo_cli.config.schema import RunConfig
@@ -18,6 +20,7 @@ from ppo_cli.sweep import trial as sweep_trial
 from ppo_cli.sweep.run import Progress, Sweep, open_sweep
 from ppo_cli.training import run_directory
 from ppo_cli.training.run_directory import RunDirectory
+from ppo_cli.utils import yaml_io
 from tests.conftest import SMALL_RUN
 
 
@@ -27,6 +30,12 @@ class Fault(NamedTuple):
     step: int
     code: int
     message: str
+
+
+class QuickLoader(yaml.CSafeLoader):
+    """The program's loader, with the parser of libyaml: most of the time goes into `run.yaml`."""
+
+    yaml_implicit_resolvers = yaml_io._Loader.yaml_implicit_resolvers
 
 
 Outcome = Callable[[RunConfig, int], "tuple[float, float] | Fault"]
@@ -95,8 +104,10 @@ class FakeTrain:
         self.directory.inventory.add(["config.json", "model.safetensors"])
         (self.directory.path / "config.json").write_text("{}")
         (self.directory.path / "model.safetensors").write_text("weights")
-        end = {"step": self.step, "as": how, "why": None}
-        self.directory.record(self.config, {"ended": end})
+        end = json.dumps({"step": self.step, "as": how, "why": None})
+        record = self.directory.path / "run.yaml"
+        text = "".join(x for x in record.open() if not x.startswith("ended: "))
+        record.write_text(f"{text}ended: {end}\n")
         self.directory.unlock()
 
 
@@ -125,6 +136,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> type[FakeTrain]:
     monkeypatch.setattr(sweep_run, "PAUSE", 0)
     for draw in ("plot_sweep_frontier", "plot_importance"):
         monkeypatch.setattr(sweep_run, draw, lambda *_: False)
+    monkeypatch.setattr(yaml_io, "_Loader", QuickLoader)
     for module in (run_directory, sweep_directory):  # versions of packages: slow to ask for
         monkeypatch.setattr(module, "code", lambda: {"versions": {}})
     return FakeTrain
