@@ -21,6 +21,7 @@ import typer
 
 from ppo_cli.cli.app import app
 from ppo_cli.config.schema import json_schema
+from ppo_cli.config.sweep import sweep_schema
 from ppo_cli.evaluation.quality import all_statistics
 from ppo_cli.ppo.statistics import Statistic
 
@@ -98,13 +99,19 @@ def about(parameter: Any) -> str:
 
 
 def keys(section: str) -> str:
-    """The table of a section of the configuration."""
+    """The table of a section of the configuration, or of the keys of a sweep."""
+    if section == "sweep":
+        schema = json.loads(sweep_schema())
+        return key_table(schema, schema)
     schema = json.loads(json_schema())
     kind = schema["properties"][section]
     name = next(map(section_of, alternatives(kind)))
-    rows = list(key_rows(schema, schema["$defs"][name], ""))
-    about = schema["properties"][section]["description"]
-    return "\n".join([f"{about}\n", *table("key", "value", "default", "meaning"), *rows])
+    return f"{kind['description']}\n\n{key_table(schema, schema['$defs'][name])}"
+
+
+def key_table(schema: Mapping[str, Any], section: Mapping[str, Any]) -> str:
+    rows = key_rows(schema, section, "")
+    return "\n".join([*table("key", "value", "default", "meaning"), *rows])
 
 
 def key_rows(schema: Mapping[str, Any], section: Mapping[str, Any], prefix: str) -> Iterator[str]:
@@ -115,8 +122,12 @@ def key_rows(schema: Mapping[str, Any], section: Mapping[str, Any], prefix: str)
         yield row(f"`{prefix}{key}`", value_of(value), default, paragraphs(value["description"]))
         for option in alternatives(value):
             if name := section_of(option):
-                dots = "[]." if "items" in option else "."
+                dots = next((dots for part, dots in INSIDE.items() if part in option), ".")
                 yield from key_rows(schema, schema["$defs"][name], f"{prefix}{key}{dots}")
+
+
+INSIDE = {"items": "[].", "additionalProperties": ".KEY."}
+"""What stands between the key of many sections and a key of one of them."""
 
 
 def value_of(kind: Mapping[str, Any]) -> str:
@@ -149,8 +160,11 @@ def alternatives(kind: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def section_of(kind: Mapping[str, Any]) -> str:
-    """The name of the section that a value is, or a list of; empty for another value."""
-    name = kind.get("$ref", kind.get("items", {}).get("$ref", "")).rpartition("/")[2]
+    """The name of the section that a value is, or has many of; empty for another value."""
+    for part in INSIDE:
+        if isinstance(kind.get(part), dict):
+            return section_of(alternatives(kind[part])[0])
+    name = kind.get("$ref", "").rpartition("/")[2]
     return "" if name == "JsonValue" else name
 
 

@@ -294,7 +294,73 @@ RUNS: list[Case] = [
     (["stats", "{unstarted}"], 2, ["no steps", "metrics.jsonl"]),
     (["stats", "{blank}"], 2, ["no steps", "metrics.jsonl"]),
 ]  # fmt: skip
-LIGHT = [*COMMAND_LINE, *CONFIGURATIONS, *PLACES, *RUNS]
+# The content of a sweep's file, and what the message must hold. P is a parameter that is right.
+P = "parameters: {ppo.lam: [0.9, 1.0]}\n"
+SWEEP_FILES: list[tuple[str, list[str]]] = [
+    ("- 1\n", ["keys of a sweep", "not a list"]),
+    ("trials: 3\n", ["parameters", "required"]),
+    (P + "trails: 3\n", ["line 2: trails", "'trials'"]),
+    (P + "trials: 0\n", ["line 2: trials", "greater than or equal to 1"]),
+    (P + "config: tyni\n", ["'tyni'", "'tiny'"]),
+    (P + "set: {run.stepz: 8}\n", ["line 2: run.stepz=8", "'steps'"]),
+    (P + "set: {steps: 8}\n", ["line 2", "'steps' is no key: section.key"]),
+    (P + "set: {ppo.lam: 1}\n", ["ppo.lam is in set and in parameters"]),
+    (P + "set: {run.output: x}\n", ["run.output", "use output"]),
+    (P + "set: {run.steps: 8}\n", ["run.eval_every is 32 of 8 steps", "pruner: none"]),
+    (P + "seeds: 0\n", ["line 2: seeds", "1 to 100"]),
+    (P + "seeds: [1, 1]\n", ["line 2: seeds", "twice"]),
+    (P + "seeds: [a]\n", ["line 2: seeds", "list of seeds"]),
+    (P + "max_kl: 0\n", ["line 2: max_kl", "greater than 0"]),
+    (P + "objective: eval/kl\n", ["line 2: direction is missing", "minimize"]),
+    (P + "objective: eval/scor\ndirection: maximize\n", ["'eval/scor'", "'eval/score'"]),
+    (P + "sampler: cmaes\n", ["line 2: sampler", "'tpe', 'random' or 'grid'"]),
+    (P + "pruner: wilcoxon\n", ["line 2: pruner", "'median', 'hyperband' or 'none'"]),
+    (P + "keep: none\n", ["line 2: keep", "'models'"]),
+    ("parameters: {}\n", ["line 1: parameters", "at least 1"]),
+    ("parameters: {run.seed: [0, 1]}\n", ["run.seed", "use seeds"]),
+    ("parameters: {ppo.lam: 3}\n", ["parameters.ppo.lam", "object"]),
+    ("parameters: {ppo.lam: [1.0]}\n", ["ppo.lam", "two values or more"]),
+    ("parameters: {ppo.lam: [1.0, 1.0]}\n", ["ppo.lam", "twice"]),
+    ("parameters: {ppo.lam: [1.0, [1]]}\n", ["ppo.lam", "holds [1]"]),
+    ("parameters: {ppo.lamb: [0.9, 1.0]}\n", ["line 1: ppo.lamb=0.9", "'lam'"]),
+    ("parameters: {ppo.lam: {low: 0.9, high: 1.1}}\n", ["line 1: ppo.lam=1.1", "less than or equal to 1"]),
+    ("parameters: {ppo.lam: {low: 0.9, hihg: 1}}\n", ["parameters.ppo.lam.hihg", "'high'"]),
+    ("parameters: {ppo.lam: {low: 0.9}}\n", ["ppo.lam", "high is missing"]),
+    ("parameters: {ppo.lam: {low: 1, high: 0.9}}\n", ["ppo.lam", "must exceed low"]),
+    ("parameters: {ppo.lam: {low: a, high: 1}}\n", ["ppo.lam.low", 'is "a"', "a number"]),
+    ("parameters: {ppo.lam: {low: 0, high: 1, log: true}}\n", ["low (0) must be above 0"]),
+    ("parameters: {ppo.lam: {low: 0.1, high: 1, log: true, step: 0.1}}\n", ["step and log exclude"]),
+    ("parameters: {ppo.lam: {low: 0, high: 1, step: 0.3}}\n", ["is not reached", "steps of 0.3"]),
+    ("parameters: {ppo.lam: {low: 0, high: 1, step: 2}}\n", ["step (2)", "at most high - low"]),
+    ("parameters: {ppo.lam: {choices: [0.9, 1.0], log: true}}\n", ["choices and log exclude"]),
+    ("parameters: {ppo.ppo_epochs: {low: 1, high: 2.5}}\n", ["ppo.ppo_epochs=2.5", "valid integer"]),
+    ("parameters: {ppo.ppo_epochs: {low: 1, high: 2, step: 0.5}}\n", ["step is 0.5", "whole numbers"]),
+    ("parameters: {ppo.mini_batch_size: [24, 32]}\n", ["ppo.mini_batch_size=24", "must be a multiple"]),
+    ("sampler: grid\nparameters: {ppo.lam: {low: 0.9, high: 1}}\n", ["grid", "ppo.lam", "step or a list"]),
+]  # fmt: skip
+SW = ["sweep", "{right-sweep.yaml}"]
+SWEEPS: list[Case] = [
+    *((["sweep", f"{{sweep-{i}.yaml}}"], 2, wanted) for i, (_, wanted) in enumerate(SWEEP_FILES)),
+    (["sweep", "kl-and-learning-rat"], 2, ["'kl-and-learning-rat'", "'kl-and-learning-rate'"]),
+    (["sweep", "absent.yaml"], 2, ["absent.yaml", "no such file of a sweep"]),
+    (["sweep", "{folder}"], 2, ["folder", "no such file of a sweep"]),
+    ([*SW, "--jobs", "0"], 2, ["--jobs", "1"]),
+    ([*SW, "--trials", "0"], 2, ["--trials", "1"]),
+    ([*SW, "--trials", "many"], 2, ["--trials", "valid integer"]),
+    ([*SW, "--trials", "99999"], 2, ["option --trials", "10000"]),
+    ([*SW, "--set", "run.stepz=1"], 2, ["--set run.stepz=1", "'steps'"]),
+    ([*SW, "--set", "ppo.lam=1"], 2, ["--set ppo.lam", "the sweep itself"]),
+    ([*SW, "--output", ""], 2, ["option --output", "empty"]),
+    ([*SW, "--output", "{folder}"], 2, ["folder", "is no directory of a sweep"]),
+    ([*SW, "--output", "{notes.txt}"], 2, ["notes.txt", "is a file"]),
+    ([*SW, "--output", "x" * 300], 2, ["300 bytes", "too long"]),
+    ([*SW, "--resume"], 2, ["holds no sweep to resume", "without --resume"]),
+    ([*SW, "--resume", "--overwrite"], 2, ["--resume and --overwrite exclude"]),
+    ([*SW, "--resume", "--dry-run"], 2, ["--resume and --dry-run exclude"]),
+    ([*SW, "--dry-run", "--output", "{folder}"], 2, ["is no directory of a sweep"]),
+    ([T, "--config", "{right-sweep.yaml}"], 2, ["right-sweep.yaml", "no such key"]),
+]  # fmt: skip
+LIGHT = [*COMMAND_LINE, *CONFIGURATIONS, *PLACES, *RUNS, *SWEEPS]
 
 MODELS: list[Case] = [
     ([T, "--device", "tpu"], 2, ["'tpu'", "cuda"]),
@@ -503,7 +569,9 @@ def make_world(folder: Path) -> dict[str, str]:
 def _files() -> dict[str, bytes]:
     nines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
     merged = [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 9)]
-    return {
+    sweeps = {f"sweep-{i}.yaml": text.encode() for i, (text, _) in enumerate(SWEEP_FILES)}
+    return sweeps | {
+        "right-sweep.yaml": P.encode(),
         "broken.yaml": b"run:\n  steps: [1, 2\n",
         "unknown.yaml": b"ppo:\n  gamma: 1.0\n  learning_rat: 1e-5\n",
         "section.yaml": b"pppo:\n  gamma: 1.0\n",

@@ -34,6 +34,7 @@ ORDER = [
     "evaluation",
     "reporting",
     "training",
+    "sweep",
     "cli",
 ]
 LEVEL = {name: level for level, name in enumerate(ORDER)}
@@ -163,6 +164,7 @@ def test_every_public_definition_has_a_docstring(name: str) -> None:
         "ppo_cli.config.starting",
         "ppo_cli.ppo.statistics",
         "ppo_cli.training.run_list",
+        "ppo_cli.sweep.run",
     ],
 )
 def test_light_modules_do_not_import_torch(module: str) -> None:

@@ -26,6 +26,7 @@ from ppo_cli.cli.plot import plot
 from ppo_cli.cli.push import push
 from ppo_cli.cli.runs import runs
 from ppo_cli.cli.stats import stats
+from ppo_cli.cli.sweep import sweep
 from ppo_cli.cli.train import train
 from ppo_cli.errors import (
     Interrupted,
@@ -98,7 +99,7 @@ SMALLER = {
     "models",
 }
 COMMANDS = {
-    "Train": (train,),
+    "Train": (train, sweep),
     "Look": (compare, generate, plot, stats, runs),
     "Share": (export, push),
     "Set up": (init, config, doctor),

@@ -86,6 +86,15 @@ def configurations(incomplete: str) -> list[Answer]:
     return [(name, "shipped") for name in shipped_configs()] + _paths(incomplete, about)
 
 
+def sweeps(incomplete: str) -> list[Answer]:
+    """Names of shipped sweeps, and YAML files."""
+    from ppo_cli.config.loading import shipped_configs
+    from ppo_cli.config.sweep_loading import SWEEPS
+
+    files = _paths(incomplete, lambda one: "file" if one.name.endswith((".yaml", ".yml")) else "")
+    return [(name, "shipped") for name in shipped_configs(SWEEPS)] + files
+
+
 def settings(incomplete: str) -> list[Answer]:
     """`section.key=`; behind the sign, and where one key is left, the values of that key."""
     from ppo_cli.config.keys import keys

@@ -17,10 +17,8 @@ from contextlib import contextmanager
 from subprocess import Popen
 from types import FrameType
 
-import psutil
-
 from ppo_cli.errors import PPOCliError
-from ppo_cli.utils.launcher import OURS
+from ppo_cli.utils.launcher import OURS, usable_cores
 
 GRACE = 15.0  # seconds that the others have to end by themselves where one has failed
 PAUSE = 0.05  # seconds between two looks at the processes
@@ -76,16 +74,10 @@ def _start(index: int, count: int, port: int) -> Member:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         OURS: os.getpid(),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or max(_cores() // count, 1),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or max(usable_cores() // count, 1),
     }
     surroundings = os.environ | {name: str(value) for name, value in variables.items()}
     return Popen([sys.executable, *sys.orig_argv[1:]], env=surroundings)
-
-
-def _cores() -> int:
-    """Physical cores that this process may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(usable or 1, psutil.cpu_count(logical=False) or sys.maxsize)
 
 
 @contextmanager

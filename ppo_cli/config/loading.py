@@ -6,44 +6,34 @@ is kept for error messages.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic import BaseModel, ValidationError
+from typing import Any
 
 import ppo_cli
-from ppo_cli.config.reward import ALTERNATIVES, OF_ONE_CLASSIFIER
+from ppo_cli.config.faults import Origin, validated
+from ppo_cli.config.reward import OF_ONE_CLASSIFIER
 from ppo_cli.config.reward_options import parse_option, with_option
 from ppo_cli.config.schema import RunConfig
-from ppo_cli.config.secrets import HIDDEN, find_secret, is_secret, shown_assignment
+from ppo_cli.config.secrets import find_secret, shown_assignment
 from ppo_cli.errors import ConfigError, did_you_mean
 from ppo_cli.utils.files import refuse_stream
-from ppo_cli.utils.text import shortened
-from ppo_cli.utils.yaml_io import Places, load_yaml, read_yaml
+from ppo_cli.utils.yaml_io import load_yaml, read_yaml
 
 DEFAULT_CONFIG = "tiny"
 # Keys that have another name on the command line.
 OPTIONS = {("ppo", "log_with"): "--track", ("run", "kl_budget"): "--kl"}
-# Names of transformers' TrainingArguments -> what they are here.
-SYNONYMS = {
-    "report_to": "ppo.log_with (option --track)",
-    "logging_dir": "ppo.project_kwargs.logging_dir",
-}
 RECORD_FILE = "run.yaml"  # of a run directory: the run's configuration under `config`, and facts
 RECORDED = "config"
 
 
-def shipped_configs() -> dict[str, Path]:
-    """Name -> file of every configuration that ships with the program."""
+def shipped_configs(kind: str = "") -> dict[str, Path]:
+    """Name -> file of every configuration that ships, or of those in its folder `kind`."""
     here = Path(ppo_cli.__file__).parent
     for folder in (here / "configs", here.parent / "configs"):
         if folder.is_dir():
-            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+            return {path.stem: path for path in sorted((folder / kind).glob("*.yaml"))}
     return {}
 
 
@@ -105,10 +95,10 @@ def read_config(name: str) -> dict[str, Any]:
     return _read(name)[0]
 
 
-def _read(name: str) -> tuple[dict[str, Any], _Origin]:
+def _read(name: str) -> tuple[dict[str, Any], Origin]:
     """The settings in a configuration, and where they stand."""
     path = config_file(name)
-    origin = _Origin(str(path))
+    origin = Origin(str(path))
     data = _parse(path, origin)
     if _is_record(data):
         return _recorded_settings(data, origin), origin
@@ -123,7 +113,7 @@ def recorded_run(name: str) -> Path | None:
         ConfigError: there is no such file, or it is not YAML.
     """
     path = config_file(name)
-    is_record = path.name == RECORD_FILE and _is_record(_parse(path, _Origin(str(path))))
+    is_record = path.name == RECORD_FILE and _is_record(_parse(path, Origin(str(path))))
     return path.parent if is_record else None
 
 
@@ -140,7 +130,7 @@ def change_config(
     """
     data = config.model_dump(mode="json")
     known = find_secret(data)
-    origin = _Origin("configuration")
+    origin = Origin("configuration")
     return _changed(data, origin, assignments, overrides or {}, known_secret=known)
 
 
@@ -161,12 +151,12 @@ def checked(
     Raises:
         ConfigError: a key or value is wrong.
     """
-    return _changed(data, _Origin(file, dict(places or {})), assignments, {})
+    return _changed(data, Origin(file, dict(places or {})), assignments, {})
 
 
 def _changed(
     data: dict[str, Any],
-    origin: _Origin,
+    origin: Origin,
     assignments: Sequence[str],
     overrides: Mapping[tuple[str, str], Any],
     rewards: Sequence[str] = (),
@@ -185,7 +175,7 @@ def _changed(
                 target[key] = value
             option = OPTIONS.get((section, key)) or f"--{key.replace('_', '-')}"
             origin.set((section, key), f"option {option}")
-    config = _validated(data, origin)
+    config = validated(RunConfig, data, origin)
     if sentiment is not None and not config.reward.takes_sentiment:
         raise ConfigError(
             "--sentiment has no effect: no term of the reward is a classifier without a sentiment "
@@ -202,7 +192,7 @@ def _changed(
 
 
 def _add_rewards(
-    data: dict[str, Any], options: Sequence[str], origin: _Origin, *, add: bool
+    data: dict[str, Any], options: Sequence[str], origin: Origin, *, add: bool
 ) -> None:
     """Make the values of `--reward` the terms of the reward, or add them to those it has."""
     terms = []
@@ -248,49 +238,10 @@ def validate(data: Mapping[str, Any], file: str = "configuration") -> RunConfig:
     Raises:
         ConfigError: naming the key and what it should be.
     """
-    return _validated(data, _Origin(file))
+    return validated(RunConfig, data, Origin(file))
 
 
-def _validated(data: Mapping[str, Any], origin: _Origin) -> RunConfig:
-    try:
-        # From JSON, strict validation accepts a mapping for a dataclass, but not "1" for 1.
-        text = json.dumps(data, default=str, ensure_ascii=False).encode()
-        return RunConfig.model_validate_json(text, strict=True)
-    except UnicodeEncodeError as error:
-        found = error.object[max(error.start - 20, 0) : error.end + 20]
-        raise ConfigError(f"{origin.file}: {found!r} holds bytes that are not UTF-8") from None
-    except ValidationError as error:
-        raise ConfigError(_describe(error, origin)) from None
-
-
-@dataclasses.dataclass
-class _Origin:
-    """Where each key of a configuration was written."""
-
-    file: str
-    places: Places = dataclasses.field(default_factory=dict)
-
-    def set(self, keys: tuple[str, ...], place: str) -> None:
-        """Record where `keys` were written last."""
-        self.places.pop(keys, None)  # so that `places` is in the order of writing
-        self.places[keys] = place
-
-    def of(self, keys: tuple[str, ...]) -> str:
-        """The place of `keys`, or of the nearest section around them."""
-        while keys:
-            if keys in self.places:
-                return self.places[keys]
-            keys = keys[:-1]
-        return self.file
-
-    def of_rule(self, keys: tuple[str, ...], problem: str) -> str:
-        """The place to change when a rule between keys is broken: that of the one set last."""
-        mentioned = [(*keys, word) for word in re.findall(r"\w+", problem)]
-        placed = [place for place in self.places if place in mentioned]
-        return self.of(placed[-1] if placed else keys)
-
-
-def _parse(path: Path, origin: _Origin) -> dict[str, Any]:
+def _parse(path: Path, origin: Origin) -> dict[str, Any]:
     """The sections of a YAML file; the places of its keys go into `origin`."""
     data = read_yaml(path, origin.places)
     if data is None:
@@ -313,7 +264,7 @@ def _is_record(data: Mapping[str, Any]) -> bool:
     return isinstance(settings, dict) and bool(settings.keys() & RunConfig.model_fields.keys())
 
 
-def _recorded_settings(data: Mapping[str, Any], origin: _Origin) -> dict[str, Any]:
+def _recorded_settings(data: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
     """The settings in a `run.yaml`, without the old run's output; their places into `origin`."""
     for keys, place in [*origin.places.items()]:
         if keys[0] == RECORDED:
@@ -338,7 +289,7 @@ def _place_of(record: Mapping[str, Any], name: Any) -> Any:
     return path if is_elsewhere and not os.path.exists(str(name)) else name
 
 
-def _assign(data: dict[str, Any], text: str, origin: _Origin) -> None:
+def _assign(data: dict[str, Any], text: str, origin: Origin) -> None:
     """Apply one `section.key=value` to `data`."""
     name, equals, value_text = text.partition("=")
     keys = tuple(name.strip().split("."))
@@ -357,59 +308,3 @@ def _assign(data: dict[str, Any], text: str, origin: _Origin) -> None:
     origin.set(keys, place)
     for depth in range(1, len(keys)):
         origin.places.setdefault(keys[:depth], place)
-
-
-def _describe(error: ValidationError, origin: _Origin) -> str:
-    """A line for each fault: where it is, which key, what is wrong."""
-    lines = []
-    for item in error.errors():
-        keys = tuple(str(part) for part in item["loc"] if part not in ALTERNATIVES)
-        name = ".".join(keys)
-        problem = item["msg"].removeprefix("Value error, ")
-        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            known = _known_keys(keys[:-1])
-            near = did_you_mean(keys[-1], known)
-            if keys[-1] in SYNONYMS:
-                near = f" It is {SYNONYMS[keys[-1]]} here"
-            problem = f"there is no such key.{near}"
-            if not near:
-                problem += f" Known here: {', '.join(known)}"
-        elif item["type"] != "value_error":
-            problem = f"{problem[:1].lower()}{problem[1:]}, got {_shown(item['input'], keys)}"
-        place = origin.of_rule(keys, problem) if item["type"] == "value_error" else origin.of(keys)
-        named = name and not place.startswith((f"--set {name}=", f"--set {name}."))
-        lines.append(f"{place}: {name}: {problem}" if named else f"{place}: {problem}")
-    return "\n".join(lines)
-
-
-def _known_keys(keys: Iterable[str]) -> list[str]:
-    """The keys that there are in the section at `keys`."""
-    kind: Any = RunConfig
-    for key in keys:
-        if key.isdigit():  # of a list
-            continue
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            return []
-        field = kind.model_fields.get(key)
-        kind = _section_in(field.annotation) if field else None
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return list(kind.model_fields)
-    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-
-
-def _section_in(annotation: Any) -> Any:
-    """The section in `Section | None` or a list of sections; else the annotation itself."""
-    for inner in get_args(annotation):
-        found = _section_in(inner)
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            return found
-    return annotation
-
-
-def _shown(value: Any, keys: tuple[str, ...]) -> str:
-    """A value as YAML writes it, shortened, and hidden where it may be a secret."""
-    if is_secret(value, keys):
-        return HIDDEN
-    return shortened(
-        json.dumps(value) if value is None or isinstance(value, bool) else repr(value), 60
-    )

@@ -21,12 +21,13 @@ class RunLock:
     """A lock of the operating system: when a process dies, its lock is free.
 
     Args:
-        run: the run directory; the lock file lies among its checkpoints.
+        run: the run directory, or that of a sweep.
+        folder: where the lock file lies; by default among the run's checkpoints.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, folder: Path | None = None) -> None:
         self._run = run
-        self._folder = run / CHECKPOINTS
+        self._folder = run / CHECKPOINTS if folder is None else folder
         self._lock: FileLock | None = None
 
     def acquire(self) -> None:

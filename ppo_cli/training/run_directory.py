@@ -119,28 +119,12 @@ class RunDirectory:
             overwrite: whether an older run may be replaced.
             inputs: names of what the new run reads, by option or key; they must not lie here.
         """
-        longest = max((len(os.fsencode(part)) for part in self.path.parts), default=0)
-        if longest > MAX_NAME_BYTES:
-            raise UsageError(
-                f"{shortened(str(self.path), 60)}: a name of {longest} bytes is too long for a "
-                "folder; choose another with --output"
-            )
-        refuse_special(self.path)
-        if os.path.exists(self.path) and not self.path.is_dir():
-            raise UsageError(f"{self.path} is a file: choose another folder with --output")
-        if lies_in_checkpoints(self.path):
-            raise UsageError(f"{self.path} lies among a run's checkpoints: choose another folder")
+        check_place(self.path)
         self._check_inputs(inputs)
         if self.path.is_dir() and not self._is_blank():
             self._check_replaceable(overwrite)
         else:
             self.lock.check()
-        nearest = next(p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p))
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise UsageError(
-                f"{self.path}: {nearest} is not a folder that can be written to; choose another "
-                "place with --output"
-            )
 
     def _check_replaceable(self, overwrite: bool) -> None:
         """Raise `UsageError` unless the folder holds a replaceable run and nothing else."""
@@ -243,6 +227,27 @@ class RunDirectory:
                 f"{path} is damaged: it holds no configuration; train anew with --overwrite"
             )
         return validate(settings, str(path))
+
+
+def check_place(path: Path) -> None:
+    """Raise `UsageError` where no folder for results can be; change nothing."""
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > MAX_NAME_BYTES:
+        raise UsageError(
+            f"{shortened(str(path), 60)}: a name of {longest} bytes is too long for a folder; "
+            "choose another with --output"
+        )
+    refuse_special(path)
+    if os.path.exists(path) and not path.is_dir():
+        raise UsageError(f"{path} is a file: choose another folder with --output")
+    if lies_in_checkpoints(path):
+        raise UsageError(f"{path} lies among a run's checkpoints: choose another folder")
+    nearest = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UsageError(
+            f"{path}: {nearest} is not a folder that can be written to; choose another place "
+            "with --output"
+        )
 
 
 def loading_settings(directory: RunDirectory, policy: PolicyConfig) -> PolicyConfig:

@@ -81,7 +81,7 @@ def differences(folders: Sequence[str | Path]) -> RunDifferences:
         UsageError: a folder is no run directory, or its configuration cannot be read.
     """
     directories = [RunDirectory.existing(folder) for folder in folders]
-    settings = [_flat(directory.config().model_dump(mode="json")) for directory in directories]
+    settings = [flat(directory.config().model_dump(mode="json")) for directory in directories]
     code = [flat_record(directory.recorded()) for directory in directories]
     return RunDifferences(
         runs=[summarise(folder) for folder in folders],
@@ -143,12 +143,12 @@ def _state(
     return "interrupted", ""
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
     return found

@@ -6,10 +6,11 @@ Nothing here imports torch: a process has to know whether it may print before it
 from __future__ import annotations
 
 import os
+import sys
 
 from ppo_cli.errors import UsageError
 
-OURS = "PPO_CLI_LAUNCHER"  # the number of the process that --num-processes started the others from
+OURS = "PPO_CLI_LAUNCHER"  # the number of the process of this program that started this one
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # where WORLD_SIZE is above 1
 STARTED_BY = {  # variables that hold a number of processes which are told nothing else
     "SLURM_STEP_NUM_TASKS": "srun",
@@ -38,7 +39,7 @@ def local_index() -> int:
 
 
 def is_ours() -> bool:
-    """Whether `--num-processes` started this process."""
+    """Whether `--num-processes` or a sweep started this process."""
     return os.environ.get(OURS, "") == str(os.getppid())
 
 
@@ -62,6 +63,14 @@ def check(wanted: int | None = None) -> None:
         _check_world(wanted)
     elif not os.environ.get("WORLD_SIZE"):
         _check_lone(wanted)
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use."""
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(usable or 1, psutil.cpu_count(logical=False) or sys.maxsize)
 
 
 def _check_lone(wanted: int | None) -> None:
