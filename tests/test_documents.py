@@ -104,8 +104,6 @@ def test_what_is_made_from_the_code_is_up_to_date(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text == references.with_references(text), "write it anew: python docs/references.py"
 
-
-
     schema = json.loads(json_schema())
     sweep = json.loads(sweep_schema())
     schema["$defs"] |= {"sweep": sweep, **sweep["$defs"]}

@@ -44,6 +44,8 @@ NOT_RUN = {
     r" push .*--private": "uploads; tests/training/test_sharing.py does so to a stand-in",
     r" runs experiments": "a folder of the reader's",
     r" --reward r.py:short": "tests/test_cli.py scores with a function",
+    r"--install-completion": "changes the reader's shell; tests/cli/test_completion.py does so",
+    r" sweep .*(--jobs|--resume|--output)": "many runs; tests/test_sweep.py has a sweep",
     r"from ray": "Ray is not among the packages of the tests",
 }
 """Blocks and commands that are parsed and checked, but not run, and why."""
@@ -80,8 +82,8 @@ def is_run(command: Command) -> bool:
     return is_ours and not is_help and reason_not_to_run(command.line) is None
 
 
-def parsed(command: Command) -> Context | None:
-    """The options of `ppo-cli COMMAND ...` as the program reads them; None for `--help`."""
+def parsed(command: Command) -> Context:
+    """The options of `ppo-cli COMMAND ...` as the program reads them."""
     _, one, rest = TREE.resolve_command(Context(TREE), command.words[1:])
     return one.make_context(one.name, list(rest))
 
@@ -101,6 +103,9 @@ def check(command: Command) -> None:
         _, one, rest = TREE.resolve_command(Context(TREE), command.words[1:])
         known = {name for option in one.params for name in (*option.opts, *option.secondary_opts)}
         assert {word.split("=")[0] for word in rest if word.startswith("--")} <= {*known, "--help"}
+        return
+    if command.words[1:] in (["--install-completion"], ["--show-completion"]):
+        assert command.words[1] in {name for option in TREE.params for name in option.opts}
         return
     options = parsed(command).params
     name = options.get("config") or options.get("name") or "tiny"

@@ -109,7 +109,7 @@ def seed_groups(directories: Sequence[RunDirectory]) -> list[list[RunDirectory]]
 def _differ_in_seed_alone(a: RunDirectory, b: RunDirectory) -> bool:
     first, second = (run.config() for run in (a, b))
     files = [
-        {k: v for k, v in _flat(run.recorded().get("inputs") or {}).items() if ".files." in k}
+        {k: v for k, v in flat(run.recorded().get("inputs") or {}).items() if ".files." in k}
         for run in (a, b)
     ]
     return (
