@@ -18,15 +18,26 @@ def stats(
         int | None,
         typer.Option("--step", min=1, help="Step to show. Default: the last."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow", help="Show each step as another process makes it, until the run ends."
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object; with --follow one a step.")
+    ] = False,
 ) -> None:
-    """Show the statistics of a PPO step."""
+    """Show the statistics of a PPO step, or follow a run that is being made."""
     from ppo_cli.cli.console import print_tables, write_json
     from ppo_cli.errors import UsageError
     from ppo_cli.evaluation.quality import explained_statistics
     from ppo_cli.ppo.statistics import grouped
     from ppo_cli.training.run_directory import RunDirectory
 
+    if follow:
+        _follow(run, objective, step, as_json)
+        return
     rows = RunDirectory.existing(run).records.metrics()
     by_step = {row["step"]: row for row in rows}
     number = rows[-1]["step"] if step is None else step
@@ -47,3 +58,21 @@ def stats(
     from ppo_cli.reporting.tables import statistics_tables
 
     print_tables(statistics_tables(groups, f"{run}, step {number}"))
+
+
+def _follow(run: str, objective: bool | None, step: int | None, as_json: bool) -> None:
+    from ppo_cli.cli.follow import follow
+    from ppo_cli.errors import UsageError
+    from ppo_cli.ppo.statistics import GROUPS
+
+    if step is not None:
+        raise UsageError("--step shows one step and --follow the newest: leave one of them out")
+    keys = None
+    if objective is not None:
+        if not as_json:
+            raise UsageError(
+                "--objective and --no-objective choose among all statistics, and --follow shows a "
+                "few of both: add --json, or leave them out"
+            )
+        keys = [prefix for prefixes in GROUPS[objective].values() for prefix in prefixes]
+    follow(run, as_json=as_json, keys=keys)
