@@ -75,13 +75,16 @@ def follow(path: str, *, as_json: bool, keys: Collection[str] | None = None) -> 
         screen = JSONLines(keys)
     else:
         screen = PlainLines() if is_plain(sys.stdout) else LiveScreen(console(stderr=False))
-    signal.signal(signal.SIGTERM, _stop)  # a live screen has hidden the cursor
-    with screen:
-        while True:
-            screen.show(run, run.look())
-            if run.has_ended or not has_reader(sys.stdout):
-                return
-            time.sleep(POLL)
+    before = signal.signal(signal.SIGTERM, _stop)  # a live screen has hidden the cursor
+    try:
+        with screen:
+            while True:
+                screen.show(run, run.look())
+                if run.has_ended or not has_reader(sys.stdout):
+                    return
+                time.sleep(POLL)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class PlainLines:
@@ -89,9 +92,10 @@ class PlainLines:
 
     def __init__(self) -> None:
         self._console = console(stderr=False)
+        self._has_looked = False
         self._step = 0  # the newest that was printed
         self._told: set[str] = set()  # the warnings that were printed
-        self._kind: tuple[str, int, bool] = "", 0, False
+        self._kind = "", -1, False  # of what was said last: state, age, whether there are steps
 
     def __enter__(self) -> Screen:
         return self
@@ -104,14 +108,15 @@ class PlainLines:
         if news.back_to is not None:
             note(f"the run went back to step {news.back_to}" if news.back_to else "a new run began")
             self._step = news.back_to
-        for row in news.rows if self._step or news.back_to == 0 else news.rows[-1:]:
+        for row in news.rows if self._has_looked else news.rows[-1:]:
             self.print_step(run, row)
             self._step = row["step"]
+        self._has_looked = True
         note(*(f"warning: {text}" for text in run.warnings if text not in self._told))
         self._told.update(run.warnings)
-        age = max(run.seconds_unchanged, QUIET_SECONDS)
+        age = max(run.seconds_unchanged / QUIET_SECONDS, 1.0)
         # Of a run that stands still something is said each time its age has doubled.
-        kind = run.state, int(math.log2(age)) if _is_quiet(run) else 0, bool(run.rows)
+        kind = run.state, int(math.log2(age)) if _is_quiet(run) else -1, bool(run.rows)
         if kind != self._kind and (status := _status(run)):
             note(status)
         self._kind = kind
