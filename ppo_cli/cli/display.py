@@ -1,4 +1,4 @@
-"""Progress of `train`: a live view on a terminal, plain lines elsewhere."""
+"""Progress of `train`: a live view on a terminal, plain lines elsewhere; see `notebook.py`, too."""
 
 from __future__ import annotations
 
@@ -42,9 +42,13 @@ class Display(Protocol):
 
 
 def make_display(quiet: bool) -> Display:
-    """Make the display that suits standard error."""
+    """Make the display that suits a notebook or standard error."""
+    from ppo_cli.cli.notebook import NotebookDisplay, is_notebook
+
     if quiet:
         return QuietDisplay()
+    if is_notebook():
+        return NotebookDisplay()
     return PlainDisplay() if is_plain(sys.stderr) else LiveDisplay(console(stderr=True))
 
 
@@ -69,7 +73,7 @@ class PlainDisplay(QuietDisplay):
 
     def __init__(self) -> None:
         self._console = console(stderr=True)
-        self._remaining = _RemainingTime()
+        self._remaining = RemainingTime()
         self._evaluation: ShownEvaluation | None = None  # not printed yet
 
     def status(self, message: str) -> None:
@@ -95,7 +99,7 @@ class LiveDisplay:
     def __init__(self, target: Console) -> None:
         self._console = target
         self._live = Live(console=target, refresh_per_second=8, transient=False)
-        self._remaining = _RemainingTime()
+        self._remaining = RemainingTime()
         self._left = "-:--"
         self._status = ""
         self._report: StepReport | None = None
@@ -276,7 +280,7 @@ def _figures_table(figures: Mapping[str, str]) -> Table:
     return table
 
 
-class _RemainingTime:
+class RemainingTime:
     """Estimates the time to the last step, from the steps shown so far."""
 
     def __init__(self) -> None:

@@ -33,6 +33,10 @@ def settle() -> None:
     sys.stderr = _lasting(sys.stderr, needed=False)
     for size in ("COLUMNS", "LINES"):
         _settle_size(size)
+    # A notebook's `!command` runs at a terminal, and the cell keeps all that is ever drawn there.
+    # Its kernel names its backend for matplotlib to what it starts.
+    if "backend_inline" in os.environ.get("MPLBACKEND", ""):
+        os.environ.setdefault("NO_COLOR", "1")
 
 
 def silence() -> None:
