@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ class _Output:
 
 
 def _figures_html(figures: dict[str, str]) -> str:
-    return table([[*map(text, figures.values())]], [text(name, dim=True) for name in figures], 0)
+    return table([[*map(text, figures.values())]], [text(name, dim=True) for name in figures], "r")
 
 
 def _png(rows: Sequence[dict[str, float]]) -> str:

@@ -35,11 +35,11 @@ def settings_html(title: str, groups: Groups, defaults: Groups) -> str:
                 changed.append((*line, text(_value(without_secret_values(default, (key,))))))
             else:
                 others.append(line)
-    parts = [table(changed, ("", "differs from its default", "value", "default"), 4)]
+    parts = [table(changed, ("", "differs from its default", "value", "default"), "l")]
     if not changed:
         parts = [text("every value is its default")]
     return page(
-        title, *parts, folded(f"{len(others)} keys have their defaults", table(others, (), 3))
+        title, *parts, folded(f"{len(others)} keys have their defaults", table(others, (), "l"))
     )
 
 

@@ -84,4 +84,4 @@ def _samples(comparison: Comparison) -> str:
         for row in comparison.rows[:SHOWN_ROWS]
         for number, answer in enumerate(row.responses)
     ]
-    return table(rows, ("prompt", "model", "response", "score"), 3)
+    return table(rows, ("prompt", "model", "response", "score"), "lllr")

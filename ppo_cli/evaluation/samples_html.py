@@ -17,4 +17,4 @@ def samples_html(samples: Sequence[Sample], count: int) -> str:
         )
         for sample in samples[:count]
     ]
-    return table(rows, (), 2)
+    return table(rows, (), "rl")

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ppo_cli.config.ppo import Count, Positive, PPOSettings
+from ppo_cli.config.secrets import without_secret_values
 from ppo_cli.config.settings_html import settings_html
 
 
@@ -83,9 +84,17 @@ class PPOConfig(PPOSettings):
         """Number of batches in `steps` samples."""
         return math.ceil(self.steps / self.batch_size)
 
+    def __repr__(self) -> str:
+        shown = without_secret_values(self._values()).items()
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in shown)})"
+
+    def _values(self) -> dict[str, Any]:
+        """Every field by name, not copied."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
     def _repr_html_(self) -> str:
         """All fields, for a notebook: those of a step, and those of the run around it."""
-        values, own = dataclasses.asdict(self), {f.name for f in dataclasses.fields(PPOSettings)}
+        own = {f.name for f in dataclasses.fields(PPOSettings)}
 
         def grouped(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
             groups = {"step": own, "run": found.keys() - own}
@@ -93,7 +102,7 @@ class PPOConfig(PPOSettings):
                 name: {k: v for k, v in found.items() if k in keys} for name, keys in groups.items()
             }
 
-        return settings_html("PPOConfig", grouped(values), grouped(dataclasses.asdict(PPOConfig())))
+        return settings_html("PPOConfig", grouped(self._values()), grouped(PPOConfig()._values()))
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, for trackers; nested dictionaries are flattened with `/`."""

@@ -42,7 +42,7 @@ def description(trainer: PPOTrainer) -> dict[str, str]:
 
 def trainer_html(trainer: PPOTrainer, statistics: Mapping[str, float]) -> str:
     """HTML of `description`, and of the newest step's statistics if there was a step."""
-    about = table([(text(k, dim=True), text(v)) for k, v in description(trainer).items()], (), 2)
+    about = table([(text(k, dim=True), text(v)) for k, v in description(trainer).items()], (), "l")
     if not statistics:
         return page("PPOTrainer", about)
     rows = [
@@ -58,8 +58,8 @@ def trainer_html(trainer: PPOTrainer, statistics: Mapping[str, float]) -> str:
         if key not in IMPORTANT
     ]
     head = (text("statistic"), text(f"step {trainer.current_step}"), "")
-    more = folded(f"{len(others)} other statistics", table(others, (), 3))
-    return page("PPOTrainer", about, table(rows, head, 3), more)
+    more = folded(f"{len(others)} other statistics", table(others, (), "lrl"))
+    return page("PPOTrainer", about, table(rows, head, "lrl"), more)
 
 
 def _name(model: Any) -> str:

@@ -137,7 +137,7 @@ class TrainingSummary:
         head = (f"{len(self.after_samples)} held-out prompts", "reference", "tuned", "change", "")
         return page(
             self.about,
-            table(rows, head, 1),
+            table(rows, head, "lrrrl"),
             folded("samples of the tuned model", samples_html(self.after_samples, SHOWN_SAMPLES)),
         )
 

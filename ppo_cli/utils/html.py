@@ -7,9 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ppo_cli.utils.text import escape_controls
 
-# Notebooks have styles of their own for tables; sanitisers remove style sheets.
-_CELL = "padding:2px 12px 2px 0;vertical-align:top;overflow-wrap:anywhere;text-align:"
-_LINE = "border-bottom:1px solid rgba(128,128,128,.5);"
+SIDES = {"l": "left", "r": "right"}
 
 
 def text(value: object, *, strong: bool = False, dim: bool = False) -> str:
@@ -20,25 +18,25 @@ def text(value: object, *, strong: bool = False, dim: bool = False) -> str:
     return f'<span style="opacity:.65">{escaped}</span>' if dim else escaped
 
 
-def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), left: int = 1) -> str:
+def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), sides: str = "lr") -> str:
     """A table of cells that are HTML already.
 
     Args:
         rows: of cells.
         head: cells of the heading; none for no heading.
-        left: number of columns that are aligned on the left; the others are on the right.
+        sides: of each column, `l` for left or `r` for right; the last also counts for those after.
     """
 
-    def line(cells: Sequence[str], tag: str, style: str) -> str:
-        sides = ("left" if number < left else "right" for number in range(len(cells)))
-        pairs = zip(cells, sides, strict=True)
-        inner = (f'<{tag} style="{_CELL}{side};{style}">{cell}</{tag}>' for cell, side in pairs)
-        return f"<tr>{''.join(inner)}</tr>"
+    def line(cells: Sequence[str], tag: str) -> str:
+        # Notebooks have styles of their own for cells, and most remove style sheets.
+        styles = (SIDES[sides[min(number, len(sides) - 1)]] for number in range(len(cells)))
+        pairs = zip(cells, styles, strict=True)
+        return "".join(f'<{tag} style="text-align:{side}">{cell}</{tag}>' for cell, side in pairs)
 
-    top = f"<thead>{line(head, 'th', _LINE)}</thead>" if head else ""
-    body = "".join(line(cells, "td", "") for cells in rows)
-    style = "border-collapse:collapse;margin:2px 0 6px"
-    return f'<table style="{style}">{top}<tbody>{body}</tbody></table>'
+    top = f"<thead><tr>{line(head, 'th')}</tr></thead>" if head else ""
+    body = "".join(f"<tr>{line(cells, 'td')}</tr>" for cells in rows)
+    style = "border-collapse:collapse;margin:2px 0 6px;overflow-wrap:anywhere"
+    return f'<table style="{style}" cellpadding="4">{top}<tbody>{body}</tbody></table>'
 
 
 def folded(title: str, content: str) -> str:
