@@ -109,7 +109,7 @@ def test_a_trainer_shows_models_sizes_and_its_newest_step() -> None:
     stats = trainer.step(*make_batch())
     about = dict(row for row in cells(trainer._repr_html_()) if len(row) == 2)
     assert about["policy"].startswith("GPT2LMHeadModel, ") and about["steps"] == "1"
-    assert about["batch"] == "8 samples in mini-batches of 4 x 1, 4 epochs"
+    assert about["batch"] == "8 samples in mini-batches of 4, 4 epochs"
     assert "cpu" in about["device"] and about["reference"] == "GPT2LMHeadModel"
     shown = {row[0]: row[1] for row in cells(trainer._repr_html_()) if len(row) == 3}
     for key in ("ppo/loss/total", "ppo/returns/mean"):  # one that is folded away, too

@@ -28,14 +28,19 @@ def description(trainer: PPOTrainer) -> dict[str, str]:
     trained = sum(each.numel() for each in parameters if each.requires_grad)
     processes = accelerator.num_processes
     together = f", {processes} processes" if processes > 1 else ""
+    mixed = accelerator.mixed_precision
+    precision = f"{parameters[0].dtype}".removeprefix("torch.")
+    precision += "" if mixed == "no" else f" computed in {mixed}"
+    accumulated = config.gradient_accumulation_steps
     return {
         "policy": f"{_name(policy)}, {total:,} parameters, {trained:,} trained",
         "reference": "the policy without its adapter"
         if trainer.ref_model is None
         else _name(accelerator.unwrap_model(trainer.ref_model)),
-        "device": f"{accelerator.device}, precision {accelerator.mixed_precision}{together}",
-        "batch": f"{config.batch_size} samples in mini-batches of {config.mini_batch_size} x "
-        f"{config.gradient_accumulation_steps}, {config.ppo_epochs} epochs",
+        "device": f"{accelerator.device}, {precision}{together}",
+        "batch": f"{config.batch_size} samples in mini-batches of {config.mini_batch_size}"
+        + (f", {accumulated} an update" if accumulated > 1 else "")
+        + f", {config.ppo_epochs} epochs",
         "steps": str(trainer.current_step),
     }
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from ppo_cli.utils.text import escape_controls
 
-SIDES = {"l": "left", "r": "right"}
+# Notebooks have styles of their own for cells, and most of them remove style sheets.
+SIDES = {"l": "text-align:left;overflow-wrap:anywhere", "r": "text-align:right;white-space:nowrap"}
 
 
 def text(value: object, *, strong: bool = False, dim: bool = False) -> str:
@@ -28,14 +29,13 @@ def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), sides: str = 
     """
 
     def line(cells: Sequence[str], tag: str) -> str:
-        # Notebooks have styles of their own for cells, and most remove style sheets.
         styles = (SIDES[sides[min(number, len(sides) - 1)]] for number in range(len(cells)))
         pairs = zip(cells, styles, strict=True)
-        return "".join(f'<{tag} style="text-align:{side}">{cell}</{tag}>' for cell, side in pairs)
+        return "".join(f'<{tag} style="{side}">{cell}</{tag}>' for cell, side in pairs)
 
     top = f"<thead><tr>{line(head, 'th')}</tr></thead>" if head else ""
     body = "".join(f"<tr>{line(cells, 'td')}</tr>" for cells in rows)
-    style = "border-collapse:collapse;margin:2px 0 6px;overflow-wrap:anywhere"
+    style = "border-collapse:collapse;margin:2px 0 6px"
     return f'<table style="{style}" cellpadding="4">{top}<tbody>{body}</tbody></table>'
 
 
