@@ -194,7 +194,6 @@ class _GrowingMetrics:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.rows: list[dict[str, Any]] = []
-        self._file = -1  # its number on the disk
         self._end = 0  # of the last whole line that was read, in bytes
         self._last = b""  # that line, which has to be there still
 
@@ -204,21 +203,20 @@ class _GrowingMetrics:
         refuse_stream(self._path)
         try:
             with self._path.open("rb") as file:
-                number = os.fstat(file.fileno()).st_ino
                 file.seek(self._end - len(self._last))
-                if number == self._file and file.read(len(self._last)) == self._last:
+                if file.read(len(self._last)) == self._last:
                     count = len(old)
                     self._take(file.read())
                     return News(self.rows[count:])
-                self._begin(number)
+                self._begin_again()
                 file.seek(0)
                 self._take(file.read())
         except FileNotFoundError:
-            self._begin(-1)
+            self._begin_again()
         return _news(old, self.rows)
 
-    def _begin(self, number: int) -> None:
-        self.rows, self._file, self._end, self._last = [], number, 0, b""
+    def _begin_again(self) -> None:
+        self.rows, self._end, self._last = [], 0, b""
 
     def _take(self, content: bytes) -> None:
         """Add the whole lines of `content`; the last line may not be finished yet."""
