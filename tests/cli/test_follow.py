@@ -43,6 +43,11 @@ def row(step: int, score: float = 1.0, **extra: float) -> dict[str, float]:
     }  # fmt: skip
 
 
+def skipping(step: int) -> dict[str, float]:
+    """A step that the diagnostics warn of."""
+    return dict.fromkeys(following.REQUIRED, 1.0) | row(step, 3.0) | {"ppo/policy/skipped": 0.5}
+
+
 def settings() -> Any:
     return load_config(SMALL_RUN, assignments=["run.steps=4", "run.output=run"])
 
@@ -259,9 +264,11 @@ def test_a_look_reads_what_is_new_alone(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(found.look().rows) == 4
     read.clear()
     assert not found.look().rows and not read
-    run.records.append("metrics.jsonl", [row(5)])
+    run.records.append("metrics.jsonl", [skipping(5) | EVALUATION])
     assert [each["step"] for each in found.look().rows] == [5]
     assert len(read) == 1
+    assert found.history.newest is not None and found.history.newest.step == 5
+    assert "mini-batches were skipped" in found.warnings[-1]
 
 
 def screen_of(run: FollowedRun, width: int, height: int) -> str:
@@ -277,8 +284,7 @@ def test_the_live_screen_shows_what_has_room(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = begun()
-    skipped = dict.fromkeys(following.REQUIRED, 1.0) | row(2, 3.0) | {"ppo/policy/skipped": 0.5}
-    run.records.append("metrics.jsonl", [row(1), skipped | EVALUATION])
+    run.records.append("metrics.jsonl", [row(1), skipping(2) | EVALUATION])
     sample = {"step": 2, "query": "A film", "response": " \x1b[31mred", "score": 2.5}
     run.records.append("samples.jsonl", [sample | {"step": 1, "response": " old"}, sample])
     text = screen_of(FollowedRun("run"), 80, 40)
