@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ppo_cli.cli.notebook import train
     from ppo_cli.data.prompts import LengthSampler
     from ppo_cli.models.policy import AutoModelForCausalLMWithValueHead
     from ppo_cli.models.reference import create_reference_model
@@ -39,6 +40,7 @@ _HOMES = {
     "create_reference_model": "ppo_cli.models.reference",
     "print_ppo_stats": "ppo_cli.ppo.statistics",
     "set_seed": "ppo_cli.utils.random_state",
+    "train": "ppo_cli.cli.notebook",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "create_reference_model",
     "print_ppo_stats",
     "set_seed",
+    "train",
 ]
 
 

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ppo_cli.training.checkpoint import find_damage
+from ppo_cli.training.run_list import summarise
 from tests import faults
 from tests.conftest import SMALL_RUN
 from tests.forked import Done, Fault, ppo_cli, start
@@ -250,6 +251,7 @@ def test_a_fault_ends_the_run_with_one_message_and_whole_files(name: str, tmp_pa
         assert all(torch.isfinite(tensor).all() for tensor in model.values())
         ended = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["ended"]
         assert ended["as"] == "diverged" and wanted[0] in ended["why"]
+        assert summarise(tmp_path / "run").state == "diverged"
 
 
 def test_after_a_rollback_training_goes_on_another_way(

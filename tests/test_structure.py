@@ -159,6 +159,7 @@ def test_every_public_definition_has_a_docstring(name: str) -> None:
     [
         "ppo_cli",
         "ppo_cli.cli.app",
+        "ppo_cli.cli.follow",
         "ppo_cli.config.loading",
         "ppo_cli.reporting.comparison_page",
         "ppo_cli.config.starting",

@@ -38,6 +38,7 @@ def console(*, stderr: bool) -> Console:
         width=_width(stream),
         no_color=plain or None,
         force_terminal=False if plain else None,
+        force_jupyter=False,
         color_system=None if plain else "auto",
         highlight=False,
         emoji=False,

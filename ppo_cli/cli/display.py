@@ -1,4 +1,4 @@
-"""Progress of `train`: a live view on a terminal, plain lines elsewhere."""
+"""Progress of `train`: a live view on a terminal, plain lines elsewhere; see `notebook.py`, too."""
 
 from __future__ import annotations
 
@@ -42,9 +42,13 @@ class Display(Protocol):
 
 
 def make_display(quiet: bool) -> Display:
-    """Make the display that suits standard error."""
+    """Make the display that suits a notebook or standard error."""
+    from ppo_cli.cli.notebook import NotebookDisplay, is_notebook
+
     if quiet:
         return QuietDisplay()
+    if is_notebook():
+        return NotebookDisplay()
     return PlainDisplay() if is_plain(sys.stderr) else LiveDisplay(console(stderr=True))
 
 
@@ -69,8 +73,8 @@ class PlainDisplay(QuietDisplay):
 
     def __init__(self) -> None:
         self._console = console(stderr=True)
-        self._remaining = _RemainingTime()
-        self._evaluation: _ShownEvaluation | None = None  # not printed yet
+        self._remaining = RemainingTime()
+        self._evaluation: ShownEvaluation | None = None  # not printed yet
 
     def status(self, message: str) -> None:
         """Print a line."""
@@ -79,26 +83,13 @@ class PlainDisplay(QuietDisplay):
     def show(self, report: StepReport) -> None:
         """Print the first step, the last, and some between; after it the newest evaluation."""
         left = self._remaining.after(report)
-        self._evaluation = _ShownEvaluation.of(report) or self._evaluation
+        self._evaluation = ShownEvaluation.of(report) or self._evaluation
         every = max(report.steps // PLAIN_LINES, 1)
         if report.step % every and not report.is_last and report.step != 1:
             return
-        s = report.stats
-        self._console.print(
-            f"step {report.step:>{len(str(report.steps))}}/{report.steps}  "
-            f"score {s['env/reward_mean']:+.2f}  kl {s['objective/kl']:.2f}  "
-            f"coef {s['objective/kl_coef']:.3f}  loss {s['ppo/loss/total']:+.3f}  "
-            f"{s['perf/tokens_per_second']:.0f} tok/s  {left} left",
-            soft_wrap=True,
-        )
-        if (evaluation := self._evaluation) is not None:
-            best = "  best" if evaluation.is_best else ""
-            self._console.print(
-                f"held-out {evaluation.step}: score {evaluation.score}  "
-                f"P {evaluation.probability}  kl {evaluation.kl}  "
-                f"distinct-2 {evaluation.distinct}  ppl {evaluation.perplexity}{best}",
-                soft_wrap=True,
-            )
+        self._console.print(step_line(report, left), soft_wrap=True)
+        if self._evaluation is not None:
+            self._console.print(evaluation_line(self._evaluation), soft_wrap=True)
             self._evaluation = None
 
 
@@ -108,12 +99,12 @@ class LiveDisplay:
     def __init__(self, target: Console) -> None:
         self._console = target
         self._live = Live(console=target, refresh_per_second=8, transient=False)
-        self._remaining = _RemainingTime()
+        self._remaining = RemainingTime()
         self._left = "-:--"
         self._status = ""
         self._report: StepReport | None = None
         self._first_score = ""
-        self._evaluation: _ShownEvaluation | None = None
+        self._evaluation: ShownEvaluation | None = None
 
     def __enter__(self) -> Display:
         self._live.__enter__()
@@ -132,79 +123,114 @@ class LiveDisplay:
     def show(self, report: StepReport) -> None:
         """Draw a step."""
         self._report, self._status = report, ""
-        self._first_score = self._first_score or _score(report)
-        self._evaluation = _ShownEvaluation.of(report) or self._evaluation
+        self._first_score = self._first_score or score_of(report.stats)
+        self._evaluation = ShownEvaluation.of(report) or self._evaluation
         self._left = self._remaining.after(report)
         self._live.update(self._view())
 
     def _view(self) -> RenderableType:
         parts: list[RenderableType] = []
         if (report := self._report) is not None:
-            parts += [self._head(report), self._columns(_step_figures(report, self._first_score))]
+            screen = self._console
+            figures = step_figures(report, self._first_score)
+            parts += [head(report, self._left, screen), columns(figures, screen)]
             if (evaluation := self._evaluation) is not None:
-                parts.append(self._columns(_evaluation_figures(evaluation)))
-            parts += [self._cut(line) for line in sample_lines(report.samples, SHOWN_SAMPLES)]
+                parts.append(columns(evaluation_figures(evaluation), screen))
+            parts += [cut(line, screen) for line in sample_lines(report.samples, SHOWN_SAMPLES)]
         if self._status:
             parts.append(Text(self._status, style="dim"))
         return Group(*parts)
 
-    def _head(self, report: StepReport) -> RenderableType:
-        """Step, progress bar and time left; on a narrow screen the bar has a second line."""
-        step = Text(f"step {report.step}/{report.steps}", style="bold")
-        left = Text(f"{self._left} left", style="dim")
-        free = self._console.width - len(step) - len(left) - 2 * len(GAP)
-        width = min(free if free >= MIN_BAR_WIDTH else self._console.width - 1, MAX_BAR_WIDTH)
-        bar = ProgressBar(total=report.steps, completed=report.step, width=width)
-        head = Table.grid(padding=(0, len(GAP)))
-        if free < MIN_BAR_WIDTH:
-            head.add_row(bar)
-            return Group(Text.assemble(step, GAP, left), head)
-        head.add_row(step, bar, left)
-        return head
 
-    def _cut(self, line: Text) -> Text:
-        """Cut a line to the width of the screen."""
-        room = self._console.width - 1
-        if line.cell_len > room:
-            ellipsis = "..." if self._console.options.ascii_only else "…"
-            line.truncate(max(room - len(ellipsis), 0))
-            line.append(ellipsis)
-        return line
-
-    def _columns(self, figures: Mapping[str, str]) -> RenderableType:
-        """Figures below their names, in as many rows as they need to fit the screen."""
-        rows: list[dict[str, str]] = []
-        used = 0
-        for name, value in figures.items():
-            width = max(len(name), len(value), MIN_FIGURE_WIDTH) + len(GAP)
-            if not rows or used + width > self._console.width:
-                rows.append({})
-                used = 0
-            rows[-1][name] = value
-            used += width
-        if len(rows) == len(figures):  # so narrow a screen has room for one column: name, figure
-            return Group(*(Text.assemble((name, "dim"), " ", figures[name]) for name in figures))
-        return Group(*map(_figures_table, rows))
+def step_line(report: StepReport, left: str) -> str:
+    """The most important statistics of a step on one line, with the time that is left."""
+    s = report.stats
+    return (
+        f"step {report.step:>{len(str(report.steps))}}/{report.steps}  "
+        f"score {figure(s, 'env/reward_mean', '+.2f')}  kl {figure(s, 'objective/kl', '.2f')}  "
+        f"coef {figure(s, 'objective/kl_coef', '.3f')}  "
+        f"loss {figure(s, 'ppo/loss/total', '+.3f')}  "
+        f"{figure(s, 'perf/tokens_per_second', '.0f')} tok/s  {left} left"
+    )
 
 
-def _score(report: StepReport) -> str:
-    return f"{report.stats['env/reward_mean']:+.2f}"
+def evaluation_line(evaluation: ShownEvaluation) -> str:
+    """An evaluation on one line."""
+    best = "  best" if evaluation.is_best else ""
+    return (
+        f"held-out {evaluation.step}: score {evaluation.score}  "
+        f"P {evaluation.probability}  kl {evaluation.kl}  "
+        f"distinct-2 {evaluation.distinct}  ppl {evaluation.perplexity}{best}"
+    )
 
 
-def _step_figures(report: StepReport, first_score: str) -> dict[str, str]:
+def figure(stats: Mapping[str, float], key: str, form: str) -> str:
+    """A statistic as text; `-` where a step has none."""
+    return f"{stats[key]:{form}}" if key in stats else "-"
+
+
+def head(report: StepReport, time_left: str, screen: Console) -> RenderableType:
+    """Step, progress bar and time left; on a narrow screen the bar has a second line."""
+    step = Text(f"step {report.step}/{report.steps}", style="bold")
+    left = Text(f"{time_left} left", style="dim")
+    free = screen.width - len(step) - len(left) - 2 * len(GAP)
+    width = min(free if free >= MIN_BAR_WIDTH else screen.width - 1, MAX_BAR_WIDTH)
+    bar = ProgressBar(total=report.steps, completed=report.step, width=width)
+    line = Table.grid(padding=(0, len(GAP)))
+    if free < MIN_BAR_WIDTH:
+        line.add_row(bar)
+        return Group(Text.assemble(step, GAP, left), line)
+    line.add_row(step, bar, left)
+    return line
+
+
+def cut(line: Text, screen: Console) -> Text:
+    """Cut a line to the width of the screen."""
+    room = screen.width - 1
+    if line.cell_len > room:
+        ellipsis = "..." if screen.options.ascii_only else "…"
+        line.truncate(max(room - len(ellipsis), 0))
+        line.append(ellipsis)
+    return line
+
+
+def columns(figures: Mapping[str, str], screen: Console) -> RenderableType:
+    """Figures below their names, in as many rows as they need to fit the screen."""
+    rows: list[dict[str, str]] = []
+    used = 0
+    for name, value in figures.items():
+        width = max(len(name), len(value), MIN_FIGURE_WIDTH) + len(GAP)
+        if not rows or used + width > screen.width:
+            rows.append({})
+            used = 0
+        rows[-1][name] = value
+        used += width
+    if len(rows) == len(figures):  # so narrow a screen has room for one column: name, figure
+        return Group(*(Text.assemble((name, "dim"), " ", figures[name]) for name in figures))
+    return Group(*map(_figures_table, rows))
+
+
+def score_of(stats: Mapping[str, float]) -> str:
+    """The mean score of a step as text."""
+    return figure(stats, "env/reward_mean", "+.2f")
+
+
+def step_figures(report: StepReport, first_score: str) -> dict[str, str]:
+    """The most important statistics of a step, by name; the score with that of the first step."""
     s = report.stats
     pace = Pace.of([s])
     return {
-        "mean score": f"{first_score} -> {_score(report)}",
-        "KL": f"{s['objective/kl']:.2f}",
-        "KL coef": f"{s['objective/kl_coef']:.3f}",
-        "loss": f"{s['ppo/loss/total']:+.4f}",
+        "mean score": f"{first_score} -> {score_of(s)}",
+        "KL": figure(s, "objective/kl", ".2f"),
+        "KL coef": figure(s, "objective/kl_coef", ".3f"),
+        "loss": figure(s, "ppo/loss/total", "+.4f"),
         "tokens/s": f"{pace.tokens_per_second:,.0f}",
         "sample/score/ppo": f"{pace.sampling:.0%}/{pace.scoring:.0%}/{pace.optimising:.0%}",
     }
 
 
-def _evaluation_figures(evaluation: _ShownEvaluation) -> dict[str, str]:
+def evaluation_figures(evaluation: ShownEvaluation) -> dict[str, str]:
+    """An evaluation, by name."""
     best = " (best)" if evaluation.is_best else ""
     return {
         "held-out": f"{evaluation.step}{best}",
@@ -217,7 +243,7 @@ def _evaluation_figures(evaluation: _ShownEvaluation) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _ShownEvaluation:
+class ShownEvaluation:
     """An evaluation as text; distinct-2 and perplexity as multiples of the reference's."""
 
     step: int
@@ -229,21 +255,24 @@ class _ShownEvaluation:
     is_best: bool
 
     @classmethod
-    def of(cls, report: StepReport) -> _ShownEvaluation | None:
+    def of(cls, report: StepReport) -> ShownEvaluation | None:
         """The evaluation of a step; None where it has none."""
         s = report.stats
         if "eval/score" not in s:
             return None
 
         def multiple(name: str) -> str:
-            of_reference = s[f"eval/reference_{name}"]
-            return f"{s[f'eval/{name}'] / of_reference:.2f}x" if of_reference else "-"
+            of_reference = s.get(f"eval/reference_{name}")
+            of_policy = s.get(f"eval/{name}")
+            return (
+                "-" if not of_reference or of_policy is None else f"{of_policy / of_reference:.2f}x"
+            )
 
         return cls(
             report.step,
-            f"{s['eval/score']:+.2f}",
-            f"{s['eval/probability']:.2f}" if "eval/probability" in s else "-",
-            f"{s['eval/kl']:.2f}",
+            figure(s, "eval/score", "+.2f"),
+            figure(s, "eval/probability", ".2f"),
+            figure(s, "eval/kl", ".2f"),
             multiple("distinct_2"),
             multiple("perplexity"),
             report.best == report.step,
@@ -259,7 +288,7 @@ def _figures_table(figures: Mapping[str, str]) -> Table:
     return table
 
 
-class _RemainingTime:
+class RemainingTime:
     """Estimates the time to the last step, from the steps shown so far."""
 
     def __init__(self) -> None:

@@ -33,13 +33,22 @@ def stats(
             "RUN may be left out.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow", help="Show each step as another process makes it, until the run ends."
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object; with --follow one a step.")
+    ] = False,
 ) -> None:
-    """Show the statistics of a PPO step, and what they mean.
+    """Show the statistics of a PPO step and what they mean, or follow a run that is being made.
 
     Examples:
         ppo-cli stats ppo-good --objective
         ppo-cli stats ppo-good --step 10 --json
+        ppo-cli stats ppo-good --follow
         ppo-cli stats --explain objective/kl --explain distinct-2
     """
     from ppo_cli.cli.console import note, print_tables, write_json
@@ -51,10 +60,15 @@ def stats(
 
     if explain and objective is not None:
         raise UsageError("--explain names its keys: leave --objective and --no-objective out")
+    if follow:
+        if explain:
+            raise UsageError("--explain and --follow exclude each other: leave one of them out")
+        _follow(_named(run), objective, step, as_json)
+        return
     explained = explanations.explained(explain or ())
     if run is None:
         if not explain or step is not None:
-            raise UsageError("no RUN is named: give a run directory; 'ppo-cli runs' lists them")
+            _named(run)
         number, values = None, {}
     else:
         rows = RunDirectory.existing(run).records.metrics()
@@ -86,3 +100,29 @@ def stats(
 
     print_tables(statistics_tables(groups, f"{run}, step {number}"))
     note(explanations.POINTER)
+
+
+def _named(run: str | None) -> str:
+    from ppo_cli.errors import UsageError
+
+    if run is None:
+        raise UsageError("no RUN is named: give a run directory; 'ppo-cli runs' lists them")
+    return run
+
+
+def _follow(run: str, objective: bool | None, step: int | None, as_json: bool) -> None:
+    from ppo_cli.cli.follow import follow
+    from ppo_cli.errors import UsageError
+    from ppo_cli.ppo.statistics import GROUPS
+
+    if step is not None:
+        raise UsageError("--step shows one step and --follow the newest: leave one of them out")
+    keys = None
+    if objective is not None:
+        if not as_json:
+            raise UsageError(
+                "--objective and --no-objective choose among all statistics, and --follow shows a "
+                "few of both: add --json, or leave them out"
+            )
+        keys = [prefix for prefixes in GROUPS[objective].values() for prefix in prefixes]
+    follow(run, as_json=as_json, keys=keys)

@@ -33,6 +33,10 @@ def settle() -> None:
     sys.stderr = _lasting(sys.stderr, needed=False)
     for size in ("COLUMNS", "LINES"):
         _settle_size(size)
+    # A notebook's `!command` runs at a terminal, and the cell keeps all that is ever drawn there.
+    # Its kernel names its backend for matplotlib to what it starts.
+    if "backend_inline" in os.environ.get("MPLBACKEND", ""):
+        os.environ.setdefault("NO_COLOR", "1")
 
 
 def silence() -> None:
@@ -46,6 +50,19 @@ def say_at_once(message: str) -> None:
         os.write(2, f"\n{message}\n".encode())
 
 
+def has_reader(stream: TextIO) -> bool:
+    """Whether somebody may still read a stream: no pipe whose reader has exited."""
+    sink = getattr(getattr(stream, "buffer", None), "raw", None)
+    if isinstance(sink, _Sink) and sink.is_left:
+        return False
+    try:
+        watch = select.poll()
+        watch.register(stream.fileno(), 0)
+        return not any(event & select.POLLERR for _, event in watch.poll(0))
+    except (AttributeError, OSError, ValueError):  # Windows, a stream without a descriptor
+        return True
+
+
 class _Sink(io.RawIOBase):
     """Writes to a stream's descriptor until that fails for good."""
 
@@ -54,6 +71,7 @@ class _Sink(io.RawIOBase):
         self._raw = raw
         self._needed = needed
         self.name = "standard output" if needed else "standard error"
+        self.is_left = False  # by its reader
 
     def writable(self) -> bool:
         return True
@@ -71,7 +89,7 @@ class _Sink(io.RawIOBase):
                 select.select([], [self.fileno()], [])
             return written
         except OSError as error:
-            left = self._reader_has_left(error)
+            left = self.is_left = self._reader_has_left(error)
             if left or self._needed:  # for the rest of the buffer
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             if left or not self._needed:

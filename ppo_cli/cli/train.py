@@ -3,6 +3,7 @@
 import io
 import shlex
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -18,6 +19,7 @@ from ppo_cli.errors import DivergenceError, Interrupted, PPOCliError, UsageError
 from ppo_cli.utils import launcher
 
 if TYPE_CHECKING:
+    from ppo_cli.cli.display import Display
     from ppo_cli.config.schema import RunConfig
     from ppo_cli.reporting.summary import TrainingSummary
     from ppo_cli.training.run import Training
@@ -259,7 +261,7 @@ def train(
 
         hush()
     display = make_display(quiet)
-    with kernels, _StopSignals(quiet or launcher.index() > 0) as stop:
+    with kernels, StopSignals(quiet or launcher.index() > 0) as stop:
         training = build_training(
             settings,
             resume=resume,
@@ -286,13 +288,7 @@ def train(
                     f"the run ended there, early: {training.stopped_early}; to make more steps "
                     "change that setting with --set, or set it to null"
                 )
-        stop.training = training
-        with display, _unlocked_at_the_end(training):
-            display.status("evaluating the reference on held-out prompts")
-            for report in training.steps():
-                display.show(report)
-            display.status("evaluating the tuned model, saving")
-            summary = training.finish()
+        summary = run(training, display, stop)
     number = next(filter(None, processes.gather(stop.signal)), None)
     if as_json:
         write_json({**summary.as_dict(), "interrupted": number is not None})
@@ -460,6 +456,17 @@ def _say_what_it_takes(training: "Training", measure: bool, as_json: bool) -> No
         )
 
 
+def run(training: "Training", display: "Display", stop: "StopSignals") -> "TrainingSummary":
+    """Make the steps of a run, show them, finish it, and let other processes write there again."""
+    stop.training = training
+    with display, _unlocked_at_the_end(training):
+        display.status("evaluating the reference on held-out prompts")
+        for report in training.steps():
+            display.show(report)
+        display.status("evaluating the tuned model, saving")
+        return training.finish()
+
+
 def _closing_notes(summary: "TrainingSummary", settings: "RunConfig") -> None:
     """Say how the run ended, what it saved and what to do next."""
     from ppo_cli.cli.console import note
@@ -516,7 +523,7 @@ def _how_to_resume(training: "Training", error: BaseException) -> list[str]:
     ]
 
 
-class _StopSignals:
+class StopSignals:
     """Handles SIGINT, SIGTERM and SIGHUP: the first requests a stop after the step, a second stops.
 
     Before training begins the first one stops at once, too. A terminal that closes sends SIGHUP
@@ -530,7 +537,9 @@ class _StopSignals:
         self._taken_at = 0.0
         self._old_handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> "_StopSignals":
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only there Python handles signals
         for number in (signal.SIGINT, signal.SIGTERM, *HANGUP):
             if number in HANGUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue

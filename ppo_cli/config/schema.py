@@ -17,6 +17,7 @@ from ppo_cli.config.ppo import PPOSettings
 from ppo_cli.config.prompts import PromptsConfig
 from ppo_cli.config.reward import RewardConfig
 from ppo_cli.config.section import MAX_COUNT, Length, Name, Section, check_name, check_order
+from ppo_cli.config.settings_html import settings_html
 from ppo_cli.utils.yaml_io import dump_yaml
 
 __all__ = [
@@ -196,6 +197,11 @@ class RunConfig(Section):
         """The setting that decides how far a step moves the policy, with its value, for advice."""
         key = self.ppo.step_size_key
         return f"ppo.{key} ({getattr(self.ppo, key):g})"
+
+    def _repr_html_(self) -> str:
+        """All keys by section, for a notebook."""
+        defaults = RunConfig().model_dump(mode="json")
+        return settings_html("RunConfig", self.model_dump(mode="json"), defaults)
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML, every key with its value."""

@@ -20,8 +20,10 @@ from pydantic_core.core_schema import DataclassSchema
 from ppo_cli.evaluation import quality
 from ppo_cli.evaluation.best_of_n import BestOfN, Share, win_rate
 from ppo_cli.evaluation.bootstrap import Interval, bootstrap_interval
+from ppo_cli.evaluation.comparison_html import comparison_html
 from ppo_cli.evaluation.quality import Likelihoods, Quality
 from ppo_cli.evaluation.samples import Sample
+from ppo_cli.evaluation.verdict import verdict
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,13 @@ class Comparison:
     """Every prompt with every response."""
     terms: list[str]
     """Names of the terms whose sum is the score; empty for one classifier."""
+
+    def __repr__(self) -> str:
+        return f"Comparison({verdict(self).sentence})"
+
+    def _repr_html_(self) -> str:
+        """Verdict, means, differences and some samples, for a notebook."""
+        return comparison_html(self)
 
     @property
     def title(self) -> str:

@@ -18,6 +18,8 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ppo_cli.config.ppo import Count, Positive, PPOSettings
+from ppo_cli.config.secrets import without_secret_values
+from ppo_cli.config.settings_html import settings_html
 
 
 @dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
@@ -96,6 +98,26 @@ class PPOConfig(PPOSettings):
     def total_ppo_epochs(self) -> int:
         """Number of batches in `steps` samples."""
         return math.ceil(self.steps / self.batch_size)
+
+    def __repr__(self) -> str:
+        shown = without_secret_values(self._values()).items()
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in shown)})"
+
+    def _values(self) -> dict[str, Any]:
+        """Every field by name, not copied."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def _repr_html_(self) -> str:
+        """All fields, for a notebook: those of a step, and those of the run around it."""
+        own = {f.name for f in dataclasses.fields(PPOSettings)}
+
+        def grouped(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+            groups = {"step": own, "run": found.keys() - own}
+            return {
+                name: {k: v for k, v in found.items() if k in keys} for name, keys in groups.items()
+            }
+
+        return settings_html("PPOConfig", grouped(self._values()), grouped(PPOConfig()._values()))
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, for trackers; nested dictionaries are flattened with `/`."""

@@ -50,6 +50,7 @@ from ppo_cli.ppo.optimizer_step import make_optimizer, stepped_parameters
 from ppo_cli.ppo.reference import make_reference, prepare_reference
 from ppo_cli.ppo.scores import PotentialCalibration, RunningMoments, scale_scores
 from ppo_cli.ppo.sharding import begin_sharded, refuse_unshardable, sharding_errors
+from ppo_cli.ppo.statistics import scalars
 from ppo_cli.ppo.step_inputs import StepInputs, as_rows, check_ids, step_inputs
 from ppo_cli.ppo.step_statistics import (
     Stopwatch,
@@ -59,6 +60,7 @@ from ppo_cli.ppo.step_statistics import (
 )
 from ppo_cli.ppo.step_warnings import step_warnings, training_warning
 from ppo_cli.ppo.trackers import send_statistics
+from ppo_cli.ppo.trainer_html import description, trainer_html
 from ppo_cli.ppo.update import Update
 from ppo_cli.utils import processes
 from ppo_cli.utils.random_state import RandomStream, numpy_state, set_numpy_state
@@ -175,11 +177,21 @@ class PPOTrainer(ClassicMethods):
         self._best_mean_score = -float("inf")
         self.advises = True
         self._warned: set[str] = set()
+        self._last_statistics: dict[str, float] = {}
         # Separate generators, so that the caller's random state stays as it is.
         self._shuffle = np.random.RandomState(config.seed)
         self.sampling = RandomStream(
             config.seed + self.accelerator.process_index, self.accelerator.device
         )
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "sampling"):  # the constructor has raised
+            return super().__repr__()
+        return f"PPOTrainer({', '.join(f'{k}: {v}' for k, v in description(self).items())})"
+
+    def _repr_html_(self) -> str:
+        """Models, device, batch and the newest step's statistics, for a notebook."""
+        return trainer_html(self, self._last_statistics)
 
     def _training_collator(self, given: Callable | None) -> Callable:
         """The collator of `prepare_model_inputs`.
@@ -417,7 +429,9 @@ class PPOTrainer(ClassicMethods):
             stats = stats | length_statistics(name, list(those)) | stats  # a class may have its own
         clock.lap("calc_stats")
         self._after_step(stats)
-        return {**stats, **clock.times, "time/ppo/total": clock.total}
+        stats = {**stats, **clock.times, "time/ppo/total": clock.total}
+        self._last_statistics = scalars(stats)
+        return stats
 
     def _learn(self, batch: StepInputs, clock: Stopwatch) -> dict[str, Any]:
         """The update of `step`: statistics as tensors and floats."""

@@ -21,11 +21,11 @@ from markupsafe import Markup
 from ppo_cli.evaluation import quality
 from ppo_cli.evaluation.best_of_n import BestOfN
 from ppo_cli.evaluation.comparison_result import Answer, Comparison
+from ppo_cli.evaluation.verdict import headline, is_clear, verdict
 from ppo_cli.reporting import comparison_tables as tables
 from ppo_cli.reporting import page_charts as charts
+from ppo_cli.reporting.curves import Runs
 from ppo_cli.reporting.frontier import Trail
-from ppo_cli.reporting.plots import Runs
-from ppo_cli.reporting.verdict import headline, is_clear, verdict
 from ppo_cli.utils.ngrams import Changed, most_changed_grams
 from ppo_cli.utils.text import escape_controls
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from ppo_cli.evaluation.best_of_n import BestOfN
 from ppo_cli.evaluation.comparison_result import Comparison
+from ppo_cli.evaluation.verdict import REFERENCE, is_clear
+from ppo_cli.reporting.curves import Runs, moving_average
 from ppo_cli.reporting.frontier import Trail
-from ppo_cli.reporting.plots import Runs, moving_average
-from ppo_cli.reporting.verdict import REFERENCE, is_clear
 
 BINS = 28
 MOST_POINTS = 300  # of a line; more are not seen

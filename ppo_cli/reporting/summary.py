@@ -9,6 +9,10 @@ from typing import Any
 
 from ppo_cli.evaluation.quality import Quality
 from ppo_cli.evaluation.samples import Sample
+from ppo_cli.evaluation.samples_html import samples_html
+from ppo_cli.utils.html import folded, page, table, text
+
+SHOWN_SAMPLES = 5  # in a notebook
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,37 @@ class TrainingSummary:
     stopped_early: str | None
     before_samples: list[Sample]
     after_samples: list[Sample]
+
+    def __repr__(self) -> str:
+        scores = (f"{quality.values['score']:+.3f}" for quality in (self.before, self.after))
+        return f"TrainingSummary({self.about}; mean score {' -> '.join(scores)})"
+
+    @property
+    def about(self) -> str:
+        """The run, how far it went, and its weights, in a line."""
+        made = f"{self.steps} of {self.planned_steps} steps in {self.seconds:.0f} s"
+        early = f", ended early: {self.stopped_early}" if self.stopped_early else ""
+        return f"{self.run}: {made}{early}; weights of {self.weights}"
+
+    def _repr_html_(self) -> str:
+        """Reference and tuned model on the held-out prompts, for a notebook."""
+        before = self.before.rows(self.label)
+        rows = [
+            (
+                text(name),
+                text(f"{before[name][0]:{form}}"),
+                text(f"{value:{form}}", strong=True),
+                text(f"{value - before[name][0]:+{form}}"),
+                text(meaning, dim=True),
+            )
+            for name, (value, form, meaning) in self.after.rows(self.label).items()
+        ]
+        head = (f"{len(self.after_samples)} held-out prompts", "reference", "tuned", "change", "")
+        return page(
+            self.about,
+            table(rows, head, "lrrrl"),
+            folded("samples of the tuned model", samples_html(self.after_samples, SHOWN_SAMPLES)),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """All values but the samples, for JSON."""

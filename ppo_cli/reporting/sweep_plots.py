@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ppo_cli.config.sweep import SCORE
-from ppo_cli.reporting.plots import COLOURS, GREY, TITLES, drawing, plain
+from ppo_cli.reporting.figures import COLOURS, GREY, add_footer, drawing, name_axes, plain
+from ppo_cli.reporting.plots import TITLES
 from ppo_cli.reporting.sweep_tables import (
     FEW_FOR_IMPORTANCE,
     FINISHED,
@@ -45,9 +46,8 @@ def plot_sweep_frontier(summary: SweepSummary, output: Path) -> bool:
     title, label = TITLES.get(sweep.objective, (sweep.objective, sweep.objective))
     with drawing(output, 7.2, 5.2) as figure:
         panel = figure.subplots()
-        panel.set_title(f"{plain(title)} against KL, one point a trial", fontsize=12, loc="left")
-        panel.set_xlabel("KL from the reference (nats per response)")
-        panel.set_ylabel(plain(label))
+        x_label = "KL from the reference (nats per response)"
+        name_axes(panel, f"{title} against KL, one point a trial", x_label, label)
         for state, name, marker in (
             (FINISHED, "finished", {"markersize": 7}),
             (PRUNED, "pruned (last evaluation)", {"markersize": 6, "markerfacecolor": "white"}),
@@ -74,9 +74,7 @@ def plot_sweep_frontier(summary: SweepSummary, output: Path) -> bool:
         if sweep.max_kl is not None:
             panel.axvline(sweep.max_kl, color=GREY, linestyle="--", linewidth=1.2, label="max_kl")
         panel.set_xlim(left=0 if sweep.objective != SCORE else None)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        add_footer(figure, panel.get_legend_handles_labels()[0], "")
         _number_points(figure, panel, points)
     return True
 
@@ -112,15 +110,14 @@ def plot_importance(summary: SweepSummary, output: Path) -> bool:
         bars = panel.barh([plain(key) for key in keys], [shares[key] for key in keys],
                           color=COLOURS[0], height=0.6)  # fmt: skip
         panel.bar_label(bars, [f"{shares[key]:.0%}" for key in keys], padding=4, fontsize=9)
-        panel.set_title(
-            f"What distinguishes the best tenth of trials in {plain(summary.sweep.objective)}",
-            fontsize=12,
-            loc="left",
+        few = ": few, so a hint, no more" if count < FEW_FOR_IMPORTANCE else ""
+        name_axes(
+            panel,
+            f"What distinguishes the best tenth of trials in {summary.sweep.objective}",
+            "share (PED-ANOVA)",
+            "",
+            f"{count} finished trials{few}",
         )
         panel.set_xlim(0, max(shares.values()) * 1.15)
-        panel.set_xlabel("share (PED-ANOVA)")
-        panel.spines[["top", "right"]].set_visible(False)
-        few = ": few, so a hint, no more" if count < FEW_FOR_IMPORTANCE else ""
-        note = f"{count} finished trials{few}"
-        figure.supxlabel(note, fontsize=8, color=GREY, x=0.99, ha="right")
+        panel.grid(axis="y", visible=False)
     return True

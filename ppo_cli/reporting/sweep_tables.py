@@ -15,7 +15,8 @@ from rich.text import Text
 
 from ppo_cli.config.sweep import SCORE, SweepConfig
 from ppo_cli.reporting.estimate import seconds as duration
-from ppo_cli.reporting.tables import below, cell, titled_table
+from ppo_cli.reporting.layout import cell, titled_table
+from ppo_cli.reporting.tables import below
 from ppo_cli.utils.text import escape_controls, shortened, spreadsheet_text
 
 FINISHED, PRUNED, FAILED, RUNNING = "finished", "pruned", "failed", "running"

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from ppo_cli.config.schema import RunConfig
-from ppo_cli.training.divergence import stronger_kl_penalty
 
 FIRST_STEPS = 3  # later steps are compared with the mean of these
 RECENT_STEPS = 20  # a rule looks back on at most so many steps
@@ -124,6 +123,13 @@ class Diagnostics:
                 self._reported.add(rule.name)
                 warnings.append(warning)
         return warnings
+
+
+def stronger_kl_penalty(config: RunConfig) -> str:
+    """The remedy for a policy that moves too far from its reference."""
+    if (budget := config.run.kl_budget) is not None:
+        return f"lower run.kl_budget ({budget:g}) or {config.step_size}"
+    return f"raise ppo.init_kl_coef ({config.ppo.init_kl_coef:g}) or lower {config.step_size}"
 
 
 def sampling_warning(config: RunConfig) -> str | None:

@@ -19,6 +19,7 @@ from ppo_cli.errors import (
     is_out_of_memory,
 )
 from ppo_cli.models.sharding import local_part
+from ppo_cli.training.diagnostics import stronger_kl_penalty
 from ppo_cli.utils import processes
 
 MIN_RESPONSES = 8  # fewer responses may be alike by chance
@@ -72,13 +73,6 @@ def _smaller_steps(config: RunConfig) -> str:
     if config.step_size != first:  # an adaptive rate may have started too high
         return f"lower {first} and {config.step_size}, or set ppo.max_grad_norm"
     return f"lower {first} or set ppo.max_grad_norm"
-
-
-def stronger_kl_penalty(config: RunConfig) -> str:
-    """The remedy for a policy that moves too far from its reference."""
-    if (budget := config.run.kl_budget) is not None:
-        return f"lower run.kl_budget ({budget:g}) or {config.step_size}"
-    return f"raise ppo.init_kl_coef ({config.ppo.init_kl_coef:g}) or lower {config.step_size}"
 
 
 @contextmanager

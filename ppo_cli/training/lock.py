@@ -16,6 +16,8 @@ from ppo_cli.utils.inventory import CHECKPOINTS, HOLDER_FILE, LOCK_FILE
 if TYPE_CHECKING:
     from filelock import FileLock
 
+PATIENCE = 0.1  # seconds; somebody who asks whether a run is written holds its lock for an instant
+
 
 class RunLock:
     """A lock of the operating system: when a process dies, its lock is free.
@@ -38,7 +40,7 @@ class RunLock:
         """
         with writing(self._run):
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = self._acquired()
+            self._lock = self._acquired(PATIENCE)
             since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
             holder = {"pid": os.getpid(), "host": platform.node(), "since": since}
             write_text(self._folder / HOLDER_FILE, json.dumps(holder) + "\n")
@@ -50,30 +52,34 @@ class RunLock:
             self._lock.release()
             self._lock = None
 
-    def check(self) -> None:
-        """Raise `UsageError` where another process has the lock; change nothing."""
+    def check(self, patience: float = PATIENCE) -> None:
+        """Raise `UsageError` where another process has the lock; change nothing.
+
+        Args:
+            patience: seconds to wait for it.
+        """
         lock = self._folder / LOCK_FILE
         if self._lock is not None:
             return
         if os.path.isfile(lock) and not os.path.islink(lock) and os.access(lock, os.W_OK):
-            self._acquired().release()
+            self._acquired(patience).release()
 
     def is_held(self) -> bool:
         """Whether another process writes here. Without its note the lock itself is not tried."""
         if self._lock is not None or not os.path.isfile(self._folder / HOLDER_FILE):
             return False
         try:
-            self.check()
+            self.check(patience=0)
         except UsageError:
             return True
         return False
 
-    def _acquired(self) -> FileLock:
+    def _acquired(self, patience: float) -> FileLock:
         from filelock import FileLock, Timeout
 
         lock = FileLock(self._folder / LOCK_FILE)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=patience)
         except Timeout:
             raise UsageError(
                 f"{self._run} is in use by {self._holder()}: wait for it or stop it, or choose "

@@ -7,10 +7,12 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ppo_cli.errors import UsageError
+from ppo_cli.evaluation.samples import Sample
 from ppo_cli.utils.files import refuse_stream, replacing, sync, writing
 from ppo_cli.utils.inventory import shown
 from ppo_cli.utils.text import json_text, shortened
@@ -19,6 +21,7 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 RECORDS = (METRICS_FILE, SAMPLES_FILE)
 EVALUATION = ("eval/", "time/evaluating")  # prefixes of the keys of an evaluation
+SAMPLES_READ = 256 * 1024  # bytes at the end of the record, for the newest samples
 MAX_RANGES = 5  # of step numbers in a message
 
 
@@ -55,12 +58,7 @@ class Records:
         refuse_stream(path)
         rows = list(_json_lines(path)) if path.is_file() else []
         for row in rows:
-            for key, value in row.items():
-                if not _is_number(value):
-                    raise UsageError(
-                        f"{path}, step {row['step']}: '{key}' is {shortened(repr(value), 40)}, "
-                        "which is no number: the file is damaged"
-                    )
+            check_numbers(path, row)
         return rows
 
     def put_evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -151,17 +149,62 @@ def _json_lines(path: Path) -> Iterable[dict[str, Any]]:
     lines = path.read_bytes().rstrip(b"\n").split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-            step = row.get("step") if isinstance(row, dict) else None
-            if not isinstance(step, int) or not _is_number(step):
-                raise ValueError("no step")
-        except (ValueError, RecursionError) as error:
+            row = row_of(path, number, line)
+        except UsageError:
             if number == len(lines):
                 return  # a killed run did not finish this line
-            raise UsageError(
-                f"{path}, line {number}: not a record of a step; the file is damaged there"
-            ) from error
+            raise
         yield row
+
+
+def row_of(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """A line of a record, its number counted from 1; `UsageError` where it is none of a step."""
+    try:
+        row = json.loads(line)
+        step = row.get("step") if isinstance(row, dict) else None
+        if not isinstance(step, int) or not _is_number(step):
+            raise ValueError("no step")
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path}, line {number}: not a record of a step; the file is damaged there"
+        ) from error
+    found: dict[str, Any] = row
+    return found
+
+
+def newest_samples(path: Path, count: int) -> list[Sample]:
+    """Samples of the newest step in a `samples.jsonl`, at most `count`; damaged ones are left out.
+
+    Only the end of the file is read.
+    """
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - SAMPLES_READ, 0))
+        lines = file.read().split(b"\n")
+    samples: dict[int, list[Sample]] = {}
+    for line in lines:
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
+            row = json.loads(line)
+            sample = Sample(
+                str(row["query"]),
+                str(row["response"]),
+                None if row["score"] is None else float(row["score"]),
+                None,
+                messages=row.get("messages"),
+            )
+            samples.setdefault(int(row["step"]), []).append(sample)
+    return samples[max(samples)][:count] if samples else []
+
+
+def check_numbers(path: Path, row: Mapping[str, Any]) -> None:
+    """Raise `UsageError` where a value of a step's metrics is no number."""
+    for key, value in row.items():
+        if not _is_number(value):
+            raise UsageError(
+                f"{path}, step {row['step']}: '{key}' is {shortened(repr(value), 40)}, which is "
+                "no number: the file is damaged"
+            )
 
 
 def _is_number(value: Any) -> bool:

@@ -132,7 +132,7 @@ class Training:
             try:
                 report = self._one_step()
             except DivergenceError as error:
-                self._roll_back(f"step {number}: {error}")
+                self._roll_back(number, str(error))
                 continue
             if self._is_checkpoint_due():
                 self.state.save()
@@ -277,8 +277,14 @@ class Training:
         is_best = best is not None and best.step == self.step
         return is_best or (every > 0 and self.step % every == 0)
 
-    def _roll_back(self, fault: str) -> None:
-        """Return to the last good checkpoint; raise unless the run may try again from there."""
+    def _roll_back(self, number: int, error: str) -> None:
+        """Return to the last good checkpoint; raise unless the run may try again from there.
+
+        Args:
+            number: of the step that failed.
+            error: why.
+        """
+        fault = f"step {number}: {error}"
         rollbacks = self.state.rollbacks + 1
         if self.config.run.on_divergence == "rollback" and rollbacks <= MAX_ROLLBACKS:
             self.state.restore(rollbacks)
@@ -293,7 +299,7 @@ class Training:
         self.state.restore()
         weights = self.state.load_chosen_weights(self.state.evaluations)
         self._save_model()
-        processes.on_main(self._record_end, "diverged", fault)
+        processes.on_main(self._record_end, "diverged", fault, number - 1)
         tried = f" after {rollbacks - 1} rollbacks" if rollbacks > 1 else ""
         held = f"the checkpoint and the model of step {self.step}"
         if weights.step != self.step:
@@ -311,9 +317,16 @@ class Training:
         policy = self.trainer.whole_policy()
         processes.on_main(save_model, self.directory, policy, self.tokenizer, self.config)
 
-    def _record_end(self, how: str, why: str | None) -> None:
-        """Record in `run.yaml` how the run ended; a resumed run removes that again."""
+    def _record_end(self, how: str, why: str | None, recorded: int | None = None) -> None:
+        """Record in `run.yaml` how the run ended; a resumed run removes that again.
+
+        Args:
+            how, why: it ended.
+            recorded: the newest step in the records, where that is not the run's newest.
+        """
         end = {"step": self.step, "as": how, "why": why}
+        if recorded not in (None, self.step):
+            end["recorded"] = recorded
         self.directory.record(self.config, {**self._facts, "ended": end})
 
 

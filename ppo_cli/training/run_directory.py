@@ -121,7 +121,7 @@ class RunDirectory:
         """
         check_place(self.path)
         self._check_inputs(inputs)
-        if self.path.is_dir() and not self._is_blank():
+        if self.path.is_dir() and not self.is_blank():
             self._check_replaceable(overwrite)
         else:
             self.lock.check()
@@ -192,7 +192,7 @@ class RunDirectory:
         """Let other processes write here."""
         self.lock.release()
 
-    def _is_blank(self) -> bool:
+    def is_blank(self) -> bool:
         """Whether the folder is empty, but for files of a process that was killed at once."""
         marker = {MARKER} if self.is_run() else set()
         if not os.path.lexists(self.checkpoints):

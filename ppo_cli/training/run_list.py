@@ -54,7 +54,7 @@ def summarise(folder: str | Path) -> RunSummary:
         return RunSummary(str(folder), "damaged", note=str(error))
     steps = rows[-1]["step"] if rows else 0
     history = _history(rows, config)
-    state, note = _state(directory, config, steps, history, ended)
+    state, note = state_of(directory, config, steps, history, ended)
     chosen = history.newest if config.run.weights == "last" else history.best or history.newest
     row = next((row for row in rows if chosen and row["step"] == chosen.step), {})
     return RunSummary(
@@ -120,19 +120,35 @@ def _differ_in_seed_alone(a: RunDirectory, b: RunDirectory) -> bool:
 def _history(rows: Sequence[Mapping[str, Any]], config: RunConfig) -> EvaluationHistory:
     history = EvaluationHistory()
     for row in rows:
-        if row.keys() >= {"eval/score", "eval/kl"}:
-            evaluation = Evaluation(row["step"], row["eval/score"], row["eval/kl"])
-            history = history.after(evaluation, config.run)
+        history = with_row(history, row, config)
     return history
 
 
-def _state(
+def with_row(
+    history: EvaluationHistory, row: Mapping[str, Any], config: RunConfig
+) -> EvaluationHistory:
+    """The history with the evaluation of a step, if that has one."""
+    if not row.keys() >= {"eval/score", "eval/kl"}:
+        return history
+    return history.after(Evaluation(row["step"], row["eval/score"], row["eval/kl"]), config.run)
+
+
+def state_of(
     directory: RunDirectory, config: RunConfig, steps: int, history: EvaluationHistory, ended: Any
 ) -> tuple[str, str]:
-    """State of a run, and a note. Runs of earlier releases do not record how they ended."""
+    """State of a run as in `RunSummary`, and a note.
+
+    Args:
+        directory: of the run.
+        config: its settings.
+        steps: the newest step in its records.
+        history: its evaluations.
+        ended: how it ended, as `run.yaml` has it; runs of earlier releases do not record that.
+    """
     if directory.lock.is_held():
         return "running", ""
-    if isinstance(ended, dict) and ended.get("step") == steps:
+    # A run that diverged went back to a checkpoint, and its records reach as far as before.
+    if isinstance(ended, dict) and ended.get("recorded", ended.get("step")) == steps:
         return str(ended.get("as")), str(ended.get("why") or "")
     has_model = (directory.path / "config.json").is_file()
     if has_model and steps >= config.run.steps:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ppo_cli.evaluation.comparison_result import Comparison, ModelResult, PairedDifference
 from ppo_cli.evaluation.quality import MEASURES
+
+if TYPE_CHECKING:
+    from ppo_cli.evaluation.comparison_result import Comparison, ModelResult, PairedDifference
 
 REFERENCE = "reference"
 FEW = 10  # prompts, under which a bootstrap interval is rough
@@ -22,15 +25,16 @@ class Verdict:
     remarks: list[str]
 
 
-def verdict(comparison: Comparison, names: Sequence[str]) -> Verdict:
+def verdict(comparison: Comparison, names: Sequence[str] | None = None) -> Verdict:
     """Put the comparison of the first model with the others into words.
 
     A difference is called clear where its 95 % interval does not include zero.
 
     Args:
         comparison: of one model or more.
-        names: of its models, as they are to be shown.
+        names: of its models, as they are to be shown; None for those that they have.
     """
+    names = [model.model for model in comparison.models] if names is None else names
     named = ["the reference" if name == REFERENCE else name for name in names]
     if not comparison.differences:
         sentence = f"Nothing was compared: {named[0]} has a {_means(comparison, [0], named)}"

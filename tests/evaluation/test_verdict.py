@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ppo_cli.reporting.verdict import verdict
+from ppo_cli.evaluation.verdict import verdict
 from tests.reporting.comparisons import comparison
 
 HIGH = [3.0, 3.2, 2.9, 3.1, 3.0, 2.8, 3.3, 3.0, 3.1, 2.9]
