@@ -149,7 +149,7 @@ def name_axes(panel: Any, title: str, x_label: str, y_label: str, note: str = ""
         color=GREY,
     )
     panel.set_xlabel(x_label)
-    panel.set_ylabel(plain(y_label))
+    panel.set_ylabel(plain(y_label) if y_label else "")
 
 
 def add_footer(figure: Any, handles: Sequence[Any], caption: str) -> None:
