@@ -237,7 +237,7 @@ def test_a_signal_that_comes_twice_within_a_second_counts_once_under_a_launcher(
             self.stops += 1
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with train._StopSignals(quiet=True) as stop:
+    with train.StopSignals(quiet=True) as stop:
         stop.training = run = Run()  # type: ignore[assignment]
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)  # of a batch system that signals all processes

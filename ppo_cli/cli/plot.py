@@ -41,12 +41,15 @@ def plot(
         Seeds | None,
         typer.Option(
             "--seeds",
+            metavar="range|se|each",
             help="Runs that differ in the seed alone: their mean in a band from the lowest to the "
             "highest (range, the default) or of one standard error (se), or each as a curve.",
         ),
     ] = None,
     log: Annotated[bool, typer.Option("--log", help="Logarithmic scale of the values.")] = False,
-    title: Annotated[str | None, typer.Option("--title", help="Title over the picture.")] = None,
+    title: Annotated[
+        str | None, typer.Option("--title", metavar="TEXT", help="Title over the picture.")
+    ] = None,
     labels: Annotated[
         str | None,
         typer.Option(
@@ -82,6 +85,7 @@ def plot(
         ppo-cli plot ppo-good ppo-bad --output both.png
         ppo-cli plot ppo-good --metric objective/kl --metric eval/score --terminal
         ppo-cli plot ppo-good --frontier
+        ppo-cli plot tiny-0 tiny-1 tiny-2 --log
     """
     import csv
     from pathlib import Path

@@ -199,6 +199,7 @@ def killed_and_resumed() -> Iterator[float | None]:
     run.lock.acquire()
     run.records.append("metrics.jsonl", [row(3)])
     yield 1.0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     os.kill(os.getpid(), signal.SIGINT)
     yield None
 
@@ -289,7 +290,7 @@ def test_the_live_screen_shows_what_has_room(
     run.records.append("samples.jsonl", [sample | {"step": 1, "response": " old"}, sample])
     text = screen_of(FollowedRun("run"), 80, 40)
     for wanted in (
-        "run: running", "step 2/4", "0:04 left", "+3.000", "2 (best)", "+1.50", "0.80x",
+        "run: running", "step 2/4", "0:04 left", "+1.00 -> +3.00", "2 (best)", "+1.50", "0.80x",
         "PPO mean reward over time", "█", r"+2.50  A film \x1b[31mred",
         "50% of the mini-batches were skipped",
     ):  # fmt: skip

