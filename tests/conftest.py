@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -205,6 +206,17 @@ def make_trainer(
 def weights(policy: torch.nn.Module) -> torch.Tensor:
     """All parameters in a row, copied."""
     return torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+
+
+def pytest_configure() -> None:
+    gc.disable()  # test modules are imported next, which makes objects by the hundred thousand
+
+
+def pytest_collection_finish() -> None:
+    """From here on the collector walks through what tests make, not through modules and tests."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
