@@ -37,6 +37,9 @@ from tests.parity.seq2seq import BART, T5, make_model
 from tests.parity.seq2seq import VOCABULARY as SEQ2SEQ_VOCABULARY
 
 torch.set_num_threads(1)
+# A short run would wait for the disk as long as it computes; `tests/utils/test_files.py` shows what
+# is flushed.
+os.fsync = lambda _: None
 
 SMALL_RUN = str(Path(__file__).parent / "fixtures" / "small.yaml")
 """A configuration of the embedded models: small, and the same whatever the default is tuned to."""
