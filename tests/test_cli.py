@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from ppo_cli.evaluation.comparison_result import Comparison
 from ppo_cli.kernels.switch import PATHS, VARIABLE
 from tests.conftest import SMALL_RUN
-from tests.forked import Done, ppo_cli
+from tests.forked import Done, ppo_cli, start
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 QUICK = ["--config", SMALL_RUN]
@@ -265,28 +265,20 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
 
 
 def test_a_signal_leaves_a_usable_run_directory(tmp_path: Path) -> None:
-    number, code = signal.SIGTERM, 143
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ppo_cli", "train", "--steps", "5000", *QUICK],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    running = start("train", "--steps", 5000, *QUICK, cwd=tmp_path)
     metrics = tmp_path / "ppo-good" / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=90)
-    assert process.returncode == code, stderr
+        time.sleep(0.05)
+    os.kill(running.process.pid or 0, signal.SIGTERM)
+    code, _, stderr = running.wait()
+    assert code == 128 + signal.SIGTERM, stderr
     assert "Traceback" not in stderr
     assert "--resume" in stderr
     assert (tmp_path / "ppo-good" / "model.safetensors").is_file()
     ended = yaml.safe_load((tmp_path / "ppo-good" / "run.yaml").read_text())["ended"]
     assert (ended["as"], ended["step"]) == ("interrupted", len(metrics.read_bytes().splitlines()))
-    assert anew("stats", "ppo-good", cwd=tmp_path).code == 0
+    assert ppo_cli("stats", "ppo-good", cwd=tmp_path).code == 0
 
 
 def test_runs_are_listed_and_their_settings_start_another(home: Path, tmp_path: Path) -> None:
