@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from ppo_cli import (
 from ppo_cli.kernels.switch import using
 from ppo_cli.models.sampling import check_sampling
 from ppo_cli.ppo.forward import check_reading
+from ppo_cli.reporting.plots import plot_training
+from ppo_cli.training import results
 from tests.parity.seq2seq import BART, T5, make_model
 from tests.parity.seq2seq import VOCABULARY as SEQ2SEQ_VOCABULARY
 
@@ -40,6 +43,9 @@ torch.set_num_threads(1)
 # A short run would wait for the disk as long as it computes; `tests/utils/test_files.py` shows what
 # is flushed.
 os.fsync = lambda _: None
+# The picture of a run has one panel, not two: the other is a tenth of a short run. Both are in the
+# run that `tests/test_cli.py` starts anew, and in `tests/reporting/test_plots.py`.
+results.plot_training = partial(plot_training, metrics=["env/reward_mean"])
 
 SMALL_RUN = str(Path(__file__).parent / "fixtures" / "small.yaml")
 """A configuration of the embedded models: small, and the same whatever the default is tuned to."""
