@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # accelerate would else set more, for all that follow
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
