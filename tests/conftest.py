@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # accelerate would else set more, for all that follow
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -11,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +35,18 @@ from ppo_cli import (
 from ppo_cli.kernels.switch import using
 from ppo_cli.models.sampling import check_sampling
 from ppo_cli.ppo.forward import check_reading
+from ppo_cli.reporting.plots import plot_training
+from ppo_cli.training import results
 from tests.parity.seq2seq import BART, T5, make_model
 from tests.parity.seq2seq import VOCABULARY as SEQ2SEQ_VOCABULARY
 
 torch.set_num_threads(1)
+# A short run would wait for the disk as long as it computes; `tests/utils/test_files.py` shows what
+# is flushed.
+os.fsync = lambda _: None
+# The picture of a run has one panel, not two: the other is a tenth of a short run. Both are in the
+# run that `tests/test_cli.py` starts anew, and in `tests/reporting/test_plots.py`.
+results.plot_training = partial(plot_training, metrics=["env/reward_mean"])
 
 SMALL_RUN = str(Path(__file__).parent / "fixtures" / "small.yaml")
 """A configuration of the embedded models: small, and the same whatever the default is tuned to."""
@@ -205,6 +216,17 @@ def make_trainer(
 def weights(policy: torch.nn.Module) -> torch.Tensor:
     """All parameters in a row, copied."""
     return torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+
+
+def pytest_configure() -> None:
+    gc.disable()  # test modules are imported next, which makes objects by the hundred thousand
+
+
+def pytest_collection_finish() -> None:
+    """From here on the collector walks through what tests make, not through modules and tests."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

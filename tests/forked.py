@@ -6,6 +6,7 @@ and given faults like any other process without seconds of imports before.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -15,23 +16,25 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.faults import free_port
 
 Fault = Callable[[], None]
-IMPORTED = [
-    "matplotlib.backends.backend_agg",
-    "ppo_cli.cli.app",
-    "ppo_cli.cli.display",
-    "ppo_cli.cli.launch",
-    "ppo_cli.data.embedded.grammar",
-    "ppo_cli.training.build",
-    "torch.distributed.run",
-    "transformers.models.distilbert.modeling_distilbert",
-    "transformers.models.gpt2.modeling_gpt2",
-]
+ROOT = Path(__file__).parents[1]
+
+
+def server() -> ForkServerContext:
+    """Makes processes that begin with what `tests/warm.py` did; one server for all of a worker."""
+    context = multiprocessing.get_context("forkserver")
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # the server inherits these
+    context.set_forkserver_preload(["tests.warm"])
+    with contextlib.chdir(ROOT):  # where it finds the module, and is silent if it does not
+        forkserver.ensure_running()
+    return context
 
 
 class Done(NamedTuple):
@@ -56,11 +59,8 @@ class Running:
         folder = Path(tempfile.mkdtemp(prefix="ppo-cli-streams-"))
         (folder / "in").write_text(stdin)
         self._streams = folder / "out", folder / "err"
-        context = multiprocessing.get_context("forkserver")
-        os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # the server inherits these
-        context.set_forkserver_preload(IMPORTED)
         settings = ([program, *map(str, arguments)], cwd, self._streams, fault)
-        self.process = context.Process(target=_run, args=settings)
+        self.process = server().Process(target=_run, args=settings)
         self.process.start()
 
     def wait(self, timeout: float = 300) -> Done:

@@ -24,13 +24,14 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from ppo_cli.config.loading import load_config
+from ppo_cli.config.loading import change_config, load_config
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.data.embedded import policy_folder
 from ppo_cli.errors import ConfigError, ModelError, ModelNotFoundError
 from ppo_cli.utils.hub import loading_errors
 from tests.bad_inputs import HEAVY, LIGHT, Case, make_endless_model, make_world
 from tests.conftest import SMALL_RUN
+from tests.forked import Done, ppo_cli
 from tests.test_cli import environment
 
 QUICK = ["--config", SMALL_RUN]  # a case's own --config comes later, and wins
@@ -70,10 +71,19 @@ def name_of(case: Case) -> str:
 
 
 # All of them through the command's own entry point in this process, where torch is imported once;
-# a sample of them in processes of their own as well.
-@pytest.mark.parametrize("case", [*LIGHT[::40], *HEAVY[::120]], ids=name_of)
+# a sample of them in processes of their own as well, of which those without models start anew.
+@pytest.mark.parametrize("case", LIGHT[::40], ids=name_of)
 def test_bad_input(case: Case, world: dict[str, str], tmp_path: Path) -> None:
     check(case, world, tmp_path, run_bad)
+
+
+def run_forked(arguments: list[str], cwd: Path) -> Done:
+    return ppo_cli(*arguments, cwd=cwd)
+
+
+@pytest.mark.parametrize("case", HEAVY[::40], ids=name_of)
+def test_bad_input_in_a_forked_process(case: Case, world: dict[str, str], tmp_path: Path) -> None:
+    check(case, world, tmp_path, run_forked)
 
 
 @cache
@@ -200,9 +210,10 @@ def test_every_key_refuses_by_name_what_it_cannot_be() -> None:
     tried = list(bad_values())
     assert len(tried) > 450
     assert {name.partition(".")[0] for name, _ in tried} == set(RunConfig.model_fields)
+    config = load_config("tiny")
     for name, value in tried:
         try:
-            load_config("tiny", assignments=[f"{name}={value}"])
+            change_config(config, assignments=[f"{name}={value}"])
         except ConfigError as error:
             told = str(error)
         else:

@@ -348,8 +348,7 @@ def test_a_second_signal_stops_at_once(number: signal.Signals, tmp_path: Path) -
         "train", "--output", "run", "--steps", 5, *QUICK, cwd=tmp_path,
         fault=partial(faults.slow_step, 4),
     )  # fmt: skip
-    wait_for(tmp_path / "run/checkpoints/step-000002")
-    time.sleep(0.5)
+    wait_for(tmp_path / "slow")
     pid = running.process.pid or 0
     signal_at = time.monotonic()
     for _ in range(2):

@@ -9,9 +9,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,8 +57,9 @@ from ppo_cli.utils.text import (
     spreadsheet_text,
 )
 from tests.conftest import make_gpt2, make_tokenizer
+from tests.forked import ppo_cli
 from tests.test_bad_input import run_here  # noqa: F401
-from tests.test_cli import QUICK, environment
+from tests.test_cli import QUICK
 from tests.test_structure import modules
 
 EVIL = (
@@ -465,17 +466,22 @@ def test_writing_follows_no_link(tmp_path: Path) -> None:
             refuse_special(tmp_path / special)
 
 
+def careful(secrets: dict[str, str]) -> None:
+    """A process whose user lets no others read, and has secrets in the environment."""
+    os.umask(0o027)
+    os.environ |= secrets
+
+
 def test_a_run_keeps_the_umask_no_secret_and_shows_its_names_as_text(tmp_path: Path) -> None:
     name = "[red]`x`|<b>$y$\u202e=1"
     secrets = {"HF_TOKEN": "hf_abcdefghijklmnopqrstuvwxyz", "WANDB_API_KEY": "wandbsecret"}
-    done = subprocess.run(
-        [sys.executable, "-m", "ppo_cli", "train", "--steps", "1", "--output", name, *QUICK],
-        cwd=tmp_path, env=environment(**secrets), capture_output=True, text=True, umask=0o027,
-        check=False,
+    done = ppo_cli(
+        "train", "--steps", 1, "--output", name, *QUICK, cwd=tmp_path,
+        fault=partial(careful, secrets),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert not SEEN.search(done.stdout + done.stderr)
-    assert f"ppo-cli plot '{name.partition(chr(0x202E))[0]}\\u202e=1'" in done.stderr
+    assert done.code == 0, done.err
+    assert not SEEN.search(done.out + done.err)
+    assert f"ppo-cli plot '{name.partition(chr(0x202E))[0]}\\u202e=1'" in done.err
     files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
     assert files
     for path in files:

@@ -200,8 +200,7 @@ def test_a_signal_to_one_process_stops_all_after_the_step(tmp_path: Path) -> Non
 def test_the_launcher_passes_signals_on_and_a_second_one_stops_at_once(tmp_path: Path) -> None:
     fault = partial(forking, partial(faults.slow_step, 4), 0)
     running = start(*TRAIN, 5, "--num-processes", 2, cwd=tmp_path, fault=fault)
-    wait_for(tmp_path / "run/checkpoints/step-000002")
-    time.sleep(1)
+    wait_for(tmp_path / "slow")
     for _ in range(2):
         os.kill(running.process.pid or 0, signal.SIGINT)
         time.sleep(1.1)  # within a second it would be the same signal

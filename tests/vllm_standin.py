@@ -5,6 +5,7 @@ As vLLM does, it loads its own copy of the weights from the disk, and gets other
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,7 +102,12 @@ MODULES: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def installed() -> Iterator[list[LLM]]:
-    """Inside the block vLLM is there; gives the list of its engines."""
+    """Inside the block vLLM is there; gives the list of its engines.
+
+    trl makes the process a group of one by variables of the environment, which end with the block:
+    later tests of the process would be members of it.
+    """
+    variables = dict(os.environ)
     before = {name: sys.modules.pop(name, None) for name in OF_TRL}
     for name, content in MODULES.items():
         module = ModuleType(name)
@@ -115,3 +121,5 @@ def installed() -> Iterator[list[LLM]]:
         for name in (*MODULES, *OF_TRL):
             sys.modules.pop(name, None)
         sys.modules.update({name: module for name, module in before.items() if module})
+        os.environ.clear()
+        os.environ.update(variables)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import socket
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-IMPORTED = ["tests.conftest", "ppo_cli.training.build", "torch.distributed.fsdp"]
+from tests.forked import server
 
 
 def in_world(
@@ -26,9 +25,7 @@ def in_world(
     Raises:
         AssertionError: it raised in one of them; with its traceback.
     """
-    context = multiprocessing.get_context("forkserver")
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # the server inherits these
-    context.set_forkserver_preload(IMPORTED)
+    context = server()
     with tempfile.TemporaryDirectory(prefix="ppo-cli-world-") as folder, socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,14 +27,16 @@ result = generate.generate(
 )
 """
 
-SAMPLE = f"""
-import json, sys
+IMPORT = """
+import json, os, sys
 from ppo_cli.cli.fast_imports import light_imports
 
 with light_imports():
     from ppo_cli.evaluation import generate
     from ppo_cli.cli import requests
-model = sys.argv[1]
+"""
+
+SAMPLE = f"""
 {DRAW}
 found = {{"samples": [sample.as_dict() for sample in result.samples], "modules": list(sys.modules)}}
 """
@@ -57,18 +58,63 @@ found |= {
 """
 
 
-def found(program: str, *arguments: str) -> Any:
-    """The value `found` of a program that runs in a new interpreter."""
-    code = program + "\nprint(json.dumps(found))"
+AFTERWARDS = """
+import torch.distributed
+has = {name: hasattr(torch.distributed, name) for name in ("tensor", "nothing", "_nothing")}
+mine = torch._dynamo.eval_frame
+found = {"same": mine is sys.modules["torch._dynamo"].eval_frame,
+         "real": type(sys.modules["torch._dynamo"]).__name__, **has}
+"""
+
+EACH = """
+for program in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        exec(program)
+        print(json.dumps(found), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+def output(program: str, *arguments: str) -> list[Any]:
+    """The lines of JSON that a program prints in a new interpreter."""
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", program, *arguments],
         capture_output=True,
         text=True,
         check=False,
         env={name: value for name, value in os.environ.items() if name != VARIABLE},
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def found(program: str) -> Any:
+    """The value `found` of a program that runs in a new interpreter."""
+    [value] = output(program + "\nprint(json.dumps(found))")
+    return value
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with an adapter that asks for sharded tensors."""
+    folder = tmp_path_factory.mktemp("adapter")
+    base = AutoModelForCausalLM.from_pretrained(policy_folder())
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, fan_in_fan_out=True))
+    adapted.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(policy_folder()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def light(adapter: str) -> list[Any]:
+    """What three programs find, each in a fork of one interpreter after its light imports."""
+    programs = [
+        "model = 'embedded'" + SAMPLE + COMPILE_AFTERWARDS,
+        f"model = {adapter!r}" + SAMPLE,
+        AFTERWARDS,
+    ]
+    return output(IMPORT + EACH, json.dumps(programs))
 
 
 def samples_here(model: str) -> Any:
@@ -82,45 +128,29 @@ def samples_here(model: str) -> Any:
 
 
 @pytest.mark.usefixtures("fast_paths")
-def test_samples_are_the_same_and_compiler_and_shards_come_when_asked_for() -> None:
-    light = found(SAMPLE + COMPILE_AFTERWARDS, "embedded")
-    assert light["samples"] == samples_here("embedded")
-    assert len(light["samples"]) == 3
-    assert not set(HEAVY) & set(light["modules"])
-    assert light["before"] == "_LazyCompiler"
-    assert light["compiler"] == "module"
-    assert light["same"]
-    assert light["compiled"] == [2.0, 2.0]
-    assert light["distributed"]
-    assert light["tensor"] == "DTensor"
+def test_samples_are_the_same_and_compiler_and_shards_come_when_asked_for(light: list[Any]) -> None:
+    sampled, _, _ = light
+    assert sampled["samples"] == samples_here("embedded")
+    assert len(sampled["samples"]) == 3
+    assert not set(HEAVY) & set(sampled["modules"])
+    assert sampled["before"] == "_LazyCompiler"
+    assert sampled["compiler"] == "module"
+    assert sampled["same"]
+    assert sampled["compiled"] == [2.0, 2.0]
+    assert sampled["distributed"]
+    assert sampled["tensor"] == "DTensor"
 
 
 @pytest.mark.usefixtures("fast_paths")
-def test_an_adapter_which_asks_for_sharded_tensors_has_them(tmp_path: Path) -> None:
-    base = AutoModelForCausalLM.from_pretrained(policy_folder())
-    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, fan_in_fan_out=True))
-    adapted.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(policy_folder()).save_pretrained(tmp_path)
-    light = found(SAMPLE, str(tmp_path))
-    assert light["samples"] == samples_here(str(tmp_path))
-    assert "torch._inductor" not in light["modules"]
+def test_an_adapter_which_asks_for_sharded_tensors_has_them(adapter: str, light: list[Any]) -> None:
+    _, adapted, _ = light
+    assert adapted["samples"] == samples_here(adapter)
+    assert "torch._inductor" not in adapted["modules"]
 
 
-def test_afterwards_torch_has_what_it_has_and_the_compiler_is_real() -> None:
-    program = """
-import json, sys
-from ppo_cli.cli.fast_imports import light_imports
-
-with light_imports():
-    import transformers
-import torch.distributed
-has = {name: hasattr(torch.distributed, name) for name in ("tensor", "nothing", "_nothing")}
-mine = torch._dynamo.eval_frame
-found = {"same": mine is sys.modules["torch._dynamo"].eval_frame,
-         "real": type(sys.modules["torch._dynamo"]).__name__, **has}
-"""
+def test_afterwards_torch_has_what_it_has_and_the_compiler_is_real(light: list[Any]) -> None:
     there = {"tensor": True, "nothing": False, "_nothing": False}
-    assert found(program) == {"same": True, "real": "module", **there}
+    assert light[2] == {"same": True, "real": "module", **there}
 
 
 def test_where_a_release_has_other_internals_all_is_imported_plainly() -> None:

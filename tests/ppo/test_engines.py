@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,8 @@ PARAMS = SamplingParams(temperature=0.7, stop_token_ids=(EOS, *range(3, 13)))
 
 
 @pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[vllm_standin.LLM]]:
+def vllm() -> Iterator[list[vllm_standin.LLM]]:
     """A stand-in of vLLM, and its engines so far."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))  # trl sets them
-        monkeypatch.delenv(name)
     with vllm_standin.installed() as made:
         yield made
 

@@ -736,7 +736,8 @@ def test_accumulated_mini_batches_make_the_step_of_the_whole_batch() -> None:
 
 def rates(steps: int, **settings: Any) -> list[float]:
     """Learning rates in a run of `steps` steps, and in two more steps."""
-    trainer = make_trainer(learning_rate=1.0, steps=8 * steps, max_grad_norm=1e-9, **settings)
+    settings = {"steps": 8 * steps, "max_grad_norm": 1e-9, "ppo_epochs": 2, **settings}
+    trainer = make_trainer(learning_rate=1.0, **settings)
     batch = make_batch()
     return [trainer.step(*batch)["ppo/learning_rate"] for _ in range(steps + 2)]
 
@@ -789,14 +790,17 @@ def test_an_adaptive_learning_rate_finds_the_size_of_its_steps() -> None:
 
 def test_a_rollback_slows_an_adaptive_learning_rate_down_for_good() -> None:
     """The adaptation would undo half the rate alone within two steps."""
+    settings: dict[str, Any] = {
+        "learning_rate": 1e-3, "lr_scheduler_type": "adaptive", "desired_kl": 0.01,
+        "min_lr_ratio": 1.0,
+    }  # fmt: skip
+    start = make_trainer(**settings)
+    for i in range(20):
+        start.step(*make_batch(seed=i))
     later = {}
     for factor in (1.0, 0.5):
-        trainer = make_trainer(
-            learning_rate=1e-3, lr_scheduler_type="adaptive", desired_kl=0.01, min_lr_ratio=1.0
-        )
-        for i in range(20):
-            trainer.step(*make_batch(seed=i))
-        state = trainer.state_dict()
+        trainer = make_trainer(copy.deepcopy(start.model), start.ref_model, **settings)
+        state = copy.deepcopy(start.state_dict())
         _scale_learning_rate(state, factor)
         trainer.load_state_dict(state)
         stats = [trainer.step(*make_batch(seed=i)) for i in range(20, 40)]
