@@ -156,7 +156,8 @@ def test_every_public_definition_has_a_docstring(name: str) -> None:
 
 LIGHT = [
     "ppo_cli", "ppo_cli.config.starting", "ppo_cli.config.loading", "ppo_cli.ppo.statistics",
-    "ppo_cli.reporting.comparison_page", "ppo_cli.training.run_list", "ppo_cli.cli.app", "ppo_cli.cli.follow", "ppo_cli.sweep.run",
+    "ppo_cli.reporting.comparison_page", "ppo_cli.training.run_list", "ppo_cli.cli.app",
+    "ppo_cli.cli.follow", "ppo_cli.sweep.run",
 ]  # fmt: skip
 
 
