@@ -43,6 +43,8 @@ RUNS = {
 """Options of `ppo-cli train` for each run that the commands below and in the pages read."""
 
 BEST_OF_N = "ppo-cli train --output ppo-good --resume --set 'run.best_of_n=[1,2,4,8,16]'"
+REPORT = "ppo-cli compare ppo-good ppo-bad --samples 128 --html report.html"
+PICTURE_OF = "python ../../tests/browser.py report.html"
 PICTURES = {
     "training.png": "ppo-cli plot ppo-good ppo-bad --output training.png",
     "three-runs.png": "ppo-cli plot ppo-good no-penalty too-fast --output three-runs.png "
@@ -50,6 +52,8 @@ PICTURES = {
     "--metric ppo/policy/entropy --metric ppo/policy/clipfrac",
     "frontier.png": f"{BEST_OF_N} && "
     "ppo-cli plot --frontier ppo-good no-penalty --output frontier.png",
+    "report.png": f"{REPORT} && {PICTURE_OF} report.png 1100 760",
+    "report-dark.png": f"{REPORT} && {PICTURE_OF} report-dark.png 1100 760 --dark",
     "tutorial.png": "[ tutorial.png -nt tutorial.py ] || python tutorial.py",
 }
 """The command that makes each picture."""
