@@ -70,7 +70,8 @@ LEFT_OUT = {
     "whitened rewards", "first scores scale", "adaptive rate", "groups of responses", "schedule",
     "no whitening", "whitening by mini-batch", "score scaling", "KL budget", "potentials",
     "mini-batches of two", "accumulation", "value warm-up by mini-batches",
-    "limit of approximate KL",
+    "limit of approximate KL", "accumulation of all", "entropy bonus", "value warm-up",
+    "methods of 0.11.4",
 }  # fmt: skip
 NAMES = [name for name in CASES if name not in LEFT_OUT]
 CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"

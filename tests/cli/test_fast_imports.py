@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,10 +96,10 @@ def found(program: str) -> Any:
     return value
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture
+def adapter(tmp_path: Path) -> str:
     """A folder with an adapter that asks for sharded tensors."""
-    folder = tmp_path_factory.mktemp("adapter")
+    folder = tmp_path / "adapter"
     base = AutoModelForCausalLM.from_pretrained(policy_folder())
     adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, fan_in_fan_out=True))
     adapted.save_pretrained(folder)
@@ -106,7 +107,6 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module")
 def light(adapter: str) -> list[Any]:
     """What three programs find, each in a fork of one interpreter after its light imports."""
     programs = [
@@ -128,8 +128,9 @@ def samples_here(model: str) -> Any:
 
 
 @pytest.mark.usefixtures("fast_paths")
-def test_samples_are_the_same_and_compiler_and_shards_come_when_asked_for(light: list[Any]) -> None:
-    sampled, _, _ = light
+def test_samples_are_the_same_and_compiler_and_shards_come_when_asked_for(adapter: str) -> None:
+    """One test, so that one worker makes what three programs find."""
+    sampled, adapted, afterwards = light(adapter)
     assert sampled["samples"] == samples_here("embedded")
     assert len(sampled["samples"]) == 3
     assert not set(HEAVY) & set(sampled["modules"])
@@ -139,18 +140,12 @@ def test_samples_are_the_same_and_compiler_and_shards_come_when_asked_for(light:
     assert sampled["compiled"] == [2.0, 2.0]
     assert sampled["distributed"]
     assert sampled["tensor"] == "DTensor"
-
-
-@pytest.mark.usefixtures("fast_paths")
-def test_an_adapter_which_asks_for_sharded_tensors_has_them(adapter: str, light: list[Any]) -> None:
-    _, adapted, _ = light
+    # An adapter which asks for sharded tensors has them.
     assert adapted["samples"] == samples_here(adapter)
     assert "torch._inductor" not in adapted["modules"]
-
-
-def test_afterwards_torch_has_what_it_has_and_the_compiler_is_real(light: list[Any]) -> None:
+    # Afterwards torch has what it has, and the compiler is real.
     there = {"tensor": True, "nothing": False, "_nothing": False}
-    assert light[2] == {"same": True, "real": "module", **there}
+    assert afterwards == {"same": True, "real": "module", **there}
 
 
 def test_where_a_release_has_other_internals_all_is_imported_plainly() -> None:
