@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import sys
 import tempfile
 import time
@@ -65,12 +64,11 @@ def train(
     from ppo_cli.cli.console import hush
     from ppo_cli.cli.display import make_display
     from ppo_cli.cli.train import StopSignals, run
-    from ppo_cli.config.loading import load_config
+    from ppo_cli.config.loading import as_assignments, load_config
     from ppo_cli.kernels.switch import configured
     from ppo_cli.training.build import build_training
 
-    assignments = [f"{key}={json.dumps(value)}" for key, value in (settings or {}).items()]
-    found = load_config(str(config), assignments=assignments)
+    found = load_config(str(config), assignments=as_assignments(settings or {}))
     hush()
     with configured(found.policy.kernels), StopSignals(quiet) as stop:
         training = build_training(

@@ -128,15 +128,10 @@ def sweep(
 def check_objective(settings: "SweepSettings") -> None:
     """Raise `UsageError` where no run has the metric that shall be made best."""
     from ppo_cli.errors import did_you_mean
-    from ppo_cli.evaluation.quality import explained_statistics
-    from ppo_cli.ppo.statistics import RUN_STATISTICS, STATISTICS
+    from ppo_cli.evaluation.quality import all_statistics
 
     key = settings.sweep.objective
-    known = {
-        name: statistic
-        for name, statistic in {**STATISTICS, **RUN_STATISTICS, **explained_statistics()}.items()
-        if not statistic.is_array
-    }
+    known = {name for name, statistic in all_statistics().items() if not statistic.is_array}
     near = did_you_mean(key, known)
     # A reward of several terms has metrics of their own names.
     if key not in known and not key.startswith(("eval/rewards/", "env/rewards/")):

@@ -6,6 +6,7 @@ is kept for error messages.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,20 +45,42 @@ def config_file(name: str) -> Path:
         ConfigError: there is no such file.
     """
     shipped = shipped_configs()
+    record = Path(name) / RECORD_FILE
+    if name and name not in shipped and os.path.isfile(record):
+        return record
+    absent = "no such configuration file; 'ppo-cli config' lists others"
+    return named_file(name, shipped, "configuration", absent)
+
+
+def named_file(name: str, shipped: Mapping[str, Path], kind: str, absent: str) -> Path:
+    """The file of a shipped name, or of a path.
+
+    Args:
+        name: what the user gave.
+        shipped: name -> file.
+        kind: what such a file is called.
+        absent: what to say of a path where no file is.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
     if name in shipped:
         return shipped[name]
     path = Path(name)
-    if name and os.path.isfile(path / RECORD_FILE):
-        return path / RECORD_FILE
     if path.suffix in (".yaml", ".yml") or (name and os.path.exists(path)):
         refuse_stream(path)
         if not os.path.isfile(path):
-            raise ConfigError(f"{name}: no such configuration file; 'ppo-cli config' lists others")
+            raise ConfigError(f"{name}: {absent}")
         return path
     raise ConfigError(
-        f"no configuration is named '{name}'.{did_you_mean(name, shipped)} There are "
+        f"no {kind} is named '{name}'.{did_you_mean(name, shipped)} There are "
         f"{', '.join(shipped)}, or give a .yaml file"
     )
+
+
+def as_assignments(values: Mapping[str, Any]) -> list[str]:
+    """`section.key=value`, as `--set` takes it, of each dotted key."""
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
 
 
 def load_config(

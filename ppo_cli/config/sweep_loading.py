@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ppo_cli.config.faults import Origin, validated
-from ppo_cli.config.loading import load_config, shipped_configs
+from ppo_cli.config.loading import as_assignments, load_config, named_file, shipped_configs
 from ppo_cli.config.schema import RunConfig
 from ppo_cli.config.sweep import SweepConfig
-from ppo_cli.errors import ConfigError, did_you_mean
-from ppo_cli.utils.files import refuse_stream
+from ppo_cli.errors import ConfigError
 from ppo_cli.utils.yaml_io import Places, read_yaml
 
 SWEEPS = "sweeps"  # folder of the sweeps that ship
@@ -56,7 +54,7 @@ class SweepSettings:
 
     def trial_assignments(self, values: Mapping[str, Any]) -> list[str]:
         """The assignments of a trial: those that all share, and its own values."""
-        return [*self.assignments, *map(assignment, values.items())]
+        return [*self.assignments, *as_assignments(values)]
 
     def trial_config(self, values: Mapping[str, Any]) -> RunConfig:
         """The configuration of a trial, read anew, as its runs will.
@@ -109,7 +107,7 @@ def load_sweep(
         if key in sweep.parameters or key in ("run.output", "run.seed"):
             raise ConfigError(f"--set {key}: the sweep itself sets this key: leave it out")
     config = _beside(sweep.config, path)
-    shared = [*map(assignment, sweep.set.items()), *assignments]
+    shared = [*as_assignments(sweep.set), *assignments]
     base = _load(config, shared, places)
     settings = SweepSettings(sweep, str(path), config, shared, base, frozenset(), places)
     _check_evaluations(settings)
@@ -122,25 +120,8 @@ def sweep_file(name: str) -> Path:
     Raises:
         ConfigError: there is no such file.
     """
-    shipped = shipped_configs(SWEEPS)
-    if name in shipped:
-        return shipped[name]
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or (name and os.path.exists(path)):
-        refuse_stream(path)
-        if not os.path.isfile(path):
-            raise ConfigError(f"{name}: no such file of a sweep; 'ppo-cli sweep' lists some")
-        return path
-    raise ConfigError(
-        f"no sweep is named '{name}'.{did_you_mean(name, shipped)} There are "
-        f"{', '.join(shipped)}, or give a .yaml file"
-    )
-
-
-def assignment(item: tuple[str, Any]) -> str:
-    """`section.key=value` with the value as YAML."""
-    key, value = item
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+    absent = "no such file of a sweep; 'ppo-cli sweep' lists some"
+    return named_file(name, shipped_configs(SWEEPS), "sweep", absent)
 
 
 def value_at(config: RunConfig, key: str) -> Any:
