@@ -29,6 +29,7 @@ from ppo_cli.cli.display import (
     step_figures,
     step_line,
 )
+from ppo_cli.cli.signals import handling
 from ppo_cli.cli.streams import has_reader
 from ppo_cli.errors import Interrupted
 from ppo_cli.reporting.summary import StepReport
@@ -76,16 +77,13 @@ def follow(path: str, *, as_json: bool, keys: Collection[str] | None = None) -> 
         screen = JSONLines(keys)
     else:
         screen = PlainLines() if is_plain(sys.stdout) else LiveScreen(console(stderr=False))
-    before = signal.signal(signal.SIGTERM, _stop)  # a live screen has hidden the cursor
-    try:
-        with screen:
-            while True:
-                screen.show(run, run.look())
-                if run.has_ended or not has_reader(sys.stdout):
-                    return
-                time.sleep(POLL)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    term = [signal.SIGTERM]  # a live screen has hidden the cursor
+    with handling(_stop, term, always=term), screen:
+        while True:
+            screen.show(run, run.look())
+            if run.has_ended or not has_reader(sys.stdout):
+                return
+            time.sleep(POLL)
 
 
 class PlainLines:

@@ -17,14 +17,12 @@ from contextlib import contextmanager
 from subprocess import Popen
 from types import FrameType
 
+from ppo_cli.cli.signals import handling
 from ppo_cli.errors import PPOCliError
 from ppo_cli.utils.launcher import OURS, usable_cores
 
 GRACE = 15.0  # seconds that the others have to end by themselves where one has failed
 PAUSE = 0.05  # seconds between two looks at the processes
-PASSED_ON = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
 Member = Popen[bytes]
 
 
@@ -102,16 +100,8 @@ def _passed_on(members: Sequence[Member]) -> Iterator[set[int]]:
         for member in members:
             member.send_signal(number)
 
-    handlers = {number: signal.getsignal(number) for number in PASSED_ON}
-    for number, handler in handlers.items():
-        # nohup has SIGHUP ignored; a background job of a script SIGINT, which `train` takes.
-        if handler is not signal.SIG_IGN or number == signal.SIGINT:
-            signal.signal(number, pass_on)
-    try:
+    with handling(pass_on):
         yield passed
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _wait(members: Sequence[Member]) -> dict[int, int]:

@@ -1,21 +1,19 @@
 """`ppo-cli sweep`."""
 
 import shlex
-import signal
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ppo_cli.cli import completion
+from ppo_cli.cli.signals import handling
 from ppo_cli.cli.streams import say_at_once
 from ppo_cli.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from ppo_cli.config.sweep_loading import SweepSettings
     from ppo_cli.sweep.run import Sweep
-
-SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
 def sweep(
@@ -213,17 +211,14 @@ class _StopSignals:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.sweep: Sweep | None = None
-        self._old_handlers: dict[int, Any] = {}
+        self._handling = handling(self._handle)
 
     def __enter__(self) -> "_StopSignals":
-        for number in SIGNALS:
-            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
-                self._old_handlers[number] = signal.signal(number, self._handle)
+        self._handling.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error: Any) -> None:
+        self._handling.__exit__(*error)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.sweep is None:

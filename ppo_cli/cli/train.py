@@ -3,7 +3,6 @@
 import io
 import shlex
 import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -14,6 +13,7 @@ import typer
 
 from ppo_cli.cli import completion, options
 from ppo_cli.cli.reward_options import consent, reward_lines
+from ppo_cli.cli.signals import handling
 from ppo_cli.cli.streams import say_at_once
 from ppo_cli.errors import DivergenceError, Interrupted, PPOCliError, UsageError
 from ppo_cli.utils import launcher
@@ -535,20 +535,14 @@ class StopSignals:
         self.training: Training | None = None
         self._quiet = quiet
         self._taken_at = 0.0
-        self._old_handlers: dict[int, Any] = {}
+        self._handling = handling(self._handle, always=(signal.SIGINT, signal.SIGTERM))
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is not threading.main_thread():
-            return self  # only there Python handles signals
-        for number in (signal.SIGINT, signal.SIGTERM, *HANGUP):
-            if number in HANGUP and signal.getsignal(number) is signal.SIG_IGN:
-                continue
-            self._old_handlers[number] = signal.signal(number, self._handle)
+        self._handling.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error: Any) -> None:
+        self._handling.__exit__(*error)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number in HANGUP and self.signal is not None:
